@@ -1,0 +1,31 @@
+"""Eight CPU devices for every test; third-party data is optional outside CI and never silently absent."""
+
+import os
+
+os.environ.setdefault("NPROC", "16")  # a bigger XLA thread pool: 8 devices on 2 cores deadlock otherwise
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Measured inputs and outputs of the original PyTorch model, committed under tests/golden."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Third-party sample data beside the checkout (never committed). Required under CI=true."""
+    if SHARED_DATA.is_dir():
+        return SHARED_DATA
+    message = f"third-party sample data not found at {SHARED_DATA}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message + " (required under CI=true)")
+    pytest.skip(message)
