@@ -1,0 +1,130 @@
+"""config.json of an `internvl_chat` checkpoint -> ModelConfig (spec: checkpoints.md 7, model.md 1, 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from internvlx_jax.data.tiles import TileConfig
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.config import (DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, RopeConfig,
+                                         VisionConfig)
+
+ARCHITECTURES = {
+    "InternLM2ForCausalLM": "internlm2",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+}
+
+
+def model_config(config: Mapping[str, Any], tensors: Collection[str]) -> ModelConfig:
+    """config: parsed config.json; tensors: names in the checkpoint, which tell the projector and a tied output.
+
+    Raises ConfigError naming the field for anything unknown or not computed here.
+    """
+    if config.get("model_type") != "internvl_chat":
+        raise ConfigError(f"config.json: model_type is {config.get('model_type')!r}; this reader takes "
+                          "'internvl_chat' (InternVL-X, InternVL2, InternVL2.5)")
+    _refuse(config, "", "use_backbone_lora", "use_llm_lora", "pad2square")
+    kind = "mlp1" if any(name.startswith("mlp1.") for name in tensors) else "pvtc"
+    vision = _vision(_section(config, "vision_config"), config)
+    decoder = _decoder(_section(config, "llm_config"), tensors)
+    projector = ProjectorConfig(kind=kind, downsample_ratio=config.get("downsample_ratio", 0.5),
+                                pixel_shuffle=config.get("ps_version", "v1"))
+    return ModelConfig(vision=vision, projector=projector, decoder=decoder,
+                       prompt=_prompt(config, kind, vision.image_size))
+
+
+def _vision(config: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
+    _refuse(config, "vision_config.", "attention_dropout", "dropout")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ConfigError(f"config.json: vision_config.hidden_act {config['hidden_act']!r}; only 'gelu' is computed")
+    stored = config.get("image_size", 224)
+    size = top.get("force_image_size") or stored
+    if size != stored:
+        raise ConfigError(f"config.json: force_image_size {size} differs from vision_config.image_size {stored}; "
+                          "resize the position table first and store both equal")
+    return VisionConfig(width=config.get("hidden_size", 3200), layers=config.get("num_hidden_layers", 48),
+                        heads=config.get("num_attention_heads", 25), mlp_width=config.get("intermediate_size", 12800),
+                        image_size=size, patch_size=config.get("patch_size", 14),
+                        norm=config.get("norm_type", "rms_norm"), eps=config.get("layer_norm_eps", 1e-6),
+                        qkv_bias=config.get("qkv_bias", False), qk_norm=config.get("qk_normalization", True),
+                        layer_scale_init=config.get("initializer_factor", 0.1),
+                        drop_path=config.get("drop_path_rate", 0.0), select_layer=top.get("select_layer", -1))
+
+
+def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConfig:
+    names = config.get("architectures") or [None]
+    if names[0] not in ARCHITECTURES:
+        raise ConfigError(f"config.json: llm_config.architectures[0] is {names[0]!r}; supported are "
+                          f"{', '.join(ARCHITECTURES)}")
+    family = ARCHITECTURES[names[0]]
+    # InternLM2's class has a default for every size; for the others a missing size is an error.
+    default = ({"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "vocab_size": 103168, "max_position_embeddings": 2048} if family == "internlm2" else {})
+
+    def size(field: str) -> int:
+        value = config.get(field, default.get(field))
+        if value is None:
+            raise ConfigError(f"config.json: llm_config.{field} is missing")
+        return value
+
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"config.json: llm_config.hidden_act {config['hidden_act']!r}; only 'silu' is computed")
+    if family == "qwen2":
+        _refuse(config, "llm_config.", "use_sliding_window")
+    heads = size("num_attention_heads")
+    qkv_bias, out_bias = {
+        "internlm2": (config.get("bias", True),) * 2,
+        "qwen2": (True, False),
+        "llama": (config.get("attention_bias", False),) * 2,
+    }[family]
+    stored_output = any(name.endswith((".output.weight", ".lm_head.weight")) for name in tensors)
+    return DecoderConfig(family=family, vocab_size=size("vocab_size"), width=size("hidden_size"),
+                         layers=size("num_hidden_layers"), heads=heads,
+                         kv_heads=config.get("num_key_value_heads") or heads,
+                         head_dim=config.get("head_dim") or size("hidden_size") // heads,
+                         mlp_width=size("intermediate_size"), eps=config.get("rms_norm_eps", 1e-6),
+                         qkv_bias=qkv_bias, out_bias=out_bias,
+                         tie_embeddings=config.get("tie_word_embeddings", False) and not stored_output,
+                         rope=_rope(config, family, size("max_position_embeddings")))
+
+
+def _rope(config: Mapping[str, Any], family: str, max_positions: int) -> RopeConfig:
+    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters."""
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    theta = parameters.get("rope_theta", config.get("rope_theta", 1e4))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default" or family == "qwen2":  # the release ignores the field for Qwen2
+        return RopeConfig(theta=theta, max_positions=max_positions)
+    if kind not in ("linear", "dynamic"):
+        raise ConfigError(f"config.json: llm_config.rope_scaling type {kind!r}; supported are linear and dynamic")
+    return RopeConfig(theta=theta, max_positions=max_positions, scaling=kind, factor=float(parameters["factor"]))
+
+
+def _prompt(config: Mapping[str, Any], kind: str, image_size: int) -> PromptConfig:
+    llm = config["llm_config"]
+    tiles = TileConfig(tile_size=image_size, rule="edge" if kind == "pvtc" else "off",
+                       dynamic=config.get("dynamic_image_size", False),
+                       use_thumbnail=config.get("use_thumbnail", False),
+                       min_num=config.get("min_dynamic_patch", 1), max_num=config.get("max_dynamic_patch", 6))
+    eos = llm.get("eos_token_id", 2)
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    pad = llm.get("pad_token_id", 0 if llm.get("model_type") == "internlm2" else None)
+    if pad is None:
+        pad = eos_ids[0] if eos_ids else 0
+    return PromptConfig(template=config.get("template") or "internlm2-chat",
+                        system_message=config.get("system_message"), tiles=tiles, eos_ids=eos_ids, pad_id=pad)
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if name not in config:
+        raise ConfigError(f"config.json: {name} is missing")
+    return config[name]
+
+
+def _refuse(config: Mapping[str, Any], prefix: str, *fields: str) -> None:
+    for field in fields:
+        if config.get(field):
+            raise ConfigError(f"config.json: {prefix}{field} = {config[field]!r} is not supported here; it must be 0 "
+                              "or false")

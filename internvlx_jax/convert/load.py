@@ -1,0 +1,53 @@
+"""`load_pretrained`: a checkpoint of either kind -> a model on a mesh (spec: checkpoints.md, training.md 10)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from internvlx_jax.convert.hf_folder import HFFolder
+from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.params import abstract_model, unflatten
+from internvlx_jax.training.checkpoint import RunFolder
+from internvlx_jax.training.sharding import MeshConfig, make_mesh, param_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A loaded checkpoint. `tokenizer` is None when the folder holds no tokenizer files."""
+
+    model: InternVLX
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Mesh | None = None) -> Pretrained:
+    """Read a Hugging Face folder or one of our run folders, straight into sharded arrays. torch is not needed.
+
+    Args:
+        path: a folder with config.json and safetensors; or a run folder of train.py, or one step inside it.
+        dtype: of parameters and activations.
+        mesh: devices to place the parameters on; one device if None.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ConfigError: config.json asks for something that is not computed here.
+        CheckpointError: one report of every unused, missing or mismatched tensor.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; give a Hugging Face checkpoint folder or a run folder of "
+                                "train.py")
+    source = RunFolder(path) if RunFolder.is_one(path) else HFFolder(path)
+    abstract = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
+    mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    params = source.load(abstract, param_shardings(abstract.shapes, abstract.axes, mesh))
+    model = nnx.merge(abstract.graphdef, unflatten(params))
+    return Pretrained(model, source.config, source.tokenizer())

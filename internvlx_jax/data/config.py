@@ -1,0 +1,34 @@
+"""Settings of the input pipeline (spec: data.md 10, 11)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they are batched.
+
+    Attributes:
+        meta, val_meta: InternVL meta JSON of training and validation data.
+        tokenizer: folder or file of the tokenizer; None takes the one of the checkpoint in `init_from`.
+        max_length: token slots of the longest bucket.
+        batch_mode: `tokens` keeps tokens per step near `tokens_per_step`; `samples` uses one number of rows.
+        tiles_per_step: also bounds a step's tile slots in `tokens` mode; None: no bound.
+        max_executables: at most this many (tiles, length) buckets remain; the rarest merge upward.
+        special_text: what reserved text inside a turn does: reject the sample, escape it, or allow it.
+        num_workers: loader processes; 0 decodes in threads of this process.
+    """
+
+    meta: str
+    val_meta: str | None = None
+    tokenizer: str | None = None
+    max_length: int = 4096
+    batch_mode: Literal["tokens", "samples"] = "tokens"
+    tokens_per_step: int = 65536
+    tiles_per_step: int | None = None
+    samples_per_step: int = 128
+    max_executables: int = 16
+    special_text: Literal["reject", "escape", "allow"] = "reject"
+    num_workers: int = 0

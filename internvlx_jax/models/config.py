@@ -1,0 +1,153 @@
+"""What a model is: sizes and variants, as frozen dataclasses (spec: model.md 1, checkpoints.md 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from internvlx_jax.data.tiles import TileConfig
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT. `select_layer` indexes [embeddings, layer 1, ..., layer L]; -1 is the last output."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    image_size: int = 448
+    patch_size: int = 14
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale_init: float = 1.0
+    drop_path: float = 0.0
+    select_layer: int = -1
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
+        _require(0 <= self.layers_run <= self.layers, f"vision.select_layer {self.select_layer} is outside "
+                 f"-{self.layers + 1}..{self.layers} of a tower with {self.layers} layers")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def layers_run(self) -> int:
+        """Layers in front of the selected output; the others keep their parameters and are not run."""
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """`pvtc` (InternVL-X) or `mlp1` (InternVL2 baseline); `drop_path` acts on PVTC only."""
+
+    kind: Literal["pvtc", "mlp1"] = "pvtc"
+    downsample_ratio: float = 0.5
+    pixel_shuffle: Literal["v1", "v2"] = "v2"
+    drop_path: float = 0.1
+
+    def __post_init__(self):
+        side = self.region_side
+        _require(side >= 1 and side & (side - 1) == 0 and 1 / side == self.downsample_ratio,
+                 f"projector.downsample_ratio {self.downsample_ratio} is not 1, 1/2, 1/4, ...")
+
+    @property
+    def region_side(self) -> int:
+        return round(1 / self.downsample_ratio)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8)."""
+
+    theta: float = 1e4
+    max_positions: int = 32768
+    scaling: Literal["none", "linear", "dynamic"] = "none"
+    factor: float = 1.0
+    allow_longer: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation."""
+
+    family: Literal["internlm2", "llama", "qwen2"] = "internlm2"
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    tie_embeddings: bool = False
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        _require(self.heads % self.kv_heads == 0,
+                 f"decoder.heads {self.heads} is not a multiple of decoder.kv_heads {self.kv_heads}")
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head (J)."""
+        return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How text and images become tokens for this model.
+
+    Attributes:
+        template: name in data/templates.py; it also decides the stop id wherever there is a tokenizer.
+        system_message: replaces the template's own.
+        tiles: how images are cut; tile_size is the tower's image_size.
+        eos_ids, pad_id: what ends a row and fills it afterwards where there is no template.
+    """
+
+    template: str = "internlm2-chat"
+    system_message: str | None = None
+    tiles: TileConfig = TileConfig()
+    eos_ids: tuple[int, ...] = (2,)
+    pad_id: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Vision tower + projector + decoder + prompt."""
+
+    vision: VisionConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    decoder: DecoderConfig
+    prompt: PromptConfig = PromptConfig()
+
+    def __post_init__(self):
+        _require(self.vision.grid % self.projector.region_side == 0,
+                 f"a patch grid of side {self.vision.grid} does not divide into regions of side "
+                 f"{self.projector.region_side} (vision.image_size, projector.downsample_ratio)")
+        _require(self.prompt.tiles.tile_size == self.vision.image_size,
+                 f"prompt.tiles.tile_size {self.prompt.tiles.tile_size} differs from vision.image_size "
+                 f"{self.vision.image_size}")
+
+    @property
+    def token_grid(self) -> int:
+        """Visual tokens along one side of a tile."""
+        return self.vision.grid // self.projector.region_side
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.token_grid**2

@@ -1,0 +1,151 @@
+"""The language model: one decoder for InternLM2, Llama and Qwen2 (spec: model.md 8, 9).
+
+Positions and segments come with the call as a `Frame`, and a call runs any range of layers. That is the seam of
+LVTC: two ranges of one stack, each in its own frame.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+
+from internvlx_jax.models.attention import attend
+from internvlx_jax.models.config import DecoderConfig
+from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, param, rematerialise, slice_layers,
+                                         stack_layers)
+from internvlx_jax.models.rope import Rotation, rotate, rotation
+
+INIT = normal(0.02)
+
+
+class Frame(NamedTuple):
+    """Where the slots of a sequence stand.
+
+    Attributes:
+        positions: int32[B, S], rotary position of each slot.
+        segments: int32[B, S], 0 = padding; a slot attends within its own segment.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+
+
+class KeyValues(NamedTuple):
+    """keys (rotated), values: [B, S, K, H]; with a leading L where they belong to a stack of layers."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Past(NamedTuple):
+    """What a call with cached keys attends to besides its own slots.
+
+    Attributes:
+        cache: KeyValues of all layers, [L, B, Z, K, H].
+        segments: int32[B, Z], with the slots of this call already marked.
+        start: int32 scalar, cache slot of the first query; slots from there on are overwritten.
+    """
+
+    cache: KeyValues
+    segments: jax.Array
+    start: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; the packed kernel holds, per kv head, J queries, the key and the value."""
+
+    def __init__(self, config: DecoderConfig, **kwargs):
+        d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
+        self.qkv = Linear("bsd,dkjh->bskjh", (d, k, j + 2, h), ("embed", "kv_heads", None, None),
+                          bias=config.qkv_bias, init=INIT, bias_init=constant(0.0), **kwargs)
+        self.out = Linear("bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"),
+                          bias=config.out_bias, init=INIT, bias_init=constant(0.0), **kwargs)
+
+    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None) -> tuple[jax.Array, KeyValues]:
+        qkv = self.qkv(x)
+        q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
+        new = KeyValues(k, v)
+        segments, start = frame.segments, 0
+        if past is not None:
+            segments, start = past.segments, past.start
+            k, v = (jax.lax.dynamic_update_slice_in_dim(cached, fresh.astype(cached.dtype), start, axis=1)
+                    for cached, fresh in zip(past.cache, new))
+        y = attend(q, k, v, q_segments=frame.segments, kv_segments=segments, q_start=start)
+        return self.out(rearrange(y, "b s k j h -> b s (k j) h")), new
+
+
+class Mlp(nnx.Module):
+    """(silu(x Wgate) * (x Wup)) Wdown."""
+
+    def __init__(self, config: DecoderConfig, **kwargs):
+        d, f = config.width, config.mlp_width
+        self.gate = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), init=INIT, **kwargs)
+        self.up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), init=INIT, **kwargs)
+        self.down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), init=INIT, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """x: [B, S, D] -> ([B, S, D], keys and values of these slots)."""
+
+    def __init__(self, config: DecoderConfig, **kwargs):
+        self.attn_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
+        self.attn = Attention(config, **kwargs)
+        self.mlp_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
+        self.mlp = Mlp(config, **kwargs)
+
+    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None) -> tuple[jax.Array, KeyValues]:
+        y, new = self.attn(self.attn_norm(x), frame, by, past)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), new
+
+
+class Decoder(nnx.Module):
+    """Token embedding, stacked blocks, final norm and output head."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        kwargs = dict(rngs=rngs, dtype=dtype)
+        self.config = config
+        w, d = config.vocab_size, config.width
+        self.embedding = param(INIT, (w, d), ("vocab", "embed"), **kwargs)
+        self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs)
+        self.norm = RMSNorm(d, eps=config.eps, **kwargs)
+        self.head = None if config.tie_embeddings else param(INIT, (d, w), ("embed", "vocab"), **kwargs)
+
+    def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """int32[B, S] -> dtype[B, S, D]."""
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+
+    def run_layers(self, x: jax.Array, frame: Frame, *, start: int = 0, stop: int | None = None,
+                   past: Past | None = None, keep_kv: bool = False,
+                   remat: str = "none") -> tuple[jax.Array, KeyValues | None]:
+        """Blocks start..stop-1 on one frame.
+
+        x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
+        """
+        stop = self.config.layers if stop is None else stop
+        key_length = x.shape[1] if past is None else past.segments.shape[1]
+        by = rotation(self.config.rope, frame.positions, self.config.head_dim, key_length)
+
+        def body(x, block_and_cache):
+            block, cache = block_and_cache
+            with jax.named_scope("decoder_block"):
+                x, new = block(x, frame, by, None if past is None else past._replace(cache=cache))
+            return x, new if keep_kv else None
+
+        cache = None if past is None else past.cache
+        return jax.lax.scan(rematerialise(body, remat), x, (slice_layers(self.layers, start, stop), cache))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states after the last block, [..., D] -> float32[..., W]."""
+        with jax.named_scope("head"):
+            kernel = self.embedding[...].T if self.head is None else self.head[...]
+            x = self.norm(x)
+            return jnp.einsum("...d,dw->...w", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)

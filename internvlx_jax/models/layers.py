@@ -1,0 +1,140 @@
+"""Linear maps, norms, drop path, remat and layer stacks shared by tower, projectors and decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Axes = tuple[str | None, ...]
+Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def uniform_fan_in(fan_in: int) -> Init:
+    """U(-b, b), b = 1 / sqrt(fan_in): PyTorch's default of the tower and the projectors (model.md 12)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def normal(stddev: float) -> Init:
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def constant(value: float) -> Init:
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def param(init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
+    """A parameter whose `axes` name each dim; training/sharding.py maps the names to mesh axes."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(axes)} axis names {axes} for shape {shape}")
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = einsum(spec, x, kernel) + bias, in x.dtype.
+
+    nnx.Einsum would promote to the parameter dtype; here the input decides, so that one float32 model
+    computes in bfloat16 wherever its activations are bfloat16.
+
+    spec names input, kernel and output; the bias has the output dims of the kernel, in kernel order.
+    """
+
+    def __init__(self, spec: str, shape: tuple[int, ...], axes: Axes, *, bias: bool = False,
+                 init: Init | None = None, bias_init: Init | None = None, rngs: nnx.Rngs, dtype: DTypeLike):
+        inputs, self.output = spec.split("->")
+        contracted, letters = inputs.split(",")
+        is_output = [letter in self.output for letter in letters]
+        fan_in = math.prod(n for n, out in zip(shape, is_output) if not out)
+        self.spec = spec
+        self.bias_letters = "".join(letter for letter, out in zip(letters, is_output) if out)
+        self.kernel = param(init or uniform_fan_in(fan_in), shape, axes, rngs=rngs, dtype=dtype)
+        if bias:
+            bias_shape = tuple(n for n, out in zip(shape, is_output) if out)
+            bias_axes = tuple(a for a, out in zip(axes, is_output) if out)
+            self.bias = param(bias_init or uniform_fan_in(fan_in), bias_shape, bias_axes, rngs=rngs, dtype=dtype)
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            bias = self.bias[...].astype(x.dtype)
+            y = y + bias.reshape([y.shape[i] if letter in self.bias_letters else 1
+                                  for i, letter in enumerate(self.output)])
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) over the last dim: statistics in float32, cast back, then times the weight (model.md 13)."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.eps = eps
+        self.weight = param(constant(1.0), (width,), (None,), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance over the last dim, weight and bias, all in float32, then cast (model.md 13)."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.eps = eps
+        self.weight = param(constant(1.0), (width,), (None,), rngs=rngs, dtype=dtype)
+        self.bias = param(constant(0.0), (width,), (None,), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+        y = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def drop_path(branch: jax.Array, key: jax.Array | None, rate: float | jax.Array, batch_dims: int) -> jax.Array:
+    """Zero whole entries of the leading `batch_dims` with probability `rate`, scale the survivors (model.md 3, 4).
+
+    key: None outside training, which is the identity.
+    """
+    if key is None:
+        return branch
+    shape = branch.shape[:batch_dims] + (1,) * (branch.ndim - batch_dims)
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, branch / jnp.asarray(1 - rate, branch.dtype), 0)
+
+
+def rematerialise(body: Callable, policy: str) -> Callable:
+    """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `dots` keeps matmul outputs."""
+    if policy == "none":
+        return body
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat {policy!r} is unknown; choose one of none, {', '.join(REMAT_POLICIES)}")
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`length` layers as one module whose parameters have a leading `layers` dim, ready for lax.scan."""
+    keys = jax.random.split(rngs.params(), length)
+    layers = jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+    for variable in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return layers
+
+
+def slice_layers(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
+    """Layers start..stop-1 of a stack; the stack itself when that is all of it."""
+    if start == 0 and all(p.shape[0] == stop for p in jax.tree.leaves(layers)):
+        return layers
+    return jax.tree.map(lambda p: p[start:stop], layers)

@@ -1,0 +1,67 @@
+"""Parameters as a plain nested dict, apart from the module structure (spec: platform.md 3).
+
+A model is split once into `graphdef` (static structure) and `params`; `nnx.merge(graphdef, params)` inside a jitted
+function gives the module back. Paths are dotted: `decoder.layers.attn.qkv.kernel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.internvlx import InternVLX
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """Everything about a model but its weights.
+
+    Attributes:
+        graphdef: module structure for nnx.merge.
+        shapes: dotted path -> jax.ShapeDtypeStruct.
+        axes: dotted path -> logical axis name of each dim.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    axes: dict[str, tuple[str | None, ...]]
+
+
+def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
+                   remat: str = "none") -> AbstractModel:
+    """Shapes and axes of a model without allocating it."""
+    model = jax.eval_shape(lambda: InternVLX(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype,
+                                             remat=remat))
+    graphdef, state = nnx.split(model)
+    variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
+    return AbstractModel(graphdef,
+                         {path: variable.get_value() for path, variable in variables.items()},
+                         {path: variable.get_metadata("axes") for path, variable in variables.items()})
+
+
+def init_params(config: ModelConfig, seed: int, *, param_dtype: DTypeLike = "float32",
+                shardings: Params | None = None) -> Params:
+    """Random parameters (model.md 12), created on the devices that hold them."""
+
+    def init():
+        return nnx.to_pure_dict(nnx.state(InternVLX(config, rngs=nnx.Rngs(seed), param_dtype=param_dtype)))
+
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Nested dict -> {dotted path: leaf}."""
+    return flatten_dict(params, sep=".")
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """{dotted path: leaf} -> nested dict."""
+    return unflatten_dict(flat, sep=".")

@@ -1,0 +1,44 @@
+"""Rotary position embedding, half rotation, in float32 (spec: model.md 8)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from internvlx_jax.models.config import RopeConfig
+
+
+class Rotation(NamedTuple):
+    """cos, sin: float32[B, S, H/2] of one frame."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(config: RopeConfig, positions: jax.Array, head_dim: int, key_length: int) -> Rotation:
+    """positions: int32[B, S]; key_length: static number of key slots of the call, which fixes one base for all.
+
+    Raises ValueError when key_length exceeds config.max_positions and config.allow_longer is off.
+    """
+    if key_length > config.max_positions and not config.allow_longer:
+        raise ValueError(f"{key_length} key slots exceed the decoder's {config.max_positions} positions; shorten "
+                         "the input, or set decoder.rope.allow_longer=True to extrapolate")
+    theta, stretch = config.theta, 1.0
+    if config.scaling == "linear":
+        stretch = config.factor
+    elif config.scaling == "dynamic" and key_length > config.max_positions:
+        growth = config.factor * key_length / config.max_positions - (config.factor - 1)
+        theta = theta * growth ** (head_dim / (head_dim - 2))
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * inverse / stretch
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """x: [B, S, ..., H] -> the same, rotated in float32 and cast back."""
+    heads = (1,) * (x.ndim - 3)
+    cos, sin = (t.reshape(*t.shape[:2], *heads, t.shape[-1]) for t in by)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,113 @@
+"""InternViT, the vision tower: 300M (LayerNorm) and 6B (RMSNorm, q/k norm) variants (spec: model.md 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+
+from internvlx_jax.models.config import VisionConfig
+from internvlx_jax.models.layers import (LayerNorm, Linear, RMSNorm, constant, drop_path, normal, param,
+                                         rematerialise, slice_layers, stack_layers)
+from internvlx_jax.models.positions import resize_positions
+
+
+def _norm(config: VisionConfig, **kwargs) -> nnx.Module:
+    make = LayerNorm if config.norm == "layer_norm" else RMSNorm
+    return make(config.width, eps=config.eps, **kwargs)
+
+
+class Attention(nnx.Module):
+    """Full self-attention over class token and patches; x: [I, S, V] -> [I, S, V]."""
+
+    def __init__(self, config: VisionConfig, **kwargs):
+        v, n, h = config.width, config.heads, config.head_dim
+        self.qkv = Linear("isv,vanh->aisnh", (v, 3, n, h), ("embed", None, "heads", None),
+                          bias=config.qkv_bias, **kwargs)
+        self.q_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
+        self.k_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
+        self.proj = Linear("isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = self.qkv(x)
+        if self.q_norm is not None:  # over all heads together, before they are split
+            q = self.q_norm(q.reshape(x.shape)).reshape(q.shape)
+            k = self.k_norm(k.reshape(x.shape)).reshape(k.shape)
+        scores = jnp.einsum("isnh,iznh->insz", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        return self.proj(jnp.einsum("insz,iznh->isnh", weights, v))
+
+
+class Mlp(nnx.Module):
+    """Linear - GELU (exact) - Linear; [I, S, V] -> [I, S, V]."""
+
+    def __init__(self, config: VisionConfig, **kwargs):
+        v, f = config.width, config.mlp_width
+        self.fc1 = Linear("isv,vf->isf", (v, f), ("embed", "mlp"), bias=True, **kwargs)
+        self.fc2 = Linear("isf,fv->isv", (f, v), ("mlp", "embed"), bias=True, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Pre-norm block with layer scale and drop path on both branches."""
+
+    def __init__(self, config: VisionConfig, **kwargs):
+        scale = constant(config.layer_scale_init)
+        self.norm1 = _norm(config, **kwargs)
+        self.attn = Attention(config, **kwargs)
+        self.ls1 = param(scale, (config.width,), (None,), **kwargs)
+        self.norm2 = _norm(config, **kwargs)
+        self.mlp = Mlp(config, **kwargs)
+        self.ls2 = param(scale, (config.width,), (None,), **kwargs)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None, rate: jax.Array) -> jax.Array:
+        key1, key2 = (None, None) if key is None else jax.random.split(key)
+        x = x + drop_path(self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x)), key1, rate, batch_dims=1)
+        return x + drop_path(self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x)), key2, rate, batch_dims=1)
+
+
+class VisionTower(nnx.Module):
+    """pixels: [I, Y, X, 3] (normalised) -> x: [I, 1+P, V], class token first, patches row-major."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        kwargs = dict(rngs=rngs, dtype=dtype)
+        self.config = config
+        v, features = config.width, 3 * config.patch_size**2
+        self.patch_embed = Linear("ipk,kv->ipv", (features, v), (None, "embed"), bias=True, **kwargs)
+        self.class_embedding = param(normal(1.0), (v,), (None,), **kwargs)
+        self.position_embedding = param(normal(1.0), (1 + config.grid**2, v), (None, "embed"), **kwargs)
+        self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Patches (right and bottom rows that fill no patch are dropped), class token and positions."""
+        size = self.config.patch_size
+        rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
+        with jax.named_scope("patch_embed"):
+            patches = rearrange(pixels[:, : rows * size, : columns * size],
+                                "i (a y) (b x) c -> i (a b) (c y x)", y=size, x=size)
+            x = self.patch_embed(patches)
+        cls = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        positions = resize_positions(self.position_embedding[...], (rows, columns))
+        return jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+
+    def __call__(self, pixels: jax.Array, *, drop_path_key: jax.Array | None = None,
+                 remat: str = "none") -> jax.Array:
+        """Output of `config.select_layer`. drop_path_key: None outside training."""
+        depth, total = self.config.layers_run, self.config.layers
+        x = self.embed(pixels)
+        rates = self.config.drop_path * jnp.arange(depth) / max(total - 1, 1)
+        keys = None
+        if drop_path_key is not None and self.config.drop_path > 0:
+            keys = jax.random.split(drop_path_key, depth)
+
+        def body(x, block_and_draws):
+            block, key, rate = block_and_draws
+            with jax.named_scope("vit_block"):
+                return block(x, key, rate), None
+
+        layers = slice_layers(self.layers, 0, depth)
+        return jax.lax.scan(rematerialise(body, remat), x, (layers, keys, rates))[0]

@@ -1,0 +1,75 @@
+"""What a training run is (spec: training.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from internvlx_jax.data.config import DataConfig
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.training.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, linear warm-up, cosine to zero, global-norm clip.
+
+    decay_rule: `all` decays every trainable tensor (the released scripts); `standard` only matrices that are not
+    embeddings (training.md 3). warmup_ratio counts in steps of the whole run.
+    """
+
+    learning_rate: float = 4e-5
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.01
+    decay_rule: Literal["all", "standard"] = "standard"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, micro-batches."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "full", "dots"] = "full"
+    accumulation: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Running it again in the same output_dir resumes it.
+
+    Attributes:
+        output_dir: run folder: checkpoints, resolved config, tokenizer, metrics.
+        model: sizes of a model to train from scratch; None with `init_from`.
+        init_from: Hugging Face folder or run folder whose parameters (and model config) to start from.
+        steps: optimiser updates; None runs `epochs` passes over the data.
+        freeze: regular expressions over parameter paths; frozen parameters get no gradient and no moments.
+        keep_last: checkpoints kept besides the one being written.
+    """
+
+    output_dir: str
+    model: ModelConfig | None = None
+    init_from: str | None = None
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    steps: int | None = None
+    epochs: int = 1
+    freeze: tuple[str, ...] = ()
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    keep_last: int = 2
+
+    def __post_init__(self):
+        if (self.model is None) == (self.init_from is None):
+            raise ConfigError("set exactly one of model (train from scratch) and init_from (a checkpoint folder)")
+        for name in ("log_every", "eval_every", "save_every", "keep_last", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")

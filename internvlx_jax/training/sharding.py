@@ -1,0 +1,73 @@
+"""Mesh axes and the rules that map logical parameter axes to them. Mesh axis names appear in this file only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+RULES = {
+    "layers": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 (at most once) takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A data x fsdp x tensor mesh over all devices. Raises ValueError when the sizes do not multiply to them."""
+    devices = list(devices or jax.devices())
+    sizes = dataclasses.asdict(config)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh: only one of {', '.join(open_axes)} may be -1")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are present; "
+                         "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 or change the others")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
+                         devices=devices)
+
+
+def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """Partition of one parameter. A dim that its mesh axis does not divide stays whole (e.g. 92,553 rows)."""
+    names = [RULES[axis] if axis else None for axis in axes]
+    return PartitionSpec(*(name if name and size % mesh.shape[name] == 0 else None
+                           for size, name in zip(shape, names, strict=True)))
+
+
+def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, tuple[str | None, ...]],
+                    mesh: Mesh) -> dict[str, NamedSharding]:
+    """Sharding of every parameter, by dotted path."""
+    return {path: NamedSharding(mesh, param_spec(leaf.shape, axes[path], mesh)) for path, leaf in shapes.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_parallel_size(mesh: Mesh) -> int:
+    """Number of shards of the batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
