@@ -10,12 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from internvlx_jax.convert.hf_folder import HFFolder
+from internvlx_jax.convert.source import open_checkpoint
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.params import abstract_model, unflatten
-from internvlx_jax.training.checkpoint import RunFolder
 from internvlx_jax.training.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -41,11 +40,7 @@ def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Me
         ConfigError: config.json asks for something that is not computed here.
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; give a Hugging Face checkpoint folder or a run folder of "
-                                "train.py")
-    source = RunFolder(path) if RunFolder.is_one(path) else HFFolder(path)
+    source = open_checkpoint(path)
     abstract = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
     mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
     params = source.load(abstract, param_shardings(abstract.shapes, abstract.axes, mesh))

@@ -23,9 +23,14 @@ from jax.sharding import Sharding
 
 from internvlx_jax.config import from_dict
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.errors import CheckpointError
+from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.files import write_json
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.params import AbstractModel
+
+# Settings that a resumed run may change: none of them touches what is computed.
+MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
+              "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta"}
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
 
@@ -50,18 +55,29 @@ class CheckpointWriter:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, items: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, params: Mapping[str, jax.Array], opt_state: Any, metadata: Mapping[str, Any]) -> None:
         """Returns once the arrays are copied to the host; writing goes on behind the next steps."""
-        self._checkpointer.save_checkpointables_async(step, dict(items), custom_metadata=dict(metadata))
+        items = {"params": dict(params), "opt_state": _by_path(opt_state)}
+        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
 
-    def load(self, step: int, abstract_items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items of a step, placed as the abstract leaves' shardings say, and its metadata."""
+    def load(self, step: int, params: Mapping[str, jax.ShapeDtypeStruct], opt_state: Any,
+             plan_hash: str) -> tuple[dict[str, jax.Array], Any]:
+        """Parameters and optimiser state after `step` updates, placed as the abstract leaves' shardings say.
+
+        Raises CheckpointError with every mismatch, or when the data would not go on in the saved order.
+        """
         stored = self._checkpointer.checkpointables_metadata(step)
-        problems = [problem for name, leaves in abstract_items.items()
+        items = {"params": dict(params), "opt_state": _by_path(opt_state)}
+        problems = [problem for name, leaves in items.items()
                     for problem in _mismatches(name, stored.metadata[name], leaves)]
+        if stored.custom_metadata["data"]["plan_hash"] != plan_hash:
+            problems.append("the data (samples, tokenizer, buckets, batch size or seed) changed since this checkpoint, "
+                            "so its order cannot go on; restore it, or start a new output_dir with init_from")
         if problems:
             raise CheckpointError(self._checkpointer.directory / str(step), problems)
-        return self._checkpointer.load_checkpointables(step, dict(abstract_items)), stored.custom_metadata
+        loaded = self._checkpointer.load_checkpointables(step, items)
+        leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
+        return loaded["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
 
 
 class RunFolder:
@@ -98,23 +114,50 @@ class RunFolder:
         return Tokenizer.load(self.run / "tokenizer")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.rename(path)
+def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """Create a run folder, or check that an existing one belongs to the same run -> whether there is a step to resume.
+
+    Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
+    """
+    steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
+    resuming = any(step.name.isdigit() for step in steps)
+    if jax.process_index() != 0:
+        return resuming
+    saved = run / "config.json"
+    if saved.exists():
+        differences = _differences(json.loads(saved.read_text()), settings)
+        if differences:
+            raise ConfigError(f"output_dir {run} holds a run with other settings (saved -> now); continue with the "
+                              "saved ones or choose another output_dir:\n  " + "\n  ".join(differences))
+    elif run.exists() and any(run.iterdir()):
+        raise ConfigError(f"output_dir {run} is not empty and holds no run (no config.json); choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run / "tokenizer")
+    write_json(saved, settings)
+    return resuming
 
 
-def _mismatches(item: str, stored: Mapping[str, Any], wanted: Any) -> list[str]:
+def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    if path in MAY_CHANGE:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [line for name in sorted(saved.keys() | now.keys())
+                for line in _differences(saved.get(name), now.get(name), f"{path}.{name}" if path else name)]
+    return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of any pytree by the text of their path, in tree order."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _mismatches(item: str, stored: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """Names and shapes; dtypes may differ, orbax casts."""
-    have = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(
-        stored, is_leaf=lambda leaf: hasattr(leaf, "shape"))[0]}
-    want = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(wanted)[0]}
-    problems = [f"{item}{name}: in the checkpoint, not in the model" for name in sorted(have.keys() - want.keys())]
-    for name, leaf in want.items():
-        if name not in have:
-            problems.append(f"{item}{name} {list(leaf.shape)}: in the model, not in the checkpoint")
-        elif tuple(have[name].shape) != tuple(leaf.shape):
-            problems.append(f"{item}{name}: shape {list(have[name].shape)} in the checkpoint, {list(leaf.shape)} in "
-                            "the model")
+    problems = [f"{item}: {name} is in the checkpoint, not in the model" for name in sorted(stored.keys() - wanted.keys())]
+    for name, leaf in wanted.items():
+        if name not in stored:
+            problems.append(f"{item}: {name} {list(leaf.shape)} is in the model, not in the checkpoint")
+        elif tuple(stored[name].shape) != tuple(leaf.shape):
+            problems.append(f"{item}: {name} has shape {list(stored[name].shape)} in the checkpoint, "
+                            f"{list(leaf.shape)} in the model")
     return problems

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
@@ -57,6 +59,20 @@ def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[st
                     mesh: Mesh) -> dict[str, NamedSharding]:
     """Sharding of every parameter, by dotted path."""
     return {path: NamedSharding(mesh, param_spec(leaf.shape, axes[path], mesh)) for path, leaf in shapes.items()}
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, shapes: Mapping[str, jax.ShapeDtypeStruct],
+                        shardings: Mapping[str, NamedSharding], mesh: Mesh) -> optax.OptState:
+    """Moments are placed like their parameters; counters are whole everywhere."""
+    state = jax.eval_shape(optimizer.init, dict(shapes))
+    return optax.tree_utils.tree_map_params(optimizer, lambda _, sharding: sharding, state, dict(shardings),
+                                            transform_non_params=lambda _: replicated(mesh))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Abstract leaves that carry where they live, e.g. for orbax to restore into."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        shapes, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

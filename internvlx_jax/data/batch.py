@@ -1,0 +1,58 @@
+"""Encoded samples -> one static-shape batch (spec: data.md 13). NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.models.frames import feature_index
+from internvlx_jax.models.inputs import Inputs
+
+IGNORED = -100
+
+
+class Row(NamedTuple):
+    """One sample, ready to be placed: tokens, labels int32[n]; tile_start int32[t]; tiles uint8[t, Y, X, 3]."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    tile_start: np.ndarray
+    tiles: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Attributes:
+        inputs: what the model reads.
+        labels: int32[B, S], unshifted; -100 is ignored.
+        loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked rows.
+    """
+
+    inputs: Inputs
+    labels: np.ndarray
+    loss_weight: np.ndarray
+
+
+def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, tokens_per_tile: int,
+            pad_id: int) -> Batch:
+    """Right-padded rows of one bucket; None is a masked row. Raises ValueError when a row does not fit."""
+    shape = (len(rows), bucket.length)
+    tokens = np.full(shape, pad_id, np.int32)
+    labels = np.full(shape, IGNORED, np.int32)
+    positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    tiles = np.zeros((len(rows), bucket.tiles, tile_size, tile_size, 3), np.uint8)
+    tile_start = np.full((len(rows), bucket.tiles), bucket.length, np.int32)
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        n, t = len(row.tokens), len(row.tiles)
+        if n > bucket.length or t > bucket.tiles:
+            raise ValueError(f"a sample of {n} tokens and {t} tiles does not fit {bucket}")
+        tokens[b, :n], labels[b, :n] = row.tokens, row.labels
+        positions[b, :n], segment_ids[b, :n] = np.arange(n), 1
+        tiles[b, :t], tile_start[b, :t] = row.tiles, row.tile_start
+    labels[:, 0] = IGNORED  # nothing predicts the first token of a segment
+    inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile))
+    return Batch(inputs, labels, (labels != IGNORED).astype(np.float32))

@@ -1,0 +1,157 @@
+"""Conversation -> token ids, labels and the slots of the image tokens (spec: data.md 3 and 6).
+
+Only tile counts are needed, no pixels, so exact lengths are known before any image is decoded.
+Dims: S tokens, T tiles of all images together, N image tokens a tile.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from internvlx_jax.data.errors import SampleError, placeholder_mismatch
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, Part, Template, Turn, render
+from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
+
+IGNORE = -100  # label of a token that the model does not learn to write
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One sample as ids.
+
+    Attributes
+      tokens: int32[S], bos included where the template asks for it, no eos.
+      labels: int32[S], the token itself or IGNORE; not shifted.
+      tile_start: int32[T], the first of each tile's N slots, tiles in the order of the images.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    tile_start: np.ndarray
+
+
+def encode_sample(
+    turns: Sequence[Turn],
+    *,
+    system: str | None,
+    template: Template,
+    tokenizer: Tokenizer,
+    tiles_per_image: Sequence[int],
+    tokens_per_tile: int,
+    special_text: SpecialText = "reject",
+) -> Encoded:
+    """A training sample: every answer and the separator after it is supervised, all else is IGNORE.
+
+    With images, each "<image>" of a human turn becomes the next image of tiles_per_image; without (a text
+    sample), and in answers, it is ordinary text. `system` None means the template's message.
+    Raises SampleError: "no_supervision", "placeholder_mismatch", "reserved_text".
+    """
+    parts = list(render(template, turns, system=system, strip=template.strip_values))
+    encoded = _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
+    if (encoded.labels == IGNORE).all():
+        raise SampleError("no_supervision", "no answer to learn from.", "Give at least one gpt turn a text.")
+    return encoded
+
+
+def encode_prompt(
+    question: str,
+    *,
+    history: Iterable[tuple[str, str]] = (),
+    system: str | None = None,
+    template: Template,
+    tokenizer: Tokenizer,
+    tiles_per_image: Sequence[int],
+    tokens_per_tile: int,
+    special_text: SpecialText = "escape",
+) -> Encoded:
+    """A generation prompt: the (question, answer) pairs of history, the question, the header of the answer.
+
+    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is stripped (spec:
+    data.md 4). Placeholders and errors as in encode_sample; no label is set.
+    """
+    history = list(history)
+    if len(tiles_per_image) > 0 and not history and IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    turns = [turn for asked, answer in history for turn in (("human", asked), ("gpt", answer))]
+    parts = render(template, [*turns, ("human", question), ("gpt", "")], system=system)
+    parts = [part._replace(supervised=False) for part in parts]
+    return _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
+
+
+def _encode(
+    parts: list[Part],
+    template: Template,
+    tokenizer: Tokenizer,
+    tiles_per_image: Sequence[int],
+    tokens_per_tile: int,
+    special_text: SpecialText,
+) -> Encoded:
+    tokenizer.token_id(template.stop)  # a template of another tokenizer would pass as plain text
+    images = iter(tiles_per_image)
+    expanded = "human" if len(tiles_per_image) > 0 else None
+    found = sum(part.text.count(IMAGE_PLACEHOLDER) for part in parts if part.source == expanded)
+    if found != len(tiles_per_image):
+        raise placeholder_mismatch(len(tiles_per_image), found)
+    writer = _Writer(tokenizer)
+    if template.bos or (template.bos is None and tokenizer.add_bos):
+        writer.ids([tokenizer.bos_id])
+    for part in parts:
+        special = "allow" if part.source == "template" else special_text
+        texts = part.text.split(IMAGE_PLACEHOLDER) if part.source == expanded else [part.text]
+        for i, text in enumerate(texts):
+            if i > 0:
+                writer.image(next(images), tokens_per_tile)
+            writer.text(text, special=special, supervised=part.supervised)
+    return writer.encoded()
+
+
+class _Writer:
+    """Collects ids and labels; neighbouring plain texts become one SentencePiece call (spec: data.md 6)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.labels: list[int] = []
+        self.tile_start: list[int] = []
+        # Plain text not yet encoded, unsupervised and then supervised. An answer ends at its separator's id,
+        # so nothing unsupervised ever follows it in the same call.
+        self.head, self.tail = "", ""
+
+    def text(self, text: str, *, special: SpecialText, supervised: bool) -> None:
+        for i, atom in enumerate(self.tokenizer.split(text, special)):
+            if isinstance(atom, int):
+                self.ids([atom], supervised=supervised)
+                continue
+            if i > 0:  # cut by split, so not to be joined with what came before
+                self.flush()
+            if supervised:
+                self.tail += atom
+            else:
+                self.head += atom
+
+    def image(self, tiles: int, tokens_per_tile: int) -> None:
+        self.ids([self.tokenizer.img_start])
+        self.tile_start += [len(self.tokens) + tile * tokens_per_tile for tile in range(tiles)]
+        self.ids([self.tokenizer.image_token_id] * (tiles * tokens_per_tile))
+        self.ids([self.tokenizer.img_end])
+
+    def ids(self, ids: list[int], *, supervised: bool = False) -> None:
+        self.flush()
+        self.tokens += ids
+        self.labels += ids if supervised else [IGNORE] * len(ids)
+
+    def flush(self) -> None:
+        # A token that holds the end of a header and the start of an answer is not supervised.
+        ids, masked = self.tokenizer.encode_plain(self.head, self.tail)
+        self.head, self.tail = "", ""
+        self.tokens += ids
+        self.labels += [IGNORE] * masked + ids[masked:]
+
+    def encoded(self) -> Encoded:
+        self.flush()
+        return Encoded(
+            tokens=np.array(self.tokens, np.int32),
+            labels=np.array(self.labels, np.int32),
+            tile_start=np.array(self.tile_start, np.int32),
+        )

@@ -1,0 +1,108 @@
+"""Image file -> RGB image (spec: data.md 7).
+
+Pillow keeps two settings in module globals: the pixel limit, and whether damaged files are decoded. Loader
+threads share them, so they are changed under a lock, only while a header is parsed and for the second
+decoding of a file whose first one failed. The tolerance of damaged files holds in the changing thread alone,
+so that the ordinary decodes of other threads, which take no lock, stay strict.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from internvlx_jax.data.errors import SampleError
+
+MAX_PIXELS = 178_956_970
+
+_LOCK = threading.Lock()
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) in pixels from the header, without decoding. Raises SampleError("unreadable")."""
+    with _opened(path) as image:
+        return image.size
+
+
+def load_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """First frame of an image file as an RGB image; alpha is dropped and EXIF orientation ignored.
+
+    `info["counted"]` of the result names what deserves a counter: "truncated" (a damaged file, decoded as far
+    as it goes), "16bit" (16-bit values shifted down to 8 bits).
+
+    Raises SampleError: "unreadable", "too_many_pixels" (known from the header, before decoding),
+    "unsupported_mode" (32-bit integers and floats have no agreed range).
+    """
+    try:
+        return _decode(path, max_pixels, tolerant=False)
+    except SampleError as error:
+        if error.reason != "unreadable":
+            raise
+    return _decode(path, max_pixels, tolerant=True)
+
+
+def _decode(path: str | os.PathLike, max_pixels: int, *, tolerant: bool) -> Image.Image:
+    counted = ("truncated",) if tolerant else ()
+    with _opened(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise SampleError(
+                "too_many_pixels", f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
+                "Scale the image down, or raise max_pixels.", os.fspath(path),
+            )  # fmt: skip
+        if image.mode in ("I", "F"):
+            raise SampleError(
+                "unsupported_mode", f'image mode "{image.mode}" has no defined range of values.',
+                "Convert the file to 8-bit RGB or greyscale.", os.fspath(path),
+            )  # fmt: skip
+        with _pillow_globals() if tolerant else contextlib.nullcontext():
+            image.load()
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255: white images
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            counted += ("16bit",)
+        image.info.pop("transparency", None)  # only makes convert() warn about what is wanted here
+        rgb = image.convert("RGB")
+    rgb.info = {"counted": counted}
+    return rgb
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file whose header is read; whatever Pillow raises, here or in the block, is "unreadable"."""
+    try:
+        with open(path, "rb") as file:
+            with _pillow_globals():
+                image = Image.open(file)
+            yield image
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        raise SampleError(
+            "unreadable", f"the image cannot be read ({type(error).__name__}: {error}).",
+            'Check the file and its path ("root" of the meta file joined with "image").', os.fspath(path),
+        ) from error  # fmt: skip
+
+
+class _TrueInThisThread:
+    """True in the thread that made it; in others, the value it stands in for."""
+
+    def __init__(self, elsewhere: bool):
+        self.thread, self.elsewhere = threading.get_ident(), elsewhere
+
+    def __bool__(self) -> bool:
+        return self.elsewhere or threading.get_ident() == self.thread
+
+
+@contextlib.contextmanager
+def _pillow_globals() -> Iterator[None]:
+    """No pixel limit of Pillow's (the one here has its own error), and tolerance of damaged files."""
+    with _LOCK:
+        saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, _TrueInThisThread(saved[1])
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = saved

@@ -1,0 +1,119 @@
+"""Bucket mode: which samples form which step (spec: data.md 11). A pure function of its arguments, NumPy only.
+
+Every global step has exactly one bucket, so all hosts run the same executable; the number of hosts does not enter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+
+import numpy as np
+
+LENGTH_STEP = 128
+TILE_BUCKETS = (0, 1, 3, 4, 5, 6, 7, 8, 12, 16, 24)  # one image of at most 6 tiles has 1, 3, ..., 7 with thumbnail
+MASKED = -1
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """A static shape: `tiles` tile slots and `length` token slots a row."""
+
+    tiles: int
+    length: int
+
+    def holds(self, other: Bucket) -> bool:
+        return self.tiles >= other.tiles and self.length >= other.length
+
+    def union(self, other: Bucket) -> Bucket:
+        return Bucket(max(self.tiles, other.tiles), max(self.length, other.length))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRule:
+    """How many rows a bucket has: `samples`, or as many as keep a step near `tokens` token slots (and at most
+    `tiles` tile slots); always a multiple of `row_quantum` = data-parallel size * accumulation."""
+
+    row_quantum: int
+    samples: int | None = None
+    tokens: int | None = None
+    tiles: int | None = None
+
+    def rows(self, bucket: Bucket) -> int:
+        if self.samples is not None:
+            if self.samples % self.row_quantum:
+                raise ValueError(f"data.samples_per_step {self.samples} is not a multiple of {self.row_quantum} "
+                                 "(data-parallel devices * compute.accumulation)")
+            return self.samples
+        groups = max(1, self.tokens // (bucket.length * self.row_quantum))
+        if self.tiles is not None and bucket.tiles:
+            groups = max(1, min(groups, self.tiles // (bucket.tiles * self.row_quantum)))
+        return groups * self.row_quantum
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """One global step: its bucket and, for each row, an entry of the epoch or MASKED."""
+
+    bucket: Bucket
+    entries: tuple[int, ...]
+
+
+def smallest_bucket(tiles: int, length: int) -> Bucket:
+    """The bucket of one sample on its own."""
+    slots = next((slots for slots in TILE_BUCKETS if tiles <= slots), -(-tiles // 8) * 8)
+    return Bucket(slots, -(-length // LENGTH_STEP) * LENGTH_STEP)
+
+
+def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int) -> list[Bucket]:
+    """The bucket of every sample, from its tile count and token length.
+
+    tiles, lengths: int[n]. The rarest bucket merges into the cheapest union until `max_executables` remain.
+    """
+    smallest = [smallest_bucket(int(t), int(n)) for t, n in zip(tiles, lengths)]
+    counts = Counter(smallest)
+    merged: dict[Bucket, Bucket] = {}
+    while len(counts) > max_executables:
+        rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
+        rows = counts.pop(rarest)
+
+        def padding(other: Bucket) -> tuple[int, Bucket]:
+            union = rarest.union(other)
+            return rows * (union.length - rarest.length) + counts[other] * (union.length - other.length), other
+
+        partner = min(counts, key=padding)
+        rows += counts.pop(partner)
+        union = rarest.union(partner)
+        counts[union] += rows
+        merged |= {old: union for old in (rarest, partner) if old != union}
+
+    def final(bucket: Bucket) -> Bucket:
+        while bucket in merged:
+            bucket = merged[bucket]
+        return bucket
+
+    return [final(bucket) for bucket in smallest]
+
+
+def epoch_steps(buckets: list[Bucket], rule: BatchRule, seed: int, epoch: int) -> list[PlannedStep]:
+    """All steps of one epoch; each entry stands in exactly one of them, the last rows of a bucket may be masked."""
+    generator = np.random.default_rng(np.random.SeedSequence((seed, epoch)))
+    queues: dict[Bucket, list[int]] = {}
+    steps = []
+    for entry in generator.permutation(len(buckets)).tolist():
+        bucket = buckets[entry]
+        queue = queues.setdefault(bucket, [])
+        queue.append(entry)
+        if len(queue) == rule.rows(bucket):
+            steps.append(PlannedStep(bucket, tuple(queues.pop(bucket))))
+    for bucket in sorted(queues):
+        missing = rule.rows(bucket) - len(queues[bucket])
+        steps.append(PlannedStep(bucket, (*queues[bucket], *[MASKED] * missing)))
+    return [steps[i] for i in generator.permutation(len(steps))]
+
+
+def plan_hash(buckets: list[Bucket], rule: BatchRule, seed: int, fingerprint: str) -> str:
+    """Identifies the order of all steps of all epochs; `fingerprint` names the samples behind the entries."""
+    text = repr(([dataclasses.astuple(bucket) for bucket in buckets], dataclasses.astuple(rule), seed, fingerprint))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

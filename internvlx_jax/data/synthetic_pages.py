@@ -1,0 +1,285 @@
+"""Drawn pages in the spirit of receipts and forms: the images of the generated data set (see synthetic.py).
+
+A page is cut into cells of half a tile. Two to four cells hold a field, the others are empty or hold grey
+lines that stand for small print. A field is a box with a coloured band, a printed label in the band and one
+large value below it; every kind of field has its own band colour and tints its box with it, so a patch that
+shows a piece of a value also shows which field the value belongs to. Sizes are chosen for tiles of 112 px
+(8 x 8 patches of 14 px): a value is about two patches high, and but for the tilt a box lies inside one tile.
+
+Only fonts that ship with Pillow are used. A page is a pure function of the random generator that is passed in
+(same bytes for the same versions of NumPy and Pillow).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom exclusive
+
+TILE = 112  # px, the tile side that pages are laid out for
+
+# Grids (columns, rows) of TILE px tiles that a page covers, with their shares. Most pages are one tile, so
+# that a page stays cheap on a CPU. Under rule `edge` with maximum 6 and a thumbnail a page has
+#   tiles  1     3    4    5    7
+#   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average
+GRIDS: dict[tuple[int, int], float] = {
+    (1, 1): 0.82,
+    (1, 2): 0.05, (2, 1): 0.04,
+    (1, 3): 0.02, (3, 1): 0.02,
+    (2, 2): 0.03,
+    (2, 3): 0.01, (3, 2): 0.01,
+}  # fmt: skip
+SIDES = (99, 112)  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
+FIELDS = (2, 4)  # fields a page, inclusive
+BAND = 13  # px, height of the label band
+LABEL_SIZE = 11  # px, font size of the printed labels where they fit
+TILT = 280.0  # degrees times pixels: the largest rotation moves a page's edge by about 2.4 px at every size
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of field.
+
+    Attributes:
+        label: text printed in the band
+        band: RGB of the band; the box is tinted with it
+        values: the equally likely values, each one the exact answer to a question about the field
+        questions: paraphrases of the question about the field
+        draw: draw(canvas, area, value, ink, paper) prints a value into an area of the page
+    """
+
+    label: str
+    band: Color
+    values: tuple[str, ...]
+    questions: tuple[str, ...]
+    draw: Callable[[ImageDraw.ImageDraw, Box, str, Color, Color], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a page: its kind (a key of KINDS), its value, and its box before the page is tilted."""
+
+    kind: str
+    value: str
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A drawn page: an RGB image, the grid of tiles it was laid out for, and its fields (distinct kinds)."""
+
+    image: Image.Image
+    grid: tuple[int, int]
+    fields: tuple[Field, ...]
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+@functools.cache
+def _fitting_font(text: str, width: int, height: int) -> ImageFont.FreeTypeFont:
+    """The largest font in which the ink of `text` fits into width x height pixels."""
+    size = 6
+    while True:
+        left, top, right, bottom = _font(size + 1).getbbox(text)
+        if right - left > width or bottom - top > height:
+            return _font(size)
+        size += 1
+
+
+def _center(area: Box) -> tuple[float, float]:
+    return (area[0] + area[2]) / 2, (area[1] + area[3]) / 2
+
+
+def _print_text(canvas: ImageDraw.ImageDraw, area: Box, text: str, ink: Color, bold: int) -> None:
+    """Print `text` as large as it fits, its ink centred in the area; bold: extra stroke in pixels."""
+    font = _fitting_font(text, area[2] - area[0] - 6 - 2 * bold, area[3] - area[1] - 6 - 2 * bold)
+    left, top, right, bottom = font.getbbox(text)
+    x, y = _center(area)
+    origin = (round(x - (left + right) / 2), round(y - (top + bottom) / 2))
+    canvas.text(origin, text, fill=ink, font=font, stroke_width=bold)
+
+
+def _draw_digit(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+    _print_text(canvas, area, value, ink, bold=1)
+
+
+def _draw_word(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+    _print_text(canvas, area, value, ink, bold=0)
+
+
+_COLORS: dict[str, Color] = {
+    "red": (205, 25, 30),
+    "orange": (240, 135, 15),
+    "yellow": (250, 225, 40),
+    "green": (30, 150, 50),
+    "blue": (35, 70, 210),
+    "purple": (125, 35, 160),
+    "pink": (250, 150, 195),
+    "black": (15, 15, 15),
+    "white": (255, 255, 255),
+}
+
+
+def _draw_swatch(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+    left, top, right, bottom = area
+    canvas.rectangle((left + 5, top + 4, right - 6, bottom - 5), fill=_COLORS[value], outline=ink)
+
+
+def _polygon(radii: tuple[float, ...], turn: float) -> np.ndarray:
+    """Corners float[K, 2] in [-1, 1], K = len(radii), the first one `turn` radians from the right."""
+    angles = turn + 2 * math.pi * np.arange(len(radii)) / len(radii)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 15
+
+
+_UP = -math.pi / 2
+_CROSS = [
+    (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
+    (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
+]  # fmt: skip
+_OUTLINES: dict[str, np.ndarray] = {
+    "square": _polygon((1.2,) * 4, math.pi / 4),
+    "diamond": _polygon((0.75, 1.15) * 2, 0),
+    "triangle": _polygon((1.2,) * 3, _UP) + (0, 0.25),
+    "star": _polygon((1.15, 0.45) * 5, _UP),
+    "cross": np.array(_CROSS) / 3,
+    "heart": _heart(),
+}
+_SHAPES = ("circle", "ring", "moon", *_OUTLINES)
+
+
+def _draw_shape(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+    x, y = _center(area)
+    r = min(area[2] - area[0], area[3] - area[1]) * 0.42
+
+    def disc(dx: float, radius: float, color: Color) -> None:
+        canvas.ellipse((x + dx - radius, y - radius, x + dx + radius, y + radius), fill=color)
+
+    if value in _OUTLINES:
+        canvas.polygon([(x + r * u, y + r * v) for u, v in _OUTLINES[value].tolist()], fill=ink)
+        return
+    disc(0, r, ink)
+    if value == "ring":
+        disc(0, r * 0.55, paper)
+    elif value == "moon":
+        disc(r * 0.6, r * 0.85, paper)
+
+
+_DIGITS = tuple("123456789")
+_ITEMS = ("tea", "milk", "cake", "soup", "fish", "rice", "egg", "ham", "pie")
+
+KINDS: dict[str, Kind] = {
+    "total": Kind(
+        label="TOTAL", band=(190, 30, 45), values=_DIGITS, draw=_draw_digit,
+        questions=("What is the total?", "How much is the total?", "Read the total."),
+    ),
+    "table": Kind(
+        label="TABLE", band=(25, 85, 180), values=_DIGITS, draw=_draw_digit,
+        questions=("What is the table number?", "Which table is it?", "Read the table number."),
+    ),
+    "item": Kind(
+        label="ITEM", band=(120, 60, 150), values=_ITEMS, draw=_draw_word,
+        questions=("What is the item?", "Which item is it?", "Read the item."),
+    ),
+    "stamp": Kind(
+        label="STAMP", band=(20, 130, 70), values=_SHAPES, draw=_draw_shape,
+        questions=("What shape is the stamp?", "Which stamp is it?", "Name the stamp."),
+    ),
+    "colour": Kind(
+        label="COLOUR", band=(90, 90, 90), values=tuple(_COLORS), draw=_draw_swatch,
+        questions=("What is the colour?", "Which colour is it?", "Name the colour."),
+    ),
+}  # fmt: skip
+
+
+def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
+    kind = KINDS[field.kind]
+    left, top, right, bottom = field.box
+    paper = tuple(200 + c * 55 // 255 for c in kind.band)
+    canvas.rectangle((left, top, right - 1, bottom - 1), fill=paper, outline=kind.band)
+    canvas.rectangle((left, top, right - 1, top + BAND - 1), fill=kind.band)
+    font = _fitting_font(kind.label, right - left - 4, LABEL_SIZE - 3)
+    canvas.text(((left + right) / 2, top + BAND / 2), kind.label, fill="white", font=font, anchor="mm")
+    kind.draw(canvas, (left, top + BAND, right, bottom), field.value, ink, paper)
+
+
+def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Generator) -> None:
+    """Grey strokes of random lengths in an otherwise empty cell."""
+    left, top, right, bottom = cell
+    for y in range(top + 8, bottom - 8, 7):
+        end = left + 6 + int(rng.integers(0, right - left - 12))
+        canvas.line((left + 6, y, end, y), fill=(170, 170, 170), width=2)
+
+
+def _place(cell: Box, rng: np.random.Generator) -> Box:
+    """A box inside the cell: a margin of 4 to 8 px on each axis, split at random between the two sides."""
+    margin_x, margin_y = rng.integers(4, 9, size=2).tolist()
+    left = cell[0] + 1 + int(rng.integers(0, margin_x - 1))
+    top = cell[1] + 1 + int(rng.integers(0, margin_y - 1))
+    return left, top, left + cell[2] - cell[0] - margin_x, top + cell[3] - cell[1] - margin_y
+
+
+def _scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.Image:
+    """What a scanner adds: a small tilt, uneven light, grain and specks."""
+    width, height = image.size
+    tilt = rng.uniform(-TILT, TILT) / max(width, height)
+    image = image.rotate(tilt, resample=Image.Resampling.BILINEAR, fillcolor=paper)
+    slope_x, slope_y = rng.uniform(-10, 10, size=2)
+    light = np.add.outer(np.linspace(-slope_y, slope_y, height), np.linspace(-slope_x, slope_x, width))
+    grain = rng.integers(-3, 4, size=(height, width), dtype=np.int16) + light.astype(np.int16)
+    pixels = np.asarray(image).astype(np.int16) + grain[:, :, None]
+    specks = rng.integers(0, width * height, size=width * height // 300)
+    pixels.reshape(-1, 3)[specks] = rng.integers(60, 220, size=(len(specks), 1), dtype=np.int16)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> Page:
+    """Draw a page.
+
+    Args:
+        rng: the only source of randomness
+        grid: (columns, rows) of tiles that the page covers; None draws one of GRIDS by its share
+
+    Returns:
+        Page with 2 to 4 fields of distinct kinds, values independent and uniform; the image is RGB uint8 of
+        columns * (99 to 112) by rows * (99 to 112) px.
+    """
+    if grid is None:
+        grid = list(GRIDS)[rng.choice(len(GRIDS), p=list(GRIDS.values()))]
+    columns, rows = 2 * grid[0], 2 * grid[1]
+    side_x, side_y = rng.integers(SIDES[0], SIDES[1] + 1, size=2).tolist()
+    width, height = grid[0] * side_x, grid[1] * side_y
+    kinds = rng.permutation(list(KINDS))[: rng.integers(FIELDS[0], FIELDS[1] + 1)].tolist()
+    cells = [
+        (width * x // columns, height * y // rows, width * (x + 1) // columns, height * (y + 1) // rows)
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    order = rng.permutation(len(cells)).tolist()
+    fields = tuple(
+        Field(kind, str(rng.choice(KINDS[kind].values)), _place(cells[cell], rng))
+        for kind, cell in zip(kinds, order, strict=False)
+    )
+    paper = tuple(rng.integers(228, 252, size=3).tolist())
+    ink = tuple(rng.integers(10, 60, size=3).tolist())
+    image = Image.new("RGB", (width, height), paper)
+    canvas = ImageDraw.Draw(image)
+    for field in fields:
+        _draw_field(canvas, field, ink)
+    for cell in order[len(kinds) :]:
+        if rng.random() < 0.5:
+            _draw_small_print(canvas, cells[cell], rng)
+    return Page(_scan(image, paper, rng), grid, fields)

@@ -1,0 +1,153 @@
+"""Image -> tiles: how many, on which grid, and their pixels (spec: data.md 8).
+
+Dims: n tiles of s x s pixels, the thumbnail (if any) last. A grid is (columns, rows).
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from PIL import Image
+
+from internvlx_jax.data.errors import did_you_mean
+
+TILE_RULES = ("edge", "area", "off")
+
+# kind -> (mean, std) of the RGB channels on the scale 0..1 (spec: data.md 8.4)
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How images become tiles.
+
+    Attributes
+      tile_size: s, side of a tile in pixels.
+      rule: what bounds the number of grid cells: "edge" (the released RVTC), "area", "off" (plain InternVL).
+      max_num, min_num: bounds of columns * rows, the thumbnail not counted.
+      use_thumbnail: a grid of several cells is followed by the whole image squashed to one tile.
+      dynamic: False squashes every image into one tile, without grid and thumbnail (non-HD models).
+    """
+
+    tile_size: int = 448
+    rule: str = "edge"
+    max_num: int = 6
+    min_num: int = 1
+    use_thumbnail: bool = True
+    dynamic: bool = True
+
+    def __post_init__(self):
+        if self.rule not in TILE_RULES:
+            raise ValueError(
+                f'tile rule "{self.rule}" is unknown.{did_you_mean(self.rule, TILE_RULES)} '
+                f"Use one of {', '.join(TILE_RULES)}."
+            )
+        for name in ("tile_size", "max_num", "min_num"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def per_image_limit(max_num: int, n_images: int) -> int:
+    """Tile maximum for each of the n_images of a sample (spec: data.md 8.6)."""
+    return max(1, max_num // n_images)
+
+
+def tile_limit(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
+    """Largest number of grid cells for an image of width x height pixels (spec: data.md 8.1).
+
+    `max_num` replaces the maximum of the config (per-dataset or per-image limits).
+    """
+    max_num = config.max_num if max_num is None else max_num
+    s = config.tile_size
+    if config.rule == "edge":
+        return min(max_num, math.ceil(width / s) * math.ceil(height / s))
+    if config.rule == "area":
+        return min(max_num, math.ceil(width * height / s**2))
+    return max_num
+
+
+@functools.cache
+def _candidates(min_num: int, limit: int) -> list[tuple[int, int]]:
+    grids = [(c, r) for c in range(1, limit + 1) for r in range(1, limit // c + 1) if c * r >= min_num]
+    return sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+
+
+def choose_grid(config: TileConfig, width: int, height: int, max_num: int | None = None) -> tuple[int, int]:
+    """(columns, rows) whose aspect ratio is nearest to that of the image (spec: data.md 8.2).
+
+    Ties go to the larger grid if the image has more than half of its pixels. (1, 1) without candidates.
+    """
+    best, distance = (1, 1), math.inf
+    if not config.dynamic:
+        return best
+    for c, r in _candidates(config.min_num, tile_limit(config, width, height, max_num)):
+        e = abs(width / height - c / r)
+        if e < distance or (e == distance and width * height > 0.5 * config.tile_size**2 * c * r):
+            best, distance = (c, r), e
+    return best
+
+
+def _has_thumbnail(config: TileConfig, grid: tuple[int, int]) -> bool:
+    return config.use_thumbnail and grid != (1, 1)
+
+
+def tile_count(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
+    """Number of tiles of an image of width x height pixels, the thumbnail included."""
+    grid = choose_grid(config, width, height, max_num)
+    return grid[0] * grid[1] + _has_thumbnail(config, grid)
+
+
+def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None) -> np.ndarray:
+    """RGB image -> uint8[n, s, s, 3], row by row, thumbnail last (spec: data.md 8.3).
+
+    Pillow 13's antialiased BICUBIC on uint8 defines the pixels. Raises ValueError on another mode than RGB.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"tiles are cut from RGB images, got {image.mode}. Open images with load_image.")
+    s = config.tile_size
+    columns, rows = grid = choose_grid(config, *image.size, max_num)
+    canvas = np.asarray(_resize(image, columns * s, rows * s))
+    tiles = [canvas[r * s : (r + 1) * s, c * s : (c + 1) * s] for r in range(rows) for c in range(columns)]
+    if _has_thumbnail(config, grid):
+        tiles.append(np.asarray(_resize(image, s, s)))
+    return np.stack(tiles)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    # Pillow resizes one axis after the other and rounds in between. Up to version 12 the width came first; 13
+    # begins with the height if it shrinks by more than twice as many pixels, which changes values by a few
+    # levels. Separate calls fix the order of version 13, so that all versions give the same bytes.
+    shrunk_x, shrunk_y = image.width - width, image.height - height
+    height_first = shrunk_y > max(0, 2 * shrunk_x)
+    between = (image.width, height) if height_first else (width, image.height)
+    bicubic = Image.Resampling.BICUBIC
+    return image.resize(between, bicubic).resize((width, height), bicubic)
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """RGB image centred on a square of its longer side, filled with the ImageNet mean (spec: data.md 8.4)."""
+    width, height = image.size
+    side = max(width, height)
+    mean, _ = NORMALIZATIONS["imagenet"]
+    square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def normalize(tiles: np.ndarray, kind: str = "imagenet") -> np.ndarray:
+    """uint8[..., 3] -> float32[..., 3], bit-equal to the release (spec: data.md 8.4).
+
+    (tiles / 255 - mean) / std with the constants of `kind`. Raises ValueError on an unknown kind.
+    """
+    if kind not in NORMALIZATIONS:
+        raise ValueError(
+            f'normalization "{kind}" is unknown.{did_you_mean(kind, NORMALIZATIONS)} '
+            f"Use one of {', '.join(NORMALIZATIONS)}."
+        )
+    mean, std = np.float32(NORMALIZATIONS[kind])
+    return (tiles.astype(np.float32) / np.float32(255) - mean) / std

@@ -1,0 +1,145 @@
+"""InternLM2 tokenizer: SentencePiece plus added tokens (spec: data.md 5)."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.tokenizer_files import (
+    find_model,
+    open_model,
+    read_added_tokens,
+    write_tokenizer_files,
+)
+
+SpecialText = Literal["allow", "reject", "escape"]
+
+# Added tokens that users may write: references and boxes of grounding data.
+_GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
+# InternLM2's spare pieces. Its chat tokens are such pieces renamed, so this literal text is a control id.
+_UNUSED_PIECE = r"\[UNUSED_TOKEN_\d+\]"
+
+
+class Tokenizer:
+    """Text <-> ids. Picklable: a copy in a worker carries the path and ids and opens the model on first use.
+
+    Attributes
+      path: the tokenizer.model file.
+      added: text -> id of the tokens that are matched before SentencePiece sees the text.
+      add_bos: whether the tokenizer's own configuration puts bos first (templates may overrule it).
+      vocab_size: number of ids, which is the number of embedding rows.
+    """
+
+    def __init__(
+        self, path: Path, model: sentencepiece.SentencePieceProcessor, added: Mapping[str, int], add_bos: bool
+    ):
+        self.path, self._model, self.added, self.add_bos = path, model, dict(added), add_bos
+        self._pieces = model.get_piece_size()
+        self.vocab_size = max(self._pieces, *(id + 1 for id in self.added.values()))
+        self._texts = {id: text for text, id in self.added.items()}
+        literals = map(re.escape, sorted(self.added, key=len, reverse=True))  # the longest match wins
+        self._added_pattern = re.compile("|".join(literals))
+        self._user_pattern = re.compile(f"{self._added_pattern.pattern}|{_UNUSED_PIECE}")
+        self.bos_id, self.eos_id = self.token_id("<s>"), self.token_id("</s>")
+        self.pad_id = self.eos_id
+        self.img_start, self.img_end = self.token_id("<img>"), self.token_id("</img>")
+        self.image_token_id = self.token_id("<IMG_CONTEXT>")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """From a folder with tokenizer.model, or that file itself; added tokens are read from beside it.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or not supported.
+        """
+        path = find_model(path)
+        model = open_model(path)
+        added, add_bos = read_added_tokens(path.parent, pieces=model.get_piece_size())
+        return cls(path, model, added, add_bos)
+
+    @functools.cached_property
+    def _model(self) -> sentencepiece.SentencePieceProcessor:
+        return open_model(self.path)  # only in an unpickled copy, which comes without it
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+
+    def token_id(self, text: str) -> int:
+        """Id of an added token. Raises ValueError if the tokenizer does not have it."""
+        if text not in self.added:
+            raise ValueError(
+                f'{self.path.parent}: the tokenizer has no added token "{text}". Add it to added_tokens.json '
+                "(and a row to the embedding), or use the template this tokenizer was trained with."
+            )
+        return self.added[text]
+
+    def split(self, text: str, special: SpecialText = "allow") -> list[int | str]:
+        """Cuts text at added tokens: ids, and plain stretches that are one SentencePiece call each.
+
+        `special` says what happens to reserved text, that is every added token but the grounding ones, and
+        "[UNUSED_TOKEN_<n>]": "allow" takes it as the token, as trusted text needs it; "reject" raises
+        SampleError("reserved_text"); "escape" yields its first character and its rest as separate stretches,
+        which have no reserved id.
+        """
+        if special not in ("allow", "reject", "escape"):
+            raise ValueError(f'special text policy "{special}" is unknown. Use allow, reject or escape.')
+        atoms, start = [], 0
+        for match in (self._added_pattern if special == "allow" else self._user_pattern).finditer(text):
+            literal = match.group()
+            before = text[start : match.start()]
+            start = match.end()
+            if special == "allow" or literal in _GROUNDING:
+                atoms += [before, self.added[literal]] if before else [self.added[literal]]
+            elif special == "escape":
+                atoms += [before, literal[0], literal[1:]]
+            else:
+                raise SampleError(
+                    "reserved_text", f'the text holds "{literal}", which would become a control token.',
+                    'Remove it, or set special_text="escape" to keep it as ordinary text.',
+                )  # fmt: skip
+        return [*atoms, text[start:]] if text[start:] else atoms
+
+    def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
+        """Ids of head + text in ONE SentencePiece call, and how many of them hold any byte of `head`."""
+        ids = self._model.encode(head + text)
+        head_ids, missing = 0, len(head.encode())
+        while missing > 0 and head_ids < len(ids):
+            missing -= self._byte_length(ids[head_ids])
+            head_ids += 1
+        return ids, head_ids
+
+    def _byte_length(self, id: int) -> int:
+        return 1 if self._model.is_byte(id) else len(self._model.id_to_piece(id).replace("▁", " ").encode())
+
+    def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
+        """Ids of text, without bos and eos. `special` as in split."""
+        ids = []
+        for atom in self.split(text, special):
+            ids += [atom] if isinstance(atom, int) else self._model.encode(atom)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids. Added tokens are dropped or written out. Raises IndexError on an id that is none."""
+        text, run = "", []
+        for id in map(int, ids):
+            if id not in self._texts:
+                run.append(id)
+            elif not skip_special:
+                text, run = text + self._model.decode(run) + self._texts[id], []
+        return text + self._model.decode(run)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the ids: the model file, the added tokens, the bos rule."""
+        rest = json.dumps([sorted(self.added.items()), self.add_bos])
+        return hashlib.sha256(self.path.read_bytes() + rest.encode()).hexdigest()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the files that `load` needs, so that the folder stands alone."""
+        model = self.path.read_bytes()
+        write_tokenizer_files(folder, model, self.added, add_bos=self.add_bos, pieces=self._pieces)

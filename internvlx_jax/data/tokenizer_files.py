@@ -1,0 +1,132 @@
+"""Reading and writing the files of a tokenizer folder (spec: data.md 5, checkpoints.md 7)."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import sentencepiece
+
+INTERNLM2_PIECES = 92_544
+
+# Ids of the InternLM2 family, where the token files do not say. The chat tokens are spare pieces of
+# tokenizer.model renamed; the last nine are appended to the vocabulary of a base LLM.
+_INTERNLM2_ADDED = {
+    text: id
+    for id, text in [
+        *enumerate(("<unk>", "<s>", "</s>")),
+        *enumerate(("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"), start=92_538),
+        *enumerate(("<|im_end|>", "<|im_start|>"), start=92_542),
+        *enumerate(("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"), start=INTERNLM2_PIECES),
+        *enumerate(("<ref>", "</ref>", "<box>", "</box>"), start=92_549),
+    ]
+}
+
+
+def find_model(path: str | os.PathLike) -> Path:
+    """The tokenizer.model of a folder, or the file itself.
+
+    Raises FileNotFoundError, or ValueError for a folder with a tokenizer of another kind.
+    """
+    path = Path(path)
+    model = path / "tokenizer.model" if path.is_dir() else path
+    if model.is_file():
+        return model
+    for name in ("tokenizer.json", "vocab.json"):
+        if (path / name).is_file():
+            raise ValueError(
+                f"{path}: no tokenizer.model, but {name}: a byte-level BPE tokenizer (Qwen2), which is not "
+                "supported yet. Use a checkpoint with an InternLM2 decoder (InternVL2-2B/8B, InternVL-X)."
+            )
+    raise FileNotFoundError(f"{model} does not exist. Name a folder with tokenizer.model, or that file.")
+
+
+def open_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Opens tokenizer.model. Raises ValueError if it is no SentencePiece model, or has a dummy prefix."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:  # OSError up to SentencePiece 0.2.0
+        raise ValueError(
+            f"{path} is not a SentencePiece model ({error}). Fetch the file itself, not its Git LFS pointer."
+        ) from error
+    if model.id_to_piece(model.encode("a")[0]).startswith("▁"):
+        raise ValueError(
+            f"{path}: this SentencePiece model puts a space before every text (Llama and Phi-3 tokenizers), "
+            "which is not supported yet. Use a checkpoint with an InternLM2 tokenizer."
+        )
+    return model
+
+
+def read_added_tokens(folder: Path, *, pieces: int) -> tuple[dict[str, int], bool]:
+    """(text -> id of the added tokens, whether bos is added) for a model of `pieces` pieces.
+
+    Read from added_tokens.json and tokenizer_config.json; for InternLM2's 92,544 pieces the known ids fill
+    gaps. Raises FileNotFoundError for another model without these files, ValueError if they contradict.
+    """
+    config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    config = _read_object(config_path)
+    added = {entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()}
+    for text, id in _read_object(added_path).items():
+        if added.setdefault(text, id) != id:
+            raise ValueError(
+                f'"{text}" has id {id} in {added_path}, but {added[text]} in {config_path}. Correct one.'
+            )
+    if pieces == INTERNLM2_PIECES:
+        added = _INTERNLM2_ADDED | added
+    elif not added:
+        raise FileNotFoundError(
+            f"{added_path} does not exist. tokenizer.model has {pieces} pieces, not InternLM2's "
+            f"{INTERNLM2_PIECES}, so the ids of its added tokens are not known: copy added_tokens.json and "
+            "tokenizer_config.json beside it."
+        )
+    ids = list(added.values())
+    if twice := [text for text, id in added.items() if ids.count(id) > 1]:
+        raise ValueError(f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json.")
+    return added, config.get("add_bos_token", True)
+
+
+def _read_object(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object. Fetch it again.")
+    return value
+
+
+def write_tokenizer_files(
+    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, pieces: int
+) -> None:
+    """Writes the three files, each aside and then renamed, so that a reader never meets half a file.
+
+    added_tokens.json lists the tokens beyond tokenizer.model, tokenizer_config.json all of them.
+    """
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    by_id = sorted(added.items(), key=lambda item: item[1])
+    config = {
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(id): {"content": text, **flags} for text, id in by_id},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    files = {
+        "tokenizer.model": model,
+        "added_tokens.json": _dump({text: id for text, id in by_id if id >= pieces}),
+        "tokenizer_config.json": _dump(config),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        aside = folder / f"{name}.{os.getpid()}.tmp"
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)
+
+
+def _dump(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

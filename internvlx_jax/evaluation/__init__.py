@@ -1,0 +1,1 @@
+"""From a checkpoint and a question file to scores (spec: evaluation.md)."""

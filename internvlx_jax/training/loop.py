@@ -1,0 +1,166 @@
+"""The training loop, top to bottom: mesh, model, data, state, steps (spec: training.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from internvlx_jax.config import to_dict
+from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.data.pipeline import LoadedStep, Loader
+from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.templates import get_template
+from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.params import abstract_model, flatten, init_params, unflatten
+from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.freeze import describe, frozen_paths
+from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line
+from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from internvlx_jax.training.sharding import (batch_sharding, data_parallel_size, make_mesh, optimizer_shardings,
+                                             param_shardings, placed, replicated)
+from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
+
+
+def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, float]:
+    """Run, or resume, the run in config.output_dir; returns the last validation (or training) metrics.
+
+    stop_after: end after this many steps of this call, with a checkpoint; the same command goes on from there.
+    """
+    run = Path(config.output_dir)
+    speak = print if jax.process_index() == 0 else lambda *_: None
+
+    # --- mesh -----------------------------------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    row_quantum = data_parallel_size(mesh) * config.compute.accumulation
+
+    # --- model, abstract ------------------------------------------------------------------------------------------
+    source = None if config.init_from is None else open_checkpoint(config.init_from)
+    model_config = config.model if source is None else source.config
+    abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat)
+    shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
+    frozen = frozen_paths(abstract.shapes, config.freeze)
+    speak(describe(abstract.shapes, frozen))
+
+    # --- data -----------------------------------------------------------------------------------------------------
+    tokenizer = _tokenizer(config, source, model_config)
+    prompt = model_config.prompt
+    processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
+                          model_config.tokens_per_tile, config.data.special_text)
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    loader = Loader(config.data.meta, config.data, processor, row_quantum=row_quantum, seed=config.seed, **hosts)
+    validation = None
+    if config.data.val_meta is not None:
+        validation = Loader(config.data.val_meta, config.data, processor, row_quantum=row_quantum, seed=0, **hosts)
+    steps = config.steps or config.epochs * loader.steps_per_epoch
+    speak(f"{len(loader.samples):,} samples, {loader.steps_per_epoch:,} steps an epoch, {steps:,} steps, "
+          f"{len(loader.buckets)} buckets (tiles x length x rows): "
+          + ", ".join(f"{b.tiles}x{b.length}x{loader.rule.rows(b)}" for b in loader.buckets))
+
+    # --- optimiser and steps --------------------------------------------------------------------------------------
+    schedule = make_schedule(config.optimizer, steps)
+    trained = {path: leaf for path, leaf in abstract.shapes.items() if path not in frozen}
+    optimizer = make_optimizer(config.optimizer, schedule, decay_mask(config.optimizer, trained, abstract.axes))
+    trained_shardings = {path: shardings[path] for path in trained}
+    opt_shardings = optimizer_shardings(optimizer, trained, trained_shardings, mesh)
+    state_shardings = TrainState(trained_shardings, {path: shardings[path] for path in frozen}, opt_shardings,
+                                 replicated(mesh))
+    train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
+                                         config.compute.accumulation),
+                         donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
+    eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
+
+    # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
+    settings = {"train": to_dict(config), "model": to_dict(model_config)}
+    resuming = prepare_run_folder(run, settings, tokenizer)
+    checkpoints = CheckpointWriter(run, config.keep_last)
+    if resuming:
+        first = checkpoints.latest_step
+        opt_shapes = jax.eval_shape(optimizer.init, trained)
+        params, opt_state = checkpoints.load(first, placed(abstract.shapes, shardings),
+                                             placed(opt_shapes, opt_shardings), loader.plan_hash)
+        speak(f"resuming {run} at step {first}")
+    elif source is not None:
+        first, params = 0, source.load(abstract, shardings)
+    else:
+        first, params = 0, flatten(init_params(model_config, config.seed, shardings=unflatten(shardings)))
+    trainable = {path: params[path] for path in trained}
+    if not resuming:
+        opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+    state = TrainState(trainable, {path: params[path] for path in frozen}, opt_state,
+                       jax.device_put(np.int32(first), replicated(mesh)))
+
+    # --- loop -----------------------------------------------------------------------------------------------------
+    def put(step: LoadedStep) -> Any:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), step.batch)
+
+    def validate(params) -> dict[str, float]:
+        sums = np.sum([jax.device_get(eval_step(params, put(loaded)))
+                       for loaded in validation.steps(0, validation.steps_per_epoch)], axis=0)
+        loss, weight, exact, rows = sums.tolist()
+        return {"eval/loss": loss / weight, "eval/exact": exact / rows}
+
+    def save(step: int, state: TrainState) -> None:
+        data = {"version": 1, "plan_hash": loader.plan_hash, "epoch": step // loader.steps_per_epoch, "step": step}
+        checkpoints.save(step, state.params(), state.opt_state, {**settings, "data": data})
+
+    last = steps if stop_after is None else min(steps, first + stop_after)
+    writer = MetricsWriter(run, first) if jax.process_index() == 0 else None
+    throughput, latest = Throughput(), {}
+    # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
+    with checkpoints:
+        for step, loaded, batch in _ahead(loader.steps(first, last), put, first):
+            compiled, started = train_step._cache_size(), time.perf_counter()
+            state, metrics = train_step(state, batch)
+            if train_step._cache_size() > compiled:
+                throughput.pause(time.perf_counter() - started)
+            throughput.add(loaded.counts, batch.labels.size)
+            done = step + 1
+            if done % config.log_every == 0 or done == last:
+                latest = {name: float(value) for name, value in metrics._asdict().items()}
+                latest |= throughput.take() | {"executables": train_step._cache_size()}
+                speak(progress_line(done, steps, latest))
+                if writer:
+                    writer.write(done, latest)
+            paused = time.perf_counter()
+            if validation is not None and (done % config.eval_every == 0 or done == last):
+                latest |= (scores := validate(state.params()))
+                speak(f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+                if writer:
+                    writer.write(done, scores)
+            if done % config.save_every == 0 or done == last:
+                save(done, state)
+            throughput.pause(time.perf_counter() - paused)
+    if writer:
+        writer.close()
+    return latest
+
+
+def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, LoadedStep, Any]]:
+    """(step number, host step, device batch), with the next batch on its way to the device."""
+    waiting = None
+    for number, loaded in enumerate(steps, start=first):
+        coming = (number, loaded, put(loaded))
+        if waiting is not None:
+            yield waiting
+        waiting = coming
+    if waiting is not None:
+        yield waiting
+
+
+def _tokenizer(config: TrainConfig, source, model_config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else source and source.tokenizer()
+    if tokenizer is None:
+        raise ConfigError("data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer to a "
+                          "folder with tokenizer.model")
+    if tokenizer.vocab_size > model_config.decoder.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, model.decoder.vocab_size is "
+                          f"{model_config.decoder.vocab_size}; give the model a row for each")
+    return tokenizer

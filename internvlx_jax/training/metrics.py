@@ -1,0 +1,77 @@
+"""Where a run's numbers go: a progress line, metrics.jsonl and TensorBoard events (spec: training.md 7)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from internvlx_jax.data.pipeline import StepCounts
+from internvlx_jax.files import write_text
+
+
+class MetricsWriter:
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard. On resume, lines behind `start_step` are dropped first, so
+    that a step is written once however often it was run."""
+
+    def __init__(self, run: Path, start_step: int):
+        self._path = run / "metrics.jsonl"
+        kept = []
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        write_text(self._path, "".join(kept))
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
+class Throughput:
+    """Rates over the log window. Time spent in compilation, evaluation and saving is taken out with `pause`."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def add(self, counts: StepCounts, slots: int) -> None:
+        """slots: padded token slots of the step."""
+        self._steps += 1
+        self._slots += slots
+        self._totals = StepCounts(*map(sum, zip(self._totals, counts)))
+
+    def pause(self, seconds: float) -> None:
+        self._paused += seconds
+
+    def take(self) -> dict[str, float]:
+        """Rates since the last call: real tokens, tiles and images a second, seconds a step, share of real tokens."""
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rates = {
+            "tokens_per_s": self._totals.tokens / seconds,
+            "tiles_per_s": self._totals.tiles / seconds,
+            "images_per_s": self._totals.images / seconds,
+            "step_s": seconds / max(self._steps, 1),
+            "token_fill": self._totals.tokens / max(self._slots, 1),
+        }
+        self._reset()
+        return rates
+
+    def _reset(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+        self._steps, self._slots, self._totals = 0, 0, StepCounts(0, 0, 0, 0)
+
+
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """One line for people."""
+    remaining = int((steps - step) * values["step_s"])
+    return (f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"{values['images_per_s']:.1f} images/s  eta {remaining // 60}:{remaining % 60:02d}")

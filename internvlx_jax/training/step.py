@@ -1,0 +1,113 @@
+"""The jitted train and eval steps: arithmetic only (spec: training.md 4, 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from internvlx_jax.data.batch import Batch
+from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.loss import IGNORED, shift_left, token_losses, weighted_loss
+from internvlx_jax.models.params import unflatten
+
+FlatParams = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes, by dotted path.
+
+    Attributes:
+        trainable: float32 parameters that get gradients.
+        frozen: the others; never differentiated, no moments.
+        opt_state: optax state of `trainable`.
+        step: int32 scalar, updates done.
+    """
+
+    trainable: FlatParams
+    frozen: FlatParams
+    opt_state: optax.OptState
+    step: jax.Array
+
+    def params(self) -> FlatParams:
+        return {**self.trainable, **self.frozen}
+
+
+class Metrics(NamedTuple):
+    """float32 scalars of one step; grad_norm is before clipping."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+class EvalSums(NamedTuple):
+    """Sums over the rows of one batch, float32 scalars; `exact` counts rows whose supervised tokens are all arg max."""
+
+    loss: jax.Array
+    weight: jax.Array
+    exact: jax.Array
+    rows: jax.Array
+
+
+def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatParams, batch: Batch,
+                   key: jax.Array | None, accumulation: int = 1) -> tuple[jax.Array, FlatParams]:
+    """Loss and its gradients; numerator and denominator are summed over all micro-batches before dividing.
+
+    key: drop-path randomness, None for none. Micro-batches interleave rows, so that every device keeps its own.
+    """
+    total_weight = jnp.sum(shift_left(batch.loss_weight, 0.0))
+    scale = jnp.where(total_weight > 0, 1 / jnp.where(total_weight > 0, total_weight, 1.0), 0.0)
+
+    def micro_loss(trainable, micro, key):
+        model: InternVLX = nnx.merge(graphdef, unflatten({**trainable, **frozen}))
+        hidden = model(micro.inputs, drop_path_key=key)
+        ce, _ = token_losses(model.decoder, hidden, micro.labels)
+        return weighted_loss(ce, micro.loss_weight)[0] * scale
+
+    grad = jax.value_and_grad(micro_loss)
+    if accumulation == 1:
+        return grad(trainable, batch, key)
+
+    def body(sums, micro_and_key):
+        micro, key = micro_and_key
+        return jax.tree.map(jnp.add, sums, grad(trainable, micro, key)), None
+
+    micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
+    keys = None if key is None else jax.random.split(key, accumulation)
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(body, zeros, (micros, keys))[0]
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+                    seed: int, accumulation: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure function for jax.jit; randomness depends on (seed, step) alone."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = Metrics(loss, optax.global_norm(grads), jnp.float32(schedule(state.step)))
+        return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], EvalSums]:
+    """Loss and teacher-forced exact match: all answer tokens arg max, which is what greedy decoding would write."""
+
+    def eval_step(params: FlatParams, batch: Batch) -> EvalSums:
+        model: InternVLX = nnx.merge(graphdef, unflatten(params))
+        ce, hit = token_losses(model.decoder, model(batch.inputs), batch.labels)
+        supervised = shift_left(batch.labels, IGNORED) != IGNORED
+        rows = jnp.any(supervised, axis=1)
+        exact = rows & jnp.all(hit | ~supervised, axis=1)
+        loss, weight = weighted_loss(ce, batch.loss_weight)
+        return EvalSums(loss, weight, jnp.sum(exact, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32))
+
+    return eval_step

@@ -1,0 +1,227 @@
+"""Meta files and chat files: good, odd and bad input (spec: data.md 1 to 3)."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from internvlx_jax.data.chat import read_chat_file
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.meta import DatasetEntry, read_meta
+
+Q, A = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
+
+
+def human(text: str) -> dict:
+    return {"from": "human", "value": text}
+
+
+def entry(folder: Path, *lines: object, **fields: object) -> DatasetEntry:
+    path = folder / "a.jsonl"
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return DatasetEntry(name="d", root=str(folder), annotation=str(path), **fields)
+
+
+def only(folder: Path, line: object):
+    (sample,) = read_chat_file(entry(folder, line))
+    return sample
+
+
+def write_meta(folder: Path, **fields: object) -> Path:
+    (folder / "a.jsonl").write_text("")
+    (folder / "images").mkdir(exist_ok=True)
+    path = folder / "meta.json"
+    fields = {"root": "images", "annotation": "a.jsonl"} | fields
+    path.write_text(json.dumps({"d": {key: value for key, value in fields.items() if value is not ...}}))
+    return path
+
+
+def test_receipts_from_any_directory(shared_data, tmp_path, monkeypatch):
+    samples = []
+    for folder in (tmp_path, shared_data):
+        monkeypatch.chdir(folder)
+        (dataset,) = read_meta(shared_data / "receipts_meta.json")
+        samples.append(read_chat_file(dataset))
+        assert len(samples[-1]) == dataset.length == 128
+        assert all(os.path.isfile(sample.images[0]) for sample in samples[-1])
+    first = samples[0][0]
+    assert first.turns == samples[1][0].turns and len(first.turns) % 2 == 0
+    assert (first.id, first.sizes, first.line) == ("414", ((932, 1812),), 1)
+    assert first.where == f"{shared_data}/receipts/train.jsonl line 1"
+
+
+def test_sample_types(tmp_path):
+    text = only(tmp_path, {"conversations": [human("What is <image>?"), A]})
+    assert (text.images, text.sizes, text.id, text.system) == ((), (), None, None)
+    assert text.turns == (("human", "What is <image>?"), ("gpt", "A"))
+
+    single = only(tmp_path, {"id": 7, "image": "x/1.jpg", "width": 30, "height": 20, "conversations": [Q, A]})
+    assert single.images == (str(tmp_path / "x/1.jpg"),) and single.sizes == ((30, 20),) and single.id == "7"
+    assert single.turns[0] == ("human", "<image>\nQ")
+
+    later = only(tmp_path, {"image": "/abs.jpg", "conversations": [Q, A, human("and <image>?"), A]})
+    assert later.images == ("/abs.jpg",) and later.sizes == (None,)
+    assert [text for _, text in later.turns] == ["Q", "A", "and <image>?", "A"]
+
+    multi = only(
+        tmp_path,
+        {
+            "image": ["1.jpg", "2.jpg"],
+            "width_list": [3, 4],
+            "height_list": [5, 6],
+            "conversations": [human("<image>\nvs"), A, human("<image>"), {"from": "gpt", "value": "<image>"}],
+        },
+    )
+    assert multi.sizes == ((3, 5), (4, 6)) and len(multi.images) == 2
+
+
+def test_system_and_leading_gpt_turns(tmp_path):
+    system = {"from": "system", "value": "Be brief."}
+    sample = only(tmp_path, {"conversations": [system, A, Q, A, Q]})
+    assert sample.system == "Be brief."
+    assert sample.turns == (("human", "Q"), ("gpt", "A"), ("human", "Q"))
+
+
+@pytest.mark.parametrize(
+    "line, reason, message",
+    [
+        (b'{"conversations": [', "json", "not valid JSON"),
+        (b'{"id": "\xff"}', "json", "not valid JSON"),
+        ([1], "json", "not a JSON object"),
+        ({}, "json", '"conversations" must be a list'),
+        ({"conversations": [{"from": "human"}]}, "json", '"conversations" must be a list'),
+        (b'{"conversations": [{"from": "human", "value": "\\ud800"}]}', "json", "not valid Unicode"),
+        ({"image": 5, "conversations": [Q, A]}, "json", '"image" must be a path or a list of paths, got 5'),
+        ({"image": ["a", ""], "conversations": [Q, A]}, "json", "list of paths"),
+        ({"conversations": []}, "role_order", "from nobody"),
+        ({"conversations": [A]}, "role_order", "from nobody"),
+        ({"conversations": [Q, Q, A]}, "role_order", "from human, human, gpt"),
+        ({"conversations": [A, A, Q, A]}, "role_order", "from gpt, human, gpt"),
+        ({"conversations": [Q, A, {"from": "system", "value": ""}]}, "role_order", "human, gpt, system"),
+        (
+            {"image": "a", "conversations": [human("<image><image>"), A]},
+            "placeholder_mismatch",
+            "1 image but 2",
+        ),
+        ({"image": ["a"], "conversations": [Q, A]}, "placeholder_mismatch", '1 image but 0 "<image>"'),
+        (
+            {"image": ["a", "b"], "conversations": [human("<image>"), A]},
+            "placeholder_mismatch",
+            "2 images but 1",
+        ),
+        ({"image": "a", "width": 0, "height": 5, "conversations": [Q, A]}, "size_mismatch", "positive width"),
+        ({"image": "a", "width": 5, "conversations": [Q, A]}, "size_mismatch", "positive width"),
+        (
+            {"image": "a", "width": 5.5, "height": 5, "conversations": [Q, A]},
+            "size_mismatch",
+            "positive width",
+        ),
+        (
+            {
+                "image": ["a"],
+                "width_list": [1, 2],
+                "height_list": [1],
+                "conversations": [human("<image>"), A],
+            },
+            "size_mismatch",
+            "or remove them",
+        ),
+        (
+            {"image": "s3://a/b.jpg", "conversations": [Q, A]},
+            "unreadable",
+            "s3://a/b.jpg is not a local file",
+        ),
+        (
+            {"video": "a.mp4", "conversations": [Q, A]},
+            "missing_decoder",
+            "video samples are not supported yet",
+        ),
+        ({"video": "a.mp4", "image": "b", "conversations": [Q, A]}, "missing_decoder", "not supported yet"),
+    ],
+)
+def test_bad_lines_name_file_and_line(tmp_path, line, reason, message):
+    good = {"conversations": [Q, A]}
+    bad = entry(tmp_path, good, line, good)
+    with pytest.raises(SampleError) as error:
+        read_chat_file(bad)
+    assert error.value.reason == reason
+    head, remedy = str(error.value).split("\n")
+    assert head.startswith(f"{bad.annotation} line 2: ") and message in str(error.value) and remedy
+
+    found = []
+    samples = read_chat_file(bad, on_bad=lambda number, error: found.append((number, error.reason)))
+    assert found == [(2, reason)] and [sample.line for sample in samples] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "repeat_time, lines", [(1, [1, 2, 3, 5]), (0.5, [1, 2]), (0.74, [1, 2]), (0, []), (2, [1, 2, 3, 5] * 2)]
+)
+def test_repeat_time(tmp_path, repeat_time, lines):
+    good = {"conversations": [Q, A]}
+    samples = read_chat_file(entry(tmp_path, good, good, good, b"  ", good, repeat_time=repeat_time))
+    assert [sample.line for sample in samples] == lines
+
+
+def test_wrong_length_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match='has 1 lines, but the meta file gives dataset "d" the "length" 3'):
+        read_chat_file(entry(tmp_path, {"conversations": [Q, A]}, length=3))
+
+
+def test_meta_fields(tmp_path, monkeypatch):
+    fields = {
+        "repeat_time": 3,
+        "length": 0,
+        "max_dynamic_patch": 2,
+        "conv_style": "internvl2_5",
+        "tile_rule": "off",
+    }
+    (dataset,) = read_meta(write_meta(tmp_path, data_augment=False, **fields))
+    assert dataset == DatasetEntry("d", str(tmp_path / "images"), str(tmp_path / "a.jsonl"), **fields)
+    monkeypatch.chdir(tmp_path)  # the working directory comes first
+    (dataset,) = read_meta("meta.json")
+    assert (dataset.root, dataset.annotation) == ("images", "a.jsonl")
+
+
+def test_unknown_field_is_a_warning(tmp_path):
+    with pytest.warns(
+        UserWarning, match='"d": unknown field "repeat_tine" is ignored. Did you mean "repeat_t'
+    ):
+        read_meta(write_meta(tmp_path, repeat_tine=2))
+
+
+@pytest.mark.parametrize(
+    "fields, kind, message",
+    [
+        ({"annotation": ...}, ValueError, '"annotation" must name a .jsonl file, got None'),
+        ({"annotation": "a.json"}, ValueError, "must name a .jsonl file, got 'a.json'"),
+        ({"annotation": "b.jsonl"}, FileNotFoundError, '"annotation" does not exist; tried b.jsonl and .*/b'),
+        ({"root": "nowhere"}, FileNotFoundError, '"root" does not exist; tried nowhere and'),
+        ({"root": 3}, ValueError, '"root" must be a folder, got 3'),
+        ({"root": "s3://bucket/a"}, ValueError, '"root" is s3://bucket/a; s3:// cannot be read'),
+        ({"repeat_time": 1.5}, ValueError, "below 1 or a whole number, got 1.5"),
+        ({"repeat_time": -1}, ValueError, '"repeat_time" must be'),
+        ({"repeat_time": "2"}, ValueError, "got '2'"),
+        ({"max_dynamic_patch": 0}, ValueError, '"max_dynamic_patch" must be a whole number above 0, got 0'),
+        ({"tile_rule": "egde"}, ValueError, '"tile_rule" must be one of edge, area, off'),
+        ({"conv_style": "internvl2.5"}, ValueError, '"conv_style": template .* Did you mean "internvl2_5"'),
+        ({"data_augment": True}, ValueError, '"data_augment" is not supported yet. Set it to false'),
+    ],
+)
+def test_bad_meta_fields(tmp_path, fields, kind, message):
+    path = write_meta(tmp_path, **fields)
+    with pytest.raises(kind, match=message) as error:
+        read_meta(path)
+    assert str(error.value).startswith(f'{path} dataset "d": ')
+
+
+def test_bad_meta_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"meta file .*no\.json does not exist"):
+        read_meta(tmp_path / "no.json")
+    path = tmp_path / "meta.json"
+    path.write_text('{\n"d": {]}')
+    with pytest.raises(ValueError, match=r"meta.json is not JSON: .* line 2 column 7"):
+        read_meta(path)
+    path.write_text('{"d": []}')
+    with pytest.raises(ValueError, match="meta.json: must map dataset names to objects"):
+        read_meta(path)
