@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import sys
 
+from internvlx_jax.data.errors import SampleError
 from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.evaluation.job import EvalConfig, run
 from internvlx_jax.evaluation.metrics import METRICS
@@ -34,7 +35,7 @@ def main() -> int:
     mesh = MeshConfig(**{axis.name: args.pop(f"mesh_{axis.name}") for axis in dataclasses.fields(MeshConfig)})
     try:
         summary = run(EvalConfig(**args, mesh=mesh))
-    except (ConfigError, CheckpointError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{summary['metric']} {summary['score']:.4f} on {summary['samples']} samples, {summary['errors']} errors; "

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from internvlx_jax.config import load_config_file, override
+from internvlx_jax.data.errors import SampleError
 from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.training.loop import train
 
@@ -20,7 +21,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         train(override(load_config_file(args.config), args.settings), stop_after=args.stop_after)
-    except (ConfigError, CheckpointError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be honoured; the message names the field and what it may be."""
+    """A setting, or a file that the user wrote, that cannot be used; the message names field or file and remedy."""
 
 
 class CheckpointError(ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from internvlx_jax.data.errors import did_you_mean
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tiles import TILE_RULES
+from internvlx_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
     except FileNotFoundError:
         raise FileNotFoundError(f"meta file {path} does not exist. Check the path.") from None
     except ValueError as error:
-        raise ValueError(f"meta file {path} is not JSON: {error}. Correct it there.") from error
+        raise ConfigError(f"meta file {path} is not JSON: {error}. Correct it there.") from error
     if not isinstance(meta, dict) or not all(isinstance(fields, dict) for fields in meta.values()):
-        raise ValueError(f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.')
+        raise ConfigError(f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.')
     return [_entry(path.parent, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()]
 
 
@@ -62,26 +63,26 @@ def _entry(folder: Path, where: str, name: str, fields: dict) -> DatasetEntry:
         warnings.warn(f'{where}: unknown field "{key}" is ignored.{did_you_mean(key, _FIELDS)}', stacklevel=3)
     fields = {key: fields[key] for key in _FIELDS if fields.get(key) is not None}
     if not isinstance(fields.get("annotation"), str) or not fields["annotation"].endswith("jsonl"):
-        raise ValueError(f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.')
+        raise ConfigError(f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.')
     if not isinstance(fields.setdefault("root", ""), str):
-        raise ValueError(f'{where}: "root" must be a folder, got {fields["root"]!r}.')
+        raise ConfigError(f'{where}: "root" must be a folder, got {fields["root"]!r}.')
     for key in ("root", "annotation"):
         fields[key] = _resolve(folder, where, key, fields[key])
     repeat = fields.get("repeat_time", 1)
     if not _is_number(repeat) or repeat < 0 or (repeat > 1 and repeat != int(repeat)):
-        raise ValueError(f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.')
+        raise ConfigError(f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.')
     limit = fields.get("max_dynamic_patch", 1)
     if not isinstance(limit, int) or limit < 1:
-        raise ValueError(f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.')
+        raise ConfigError(f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.')
     rule = fields.get("tile_rule", "edge")
     if rule not in TILE_RULES:
-        raise ValueError(f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {rule!r}.')
+        raise ConfigError(f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {rule!r}.')
     try:
         get_template(fields.get("conv_style", "internlm2-chat"))
     except ValueError as error:
-        raise ValueError(f'{where}: "conv_style": {error}') from error
+        raise ConfigError(f'{where}: "conv_style": {error}') from error
     if fields.get("data_augment", False) is not False:
-        raise ValueError(f'{where}: "data_augment" is not supported yet. Set it to false.')
+        raise ConfigError(f'{where}: "data_augment" is not supported yet. Set it to false.')
     return DatasetEntry(name=name, **fields)
 
 
@@ -91,7 +92,7 @@ def _is_number(value: object) -> bool:
 
 def _resolve(folder: Path, where: str, key: str, value: str) -> str:
     if value.startswith("s3://"):
-        raise ValueError(f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.')
+        raise ConfigError(f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.')
     candidates = [Path(value), folder / value]
     for candidate in candidates:
         if candidate.is_dir() if key == "root" else candidate.is_file():

@@ -21,6 +21,7 @@ from internvlx_jax.data.config import DataConfig
 from internvlx_jax.data.meta import read_meta
 from internvlx_jax.data.plan import MASKED, BatchRule, PlannedStep, assign_buckets, epoch_steps, plan_hash
 from internvlx_jax.data.processor import IndexedSample, Processor, index_sample, load_row
+from internvlx_jax.errors import ConfigError
 
 PREFETCHED_STEPS = 4
 
@@ -58,7 +59,7 @@ class Loader:
             index_sample(self.processors[entry.name], sample, config.max_length)
             for entry in entries for sample in read_chat_file(entry)]
         if not self.samples:
-            raise ValueError(f"{meta}: the meta file names no samples")
+            raise ConfigError(f"{meta}: the meta file names no samples")
         tokens = config.batch_mode == "tokens"
         self.rule = BatchRule(row_quantum=row_quantum, tokens=config.tokens_per_step if tokens else None,
                               samples=None if tokens else config.samples_per_step, tiles=config.tiles_per_step)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from internvlx_jax.data.errors import did_you_mean
+from internvlx_jax.errors import ConfigError
 
 IMAGE_PLACEHOLDER = "<image>"  # stands for one image in the text of a human turn
 
@@ -87,7 +88,7 @@ TEMPLATES = {
 def get_template(name: str) -> Template:
     """The template of that name. Raises ValueError listing the names."""
     if name not in TEMPLATES:
-        raise ValueError(
+        raise ConfigError(
             f'template "{name}" is unknown.{did_you_mean(name, TEMPLATES)} Use one of {", ".join(TEMPLATES)}.'
         )
     return TEMPLATES[name]

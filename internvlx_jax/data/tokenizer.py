@@ -18,6 +18,7 @@ from internvlx_jax.data.tokenizer_files import (
     read_added_tokens,
     write_tokenizer_files,
 )
+from internvlx_jax.errors import ConfigError
 
 SpecialText = Literal["allow", "reject", "escape"]
 
@@ -73,7 +74,7 @@ class Tokenizer:
     def token_id(self, text: str) -> int:
         """Id of an added token. Raises ValueError if the tokenizer does not have it."""
         if text not in self.added:
-            raise ValueError(
+            raise ConfigError(
                 f'{self.path.parent}: the tokenizer has no added token "{text}". Add it to added_tokens.json '
                 "(and a row to the embedding), or use the template this tokenizer was trained with."
             )

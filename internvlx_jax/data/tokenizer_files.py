@@ -7,6 +7,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from internvlx_jax.errors import ConfigError
+
 INTERNLM2_PIECES = 92_544
 
 # Ids of the InternLM2 family, where the token files do not say. The chat tokens are spare pieces of
@@ -34,7 +36,7 @@ def find_model(path: str | os.PathLike) -> Path:
         return model
     for name in ("tokenizer.json", "vocab.json"):
         if (path / name).is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"{path}: no tokenizer.model, but {name}: a byte-level BPE tokenizer (Qwen2), which is not "
                 "supported yet. Use a checkpoint with an InternLM2 decoder (InternVL2-2B/8B, InternVL-X)."
             )
@@ -42,15 +44,15 @@ def find_model(path: str | os.PathLike) -> Path:
 
 
 def open_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Opens tokenizer.model. Raises ValueError if it is no SentencePiece model, or has a dummy prefix."""
+    """Opens tokenizer.model. Raises ConfigError if it is no SentencePiece model, or has a dummy prefix."""
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:  # OSError up to SentencePiece 0.2.0
-        raise ValueError(
+        raise ConfigError(
             f"{path} is not a SentencePiece model ({error}). Fetch the file itself, not its Git LFS pointer."
         ) from error
     if model.id_to_piece(model.encode("a")[0]).startswith("▁"):
-        raise ValueError(
+        raise ConfigError(
             f"{path}: this SentencePiece model puts a space before every text (Llama and Phi-3 tokenizers), "
             "which is not supported yet. Use a checkpoint with an InternLM2 tokenizer."
         )
@@ -68,7 +70,7 @@ def read_added_tokens(folder: Path, *, pieces: int) -> tuple[dict[str, int], boo
     added = {entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()}
     for text, id in _read_object(added_path).items():
         if added.setdefault(text, id) != id:
-            raise ValueError(
+            raise ConfigError(
                 f'"{text}" has id {id} in {added_path}, but {added[text]} in {config_path}. Correct one.'
             )
     if pieces == INTERNLM2_PIECES:
@@ -81,7 +83,7 @@ def read_added_tokens(folder: Path, *, pieces: int) -> tuple[dict[str, int], boo
         )
     ids = list(added.values())
     if twice := [text for text, id in added.items() if ids.count(id) > 1]:
-        raise ValueError(f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json.")
+        raise ConfigError(f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json.")
     return added, config.get("add_bos_token", True)
 
 
@@ -91,9 +93,9 @@ def _read_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
+        raise ConfigError(f"{path} is not JSON ({error}). Fetch it again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object. Fetch it again.")
+        raise ConfigError(f"{path} holds no JSON object. Fetch it again.")
     return value
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -35,9 +37,9 @@ def read_questions(path: Path, image_root: Path | None = None, limit: int | None
         if line.strip():
             questions.append(_question(line, f"{path} line {number}", root, len(questions)))
     if not questions:
-        raise ValueError(f"{path}: no questions in it")
+        raise ConfigError(f"{path}: no questions in it")
     if len({question.id for question in questions}) != len(questions):
-        raise ValueError(f"{path}: question_id is not unique")
+        raise ConfigError(f"{path}: question_id is not unique")
     return questions
 
 
@@ -46,13 +48,13 @@ def _question(line: str, where: str, root: Path, index: int) -> Question:
         fields: dict[str, Any] = json.loads(line)
         text, answer = fields["question"], fields["answer"]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        raise ConfigError(f"{where}: not valid JSON ({error})") from error
     except (KeyError, TypeError):
-        raise ValueError(f'{where}: needs the fields "question" and "answer"') from None
+        raise ConfigError(f'{where}: needs the fields "question" and "answer"') from None
     answers = answer if isinstance(answer, list) else [answer]
     image = fields.get("image") or []
     images = image if isinstance(image, list) else [image]
     if not isinstance(text, str) or not answers or not all(isinstance(item, str) for item in [*answers, *images]):
-        raise ValueError(f'{where}: "question", "answer" and "image" must be texts or lists of texts')
+        raise ConfigError(f'{where}: "question", "answer" and "image" must be texts or lists of texts')
     return Question(where, fields.get("question_id", index), tuple(str(root / item) for item in images), text,
                     tuple(answers))
