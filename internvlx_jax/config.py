@@ -30,13 +30,17 @@ def load_config_file(path: str | Path) -> Any:
 
 
 def override(config: T, settings: Iterable[str]) -> T:
-    """Apply `a.b=value` settings, in order. Raises ConfigError naming the field and the nearest known one."""
+    """Apply `a.b=value` settings, all before the result is checked, so that fields can change together.
+
+    Raises ConfigError naming the field and the nearest known one.
+    """
+    data = to_dict(config)
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected field=value, e.g. optimizer.learning_rate=1e-4")
-        config = _replace(config, path.split("."), text, path)
-    return config
+        _set(type(config), data, path.split("."), text, f"--set {path}")
+    return from_dict(type(config), data)
 
 
 def to_dict(config: Any) -> Any:
@@ -60,23 +64,26 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     return _build(cls, values, path)
 
 
-def _replace(config: Any, keys: list[str], text: str, full: str) -> Any:
-    hints = typing.get_type_hints(type(config))
+def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str) -> None:
+    hints = typing.get_type_hints(cls)
     key, *rest = keys
     if key not in hints:
-        raise ConfigError(f"--set {full}: {type(config).__name__} has no field {key!r}{_nearest(key, hints)}")
-    current = getattr(config, key)
-    if rest:
-        if not dataclasses.is_dataclass(current):
-            raise ConfigError(f"--set {full}: {key!r} is {current!r}, it has no fields")
-        value = _replace(current, rest, text, full)
+        raise ConfigError(f"{full}: {cls.__name__} has no field {key!r}{_nearest(key, hints)}")
+    hint = _required(hints[key])
+    if not rest:
+        data[key] = to_dict(_coerce(_parse(text, hints[key]), hints[key], full))
+    elif dataclasses.is_dataclass(hint) and isinstance(data[key], dict):
+        _set(hint, data[key], rest, text, full)
     else:
-        value = _coerce(_parse(text, hints[key]), hints[key], full)
-    return _build(type(config), {**_fields(config), key: value}, full)
+        raise ConfigError(f"{full}: {key!r} is {data[key]!r}, it has no fields")
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+def _required(hint: Any) -> Any:
+    """`X` for `X | None`, any other hint as it is."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    return inner
 
 
 def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
@@ -89,8 +96,11 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """A command-line value: Python literal, true/false/none in any case, otherwise a plain string."""
-    if hint is str:
+    """A command-line value: text where the field takes text, else a literal; none, true, false in any case."""
+    required = _required(hint)
+    if hint is not required and text.lower() == "none":
+        return None
+    if required is str or text in typing.get_args(required):
         return text
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
@@ -103,10 +113,7 @@ def _parse(text: str, hint: Any) -> Any:
 def _coerce(value: Any, hint: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return _coerce(value, inner, path)
+        return None if value is None else _coerce(value, _required(hint), path)
     if origin is typing.Literal:
         if value not in args:
             raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}"

@@ -86,6 +86,7 @@ def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConf
                          head_dim=config.get("head_dim") or size("hidden_size") // heads,
                          mlp_width=size("intermediate_size"), eps=config.get("rms_norm_eps", 1e-6),
                          qkv_bias=qkv_bias, out_bias=out_bias,
+                         initializer_range=config.get("initializer_range", 0.02),
                          tie_embeddings=config.get("tie_word_embeddings", False) and not stored_output,
                          rope=_rope(config, family, size("max_position_embeddings")))
 

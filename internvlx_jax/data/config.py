@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from internvlx_jax.data.plan import LENGTH_STEP
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -13,7 +15,7 @@ class DataConfig:
     Attributes:
         meta, val_meta: InternVL meta JSON of training and validation data.
         tokenizer: folder or file of the tokenizer; None takes the one of the checkpoint in `init_from`.
-        max_length: token slots of the longest bucket.
+        max_length: token slots of the longest bucket; bucket lengths are multiples of `length_step`.
         batch_mode: `tokens` keeps tokens per step near `tokens_per_step`; `samples` uses one number of rows.
         tiles_per_step: also bounds a step's tile slots in `tokens` mode; None: no bound.
         max_executables: at most this many (tiles, length) buckets remain; the rarest merge upward.
@@ -25,6 +27,7 @@ class DataConfig:
     val_meta: str | None = None
     tokenizer: str | None = None
     max_length: int = 4096
+    length_step: int = LENGTH_STEP
     batch_mode: Literal["tokens", "samples"] = "tokens"
     tokens_per_step: int = 65536
     tiles_per_step: int | None = None

@@ -46,11 +46,15 @@ class LoadedStep(NamedTuple):
 class Loader:
     """The steps of a run over one meta file.
 
-    Raises SampleError naming file, line and remedy for the first bad sample; nothing is skipped.
+    Raises SampleError naming file, line and remedy for the first bad sample; nothing is skipped, and what is read but
+    damaged is a warning.
     """
 
     def __init__(self, meta: str, config: DataConfig, processor: Processor, *, row_quantum: int, seed: int,
                  process_index: int = 0, process_count: int = 1):
+        if row_quantum % process_count:
+            raise ConfigError(f"{process_count} processes cannot share steps of a multiple of {row_quantum} rows evenly; "
+                              "raise mesh.data or mesh.fsdp so that each process has rows of its own")
         entries = read_meta(meta)
         self.num_workers = config.num_workers
         self.process_index, self.process_count = process_index, process_count
@@ -65,7 +69,7 @@ class Loader:
                               samples=None if tokens else config.samples_per_step, tiles=config.tiles_per_step)
         tile_counts = [sum(sample.tiles_per_image) for sample in self.samples]
         self.assigned = assign_buckets(tile_counts, [sample.length for sample in self.samples],
-                                       config.max_executables)
+                                       config.max_executables, config.length_step)
         self.buckets = sorted(set(self.assigned))
         self.seed = seed
         names = hashlib.sha256("\n".join(sample.name for sample in self.samples).encode()).hexdigest()
@@ -97,9 +101,10 @@ class Loader:
         return LoadedStep(batch, tuple(sample.name for sample in real), counts)
 
     def steps(self, start: int, stop: int) -> Iterator[LoadedStep]:
-        """Steps start..stop-1 of the run, decoded ahead in threads, or in `num_workers` processes."""
+        """Steps start..stop-1 of the run, decoded ahead in threads, or in `num_workers` processes, which end with
+        the iterator."""
         if start >= stop:
-            return iter(())
+            return
         dataset = grain.MapDataset.source(_PlannedSteps(self, start, stop)).map(self.load)
         threads = 1 if self.num_workers else min(PREFETCHED_STEPS, os.cpu_count() or 1)
         steps = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCHED_STEPS))
@@ -107,7 +112,11 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
                 flags.FLAGS.mark_as_parsed()
             steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
-        return iter(steps)
+        iterator = iter(steps)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
 
 
 class _PlannedSteps:

@@ -11,6 +11,8 @@ from collections import Counter
 
 import numpy as np
 
+from internvlx_jax.errors import ConfigError
+
 LENGTH_STEP = 128
 TILE_COST = 256  # token slots that cost what a tile slot costs: 724 GFLOP of tower against 3.4 a token at 2B
 TILE_BUCKETS = (0, 1, 3, 4, 5, 6, 7, 8, 12, 16, 24)  # one image of at most 6 tiles has 1, 3, ..., 7 with thumbnail
@@ -46,8 +48,8 @@ class BatchRule:
     def rows(self, bucket: Bucket) -> int:
         if self.samples is not None:
             if self.samples % self.row_quantum:
-                raise ValueError(f"data.samples_per_step {self.samples} is not a multiple of {self.row_quantum} "
-                                 "(data-parallel devices * compute.accumulation)")
+                raise ConfigError(f"data.samples_per_step {self.samples} is not a multiple of {self.row_quantum} "
+                                  "(data-parallel devices * compute.accumulation)")
             return self.samples
         groups = max(1, self.tokens // (bucket.length * self.row_quantum))
         if self.tiles is not None and bucket.tiles:
@@ -63,20 +65,21 @@ class PlannedStep:
     entries: tuple[int, ...]
 
 
-def smallest_bucket(tiles: int, length: int) -> Bucket:
-    """The bucket of one sample on its own."""
+def smallest_bucket(tiles: int, length: int, length_step: int = LENGTH_STEP) -> Bucket:
+    """The bucket of one sample on its own; lengths are multiples of `length_step`."""
     slots = next((slots for slots in TILE_BUCKETS if tiles <= slots), -(-tiles // 8) * 8)
-    return Bucket(slots, -(-length // LENGTH_STEP) * LENGTH_STEP)
+    return Bucket(slots, -(-length // length_step) * length_step)
 
 
-def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int) -> list[Bucket]:
+def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int,
+                   length_step: int = LENGTH_STEP) -> list[Bucket]:
     """The bucket of every sample, from its tile count and token length.
 
     tiles, lengths: int[n]. The rarest bucket merges into the cheapest union until `max_executables` remain.
     """
-    smallest = [smallest_bucket(int(t), int(n)) for t, n in zip(tiles, lengths)]
+    smallest = [smallest_bucket(int(t), int(n), length_step) for t, n in zip(tiles, lengths)]
     counts = Counter(smallest)
-    merged: dict[Bucket, Bucket] = {}
+    members = {bucket: [bucket] for bucket in counts}  # the smallest buckets behind each one that remains
     while len(counts) > max_executables:
         rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
         rows = counts.pop(rarest)
@@ -88,15 +91,11 @@ def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int)
         partner = min(counts, key=padding)
         rows += counts.pop(partner)
         union = rarest.union(partner)
+        moved = members.pop(rarest) + members.pop(partner)
         counts[union] += rows
-        merged |= {old: union for old in (rarest, partner) if old != union}
-
-    def final(bucket: Bucket) -> Bucket:
-        while bucket in merged:
-            bucket = merged[bucket]
-        return bucket
-
-    return [final(bucket) for bucket in smallest]
+        members.setdefault(union, []).extend(moved)
+    final = {old: bucket for bucket, olds in members.items() for old in olds}
+    return [final[bucket] for bucket in smallest]
 
 
 def epoch_steps(buckets: list[Bucket], rule: BatchRule, seed: int, epoch: int) -> list[PlannedStep]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,12 @@ from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.templates import Template, get_template
 from internvlx_jax.data.tiles import TileConfig, cut_tiles, per_image_limit, tile_count
 from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
+
+# What load_image counts, and what to do about it.
+DECODED_ANYWAY = {
+    "truncated": "the file is damaged; what could be decoded is used, the rest is blank. Replace the file.",
+    "16bit": "16-bit values are shifted down to 8 bits. Convert the file if its values use another range.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +77,21 @@ class Processor:
             raise error.at(sample.where) from None
 
     def cut(self, images: Sequence[str], where: str) -> list[np.ndarray]:
-        """Tiles uint8[n, s, s, 3] of each image, each decoded once; raises SampleError naming file and line."""
+        """Tiles uint8[n, s, s, 3] of each image, each decoded once; raises SampleError naming file and line.
+
+        An image that is used although it is not what it should be is a warning, once a process.
+        """
         limit = per_image_limit(self.tiles.max_num, len(images)) if images else None
-        try:
-            return [cut_tiles(load_image(path), self.tiles, limit) for path in images]
-        except SampleError as error:
-            raise error.at(where) from None
+        tiles = []
+        for path in images:
+            try:
+                image = load_image(path)
+            except SampleError as error:
+                raise error.at(where) from None
+            for reason in image.info["counted"]:
+                warnings.warn(f"{where}: {path}: {DECODED_ANYWAY[reason]}", stacklevel=2)
+            tiles.append(cut_tiles(image, self.tiles, limit))
+        return tiles
 
     def concatenate(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
         """Tiles of all images of a sample, none for text: uint8[t, s, s, 3]."""

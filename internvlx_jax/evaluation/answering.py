@@ -37,7 +37,7 @@ class Answer:
 
 
 class Answerer:
-    """Greedy decoding of one loaded model on one mesh; `executables` counts the compiled shapes."""
+    """Greedy decoding of one loaded model on one mesh; `executables` counts the shapes it ran."""
 
     def __init__(self, pretrained: Pretrained, processor: Processor, mesh: Mesh, *, batch_size: int,
                  max_new_tokens: int):
@@ -46,11 +46,12 @@ class Answerer:
         shards = data_parallel_size(mesh)
         self.rows = -(-batch_size // shards) * shards
         self.stop_id = processor.tokenizer.token_id(processor.template.stop)
+        self._buckets: set[Bucket] = set()
         self._greedy = jax.jit(greedy, static_argnames=("max_new_tokens", "stop_ids", "pad_id"))
 
     @property
     def executables(self) -> int:
-        return self._greedy._cache_size()
+        return len(self._buckets)
 
     def answer(self, questions: Sequence[Question], report: Callable[[int], None] = lambda done: None) -> list[Answer]:
         """One answer a question, in order; a question whose images cannot be read gets an error instead."""
@@ -63,6 +64,7 @@ class Answerer:
                 answers[index] = failure(question, error)
         batches = [(bucket, indices[i : i + self.rows]) for bucket, indices in sorted(groups.items())
                    for i in range(0, len(indices), self.rows)]
+        self._buckets |= groups.keys()
         for loaded in self._load(questions, batches):
             answers |= self._generate(questions, loaded)
             report(len(answers))
@@ -70,7 +72,14 @@ class Answerer:
 
     def _bucket(self, question: Question) -> Bucket:
         tiles = self.processor.tiles_per_image(self.processor.sizes(question.images, question.where))
-        return smallest_bucket(sum(tiles), len(self._prompt(question, tiles).tokens))
+        length = len(self._prompt(question, tiles).tokens)
+        bucket, rope = smallest_bucket(sum(tiles), length), self.model.config.decoder.rope
+        if bucket.length + self.max_new_tokens > rope.max_positions and not rope.allow_longer:
+            raise SampleError(
+                "too_long", f"a prompt of {length} tokens (padded to {bucket.length}) and {self.max_new_tokens} new ones "
+                f"are more than the decoder's {rope.max_positions} positions.",
+                "Lower max_num or max_new_tokens, or shorten the question.", question.where)
+        return bucket
 
     def _prompt(self, question: Question, tiles: Sequence[int]):
         processor = self.processor
@@ -110,9 +119,10 @@ class Answerer:
         return Row(prompt.tokens, prompt.labels, prompt.tile_start, self.processor.concatenate(tiles))
 
     def _generate(self, questions: Sequence[Question], loaded: _Loaded) -> dict[int, Answer]:
+        tokenizer = self.processor.tokenizer
         inputs = jax.device_put(loaded.batch.inputs, batch_sharding(self.mesh))
         tokens, _ = self._greedy(self.model, inputs, max_new_tokens=self.max_new_tokens, stop_ids=(self.stop_id,),
-                                 pad_id=self.processor.tokenizer.pad_id)
+                                 pad_id=tokenizer.pad_id)
         answers = {}
         for index, row, ids in zip(loaded.indices, loaded.rows, np.asarray(tokens).tolist()):
             if row is None:
@@ -120,8 +130,10 @@ class Answerer:
                 continue
             stopped = self.stop_id in ids
             new = ids[: ids.index(self.stop_id)] if stopped else ids
-            answers[index] = Answer(questions[index], self.processor.tokenizer.decode(new).strip(), len(row.tokens),
-                                    len(row.tiles), len(new) + stopped, "stop" if stopped else "length")
+            # The model may have more rows than the tokenizer has ids; those have no text.
+            text = tokenizer.decode(id for id in new if id < tokenizer.vocab_size).strip()
+            answers[index] = Answer(questions[index], text, len(row.tokens), len(row.tiles), len(new) + stopped,
+                                    "stop" if stopped else "length")
         return answers
 
 

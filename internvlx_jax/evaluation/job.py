@@ -52,6 +52,10 @@ class EvalConfig:
             raise ConfigError(f"metric {self.metric!r} is unknown; choose one of {', '.join(METRICS)}")
         if "{question}" not in self.prompt:
             raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")
+        for name in ("max_num", "batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, it must be at least 1")
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - started
 
     metric = METRICS[config.metric]
-    rows = [_row(answer, metric(answer.text, answer.question.answers)) for answer in answers]
+    rows = [_row(answer, 0.0 if answer.error else metric(answer.text, answer.question.answers)) for answer in answers]
     errors = [row for row in rows if row["error"]]
     summary = {
         "metric": config.metric,

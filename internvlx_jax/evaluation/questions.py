@@ -30,31 +30,42 @@ def read_questions(path: Path, image_root: Path | None = None, limit: int | None
     if not path.is_file():
         raise FileNotFoundError(f"question file {path} does not exist")
     root = path.parent if image_root is None else image_root
-    questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if limit is not None and len(questions) >= limit:
-            break
-        if line.strip():
-            questions.append(_question(line, f"{path} line {number}", root, len(questions)))
+    questions: dict[str | int, Question] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if limit is not None and len(questions) >= limit:
+                break
+            if not line.strip():
+                continue
+            question = _question(line, f"{path} line {number}", root, len(questions))
+            if question.id in questions:
+                raise ConfigError(f"{question.where}: question_id {question.id!r} is also in "
+                                  f"{questions[question.id].where}; give each question its own")
+            questions[question.id] = question
     if not questions:
         raise ConfigError(f"{path}: no questions in it")
-    if len({question.id for question in questions}) != len(questions):
-        raise ConfigError(f"{path}: question_id is not unique")
-    return questions
+    return list(questions.values())
 
 
-def _question(line: str, where: str, root: Path, index: int) -> Question:
+def _question(line: bytes, where: str, root: Path, index: int) -> Question:
     try:
         fields: dict[str, Any] = json.loads(line)
         text, answer = fields["question"], fields["answer"]
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON ({error})") from error
     except (KeyError, TypeError):
         raise ConfigError(f'{where}: needs the fields "question" and "answer"') from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON ({error}); correct the line") from error
     answers = answer if isinstance(answer, list) else [answer]
     image = fields.get("image") or []
     images = image if isinstance(image, list) else [image]
-    if not isinstance(text, str) or not answers or not all(isinstance(item, str) for item in [*answers, *images]):
-        raise ConfigError(f'{where}: "question", "answer" and "image" must be texts or lists of texts')
-    return Question(where, fields.get("question_id", index), tuple(str(root / item) for item in images), text,
-                    tuple(answers))
+    texts = [text, *answers, *images]
+    if not answers or not all(isinstance(item, str) for item in texts):
+        raise ConfigError(f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts')
+    id = fields.get("question_id", index)
+    if not isinstance(id, (str, int)):
+        raise ConfigError(f'{where}: "question_id" must be a text or a whole number, got {id!r}')
+    try:
+        "".join([*texts, str(id)]).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: a text is not valid Unicode ({error}); correct the line") from error
+    return Question(where, id, tuple(str(root / item) for item in images), text, tuple(answers))

@@ -82,7 +82,10 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation."""
+    """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation.
+
+    initializer_range: standard deviation of fresh weights; 0.02 suits a width near 2048.
+    """
 
     family: Literal["internlm2", "llama", "qwen2"] = "internlm2"
     vocab_size: int
@@ -96,6 +99,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     tie_embeddings: bool = False
+    initializer_range: float = 0.02
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):

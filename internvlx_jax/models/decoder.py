@@ -20,9 +20,6 @@ from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, para
                                          stack_layers)
 from internvlx_jax.models.rope import Rotation, rotate, rotation
 
-INIT = normal(0.02)
-
-
 class Frame(NamedTuple):
     """Where the slots of a sequence stand.
 
@@ -61,10 +58,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
+        kwargs |= dict(init=normal(config.initializer_range), bias_init=constant(0.0))
         self.qkv = Linear("bsd,dkjh->bskjh", (d, k, j + 2, h), ("embed", "kv_heads", None, None),
-                          bias=config.qkv_bias, init=INIT, bias_init=constant(0.0), **kwargs)
+                          bias=config.qkv_bias, **kwargs)
         self.out = Linear("bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"),
-                          bias=config.out_bias, init=INIT, bias_init=constant(0.0), **kwargs)
+                          bias=config.out_bias, **kwargs)
 
     def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None) -> tuple[jax.Array, KeyValues]:
         qkv = self.qkv(x)
@@ -84,9 +82,10 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: DecoderConfig, **kwargs):
         d, f = config.width, config.mlp_width
-        self.gate = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), init=INIT, **kwargs)
-        self.up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), init=INIT, **kwargs)
-        self.down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), init=INIT, **kwargs)
+        kwargs |= dict(init=normal(config.initializer_range))
+        self.gate = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
+        self.up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
+        self.down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -113,11 +112,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         kwargs = dict(rngs=rngs, dtype=dtype)
         self.config = config
-        w, d = config.vocab_size, config.width
-        self.embedding = param(INIT, (w, d), ("vocab", "embed"), **kwargs)
+        w, d, init = config.vocab_size, config.width, normal(config.initializer_range)
+        self.embedding = param(init, (w, d), ("vocab", "embed"), **kwargs)
         self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs)
         self.norm = RMSNorm(d, eps=config.eps, **kwargs)
-        self.head = None if config.tie_embeddings else param(INIT, (d, w), ("embed", "vocab"), **kwargs)
+        self.head = None if config.tie_embeddings else param(init, (d, w), ("embed", "vocab"), **kwargs)
 
     def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """int32[B, S] -> dtype[B, S, D]."""

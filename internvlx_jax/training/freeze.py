@@ -14,7 +14,7 @@ from internvlx_jax.errors import ConfigError
 def frozen_paths(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
     """Paths that any expression matches from their beginning, e.g. `vision` or `decoder.layers.*norm`.
 
-    Raises ConfigError for an expression that is malformed or matches nothing.
+    Raises ConfigError for an expression that is malformed or matches nothing, and when nothing is left to train.
     """
     paths, frozen = list(paths), set()
     for expression in expressions:
@@ -26,6 +26,8 @@ def frozen_paths(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
             raise ConfigError(f"freeze: {expression!r} matches no parameter; paths begin with "
                               f"{', '.join(sorted({path.split('.')[0] for path in paths}))}")
         frozen |= matched
+    if len(frozen) == len(paths):
+        raise ConfigError("freeze: the expressions match every parameter, nothing is left to train")
     return frozen
 
 

@@ -104,8 +104,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     def validate(params) -> dict[str, float]:
         sums = np.sum([jax.device_get(eval_step(params, put(loaded)))
                        for loaded in validation.steps(0, validation.steps_per_epoch)], axis=0)
-        loss, weight, exact, rows = sums.tolist()
-        return {"eval/loss": loss / weight, "eval/exact": exact / rows}
+        loss, weight, exact, answers = sums.tolist()
+        return {"eval/loss": loss / weight, "eval/exact": exact / answers}
 
     def save(step: int, state: TrainState) -> None:
         data = {"version": 1, "plan_hash": loader.plan_hash, "epoch": step // loader.steps_per_epoch, "step": step}

@@ -46,12 +46,12 @@ class Metrics(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Sums over the rows of one batch, float32 scalars; `exact` counts rows whose supervised tokens are all arg max."""
+    """Sums over one batch, float32 scalars; `exact` counts the answers whose tokens are all arg max."""
 
     loss: jax.Array
     weight: jax.Array
     exact: jax.Array
-    rows: jax.Array
+    answers: jax.Array
 
 
 def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatParams, batch: Batch,
@@ -99,15 +99,26 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], EvalSums]:
-    """Loss and teacher-forced exact match: all answer tokens arg max, which is what greedy decoding would write."""
+    """Loss and teacher-forced exact match: all tokens of an answer arg max, which is what greedy decoding would write."""
 
     def eval_step(params: FlatParams, batch: Batch) -> EvalSums:
         model: InternVLX = nnx.merge(graphdef, unflatten(params))
         ce, hit = token_losses(model.decoder, model(batch.inputs), batch.labels)
-        supervised = shift_left(batch.labels, IGNORED) != IGNORED
-        rows = jnp.any(supervised, axis=1)
-        exact = rows & jnp.all(hit | ~supervised, axis=1)
         loss, weight = weighted_loss(ce, batch.loss_weight)
-        return EvalSums(loss, weight, jnp.sum(exact, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32))
+        answers, exact = count_answers(shift_left(batch.labels, IGNORED) != IGNORED, hit)
+        return EvalSums(loss, weight, exact, answers)
 
     return eval_step
+
+
+def count_answers(supervised: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An answer is an unbroken run of supervised slots -> (answers, answers that are hit throughout), float32.
+
+    supervised, hit: bool[B, S]
+    """
+    before = jnp.pad(supervised[:, :-1], ((0, 0), (1, 0)))
+    first, last = supervised & ~before, supervised & ~shift_left(supervised, False)
+    missed = jnp.cumsum(supervised & ~hit, axis=1)
+    missed_before = jax.lax.cummax(jnp.where(first, missed - ~hit, 0), axis=1)  # as of the start of the current run
+    exact = last & (missed == missed_before)
+    return jnp.sum(last, dtype=jnp.float32), jnp.sum(exact, dtype=jnp.float32)

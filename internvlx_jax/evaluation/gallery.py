@@ -1,0 +1,125 @@
+"""A picture of a few answered questions, from predictions.jsonl (spec: evaluation.md 8). No import of jax."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.images import load_image
+from internvlx_jax.errors import ConfigError
+
+COLUMNS = 4
+MAX_PAGES = 4  # of one question; the others are left out
+CARD, PAGES = (300, 368), (276, 216)  # px: a card, and the area of its pages
+MARGIN, GAP, HEADER, INSET = 16, 12, 36, 12
+LINE, LARGE = (14, 38), (17, 29)  # font size and characters a line
+
+PAPER, CARD_PAPER, EDGE, INK, GREY = "#eef0f4", "#ffffff", "#cfd4dd", "#1d2430", "#667085"
+RIGHT, WRONG = "#1a7f4b", "#b3261e"
+
+
+def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
+    """Draw `count` answers, evenly spread over the file and so not picked by their score.
+
+    predictions: what eval.py writes. out: a PNG, which appears complete or not at all. A page that cannot be
+    read is a grey box. Raises FileNotFoundError, or ConfigError naming the line.
+    """
+    rows = _read(predictions)
+    score = sum(row["score"] for row in rows) / len(rows)
+    shown = [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
+    columns = min(COLUMNS, len(shown))
+    lines = -(-len(shown) // columns)
+    size = (2 * MARGIN + columns * CARD[0] + (columns - 1) * GAP,
+            HEADER + MARGIN + lines * CARD[1] + (lines - 1) * GAP)
+    picture = Image.new("RGB", size, PAPER)
+    header = f"{len(shown)} of {len(rows)} answers; mean score of all {score:.2f}"
+    ImageDraw.Draw(picture).text((MARGIN, HEADER / 2), header, INK, _font(16), anchor="lm")
+    for i, row in enumerate(shown):
+        line, column = divmod(i, columns)
+        picture.paste(_card(row), (MARGIN + column * (CARD[0] + GAP), HEADER + line * (CARD[1] + GAP)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".partial")
+    picture.save(aside, format="PNG")
+    aside.rename(out)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the predictions.jsonl of an eval.py run")
+    rows = []
+    with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold other Unicode line separators
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                missing = {"prompt", "images", "prediction", "answer", "score", "error"} - row.keys()
+            except (json.JSONDecodeError, AttributeError):
+                raise ConfigError(f"{path} line {number}: not a JSON object; run eval.py again") from None
+            if missing:
+                raise ConfigError(f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again")
+            rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path}: no predictions in it; run eval.py again")
+    return rows
+
+
+def _card(row: dict[str, Any]) -> Image.Image:
+    """The pages of one question, and below them the question, the answer and whether it is right."""
+    card = Image.new("RGB", CARD, CARD_PAPER)
+    draw = ImageDraw.Draw(card)
+    draw.rectangle((0, 0, CARD[0] - 1, CARD[1] - 1), outline=EDGE)
+    pages = row["images"][:MAX_PAGES]
+    for i, path in enumerate(pages):
+        width = PAGES[0] // len(pages)
+        page = _page(path, (width - 8, PAGES[1]))
+        left, top = i * width + (width - page.width) // 2, (PAGES[1] - page.height) // 2
+        card.paste(page, (INSET + left, INSET + top))
+    y = _write(draw, INSET, PAGES[1] + 2 * INSET, row["prompt"], GREY, LINE, 2) + 6
+    right = row["score"] == 1
+    _mark(draw, INSET, y, right)
+    x = INSET + 28
+    if row["error"]:
+        _write(draw, x, y, f"error: {row['error']}", WRONG, LINE, 4)
+        return card
+    y = _write(draw, x, y - 1, row["prediction"] or "(empty)", RIGHT if right else WRONG, LARGE, 1)
+    if not right:
+        y = _write(draw, x, y, "expected: " + " | ".join(row["answer"]), INK, LINE, 2)
+    if 0 < row["score"] < 1:
+        _write(draw, x, y, f"score {row['score']:.2f}", GREY, LINE, 1)
+    return card
+
+
+def _page(path: str, area: tuple[int, int]) -> Image.Image:
+    try:
+        page = load_image(path)
+    except SampleError:
+        return Image.new("RGB", area, EDGE)
+    page = ImageOps.contain(page, area, Image.Resampling.LANCZOS)
+    return ImageOps.expand(page, 1, EDGE)
+
+
+def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, right: bool) -> None:
+    """A tick or a cross of 18 px; drawn, because Pillow's own font has neither."""
+    if right:
+        draw.line([(x, y + 10), (x + 6, y + 16), (x + 18, y + 3)], RIGHT, 4, joint="curve")
+    else:
+        draw.line([(x + 2, y + 3), (x + 16, y + 17)], WRONG, 4)
+        draw.line([(x + 16, y + 3), (x + 2, y + 17)], WRONG, 4)
+
+
+def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, style: tuple[int, int],
+           lines: int) -> float:
+    """At most `lines` wrapped lines of text with their top at y; returns the top of the line below them."""
+    size, characters = style
+    for line in textwrap.wrap(text, characters - round(x / size), max_lines=lines, placeholder=" ..."):
+        draw.text((x, y), line, color, _font(size))
+        y += size + 6
+    return y
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,144 @@
+"""load_pretrained: single and sharded folders, straight onto a mesh, strict about every name (checkpoints.md 6, 8)."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from internvlx_jax import load_pretrained
+from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.models.params import flatten
+from internvlx_jax.training.sharding import MeshConfig, make_mesh
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    shutil.copytree(golden / "internlm2", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def params(pretrained):
+    return flatten(nnx.to_pure_dict(nnx.state(pretrained.model)))
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder, count=3):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_sharded_equals_single(folder):
+    single = params(load_pretrained(folder, dtype="float32"))
+    shard(folder)
+    sharded = params(load_pretrained(folder, dtype="float32"))
+    assert single.keys() == sharded.keys()
+    for path in single:
+        np.testing.assert_array_equal(single[path], sharded[path])
+
+
+def test_onto_a_mesh(folder):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    single, placed = params(load_pretrained(folder, dtype="float32")), params(load_pretrained(folder, dtype="float32", mesh=mesh))
+    for path in single:
+        np.testing.assert_array_equal(single[path], placed[path])
+    kernel = placed["decoder.layers.mlp.gate.kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_bfloat16_files_and_targets(folder):
+    def to_bf16(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    original = params(load_pretrained(folder, dtype="bfloat16"))
+    rewrite(folder, to_bf16)
+    for path, value in params(load_pretrained(folder, dtype="bfloat16")).items():
+        assert value.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(original[path]))
+    for value in params(load_pretrained(folder, dtype="float32")).values():
+        assert value.dtype == np.float32
+
+
+def test_every_mismatch_in_one_report(folder):
+    def damage(tensors):
+        del tensors["projector.cls_scale"]
+        tensors["extra.weight"] = np.zeros((2, 3), np.float32)
+        tensors["language_model.output.weight"] = tensors["language_model.output.weight"][:-1].copy()
+        tensors["vision_model.encoder.layers.1.ls1"] = np.zeros(64, np.int32)
+
+    rewrite(folder, damage)
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(folder)
+    text = str(error.value)
+    assert len(error.value.problems) == 4
+    assert "missing tensor projector.cls_scale [1, 2, 2, 64]" in text
+    assert "unused tensor extra.weight [2, 3]" in text
+    assert "language_model.output.weight has shape [199, 64], config.json implies [200, 64]" in text
+    assert "vision_model.encoder.layers.1.ls1 has dtype I32" in text
+
+
+def test_old_rotary_tables_are_ignored(folder):
+    def add(tensors):
+        tensors["language_model.model.layers.0.attention.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+
+    rewrite(folder, add)
+    load_pretrained(folder)
+
+
+def test_index_problems(folder):
+    index = shard(folder)
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "moved.safetensors")
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: named by .* but missing"):
+        load_pretrained(folder)
+    (folder / "moved.safetensors").rename(folder / "model-00002-of-00003.safetensors")
+    some = next(iter(index["weight_map"]))
+    index["weight_map"][some] = "model-00002-of-00003.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{some}: .* places it in"):
+        load_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        load_pretrained(folder)
+
+
+def test_truncated_file(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="model.safetensors: not a readable safetensors file"):
+        load_pretrained(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_pretrained(tmp_path / "nowhere")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
+        load_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json not found"):
+        load_pretrained(folder)
+
+
+def test_config_error_names_the_file(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_llm_lora": 8}))
+    with pytest.raises(ConfigError, match="config.json.*use_llm_lora = 8"):
+        load_pretrained(folder)

@@ -1,0 +1,125 @@
+"""The decoder against the original: hidden states, caches, masks, positions (model.md 8, 15)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from internvlx_jax.models.config import DecoderConfig, RopeConfig
+from internvlx_jax.models.decoder import Decoder, Frame, KeyValues, Past
+from internvlx_jax.models.rope import rotation
+
+ATOL = 1e-4
+
+
+def frame(tokens, positions=None, mask=None):
+    batch, length = tokens.shape
+    positions = np.broadcast_to(np.arange(length), tokens.shape) if positions is None else positions
+    mask = np.ones_like(tokens) if mask is None else mask
+    return Frame(jnp.asarray(positions, jnp.int32), jnp.asarray(mask, jnp.int32))
+
+
+def logits(decoder, tokens, **kwargs):
+    x = decoder.embed(jnp.asarray(tokens), jnp.float32)
+    return decoder.logits(decoder.run_layers(x, frame(tokens, **kwargs))[0])
+
+
+def test_hidden_states_and_caches(parity):
+    decoder, outputs = parity.model.decoder, parity.outputs
+    tokens = parity.inputs["llm_input_ids"]
+    x = decoder.embed(jnp.asarray(tokens), jnp.float32)
+    for layer in range(decoder.config.layers):
+        np.testing.assert_allclose(x, outputs[f"llm_hidden_{layer}"], atol=ATOL, rtol=0)
+        x, kv = decoder.run_layers(x, frame(tokens), start=layer, stop=layer + 1, keep_kv=True)
+        for ours, name in zip(kv, ("k", "v")):
+            np.testing.assert_allclose(ours[0].swapaxes(1, 2), outputs[f"llm_cache_{name}_{layer}"], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(decoder.norm(x), outputs[f"llm_hidden_{decoder.config.layers}"], atol=ATOL, rtol=0)
+
+
+def test_masks_and_positions(parity):
+    decoder, inputs, outputs = parity.model.decoder, parity.inputs, parity.outputs
+    tokens = inputs["llm_input_ids"]
+    right, left = inputs["llm_mask_right"], inputs["llm_mask_left"]
+    np.testing.assert_allclose(logits(decoder, tokens), outputs["llm_logits"], atol=ATOL, rtol=0)
+    for name, mask, positions in (("mask_right", right, None), ("mask_left", left, None),
+                                  ("mask_left_pos", left, inputs["llm_position_ids_left"])):
+        ours = np.asarray(logits(decoder, tokens, mask=mask, positions=positions))
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours[mask == 1], outputs[f"llm_logits_{name}"][mask == 1], atol=ATOL, rtol=0)
+    ours = logits(decoder, tokens, positions=inputs["llm_position_ids_custom"])
+    np.testing.assert_allclose(ours, outputs["llm_logits_pos_custom"], atol=ATOL, rtol=0)
+
+
+def test_prefill_and_single_steps(parity):
+    decoder = parity.model.decoder
+    tokens = parity.inputs["llm_input_ids"]
+    batch, length = tokens.shape
+    prefill = 8
+    x = decoder.embed(jnp.asarray(tokens[:, :prefill]), jnp.float32)
+    x, kv = decoder.run_layers(x, frame(tokens[:, :prefill]), keep_kv=True)
+    rows = [decoder.logits(x)]
+    kv = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - prefill), (0, 0), (0, 0))), kv)
+    for slot in range(prefill, length):
+        past = Past(kv, jnp.broadcast_to(jnp.arange(length) <= slot, (batch, length)).astype(jnp.int32),
+                    jnp.int32(slot))
+        one = Frame(jnp.full((batch, 1), slot, jnp.int32), jnp.ones((batch, 1), jnp.int32))
+        x, new = decoder.run_layers(decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32), one,
+                                    past=past, keep_kv=True)
+        kv = KeyValues(*(old.at[:, :, slot : slot + 1].set(fresh) for old, fresh in zip(kv, new)))
+        rows.append(decoder.logits(x))
+    np.testing.assert_allclose(jnp.concatenate(rows, axis=1), parity.outputs["llm_logits_incremental"], atol=ATOL,
+                               rtol=0)
+
+
+TINY = DecoderConfig(vocab_size=40, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
+
+
+def tiny(**changes):
+    return Decoder(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def test_packed_segments_equal_separate_rows():
+    decoder = tiny()
+    tokens = np.random.default_rng(0).integers(0, 40, (1, 11))
+    segments = np.array([[1] * 4 + [2] * 5 + [0] * 2])
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0]])
+    packed = logits(decoder, tokens, positions=positions, mask=segments)
+    np.testing.assert_allclose(packed[:, :4], logits(decoder, tokens[:, :4]), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 4:9], logits(decoder, tokens[:, 4:9]), atol=1e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_layer_ranges_compose():
+    decoder = tiny()
+    tokens = np.arange(6)[None]
+    x = decoder.embed(jnp.asarray(tokens), jnp.float32)
+    whole, _ = decoder.run_layers(x, frame(tokens))
+    for cut in range(4):
+        shallow, _ = decoder.run_layers(x, frame(tokens), stop=cut)
+        deep, _ = decoder.run_layers(shallow, frame(tokens), start=cut)
+        np.testing.assert_allclose(deep, whole, atol=1e-6)
+
+
+def test_tied_output():
+    decoder = tiny(tie_embeddings=True)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 16))
+    assert decoder.head is None
+    np.testing.assert_allclose(decoder.logits(x), decoder.norm(x) @ decoder.embedding[...].T, atol=1e-6)
+
+
+def test_rope_scaling():
+    positions = jnp.arange(40)[None]
+    plain = RopeConfig(theta=1e4, max_positions=32)
+    dynamic = RopeConfig(theta=1e4, max_positions=32, scaling="dynamic", factor=2.0, allow_longer=True)
+    linear = RopeConfig(theta=1e4, max_positions=64, scaling="linear", factor=4.0)
+    np.testing.assert_array_equal(rotation(dynamic, positions, 8, 32).cos, rotation(plain, positions, 8, 32).cos)
+    theta = 1e4 * (2.0 * 40 / 32 - 1.0) ** (8 / 6)
+    expected = np.cos(np.arange(40)[:, None] * theta ** (-np.arange(0, 8, 2) / 8))
+    np.testing.assert_allclose(rotation(dynamic, positions, 8, 40).cos[0], expected, atol=1e-5)
+    np.testing.assert_allclose(rotation(linear, 4 * positions, 8, 40).sin, rotation(plain, positions, 8, 32).sin,
+                               atol=1e-6)
+    with pytest.raises(ValueError, match="40 key slots exceed.*allow_longer"):
+        rotation(plain, positions, 8, 40)

@@ -1,0 +1,42 @@
+"""A run small enough to train inside a test: generated pages, one-layer stacks, float32."""
+
+import dataclasses
+
+import pytest
+
+from internvlx_jax.data.config import DataConfig
+from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
+from internvlx_jax.data.tiles import TileConfig
+from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
+from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
+from internvlx_jax.training.sharding import MeshConfig
+
+TINY = ModelConfig(
+    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56, drop_path=0.1),
+    projector=ProjectorConfig(drop_path=0.1),
+    decoder=DecoderConfig(vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48),
+    prompt=PromptConfig(tiles=TileConfig(tile_size=56, max_num=2)))
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages") / "data"
+    generate(folder, SyntheticConfig(train_samples=40, val_samples=6, text_share=0.2))
+    return folder
+
+
+@pytest.fixture
+def tiny_run(pages, tmp_path):
+    """The TrainConfig of a run in tmp_path; keyword arguments replace its fields."""
+
+    def make(name="run", **changes):
+        config = TrainConfig(
+            output_dir=str(tmp_path / name), model=TINY,
+            data=DataConfig(meta=str(pages / FILES["meta_train"]), tokenizer=str(TOKENIZER_FOLDER), max_length=256,
+                            tokens_per_step=1024, max_executables=3),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.2),
+            compute=ComputeConfig(dtype="float32", remat="none"), mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+            steps=6, log_every=1, eval_every=100, save_every=100)
+        return dataclasses.replace(config, **changes)
+
+    return make

@@ -1,0 +1,152 @@
+"""The loop end to end: resume equals an undisturbed run, one executable a bucket, clear refusals (training.md 10)."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from internvlx_jax import load_pretrained
+from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.models.params import flatten
+from internvlx_jax.training.checkpoint import RunFolder
+from internvlx_jax.training.config import OptimizerConfig
+from internvlx_jax.training.loop import train
+from internvlx_jax.training.sharding import MeshConfig
+
+
+def metrics(config):
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows if "loss" in row]
+
+
+def params(folder):
+    return {path: np.asarray(value) for path, value in
+            flatten(nnx.to_pure_dict(nnx.state(load_pretrained(folder, dtype="float32").model))).items()}
+
+
+@pytest.fixture
+def straight(tiny_run):
+    config = tiny_run("straight")
+    train(config)
+    return config
+
+
+def test_stop_and_resume_equal_a_straight_run(straight, tiny_run):
+    """Losses, parameters and optimiser state bit for bit; on another mesh within rounding."""
+    halves = tiny_run("halves")
+    train(halves, stop_after=3)
+    assert RunFolder(halves.output_dir).step == 3
+    train(halves)
+    assert metrics(halves) == metrics(straight) and len(metrics(straight)) == 6
+    expected, resumed = params(straight.output_dir), params(halves.output_dir)
+    for path in expected:
+        np.testing.assert_array_equal(resumed[path], expected[path], err_msg=path)
+
+    elsewhere = tiny_run("elsewhere")
+    train(elsewhere, stop_after=3)
+    train(dataclasses.replace(elsewhere, mesh=MeshConfig(data=1, fsdp=4, tensor=2)))
+    for ours, theirs in zip(metrics(elsewhere), metrics(straight)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+    # Running a finished run again changes nothing.
+    train(straight)
+    assert len(metrics(straight)) == 6
+
+
+def test_one_executable_a_bucket(straight):
+    rows = [json.loads(line) for line in (Path(straight.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    executables = [row["executables"] for row in rows if "executables" in row]
+    assert 2 <= executables[-1] <= straight.data.max_executables
+    config = dataclasses.replace(straight, output_dir=straight.output_dir + "-long", steps=24)
+    final = train(config)
+    assert final["executables"] <= straight.data.max_executables
+
+
+def test_run_folder_stands_alone(straight, tmp_path):
+    """Configs, tokenizer and parameters are read back from the folder, by run and by step."""
+    run = Path(straight.output_dir).rename(tmp_path / "moved")
+    loaded = load_pretrained(run, dtype="float32")
+    assert loaded.config == straight.model and loaded.tokenizer.vocab_size == 655
+    np.testing.assert_array_equal(params(run / "checkpoints" / "6")["decoder.head"], params(run)["decoder.head"])
+    assert json.loads((run / "config.json").read_text())["train"]["seed"] == 0
+    assert list((run / "tensorboard").iterdir())
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("*.orbax-checkpoint-tmp*"))
+    with pytest.raises(FileNotFoundError, match="the steps there are 6"):
+        load_pretrained(run / "checkpoints" / "5")
+
+
+def test_other_settings_are_refused_with_their_difference(straight):
+    changed = dataclasses.replace(straight, optimizer=OptimizerConfig(learning_rate=5e-3), seed=1)
+    with pytest.raises(ConfigError, match="train.optimizer.learning_rate: 0.001 -> 0.005") as error:
+        train(changed)
+    assert "train.seed: 0 -> 1" in str(error.value)
+
+
+def test_changed_data_is_refused(tiny_run, pages):
+    config = tiny_run("data")
+    train(config, stop_after=1)
+    annotation = pages / "synthetic_pages" / "train.jsonl"
+    lines = annotation.read_text()
+    try:
+        annotation.write_text("".join(lines.splitlines(keepends=True)[:-4]))
+        with pytest.raises(CheckpointError, match="the data .* changed since this checkpoint"), pytest.warns(UserWarning):
+            train(config)
+    finally:
+        annotation.write_text(lines)
+
+
+def test_foreign_folder_is_refused(tiny_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        train(tiny_run())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_wrong_checkpoint_is_one_report(straight):
+    """Another model config against the stored parameters: every mismatch is listed."""
+    run = RunFolder(straight.output_dir)
+    from internvlx_jax.models.params import abstract_model
+    from internvlx_jax.training.sharding import make_mesh, param_shardings
+
+    model = straight.model
+    other = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp_width=64, qkv_bias=True))
+    abstract = abstract_model(other, dtype="float32")
+    shardings = param_shardings(abstract.shapes, abstract.axes, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(CheckpointError) as error:
+        run.load(abstract, shardings)
+    assert len(error.value.problems) == 4
+    assert "decoder.layers.mlp.gate.kernel has shape [2, 32, 48] in the checkpoint, [2, 32, 64]" in str(error.value)
+    assert "decoder.layers.attn.qkv.bias [2, 2, 4, 8] is in the model, not in the checkpoint" in str(error.value)
+
+
+def test_init_from_a_run_and_freeze(straight, tiny_run):
+    config = tiny_run("second", model=None, init_from=straight.output_dir, freeze=("vision", "projector"), steps=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None))
+    train(config)
+    before, after = params(straight.output_dir), params(config.output_dir)
+    for path in before:
+        same = np.array_equal(before[path], after[path])
+        assert same == path.startswith(("vision.", "projector.")), path
+
+
+def test_init_from_a_hugging_face_folder(golden, tiny_run):
+    """Its tokenizer files are missing, which is said; so is a vocabulary that is too small."""
+    config = tiny_run(model=None, init_from=str(golden / "internlm2"))
+    with pytest.raises(ConfigError, match="655 ids, model.decoder.vocab_size is 200"):
+        train(config)
+    with pytest.raises(ConfigError, match="data.tokenizer is not set"):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None)))
+
+
+def test_validation_reaches_the_metrics_file(tiny_run, pages):
+    config = tiny_run("validated", steps=2, eval_every=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_meta=str(pages / "meta_val.json")))
+    final = train(config)
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert len(losses) == 2 and final["eval/loss"] == losses[-1] and 0 <= final["eval/exact"] <= 1

@@ -1,0 +1,118 @@
+"""Every parameter's path, shape, axes and partition as a golden text; 1 device equals 8 (training.md 13)."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from internvlx_jax.convert.hf_config import model_config
+from internvlx_jax.convert.hf_folder import HFFolder
+from internvlx_jax.convert.verify import inputs_from_flat
+from internvlx_jax.data.batch import Batch
+from internvlx_jax.models.params import abstract_model, init_params, flatten, unflatten
+from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, param_shardings, replicated)
+from internvlx_jax.training.step import loss_and_grads
+
+
+@pytest.mark.parametrize("size", ["2b", "8b"])
+def test_golden_partition(golden, size):
+    """Regenerate after a wanted change: print(table) into tests/golden/partition-SIZE.txt."""
+    stored = json.loads((golden / f"shapes-{size}.json").read_text())
+    abstract = abstract_model(model_config(stored["config"], stored["shapes"]), dtype="bfloat16")
+    shardings = param_shardings(abstract.shapes, abstract.axes, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    table = "".join(f"{path} {list(leaf.shape)} {leaf.dtype} {shardings[path].spec}\n"
+                    for path, leaf in sorted(abstract.shapes.items()))
+    assert table == (golden / f"partition-{size}.txt").read_text()
+
+
+def test_large_parameters_are_divided(golden):
+    """At 8B nothing above a million elements stays whole on an 8-device mesh."""
+    stored = json.loads((golden / "shapes-8b.json").read_text())
+    abstract = abstract_model(model_config(stored["config"], stored["shapes"]), dtype="bfloat16")
+    shardings = param_shardings(abstract.shapes, abstract.axes, make_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+    for path, leaf in abstract.shapes.items():
+        share = math.prod(shardings[path].shard_shape(leaf.shape)) / leaf.size
+        assert leaf.size < 1e6 or share <= 1 / 4, path
+
+
+def test_mesh_errors():
+    with pytest.raises(ValueError, match="needs 3 devices, 8 are present"):
+        make_mesh(MeshConfig(data=3))
+    with pytest.raises(ValueError, match="only one of data, fsdp"):
+        make_mesh(MeshConfig(data=-1, fsdp=-1))
+    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def golden_batch(golden):
+    inputs = dict(np.load(golden / "internlm2" / "inputs.npz"))
+    source = HFFolder(golden / "internlm2")
+    flags = inputs["image_flags"] == 1
+    model_inputs = inputs_from_flat(source.config, 7, inputs["input_ids"], inputs["pixel_values"][flags],
+                                    inputs["attention_mask"])
+    labels = inputs["labels"].astype(np.int32)
+    batch = Batch(model_inputs, labels, (labels != -100).astype(np.float32))
+    # Eight rows, so that every device of data x fsdp holds some: the three golden ones and repeats of them.
+    return source, jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), batch)
+
+
+@pytest.mark.parametrize("mesh_config", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8, tensor=1)])
+def test_one_device_equals_eight(golden, mesh_config):
+    source, batch = golden_batch(golden)
+    abstract = abstract_model(source.config, dtype="float32")
+
+    def run(mesh):
+        shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
+        params = source.load(abstract, shardings)
+        step = jax.jit(lambda params, batch: loss_and_grads(abstract.graphdef, params, {}, batch, None),
+                       out_shardings=(replicated(mesh), shardings))
+        with jax.default_matmul_precision("highest"):
+            return step(params, jax.device_put(batch, batch_sharding(mesh)))
+
+    loss, grads = run(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    sharded_loss, sharded_grads = run(make_mesh(mesh_config))
+    np.testing.assert_allclose(sharded_loss, loss, atol=2e-6)
+    for path in grads:
+        np.testing.assert_allclose(sharded_grads[path], grads[path], atol=3e-6, err_msg=path)
+
+
+def test_sharded_init_equals_whole_init(tiny_run):
+    config = tiny_run().model
+    abstract = abstract_model(config, dtype="float32")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
+    whole, sharded = flatten(init_params(config, 3)), flatten(init_params(config, 3, shardings=unflatten(shardings)))
+    assert whole.keys() == abstract.shapes.keys()
+    for path in whole:
+        np.testing.assert_array_equal(whole[path], sharded[path], err_msg=path)
+        assert sharded[path].sharding == shardings[path]
+
+
+def test_initial_distributions(tiny_run):
+    """model.md 12: tower and projector U(-1/sqrt(fan_in), ..), embeddings N(0, 1), decoder N(0, 0.02), norms 1."""
+    params = flatten(init_params(tiny_run().model, 0))
+    patch = np.asarray(params["vision.patch_embed.kernel"])
+    assert np.abs(patch).max() <= 588**-0.5 and patch.std() == pytest.approx(588**-0.5 / 3**0.5, rel=0.05)
+    assert np.asarray(params["vision.position_embedding"]).std() == pytest.approx(1.0, rel=0.15)
+    assert np.asarray(params["decoder.embedding"]).std() == pytest.approx(0.02, rel=0.05)
+    assert np.asarray(params["decoder.layers.mlp.down.kernel"]).std() == pytest.approx(0.02, rel=0.05)
+    for path, value in params.items():
+        if "norm" in path:
+            assert np.unique(value).tolist() == [0.0 if path.endswith("bias") else 1.0], path
+    # Layers of a stack differ.
+    assert np.ptp(np.asarray(params["decoder.layers.mlp.gate.kernel"])[0] - params["decoder.layers.mlp.gate.kernel"][1]) > 0
+
+
+def test_model_modules_do_not_name_mesh_axes():
+    from pathlib import Path
+
+    import internvlx_jax
+
+    root = Path(internvlx_jax.__file__).parent
+    for file in root.rglob("*.py"):
+        if file.name != "sharding.py":
+            text = file.read_text()
+            assert "PartitionSpec" not in text and '"fsdp"' not in text, file
+    assert nnx.__name__
