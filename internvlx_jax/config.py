@@ -69,11 +69,10 @@ def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str)
     key, *rest = keys
     if key not in hints:
         raise ConfigError(f"{full}: {cls.__name__} has no field {key!r}{_nearest(key, hints)}")
-    hint = _required(hints[key])
     if not rest:
         data[key] = to_dict(_coerce(_parse(text, hints[key]), hints[key], full))
-    elif dataclasses.is_dataclass(hint) and isinstance(data[key], dict):
-        _set(hint, data[key], rest, text, full)
+    elif isinstance(data[key], dict):
+        _set(_required(hints[key]), data[key], rest, text, full)
     else:
         raise ConfigError(f"{full}: {key!r} is {data[key]!r}, it has no fields")
 

@@ -187,6 +187,7 @@ def format_table(rows: list[Difference], atol: float) -> str:
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     with aside.open("wb") as file:
         np.savez(file, **arrays)

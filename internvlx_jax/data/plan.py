@@ -89,11 +89,9 @@ def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int,
             return rows * (union.cost - rarest.cost) + counts[other] * (union.cost - other.cost), other
 
         partner = min(counts, key=padding)
-        rows += counts.pop(partner)
-        union = rarest.union(partner)
-        moved = members.pop(rarest) + members.pop(partner)
-        counts[union] += rows
-        members.setdefault(union, []).extend(moved)
+        union = rarest.union(partner)  # a new bucket or one of the two: merging with a third would have been cheaper
+        counts[union] = rows + counts.pop(partner)
+        members[union] = members.pop(rarest) + members.pop(partner)
     final = {old: bucket for bucket, olds in members.items() for old in olds}
     return [final[bucket] for bucket in smallest]
 

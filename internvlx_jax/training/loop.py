@@ -22,7 +22,7 @@ from internvlx_jax.models.params import abstract_model, flatten, init_params, un
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.freeze import describe, frozen_paths
-from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line
+from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
 from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from internvlx_jax.training.sharding import (batch_sharding, data_parallel_size, make_mesh, optimizer_shardings,
                                              param_shardings, placed, replicated)
@@ -113,7 +113,21 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     last = steps if stop_after is None else min(steps, first + stop_after)
     writer = MetricsWriter(run, first) if jax.process_index() == 0 else None
-    throughput, latest = Throughput(), {}
+    latest: dict[str, float] = {}
+
+    def record(step: int, values: dict[str, float]) -> None:
+        latest.update(values)
+        if writer:
+            writer.write(step, values)
+
+    def report_validation(step: int) -> None:
+        scores = validate(state.params())
+        speak(f"step {step}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        record(step, scores)
+
+    if validation is not None and first == 0:
+        report_validation(0)
+    throughput, window = Throughput(), []
     # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
     with checkpoints:
         for step, loaded, batch in _ahead(loader.steps(first, last), put, first):
@@ -122,19 +136,17 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
             if train_step._cache_size() > compiled:
                 throughput.pause(time.perf_counter() - started)
             throughput.add(loaded.counts, batch.labels.size)
+            window.append(metrics)
             done = step + 1
             if done % config.log_every == 0 or done == last:
-                latest = {name: float(value) for name, value in metrics._asdict().items()}
-                latest |= throughput.take() | {"executables": train_step._cache_size()}
-                speak(progress_line(done, steps, latest))
-                if writer:
-                    writer.write(done, latest)
+                values = window_means(jax.device_get(window)) | throughput.take()
+                values["executables"] = train_step._cache_size()
+                window.clear()
+                speak(progress_line(done, steps, values))
+                record(done, values)
             paused = time.perf_counter()
             if validation is not None and (done % config.eval_every == 0 or done == last):
-                latest |= (scores := validate(state.params()))
-                speak(f"step {done}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-                if writer:
-                    writer.write(done, scores)
+                report_validation(done)
             if done % config.save_every == 0 or done == last:
                 save(done, state)
             throughput.pause(time.perf_counter() - paused)

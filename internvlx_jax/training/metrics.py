@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.files import write_text
+from internvlx_jax.training.step import Metrics
 
 
 class MetricsWriter:
@@ -18,12 +21,13 @@ class MetricsWriter:
 
     def __init__(self, run: Path, start_step: int):
         self._path = run / "metrics.jsonl"
+        first = start_step + 1 if start_step else 0  # a run that begins again also repeats its line of step 0
         kept = []
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
         write_text(self._path, "".join(kept))
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self._path.open("a") as file:
@@ -67,6 +71,12 @@ class Throughput:
     def _reset(self) -> None:
         self._start, self._paused = time.perf_counter(), 0.0
         self._steps, self._slots, self._totals = 0, 0, StepCounts(0, 0, 0, 0)
+
+
+def window_means(window: Sequence[Metrics]) -> dict[str, float]:
+    """Mean loss and gradient norm over the steps since the last line; the learning rate is that of the last step."""
+    means = {name: float(np.mean([getattr(metrics, name) for metrics in window])) for name in ("loss", "grad_norm")}
+    return means | {"learning_rate": float(window[-1].learning_rate)}
 
 
 def progress_line(step: int, steps: int, values: dict[str, float]) -> str:

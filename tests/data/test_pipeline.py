@@ -17,7 +17,7 @@ from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.plan import MASKED
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
-from internvlx_jax.data.templates import get_template
+from internvlx_jax.data.templates import get_template, prompt_text
 from internvlx_jax.data.tiles import TileConfig, cut_tiles
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
@@ -73,6 +73,14 @@ def lines_of(dataset):
     return [json.loads(line) for line in (dataset / "synthetic_pages" / "train.jsonl").read_text().splitlines()]
 
 
+def rendered(record, tiles_per_image) -> str:
+    """The conversation as the model reads it, with the empty system message of the processor."""
+    turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+    head, *parts = prompt_text(get_template("internlm2-chat"), turns, system="").split("<image>")
+    images = [f"<img>{'<IMG_CONTEXT>' * (tiles * PER_TILE)}</img>" for tiles in tiles_per_image]
+    return head + "".join(image + part for image, part in zip(images, parts, strict=True))
+
+
 def n_images(record) -> int:
     return len(record["image"]) if isinstance(record.get("image"), list) else "image" in record
 
@@ -106,6 +114,8 @@ def test_rows_hold_their_sample(epoch, dataset, processor):
             sample = loader.samples[entry]
             record = records[sample.sample.line - 1]
             assert n == sample.length
+            text = processor.tokenizer.decode(inputs.tokens[row, :n], skip_special=False)
+            assert text == "<s>" + rendered(record, sample.tiles_per_image)
             answer = [int(i) for i in step.batch.labels[row] if i >= 0]
             stop = processor.tokenizer.token_id("<|im_end|>")
             gpt = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
@@ -260,8 +270,8 @@ def test_a_bad_sample_is_one_error_with_file_line_and_remedy(second, reason, pro
     assert problem in head and "\n".join(rest).startswith(remedy)
 
 
-def test_a_sample_error_of_a_worker_process_arrives_whole(write_meta, make_loader, tmp_path):
-    loader = make_loader(write_meta({"image": "gone.png"}), num_workers=1)
+def test_a_sample_error_of_a_worker_process_arrives_whole_and_ends_the_others(write_meta, make_loader):
+    loader = make_loader(write_meta({"image": "gone.png"}), num_workers=2)
     with pytest.raises(SampleError, match="chat.jsonl line 2: .*gone.png: the image cannot be read"):
         list(loader.steps(0, loader.steps_per_epoch))
     assert multiprocessing.active_children() == []

@@ -125,6 +125,13 @@ def test_the_rarest_bucket_merges_where_it_costs_least():
     assert assign_buckets(tiles, lengths, 3)[9:] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [Bucket(1, 384)]
 
 
+def test_a_merged_bucket_is_as_frequent_as_both():
+    tiles = np.array([0] * 7 + [7] * 14)
+    lengths = np.array([128] * 3 + [256] * 4 + [128] * 5 + [384] * 9)
+    # First the texts become one bucket of 7 samples, then the 5 of (7, 128) are the rarest.
+    assert set(assign_buckets(tiles, lengths, 2)) == {Bucket(0, 256), Bucket(7, 384)}
+
+
 def test_the_hash_names_everything_that_decides_the_order(buckets):
     inputs = {"buckets": buckets, "rule": RULE, "seed": 1, "fingerprint": "a"}
     other = {"buckets": [*buckets[1:], buckets[0].union(Bucket(24, 0))], "seed": 2, "fingerprint": "b"}

@@ -39,15 +39,20 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A run folder with random weights, large enough that every token and pixel counts for the answer."""
+    """A run folder with random weights, large enough that every token and pixel counts for the answer.
+
+    The stop token has a larger column in the head, so that it comes first now and then.
+    """
+    tokenizer = Tokenizer.load(TOKENIZER_FOLDER)
     run = tmp_path_factory.mktemp("job") / "run"
     rng = np.random.default_rng(0)
     shapes = abstract_model(MODEL, dtype="float32").shapes
-    params = {path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), np.float32) for path, leaf in shapes.items()}
+    params = {path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in shapes.items()}
+    params["decoder.head"][:, tokenizer.token_id("<|im_end|>")] *= 3
     settings = {"train": {}, "model": to_dict(MODEL)}
-    prepare_run_folder(run, settings, Tokenizer.load(TOKENIZER_FOLDER))
+    prepare_run_folder(run, settings, tokenizer)
     with CheckpointWriter(run, keep_last=1) as writer:
-        writer.save(1, params, {"count": jax.numpy.int32(1)}, settings)
+        writer.save(1, jax.tree.map(jax.numpy.asarray, params), {"count": jax.numpy.int32(1)}, settings)
     return run
 
 
@@ -110,16 +115,21 @@ def test_a_random_model_answers_each_question_in_its_own_way(one_by_one):
     """Otherwise the comparisons below would compare nothing."""
     _, _, rows = one_by_one
     assert len({row["prediction"] for row in rows}) > len(rows) // 2
+    assert {row["finish"] for row in rows} == {"stop", "length"}
+    assert len({row["new_tokens"] for row in rows}) > 2
     assert all(0 < row["new_tokens"] <= NEW_TOKENS for row in rows)
+    assert all(row["new_tokens"] == NEW_TOKENS for row in rows if row["finish"] == "length")
 
 
-@pytest.mark.parametrize("settings", [
-    {"batch_size": 7},
-    {"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+@pytest.mark.parametrize("settings, progress", [
+    ({"batch_size": 7}, [1, 8, 9]),
+    ({"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)}, [1, 9]),
 ], ids=["batch of 7", "batch of 16 on 8 devices"])  # fmt: skip
-def test_batches_and_devices_do_not_change_a_byte(settings, one_by_one, run_job):
+def test_batches_and_devices_do_not_change_a_byte(settings, progress, one_by_one, run_job, capsys):
+    """One text question, then eight with images."""
     summary, predictions, _ = run_job(**settings)
     assert predictions == one_by_one[1]
+    assert capsys.readouterr().out.splitlines() == [f"{done}/9 answered" for done in progress]
     assert summary["executables"] == one_by_one[0]["executables"]
 
 

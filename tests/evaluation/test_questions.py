@@ -43,7 +43,7 @@ def test_image_root_replaces_the_folder_of_the_file(write, tmp_path):
 
 
 def test_limit_takes_the_first_questions(write):
-    path = write(*(ROW | {"question_id": i} for i in range(5)), "not read any more")
+    path = write("", *(ROW | {"question_id": i} for i in range(5)), "not read any more")
     assert [question.id for question in read_questions(path, limit=5)] == [0, 1, 2, 3, 4]
     assert [question.id for question in read_questions(path, limit=2)] == [0, 1]
 

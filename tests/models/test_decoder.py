@@ -22,9 +22,12 @@ def frame(tokens, positions=None, mask=None):
     return Frame(jnp.asarray(positions, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 
+run_layers = jax.jit(Decoder.run_layers, static_argnames=("start", "stop", "keep_kv"))
+
+
 def logits(decoder, tokens, **kwargs):
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
-    return decoder.logits(decoder.run_layers(x, frame(tokens, **kwargs))[0])
+    return decoder.logits(run_layers(decoder, x, frame(tokens, **kwargs))[0])
 
 
 def test_hidden_states_and_caches(parity):
@@ -33,7 +36,7 @@ def test_hidden_states_and_caches(parity):
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
     for layer in range(decoder.config.layers):
         np.testing.assert_allclose(x, outputs[f"llm_hidden_{layer}"], atol=ATOL, rtol=0)
-        x, kv = decoder.run_layers(x, frame(tokens), start=layer, stop=layer + 1, keep_kv=True)
+        x, kv = run_layers(decoder, x, frame(tokens), start=layer, stop=layer + 1, keep_kv=True)
         for ours, name in zip(kv, ("k", "v")):
             np.testing.assert_allclose(ours[0].swapaxes(1, 2), outputs[f"llm_cache_{name}_{layer}"], atol=ATOL, rtol=0)
     np.testing.assert_allclose(decoder.norm(x), outputs[f"llm_hidden_{decoder.config.layers}"], atol=ATOL, rtol=0)
@@ -59,15 +62,15 @@ def test_prefill_and_single_steps(parity):
     batch, length = tokens.shape
     prefill = 8
     x = decoder.embed(jnp.asarray(tokens[:, :prefill]), jnp.float32)
-    x, kv = decoder.run_layers(x, frame(tokens[:, :prefill]), keep_kv=True)
+    x, kv = run_layers(decoder, x, frame(tokens[:, :prefill]), keep_kv=True)
     rows = [decoder.logits(x)]
     kv = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - prefill), (0, 0), (0, 0))), kv)
     for slot in range(prefill, length):
         past = Past(kv, jnp.broadcast_to(jnp.arange(length) <= slot, (batch, length)).astype(jnp.int32),
                     jnp.int32(slot))
         one = Frame(jnp.full((batch, 1), slot, jnp.int32), jnp.ones((batch, 1), jnp.int32))
-        x, new = decoder.run_layers(decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32), one,
-                                    past=past, keep_kv=True)
+        x, new = run_layers(decoder, decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32), one,
+                            past=past, keep_kv=True)
         kv = KeyValues(*(old.at[:, :, slot : slot + 1].set(fresh) for old, fresh in zip(kv, new)))
         rows.append(decoder.logits(x))
     np.testing.assert_allclose(jnp.concatenate(rows, axis=1), parity.outputs["llm_logits_incremental"], atol=ATOL,
@@ -96,10 +99,10 @@ def test_layer_ranges_compose():
     decoder = tiny()
     tokens = np.arange(6)[None]
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
-    whole, _ = decoder.run_layers(x, frame(tokens))
+    whole, _ = run_layers(decoder, x, frame(tokens))
     for cut in range(4):
-        shallow, _ = decoder.run_layers(x, frame(tokens), stop=cut)
-        deep, _ = decoder.run_layers(shallow, frame(tokens), start=cut)
+        shallow, _ = run_layers(decoder, x, frame(tokens), stop=cut)
+        deep, _ = run_layers(decoder, shallow, frame(tokens), start=cut)
         np.testing.assert_allclose(deep, whole, atol=1e-6)
 
 

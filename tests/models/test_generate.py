@@ -43,7 +43,7 @@ def test_scores_of_every_step(parity):
     """Prefill and cached steps give the logits of the original at each step."""
     inputs = prompts(parity, "gen2", parity.inputs["pixel_values"][:3])
     scores = parity.outputs["gen2_scores"]
-    cache, logits = prefill(parity.model, inputs, len(scores))
+    cache, logits = jax.jit(prefill, static_argnums=2)(parity.model, inputs, len(scores))
     step = jax.jit(decode_step)
     for expected in scores:
         np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)

@@ -8,21 +8,22 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from internvlx_jax.convert.names import Entry, name_table
+from internvlx_jax.convert.names import name_table
 from internvlx_jax.convert.verify import variant
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
 from internvlx_jax.data.tiles import TileConfig
+from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.mlp1 import Mlp1
-from internvlx_jax.models.params import flatten
+from internvlx_jax.models.params import flatten, unflatten
 from internvlx_jax.models.pvtc import PVTC, split_regions, transpose_grid
 
 ATOL = 1e-4
+run = jax.jit(lambda projector, x: projector(x))
 
 
 def test_both_pixel_shuffle_versions(parity):
     x = jnp.asarray(parity.inputs["proj_in"])
     for version in ("v1", "v2"):
-        z = variant(parity.model.projector, pixel_shuffle=version)(x)
+        z = run(variant(parity.model.projector, pixel_shuffle=version), x)
         expected = parity.outputs[f"proj_out_{version}"]
         np.testing.assert_allclose(z.reshape(expected.shape), expected, atol=ATOL, rtol=0)
 
@@ -49,18 +50,18 @@ def test_every_intermediate(parity):
     close(gq, "proj_q_global_in")
     close(projector.attn_local(local, kv, None, 0.0), "proj_attn_local")
     close(projector.attn_global(gq, kv, None, 0.0), "proj_attn_global")
-    close(projector(x), "proj_out")
+    close(run(projector, x), "proj_out")
 
 
 def test_tower_and_projector_together(parity):
     pixels = jnp.asarray(parity.inputs["pixel_values"].transpose(0, 2, 3, 1))
-    z = parity.model.encode_tiles(pixels)
+    z = jax.jit(lambda model, pixels: model.encode_tiles(pixels))(parity.model, pixels)
     expected = parity.outputs["extract_feature"]
     np.testing.assert_allclose(z.reshape(expected.shape), expected, atol=ATOL, rtol=0)
     for layer in (-1, -2):
-        x = variant(parity.model.vision, select_layer=layer)(pixels)
+        x = run(variant(parity.model.vision, select_layer=layer), pixels)
         expected = parity.outputs[f"extract_feature_select{layer}"]
-        np.testing.assert_allclose(parity.model.projector(x).reshape(expected.shape), expected, atol=ATOL, rtol=0)
+        np.testing.assert_allclose(run(parity.model.projector, x).reshape(expected.shape), expected, atol=ATOL, rtol=0)
 
 
 def model_config(*, vision_width, grid, width, ratio, kind="pvtc"):
@@ -83,33 +84,29 @@ def test_regions_of_four_by_four(golden):
     tensors, arrays = load_file(folder / "model.safetensors"), np.load(folder / "arrays.npz")
     config = model_config(vision_width=24, grid=8, width=32, ratio=0.25)
     projector = build(config)
-    entries: list[Entry] = [entry for entry in name_table(config) if entry.target.startswith("projector.")]
+    entries = [entry for entry in name_table(config) if entry.target.startswith("projector.")]
     flat = {entry.target: entry.to_target([tensors[name.removeprefix("projector.")] for name in entry.sources(0)])
             for entry in entries}
     assert flat.keys() == {f"projector.{path}" for path in flatten(nnx.to_pure_dict(nnx.state(projector)))}
     graphdef, _ = nnx.split(projector)
-    loaded = nnx.merge(graphdef, nnx.State({}) if not flat else _nested(flat))
+    params = {path.removeprefix("projector."): jnp.asarray(value) for path, value in flat.items()}
+    loaded = nnx.merge(graphdef, unflatten(params))
     for version in ("v1", "v2"):
-        z = variant(loaded, pixel_shuffle=version)(jnp.asarray(arrays["proj_in"]))
+        z = run(variant(loaded, pixel_shuffle=version), jnp.asarray(arrays["proj_in"]))
         expected = arrays[f"proj_out_{version}"]
         np.testing.assert_allclose(z.reshape(expected.shape), expected, atol=ATOL, rtol=0)
-
-
-def _nested(flat):
-    from internvlx_jax.models.params import unflatten
-
-    return unflatten({path.removeprefix("projector."): jnp.asarray(value) for path, value in flat.items()})
 
 
 @pytest.mark.parametrize("ratio, side", [(1.0, 1), (0.5, 2), (0.25, 4), (0.125, 8)])
 def test_any_power_of_two_region(ratio, side):
     config = model_config(vision_width=8, grid=8, width=16, ratio=ratio)
     x = jax.random.normal(jax.random.key(0), (2, 65, 8))
-    z = build(config)(x)
+    projector = build(config)
+    z = run(projector, x)
     assert z.shape == (2, (8 // side) ** 2, 16)
     # A token depends on its own region and the class token only.
     patch = 1 + 3 * 8 + 5
-    changed = np.abs(np.asarray(build(config)(x.at[:, patch].add(1.0)) - z)).max(axis=(0, 2)) > 0
+    changed = np.abs(np.asarray(run(projector, x.at[:, patch].add(1.0)) - z)).max(axis=(0, 2)) > 0
     assert np.flatnonzero(changed).tolist() == [(3 // side) * (8 // side) + 5 // side]
 
 

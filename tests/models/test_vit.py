@@ -14,6 +14,7 @@ from internvlx_jax.models.positions import bicubic_matrix, resize_positions
 from internvlx_jax.models.vit import VisionTower
 
 ATOL = 1e-4
+run = jax.jit(lambda vision, pixels, key=None: vision(pixels, drop_path_key=key))
 
 
 def nhwc(pixels):
@@ -24,19 +25,18 @@ def test_every_hidden_state(parity):
     pixels = nhwc(parity.inputs["pixel_values"])
     for depth in range(parity.model.vision.config.layers + 1):
         vision = variant(parity.model.vision, select_layer=depth)
-        np.testing.assert_allclose(jax.jit(lambda v, x: v(x))(vision, pixels), parity.outputs[f"vit_hidden_{depth}"],
-                                   atol=ATOL, rtol=0)
+        np.testing.assert_allclose(run(vision, pixels), parity.outputs[f"vit_hidden_{depth}"], atol=ATOL, rtol=0)
 
 
 def test_last_state_and_pooler(parity):
-    x = variant(parity.model.vision, select_layer=-1)(nhwc(parity.inputs["pixel_values"]))
+    x = run(variant(parity.model.vision, select_layer=-1), nhwc(parity.inputs["pixel_values"]))
     np.testing.assert_allclose(x, parity.outputs["vit_last_hidden_state"], atol=ATOL, rtol=0)
     np.testing.assert_allclose(x[:, 0], parity.outputs["vit_pooler_output"], atol=ATOL, rtol=0)
 
 
 def test_larger_image_interpolates_positions(parity):
     vision = variant(parity.model.vision, select_layer=-1)
-    x = vision(nhwc(parity.inputs["pixel_values_alt"]))
+    x = run(vision, nhwc(parity.inputs["pixel_values_alt"]))
     np.testing.assert_allclose(x, parity.outputs["vit_alt_last_hidden_state"], atol=ATOL, rtol=0)
 
 
@@ -85,12 +85,11 @@ def test_drop_path_draws_per_tile_and_grows_with_depth():
 
 def test_drop_path_acts_in_training_only():
     vision, pixels = tiny(), jax.random.normal(jax.random.key(1), (8, 28, 28, 3))
-    still = vision(pixels)
-    np.testing.assert_array_equal(still, vision(pixels))
-    moved = vision(pixels, drop_path_key=jax.random.key(2))
+    still = run(vision, pixels)
+    moved = run(vision, pixels, jax.random.key(2))
     assert np.abs(np.asarray(moved - still)).max() > 1e-3
     none = tiny(drop_path=0.0)
-    np.testing.assert_array_equal(none(pixels, drop_path_key=jax.random.key(2)), none(pixels))
+    np.testing.assert_array_equal(run(none, pixels, jax.random.key(2)), still)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])

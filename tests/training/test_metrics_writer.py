@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.training import metrics
-from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line
+from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
+from internvlx_jax.training.step import Metrics
 
 
 def read(run):
@@ -32,6 +34,13 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     write(tmp_path, 3, [4, 5, 6])
     assert [(row["step"], row["loss"]) for row in read(tmp_path)] == [
         (1, 0.1), (2, 0.2), (3, 0.3), (4, 3.4), (5, 3.5), (6, 3.6)]  # fmt: skip
+
+
+def test_a_run_that_begins_again_repeats_everything(tmp_path):
+    """Killed before its first checkpoint; the validation before the first step is at step 0."""
+    write(tmp_path, 0, [0, 1])
+    write(tmp_path, 0, [0, 1, 2])
+    assert [row["step"] for row in read(tmp_path)] == [0, 1, 2]
 
 
 def test_several_lines_of_the_same_step_are_kept(tmp_path):
@@ -78,6 +87,12 @@ def test_rates_count_real_quantities_and_leave_pauses_out(monkeypatch):
     now = 112.0
     throughput.add(StepCounts(samples=1, tokens=100, tiles=0, images=0), slots=100)
     assert throughput.take()["tokens_per_s"] == 50.0, "the next window begins anew"
+
+
+def test_a_window_shows_mean_loss_and_the_last_rate():
+    window = [Metrics(np.float32(loss), np.float32(norm), np.float32(rate))
+              for loss, norm, rate in ((1, 4, 0.5), (2, 6, 0.25), (6, 8, 0.125))]  # fmt: skip
+    assert window_means(window) == {"loss": 3.0, "grad_norm": 6.0, "learning_rate": 0.125}
 
 
 def test_the_progress_line():
