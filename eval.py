@@ -1,6 +1,7 @@
 """Score a checkpoint: `python eval.py --checkpoint DIR --data FILE.jsonl --metric exact`.
 
-DIR is a Hugging Face folder or a run folder of train.py. Exit status: 0 done, 1 wrong input, 2 some samples failed.
+DIR is a Hugging Face folder or a run folder of train.py. Exit status: 0 done, 1 wrong input, 2 wrong flags, 3 some
+samples failed (they count as wrong, and predictions.jsonl says why).
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> int:
         return 1
     print(f"{summary['metric']} {summary['score']:.4f} on {summary['samples']} samples, {summary['errors']} errors; "
           f"see {args['out_dir']}")
-    return 2 if summary["errors"] else 0
+    return 3 if summary["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Real receipts, the real InternLM2 vocabulary, RVTC with six tiles and a thumbnail: a small model from scratch.
 
 Shows the whole path on real input, on a CPU. The model is far too small and the data far too few to read receipts.
-`../shared/data` is third-party sample data beside the checkout; see docs/receipts.md for its layout.
+`../shared/data` is third-party sample data beside the checkout. `python benchmarks/receipts.py` runs all of it.
 """
 
 from internvlx_jax.data.config import DataConfig

@@ -54,7 +54,7 @@ def run_demo() -> None:
 
     with stage("data"):
         config = SyntheticConfig(train_samples=TRAIN_SAMPLES, val_samples=VAL_SAMPLES)
-        chance = generate(DATA, config)["chance"]  # over the questions of val_vqa
+        chance = generate(DATA, config)["chance"]
     with stage("train"):
         python("train.py", "--config", CONFIG)
     with stage("evaluate"):

@@ -9,9 +9,7 @@ import numpy as np
 
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.frames import feature_index
-from internvlx_jax.models.inputs import Inputs
-
-IGNORED = -100
+from internvlx_jax.models.inputs import IGNORED, Inputs
 
 
 class Row(NamedTuple):

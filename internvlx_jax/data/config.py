@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from internvlx_jax.data.plan import LENGTH_STEP
+from internvlx_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,3 +36,13 @@ class DataConfig:
     max_executables: int = 16
     special_text: Literal["reject", "escape", "allow"] = "reject"
     num_workers: int = 0
+
+    def __post_init__(self):
+        for name in ("max_length", "length_step", "tokens_per_step", "samples_per_step", "max_executables"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}, it must be at least 1")
+        if self.tiles_per_step is not None and self.tiles_per_step < 1:
+            raise ConfigError(f"data.tiles_per_step is {self.tiles_per_step}, it must be at least 1 or None")
+        if self.max_length % self.length_step:
+            raise ConfigError(f"data.max_length {self.max_length} is not a multiple of data.length_step "
+                              f"{self.length_step}")

@@ -12,8 +12,7 @@ import numpy as np
 from internvlx_jax.data.errors import SampleError, placeholder_mismatch
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, Part, Template, Turn, render
 from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
-
-IGNORE = -100  # label of a token that the model does not learn to write
+from internvlx_jax.models.inputs import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Encoded:
 
     Attributes
       tokens: int32[S], bos included where the template asks for it, no eos.
-      labels: int32[S], the token itself or IGNORE; not shifted.
+      labels: int32[S], the token itself or IGNORED; not shifted.
       tile_start: int32[T], the first of each tile's N slots, tiles in the order of the images.
     """
 
@@ -41,7 +40,7 @@ def encode_sample(
     tokens_per_tile: int,
     special_text: SpecialText = "reject",
 ) -> Encoded:
-    """A training sample: every answer and the separator after it is supervised, all else is IGNORE.
+    """A training sample: every answer and the separator after it is supervised, all else is IGNORED.
 
     With images, each "<image>" of a human turn becomes the next image of tiles_per_image; without (a text
     sample), and in answers, it is ordinary text. `system` None means the template's message.
@@ -49,7 +48,7 @@ def encode_sample(
     """
     parts = list(render(template, turns, system=system, strip=template.strip_values))
     encoded = _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
-    if (encoded.labels == IGNORE).all():
+    if (encoded.labels == IGNORED).all():
         raise SampleError("no_supervision", "no answer to learn from.", "Give at least one gpt turn a text.")
     return encoded
 
@@ -139,14 +138,14 @@ class _Writer:
     def ids(self, ids: list[int], *, supervised: bool = False) -> None:
         self.flush()
         self.tokens += ids
-        self.labels += ids if supervised else [IGNORE] * len(ids)
+        self.labels += ids if supervised else [IGNORED] * len(ids)
 
     def flush(self) -> None:
         # A token that holds the end of a header and the start of an answer is not supervised.
         ids, masked = self.tokenizer.encode_plain(self.head, self.tail)
         self.head, self.tail = "", ""
         self.tokens += ids
-        self.labels += [IGNORE] * masked + ids[masked:]
+        self.labels += [IGNORED] * masked + ids[masked:]
 
     def encoded(self) -> Encoded:
         self.flush()

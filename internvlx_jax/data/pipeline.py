@@ -72,9 +72,10 @@ class Loader:
                                        config.max_executables, config.length_step)
         self.buckets = sorted(set(self.assigned))
         self.seed = seed
-        names = hashlib.sha256("\n".join(sample.name for sample in self.samples).encode()).hexdigest()
-        fingerprint = names + processor.tokenizer.fingerprint()
-        self.plan_hash = plan_hash(self.assigned, self.rule, seed, fingerprint)
+        content = hashlib.sha256(processor.tokenizer.fingerprint().encode())
+        for sample in self.samples:
+            content.update(repr((sample.name, sample.sample.turns, sample.sample.system)).encode())
+        self.plan_hash = plan_hash(self.assigned, self.rule, seed, content.hexdigest())
         # Buckets are fixed, so every epoch has the same number of steps.
         self.steps_per_epoch = len(self.epoch(0))
 

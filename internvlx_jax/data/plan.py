@@ -115,5 +115,6 @@ def epoch_steps(buckets: list[Bucket], rule: BatchRule, seed: int, epoch: int) -
 
 def plan_hash(buckets: list[Bucket], rule: BatchRule, seed: int, fingerprint: str) -> str:
     """Identifies the order of all steps of all epochs; `fingerprint` names the samples behind the entries."""
-    text = repr(([dataclasses.astuple(bucket) for bucket in buckets], dataclasses.astuple(rule), seed, fingerprint))
+    rows = [(bucket.tiles, bucket.length, rule.rows(bucket)) for bucket in buckets]
+    text = repr((rows, seed, fingerprint))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

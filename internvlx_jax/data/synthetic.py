@@ -33,7 +33,7 @@ __all__ = ["FILES", "TOKENIZER_FOLDER", "SyntheticConfig", "chance", "generate",
 
 TOKENIZER_FOLDER = Path(__file__).parent / "assets" / "synthetic_tokenizer"  # made by synthetic_tokenizer.py
 
-VERSION = 1  # raise it with every change that alters a page or a sample, so that old folders are not reused
+VERSION = 2  # raise it with every change that alters a page or a sample, so that old folders are not reused
 PAGES = "synthetic_pages"
 FILES = {
     "meta_train": "meta_train.json",
@@ -189,21 +189,21 @@ def _write_vqa(root: Path, samples: list[dict[str, Any]]) -> list[dict[str, Any]
     return rows
 
 
-def chance(rows: Iterable[Mapping[str, str]]) -> float:
-    """Exact match of the best answerer that does not see the image.
+def chance(known: Iterable[Mapping[str, str]], rows: Iterable[Mapping[str, str]]) -> float:
+    """Exact match on `rows` of the best answerer that does not see the image.
 
-    It knows the kind of field that is asked for and always gives the most frequent answer for that kind.
+    It knows the kind of field that is asked for and always gives the answer that was most frequent for that kind in
+    `known`, the training questions.
 
     Args:
-        rows: objects with `field` and `answer`, such as the lines of val_vqa.jsonl
+        known, rows: objects with `field` and `answer`, such as the lines of val_vqa.jsonl
     """
     counts = collections.defaultdict(collections.Counter)
-    for row in rows:
+    for row in known:
         counts[row["field"]][row["answer"]] += 1
-    if not counts:
-        raise ValueError("chance() of no rows. Pass the lines of val_vqa.jsonl.")
-    right = sum(max(answers.values()) for answers in counts.values())
-    return right / sum(answers.total() for answers in counts.values())
+    guesses = {field: answers.most_common(1)[0][0] for field, answers in counts.items()}
+    hits = [row["answer"] == guesses.get(row["field"]) for row in rows]
+    return sum(hits) / len(hits)
 
 
 def _read_summary(folder: Path, config: SyntheticConfig) -> dict[str, Any] | None:
@@ -249,8 +249,9 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
     summary = {"version": VERSION, "config": dataclasses.asdict(config)}
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         partial = Path(scratch) / folder.name
+        written = {}
         for split in SPLITS:
-            samples = _write_split(partial / PAGES, config, split)
+            samples = written[split] = _write_split(partial / PAGES, config, split)
             summary[split] = {
                 "samples": len(samples),
                 "images": sum(1 for _ in (partial / PAGES / "images" / split).iterdir()),
@@ -261,8 +262,8 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
                 partial / FILES[f"meta_{split}"],
                 {"synthetic": entry | {"repeat_time": 1, "length": len(samples)}},
             )
-        rows = _write_vqa(partial / PAGES, samples)
-        summary |= {"vqa_questions": len(rows), "chance": chance(rows)}
+        rows = _write_vqa(partial / PAGES, written["val"])
+        summary |= {"vqa_questions": len(rows), "chance": chance(_vqa_rows(written["train"]), rows)}
         _write_json(partial / SUMMARY, summary)
         partial.replace(folder)
     return summary

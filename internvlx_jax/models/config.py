@@ -6,10 +6,11 @@ import dataclasses
 from typing import Literal
 
 from internvlx_jax.data.tiles import TileConfig
+from internvlx_jax.errors import ConfigError
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+IGNORED = -100  # label of a token that the model does not learn to write
+
 
 class Inputs(NamedTuple):
     """Static-shape model inputs (spec: data.md 13).

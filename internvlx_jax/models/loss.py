@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from internvlx_jax.models.decoder import Decoder
+from internvlx_jax.models.inputs import IGNORED
 
-IGNORED = -100
 CHUNK = 512
 
 

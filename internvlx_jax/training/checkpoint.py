@@ -89,10 +89,10 @@ class RunFolder:
         steps = sorted(int(step.name) for step in (self.run / "checkpoints").iterdir() if step.name.isdigit())
         if not steps:
             raise FileNotFoundError(f"{self.run / 'checkpoints'} holds no finished checkpoint")
-        self.step = int(path.name) if path != self.run else steps[-1]
-        if self.step not in steps:
+        if path != self.run and path.name not in map(str, steps):
             raise FileNotFoundError(f"{path}: no finished checkpoint; the steps there are "
                                     f"{', '.join(map(str, steps))}")
+        self.step = int(path.name) if path != self.run else steps[-1]
         self.path = self.run / "checkpoints" / str(self.step)
         self._stored = ocp.checkpointables_metadata(self.path)
         self.config = from_dict(ModelConfig, self._stored.custom_metadata["model"])

@@ -11,6 +11,8 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from internvlx_jax.errors import ConfigError
+
 BATCH_AXES = ("data", "fsdp")
 RULES = {
     "layers": None,
@@ -32,18 +34,18 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A data x fsdp x tensor mesh over all devices. Raises ValueError when the sizes do not multiply to them."""
+    """A data x fsdp x tensor mesh over all devices. Raises ConfigError when the sizes do not multiply to them."""
     devices = list(devices or jax.devices())
     sizes = dataclasses.asdict(config)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"mesh: only one of {', '.join(open_axes)} may be -1")
+        raise ConfigError(f"mesh: only one of {', '.join(open_axes)} may be -1")
     known = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are present; "
-                         "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 or change the others")
+        raise ConfigError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are present; "
+                          "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 or change the others")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
                          devices=devices)
 

@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 
 from internvlx_jax.data.batch import Batch
+from internvlx_jax.models.inputs import IGNORED
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.loss import IGNORED, shift_left, token_losses, weighted_loss
+from internvlx_jax.models.loss import shift_left, token_losses, weighted_loss
 from internvlx_jax.models.params import unflatten
 
 FlatParams = dict[str, jax.Array]
@@ -92,7 +93,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         loss, grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(loss, optax.global_norm(grads), jnp.float32(schedule(state.step)))
+        metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(schedule(state.step)))
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
 
     return train_step

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from internvlx_jax.data.encode import IGNORE, encode_prompt, encode_sample
+from internvlx_jax.data.encode import IGNORED, encode_prompt, encode_sample
 from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.templates import get_template, prompt_text
 from internvlx_jax.data.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def encode(tokenizer, turns, tiles=(), n=4, template=CHAT, system=None, **kwargs
 
 def supervised_runs(encoded) -> list[list[int]]:
     """The ids of each run of supervised tokens."""
-    edges = np.flatnonzero(np.diff(encoded.labels != IGNORE, prepend=False, append=False))
+    edges = np.flatnonzero(np.diff(encoded.labels != IGNORED, prepend=False, append=False))
     return [encoded.tokens[a:b].tolist() for a, b in edges.reshape(-1, 2)]
 
 
@@ -72,7 +72,7 @@ def test_golden_labels(golden, standin, mode):
             with pytest.raises(SampleError) as error:
                 encode(*arguments)
             assert error.value.reason == "no_supervision"
-            assert set(row["labels"]) == {IGNORE}
+            assert set(row["labels"]) == {IGNORED}
             continue
         encoded = encode(*arguments)
         assert encoded.tokens.dtype == encoded.labels.dtype == encoded.tile_start.dtype == np.int32
@@ -83,8 +83,8 @@ def test_golden_labels(golden, standin, mode):
         if row["case"] in MASKED_HERE:
             starts = np.flatnonzero(encoded.tokens == standin.token_id("<|im_start|>"))
             masked = slice(starts[MASKED_HERE[row["case"]]], None)
-            assert (expected[masked] != IGNORE).any(), "the release no longer differs"
-            expected[masked] = IGNORE
+            assert (expected[masked] != IGNORED).any(), "the release no longer differs"
+            expected[masked] = IGNORED
         assert encoded.labels.tolist() == expected[:length].tolist(), row["case"]
         slots = [start + i for start in encoded.tile_start for i in range(n)]
         assert slots == np.flatnonzero(encoded.tokens == standin.image_token_id).tolist()
@@ -113,7 +113,7 @@ def test_golden_prompts(golden, standin):
                 tiles_per_image = []
             encoded = encode_prompt(question, tiles_per_image=tiles_per_image, **arguments)
             assert encoded.tokens.tolist() == ids[mask.count(0) :], row["case"]
-            assert set(encoded.labels) == {IGNORE}
+            assert set(encoded.labels) == {IGNORED}
             assert len(encoded.tile_start) == sum(tiles_per_image)
 
 
@@ -127,7 +127,7 @@ def test_example_of_the_specification(real):
     first += [92543, 525, 11353, 364]
     second = [92543, 1008, 364, 39584, 345, 92542, 92543, 525, 11353, 364]
     assert rest == [*first, 290, 8383, 281, 92542, *second, 9583, 281, 92542]
-    x = IGNORE
+    x = IGNORED
     assert labels[: 37 + len(first)] == [x] * (37 + len(first))
     assert labels[37 + len(first) :] == [290, 8383, 281, 92542, *[x] * len(second), 9583, 281, 92542]
     assert len(tokens) == 325 and encoded.tile_start.tolist() == [41]
@@ -148,7 +148,7 @@ def test_internvl2_5_labels(standin):
         (newline, False),
     ]
     assert encoded.tokens.tolist() == [id for ids, _ in expected for id in ids]
-    assert encoded.labels.tolist() == [id if learn else IGNORE for ids, learn in expected for id in ids]
+    assert encoded.labels.tolist() == [id if learn else IGNORED for ids, learn in expected for id in ids]
 
 
 def test_bos_rule(real, tmp_path):
@@ -194,7 +194,7 @@ def test_token_shared_by_header_and_answer_is_masked(real):
     encoded = encode(real, [("human", "Q"), ("gpt", "\nfoo")], template=V2_5)
     ids = encoded.tokens.tolist()
     both_newlines = ids.index(402)  # "\n\n" is one token
-    assert encoded.labels[both_newlines] == IGNORE
+    assert encoded.labels[both_newlines] == IGNORED
     assert supervised_runs(encoded) == [[*real.encode("foo"), real.token_id("<|im_end|>")]]
 
 

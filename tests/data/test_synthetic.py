@@ -159,7 +159,7 @@ def test_samples_are_valid_chats_about_existing_images(dataset):
             paths, widths, heights = image, sample.get("width_list", []), sample.get("height_list", [])
             if isinstance(image, str):
                 paths, widths, heights = [image], [sample["width"]], [sample["height"]]
-                assert 2 <= len(turns) // 2 <= 4
+                assert 1 <= len(turns) // 2 <= 3
             types[len(paths)] += 1
             assert "".join(turn["value"] for turn in turns).count("<image>") == len(paths)
             assert turns[0]["value"].count("<image>\n") == len(paths)
@@ -217,19 +217,18 @@ def test_pages_cover_the_grids_they_were_laid_out_for():
 # The image is needed, and it is enough
 
 
-def test_chance_counts_the_most_frequent_answer_of_each_field():
-    answers = {"total": "1121", "item": ("tea", "egg")}
-    rows = [{"field": field, "answer": answer} for field, given in answers.items() for answer in given]
-    assert chance(rows) == (3 + 1) / 6
-    with pytest.raises(ValueError, match="no rows"):
-        chance([])
+def test_chance_is_that_of_the_most_frequent_answer_in_training():
+    def rows(**answers):
+        return [{"field": field, "answer": answer} for field, given in answers.items() for answer in given]
+
+    known = rows(total="1121", stamp=("moon", "ring", "ring"))
+    assert chance(known, rows(total="122", stamp=("ring", "moon"))) == 2 / 5
 
 
 def test_chance_is_about_one_in_nine(dataset):
     folder, summary = dataset
-    rows = read(folder / FILES["val_vqa"])
-    assert summary["chance"] == chance(rows)
-    assert 1 / 9 < chance(rows) < 0.2  # above 1/9: it knows the most frequent answers of these very rows
+    noise = (1 / 9 * 8 / 9 / summary["vqa_questions"]) ** 0.5
+    assert abs(summary["chance"] - 1 / 9) < 3.5 * noise
 
 
 def _blind_questions(path):
@@ -311,7 +310,7 @@ def test_every_answer_is_one_piece_after_the_header(tokenizer):
         assert answered[: len(prompt)] == prompt and answered[-1] == tokenizer.token_id("<|im_end|>")
         (ids[value],) = answered[len(prompt) : -1]
         assert tokenizer.decode([ids[value]]) == value
-    assert len(set(ids.values())) == 36
+    assert len(set(ids.values())) == 27
 
 
 def test_prompts_are_short(tokenizer):

@@ -60,10 +60,7 @@ def test_stop_and_resume_equal_a_straight_run(straight, tiny_run):
 def test_one_executable_a_bucket(straight):
     rows = [json.loads(line) for line in (Path(straight.output_dir) / "metrics.jsonl").read_text().splitlines()]
     executables = [row["executables"] for row in rows if "executables" in row]
-    assert 2 <= executables[-1] <= straight.data.max_executables
-    config = dataclasses.replace(straight, output_dir=straight.output_dir + "-long", steps=24)
-    final = train(config)
-    assert final["executables"] <= straight.data.max_executables
+    assert 2 <= executables[-1] <= straight.data.max_executables < len(rows)
 
 
 def test_run_folder_stands_alone(straight, tmp_path):
@@ -75,8 +72,9 @@ def test_run_folder_stands_alone(straight, tmp_path):
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 0
     assert list((run / "tensorboard").iterdir())
     assert not list(run.rglob("*.partial")) and not list(run.rglob("*.orbax-checkpoint-tmp*"))
+    (run / "checkpoints" / "abc").mkdir()
     with pytest.raises(FileNotFoundError, match="the steps there are 6"):
-        load_pretrained(run / "checkpoints" / "5")
+        load_pretrained(run / "checkpoints" / "abc")
 
 
 def test_other_settings_are_refused_with_their_difference(straight):
@@ -149,4 +147,5 @@ def test_validation_reaches_the_metrics_file(tiny_run, pages):
     final = train(config)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
-    assert len(losses) == 2 and final["eval/loss"] == losses[-1] and 0 <= final["eval/exact"] <= 1
+    assert len(losses) == 3 and losses[2] < losses[0]  # before training and after each of two steps
+    assert final["eval/loss"] == losses[-1] and 0 <= final["eval/exact"] <= 1
