@@ -26,6 +26,9 @@ from internvlx_jax.evaluation.gallery import write_gallery
 from internvlx_jax.training.report import draw_curves, figure_class
 
 TRAIN_SAMPLES, VAL_SAMPLES = 8000, 300
+# Unless the user sets them. A program as small as this one keeps one core busy: two host devices that share the batch
+# use two. XLA sizes the CPU thread pool by NPROC, and several devices can deadlock in a small pool.
+ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
 CONFIG = "configs/demo.py"  # names DATA and TRAIN too
 RUN = Path("runs/demo")
 DATA, TRAIN, EVAL, EVAL_BLANK = RUN / "data", RUN / "train", RUN / "eval", RUN / "eval_blank"
@@ -85,8 +88,7 @@ def python(*args: str) -> None:
     """Run a script of the checkout with this interpreter, its output passing through."""
     command = [sys.executable, *args]
     print(f"$ {shlex.join(command)}", flush=True)
-    # XLA sizes the CPU thread pool by NPROC; many devices on few cores deadlock in a small pool.
-    subprocess.run(command, check=True, env={"NPROC": "16"} | os.environ)
+    subprocess.run(command, check=True, env=ENVIRONMENT | os.environ)
 
 
 @contextmanager

@@ -121,15 +121,16 @@ def test_a_random_model_answers_each_question_in_its_own_way(one_by_one):
     assert all(row["new_tokens"] == NEW_TOKENS for row in rows if row["finish"] == "length")
 
 
-@pytest.mark.parametrize("settings, progress", [
-    ({"batch_size": 7}, [1, 8, 9]),
-    ({"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)}, [1, 9]),
+@pytest.mark.parametrize("settings", [
+    {"batch_size": 7},
+    {"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
 ], ids=["batch of 7", "batch of 16 on 8 devices"])  # fmt: skip
-def test_batches_and_devices_do_not_change_a_byte(settings, progress, one_by_one, run_job, capsys):
-    """One text question, then eight with images."""
+def test_batches_and_devices_do_not_change_a_byte(settings, one_by_one, run_job, capsys):
     summary, predictions, _ = run_job(**settings)
     assert predictions == one_by_one[1]
-    assert capsys.readouterr().out.splitlines() == [f"{done}/9 answered" for done in progress]
+    total = len(one_by_one[2])
+    done = [int(line.removesuffix(f"/{total} answered")) for line in capsys.readouterr().out.splitlines()]
+    assert done == sorted(set(done)) and done[-1] == total
     assert summary["executables"] == one_by_one[0]["executables"]
 
 
@@ -259,5 +260,5 @@ def test_an_unknown_metric_lists_the_known_ones(command, checkpoint, questions, 
 def test_failed_questions_show_in_the_exit_status(command, checkpoint, questions, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps(read(questions)[0] | {"image": "gone.png"}) + "\n")
-    assert command(checkpoint=checkpoint, data=data, dtype="float32")[0] == 2
+    assert command(checkpoint=checkpoint, data=data, dtype="float32")[0] == 3
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["errors"] == 1
