@@ -33,7 +33,7 @@ __all__ = ["FILES", "TOKENIZER_FOLDER", "SyntheticConfig", "chance", "generate",
 
 TOKENIZER_FOLDER = Path(__file__).parent / "assets" / "synthetic_tokenizer"  # made by synthetic_tokenizer.py
 
-VERSION = 2  # raise it with every change that alters a page or a sample, so that old folders are not reused
+VERSION = 3  # raise it with every change that alters a page or a sample, so that old folders are not reused
 PAGES = "synthetic_pages"
 FILES = {
     "meta_train": "meta_train.json",

@@ -1,6 +1,6 @@
 """Drawn pages in the spirit of receipts and forms: the images of the generated data set (see synthetic.py).
 
-A page is cut into cells of half a tile. One to three cells hold a field, the others are empty or hold grey
+A page is cut into cells of half a tile. One or two cells hold a field, the others are empty or hold grey
 lines that stand for small print. A field is a box with a coloured band, a printed label in the band and one
 large value below it; every kind of field has its own band colour and tints its box with it, so a patch that
 shows a piece of a value also shows which field the value belongs to. Sizes are chosen for tiles of 112 px
@@ -35,7 +35,7 @@ GRIDS: dict[tuple[int, int], float] = {
     (2, 3): 0.01, (3, 2): 0.01,
 }  # fmt: skip
 SIDES = (99, 112)  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
-FIELDS = (1, 3)  # fields a page, inclusive; pages with one field make the first steps of learning easy
+FIELDS = (1, 2)  # fields a page, inclusive; pages with one field make the first steps of learning easy
 BAND = 13  # px, height of the label band
 LABEL_SIZE = 11  # px, font size of the printed labels where they fit
 TILT = 280.0  # degrees times pixels: the largest rotation moves a page's edge by about 2.4 px at every size
@@ -96,15 +96,6 @@ def _fitting_font(text: str, width: int, height: int) -> ImageFont.FreeTypeFont:
 
 def _center(area: Box) -> tuple[float, float]:
     return (area[0] + area[2]) / 2, (area[1] + area[3]) / 2
-
-
-def _draw_digit(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
-    """As large as it fits, its ink centred in the area, with one pixel of extra stroke."""
-    font = _fitting_font(value, area[2] - area[0] - 8, area[3] - area[1] - 8)
-    left, top, right, bottom = font.getbbox(value)
-    x, y = _center(area)
-    origin = (round(x - (left + right) / 2), round(y - (top + bottom) / 2))
-    canvas.text(origin, value, fill=ink, font=font, stroke_width=1)
 
 
 _COLORS: dict[str, Color] = {
@@ -170,13 +161,8 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, 
         disc(r * 0.6, r * 0.85, paper)
 
 
-_DIGITS = tuple("123456789")
 
 KINDS: dict[str, Kind] = {
-    "total": Kind(
-        label="TOTAL", band=(190, 30, 45), values=_DIGITS, draw=_draw_digit,
-        questions=("What is the total?", "How much is the total?", "Read the total."),
-    ),
     "stamp": Kind(
         label="STAMP", band=(20, 130, 70), values=_SHAPES, draw=_draw_shape,
         questions=("What shape is the stamp?", "Which stamp is it?", "Name the stamp."),
@@ -237,7 +223,7 @@ def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> 
         grid: (columns, rows) of tiles that the page covers; None draws one of GRIDS by its share
 
     Returns:
-        Page with 1 to 3 fields of distinct kinds, values independent and uniform; the image is RGB uint8 of
+        Page with 1 or 2 fields of distinct kinds, values independent and uniform; the image is RGB uint8 of
         columns * (99 to 112) by rows * (99 to 112) px.
     """
     if grid is None:

@@ -34,7 +34,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     stop_after: end after this many steps of this call, with a checkpoint; the same command goes on from there.
     """
-    run = Path(config.output_dir)
+    run = Path(config.output_dir).absolute()  # orbax wants absolute paths
     speak = print if jax.process_index() == 0 else lambda *_: None
 
     # --- mesh -----------------------------------------------------------------------------------------------------
