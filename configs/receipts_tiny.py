@@ -13,7 +13,7 @@ from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainC
 
 def get_config() -> TrainConfig:
     model = ModelConfig(
-        vision=VisionConfig(width=64, layers=2, heads=4, mlp_width=128, image_size=448, patch_size=14),
+        vision=VisionConfig(width=64, layers=2, heads=2, mlp_width=128, image_size=448, patch_size=14),
         projector=ProjectorConfig(kind="pvtc", downsample_ratio=0.125, drop_path=0.0),
         decoder=DecoderConfig(vocab_size=92553, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_width=192,
                               initializer_range=0.05, rope=RopeConfig(theta=1e6)),
@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
         output_dir="runs/receipts_tiny",
         model=model,
         data=DataConfig(meta="../shared/data/receipts_meta.json", tokenizer="../shared/data/internlm2_tokenizer",
-                        max_length=512, batch_mode="samples", samples_per_step=4, max_executables=2),
+                        max_length=512, batch_mode="samples", samples_per_step=2, max_executables=2),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.1),
         compute=ComputeConfig(dtype="float32", remat="none"),
         steps=60,
