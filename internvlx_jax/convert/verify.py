@@ -15,13 +15,11 @@ import numpy as np
 from flax import nnx
 
 from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.decoder import Frame
 from internvlx_jax.models.frames import feature_index
 from internvlx_jax.models.generate import greedy
 from internvlx_jax.models.inputs import IGNORED, Inputs
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import token_losses, weighted_loss
-from internvlx_jax.models.pvtc import PVTC
 
 NEW_TOKENS = 8
 

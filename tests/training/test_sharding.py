@@ -6,13 +6,12 @@ import math
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from internvlx_jax.convert.hf_config import model_config
 from internvlx_jax.convert.hf_folder import HFFolder
 from internvlx_jax.convert.verify import inputs_from_flat
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.models.params import abstract_model, init_params, flatten, unflatten
+from internvlx_jax.models.params import abstract_model, flatten, init_params, unflatten
 from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, param_shardings, replicated)
 from internvlx_jax.training.step import loss_and_grads
 
@@ -115,4 +114,3 @@ def test_model_modules_do_not_name_mesh_axes():
         if file.name != "sharding.py":
             text = file.read_text()
             assert "PartitionSpec" not in text and '"fsdp"' not in text, file
-    assert nnx.__name__
