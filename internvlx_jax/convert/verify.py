@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from internvlx_jax.files import written_aside
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.frames import feature_index
 from internvlx_jax.models.generate import greedy
@@ -186,7 +187,5 @@ def format_table(rows: list[Difference], atol: float) -> str:
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write aside, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
-    aside.rename(path)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.images import load_image
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.files import written_aside
 
 COLUMNS = 4
 MAX_PAGES = 4  # of one question; the others are left out
@@ -43,9 +44,8 @@ def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
         line, column = divmod(i, columns)
         picture.paste(_card(row), (MARGIN + column * (CARD[0] + GAP), HEADER + line * (CARD[1] + GAP)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".partial")
-    picture.save(aside, format="PNG")
-    aside.rename(out)
+    with written_aside(out) as aside:
+        picture.save(aside, format="PNG")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.files import written_aside
 
 Series = tuple[list[int], list[float]]
 
@@ -81,9 +82,8 @@ def draw_curves(run: Path, *, chance: float | None = None) -> Path:
         match.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
 
     out = run / "curves.png"
-    aside = out.with_name(out.name + ".partial")
-    figure.savefig(aside, format="png")
-    aside.rename(out)
+    with written_aside(out) as aside:
+        figure.savefig(aside, format="png")
     return out
 
 
