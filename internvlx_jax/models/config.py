@@ -8,6 +8,7 @@ from typing import Literal
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
 
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)

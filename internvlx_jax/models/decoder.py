@@ -20,6 +20,7 @@ from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, para
                                          stack_layers)
 from internvlx_jax.models.rope import Rotation, rotate, rotation
 
+
 class Frame(NamedTuple):
     """Where the slots of a sequence stand.
 

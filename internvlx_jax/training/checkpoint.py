@@ -32,6 +32,10 @@ from internvlx_jax.models.params import AbstractModel
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
               "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta"}
 
+# The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
+SHARED_WRITING = ocp.Context(array_options=ocp.options.ArrayOptions(
+    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)))
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
 
 
@@ -40,7 +44,7 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keep_last: int):
         self._checkpointer = ocp.training.Checkpointer(
-            run / "checkpoints", cleanup_tmp_directories=True,
+            run / "checkpoints", cleanup_tmp_directories=True, context=SHARED_WRITING,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the loop decides
             preservation_policy=ocp.training.preservation_policies.LatestN(keep_last))
 

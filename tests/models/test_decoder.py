@@ -1,6 +1,7 @@
 """The decoder against the original: hidden states, caches, masks, positions (model.md 8, 15)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,7 @@ def test_prefill_and_single_steps(parity):
 TINY = DecoderConfig(vocab_size=40, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
 
 
+@functools.cache
 def tiny(**changes):
     return Decoder(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0), dtype=jnp.float32)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -28,9 +29,10 @@ def params(folder):
             flatten(nnx.to_pure_dict(nnx.state(load_pretrained(folder, dtype="float32").model))).items()}
 
 
-@pytest.fixture
-def straight(tiny_run):
-    config = tiny_run("straight")
+@pytest.fixture(scope="module")
+def straight(run_in, tmp_path_factory):
+    """A finished run; tests leave it as it is."""
+    config = run_in(tmp_path_factory.mktemp("loop") / "straight")
     train(config)
     return config
 
@@ -65,7 +67,7 @@ def test_one_executable_a_bucket(straight):
 
 def test_run_folder_stands_alone(straight, tmp_path):
     """Configs, tokenizer and parameters are read back from the folder, by run and by step."""
-    run = Path(straight.output_dir).rename(tmp_path / "moved")
+    run = Path(shutil.copytree(straight.output_dir, tmp_path / "copy"))
     loaded = load_pretrained(run, dtype="float32")
     assert loaded.config == straight.model and loaded.tokenizer.vocab_size == 655
     np.testing.assert_array_equal(params(run / "checkpoints" / "6")["decoder.head"], params(run)["decoder.head"])
@@ -142,10 +144,10 @@ def test_init_from_a_hugging_face_folder(golden, tiny_run):
 
 
 def test_validation_reaches_the_metrics_file(tiny_run, pages):
-    config = tiny_run("validated", steps=2, eval_every=1)
+    config = tiny_run("validated", eval_every=3)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_meta=str(pages / "meta_val.json")))
     final = train(config)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
-    assert len(losses) == 3 and losses[2] < losses[0]  # before training and after each of two steps
+    assert len(losses) == 3 and losses[2] < losses[0]  # before training, after three steps and after six
     assert final["eval/loss"] == losses[-1] and 0 <= final["eval/exact"] <= 1

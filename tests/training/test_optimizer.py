@@ -21,8 +21,8 @@ def test_schedule(ratio, steps):
         assert float(schedule(k)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_which_parameters_decay(tiny_run):
-    abstract = abstract_model(tiny_run().model, dtype="float32")
+def test_which_parameters_decay(tiny):
+    abstract = abstract_model(tiny, dtype="float32")
     mask = decay_mask(OptimizerConfig(decay_rule="standard"), abstract.shapes, abstract.axes)
     decayed = {path for path, yes in mask.items() if yes}
     assert all(path.endswith("kernel") or path == "decoder.head" for path in decayed)

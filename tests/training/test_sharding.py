@@ -77,21 +77,20 @@ def test_one_device_equals_eight(golden, mesh_config):
         np.testing.assert_allclose(sharded_grads[path], grads[path], atol=3e-6, err_msg=path)
 
 
-def test_sharded_init_equals_whole_init(tiny_run):
-    config = tiny_run().model
-    abstract = abstract_model(config, dtype="float32")
+def test_sharded_init_equals_whole_init(tiny, tiny_params):
+    abstract = abstract_model(tiny, dtype="float32")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
-    whole, sharded = flatten(init_params(config, 3)), flatten(init_params(config, 3, shardings=unflatten(shardings)))
-    assert whole.keys() == abstract.shapes.keys()
-    for path in whole:
-        np.testing.assert_array_equal(whole[path], sharded[path], err_msg=path)
+    sharded = flatten(init_params(tiny, 0, shardings=unflatten(shardings)))
+    assert tiny_params.keys() == abstract.shapes.keys()
+    for path, whole in tiny_params.items():
+        np.testing.assert_array_equal(whole, sharded[path], err_msg=path)
         assert sharded[path].sharding == shardings[path]
 
 
-def test_initial_distributions(tiny_run):
+def test_initial_distributions(tiny_params):
     """model.md 12: tower and projector U(-1/sqrt(fan_in), ..), embeddings N(0, 1), decoder N(0, 0.02), norms 1."""
-    params = flatten(init_params(tiny_run().model, 0))
+    params = tiny_params
     patch = np.asarray(params["vision.patch_embed.kernel"])
     assert np.abs(patch).max() <= 588**-0.5 and patch.std() == pytest.approx(588**-0.5 / 3**0.5, rel=0.05)
     assert np.asarray(params["vision.position_embedding"]).std() == pytest.approx(1.0, rel=0.15)

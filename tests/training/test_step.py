@@ -9,7 +9,7 @@ import pytest
 
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.params import abstract_model, flatten, init_params
+from internvlx_jax.models.params import abstract_model
 from internvlx_jax.training.config import OptimizerConfig
 from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from internvlx_jax.training.step import TrainState, count_answers, loss_and_grads, make_eval_step, make_train_step
@@ -28,10 +28,9 @@ def batch():
     return Batch(inputs, labels, (labels != -100).astype(np.float32))
 
 
-@pytest.fixture
-def model(tiny_run):
-    config = tiny_run().model
-    return abstract_model(config, dtype="float32"), flatten(init_params(config, 0))
+@pytest.fixture(scope="module")
+def model(tiny, tiny_params):
+    return abstract_model(tiny, dtype="float32"), tiny_params
 
 
 def grads_of(abstract, params, batch, key=None, accumulation=1, frozen=None):
@@ -66,15 +65,14 @@ def test_nothing_supervised_is_zero(model, batch):
     assert float(loss) == 0.0 and all(float(jnp.abs(g).max()) == 0.0 for g in grads.values())
 
 
-def test_remat_and_bfloat16(tiny_run, batch):
-    config = tiny_run().model
-    params = flatten(init_params(config, 0))
-    plain, plain_grads = grads_of(abstract_model(config, dtype="float32"), params, batch)
-    remat, remat_grads = grads_of(abstract_model(config, dtype="float32", remat="full"), params, batch)
+def test_remat_and_bfloat16(tiny, model, batch):
+    abstract, params = model
+    plain, plain_grads = grads_of(abstract, params, batch)
+    remat, remat_grads = grads_of(abstract_model(tiny, dtype="float32", remat="full"), params, batch)
     np.testing.assert_allclose(remat, plain, rtol=1e-6)
     for path in params:
         np.testing.assert_allclose(remat_grads[path], plain_grads[path], atol=2e-6, err_msg=path)
-    loss, grads = grads_of(abstract_model(config, dtype="bfloat16"), params, batch)
+    loss, grads = grads_of(abstract_model(tiny, dtype="bfloat16"), params, batch)
     np.testing.assert_allclose(loss, plain, rtol=2e-2)
     assert loss.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in grads.values())
 
