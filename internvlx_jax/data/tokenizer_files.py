@@ -8,6 +8,7 @@ from pathlib import Path
 import sentencepiece
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.files import written_aside
 
 INTERNLM2_PIECES = 92_544
 
@@ -125,9 +126,8 @@ def write_tokenizer_files(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        aside = folder / f"{name}.{os.getpid()}.tmp"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        with written_aside(folder / name) as aside:
+            aside.write_bytes(content)
 
 
 def _dump(value: dict) -> bytes:

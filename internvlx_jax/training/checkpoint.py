@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from internvlx_jax.config import from_dict
@@ -33,8 +34,8 @@ MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_e
               "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta"}
 
 # The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
-SHARED_WRITING = ocp.Context(array_options=ocp.options.ArrayOptions(
-    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)))
+SHARED_WRITING = ocp.Context()
+SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
 
@@ -123,10 +124,9 @@ def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokeni
 
     Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
     """
+    # Every process looks, so that all refuse together; then one writes.
     steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
     resuming = any(step.name.isdigit() for step in steps)
-    if jax.process_index() != 0:
-        return resuming
     saved = run / "config.json"
     if saved.exists():
         differences = _differences(json.loads(saved.read_text()), settings)
@@ -135,9 +135,11 @@ def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokeni
                               "saved ones or choose another output_dir:\n  " + "\n  ".join(differences))
     elif run.exists() and any(run.iterdir()):
         raise ConfigError(f"output_dir {run} is not empty and holds no run (no config.json); choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run / "tokenizer")
-    write_json(saved, settings)
+    multihost_utils.sync_global_devices("run folder checked")
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run / "tokenizer")
+        write_json(saved, settings)
     return resuming
 
 

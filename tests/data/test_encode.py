@@ -6,7 +6,6 @@ are not supported yet, so their golden labels are out of scope; test_templates.p
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 
@@ -23,20 +22,6 @@ V2_5 = get_template("internvl2_5")
 
 # Deliberate differences from the release's labels (data.md 6): case -> index of the turn that is masked here.
 MASKED_HERE = {"ends_with_human": -1}
-
-
-@pytest.fixture(scope="module")
-def standin(golden, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standin")
-    shutil.copy(golden / "labels" / "standin_internlm2.model", folder / "tokenizer.model")
-    vocab = json.loads((golden / "labels" / "vocab.json").read_text())["internlm2"]
-    (folder / "added_tokens.json").write_text(json.dumps(vocab["added"]))
-    return Tokenizer.load(folder)
-
-
-@pytest.fixture(scope="module")
-def real(shared_data):
-    return Tokenizer.load(shared_data / "internlm2_tokenizer")
 
 
 def encode(tokenizer, turns, tiles=(), n=4, template=CHAT, system=None, **kwargs):

@@ -1,8 +1,4 @@
-"""Tokenizer: ids, reserved text, files, pickling (spec: data.md 5).
-
-The stand-in model of golden/labels has InternLM2's traits (BPE, byte fallback, no dummy prefix) and 620
-pieces; the real vocabulary is third-party data.
-"""
+"""Tokenizer: ids, reserved text, files, pickling (spec: data.md 5)."""
 
 import json
 import pickle
@@ -15,21 +11,6 @@ from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.tokenizer import Tokenizer
 
 GROUNDING = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-
-
-@pytest.fixture
-def standin(golden, tmp_path):
-    folder = tmp_path / "standin"
-    folder.mkdir()
-    shutil.copy(golden / "labels" / "standin_internlm2.model", folder / "tokenizer.model")
-    vocab = json.loads((golden / "labels" / "vocab.json").read_text())["internlm2"]
-    (folder / "added_tokens.json").write_text(json.dumps(vocab["added"]))
-    return Tokenizer.load(folder)
-
-
-@pytest.fixture(scope="module")
-def real(shared_data):
-    return Tokenizer.load(shared_data / "internlm2_tokenizer")
 
 
 def reserved_ids(tokenizer: Tokenizer) -> set[int]:
