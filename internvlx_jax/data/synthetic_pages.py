@@ -4,7 +4,7 @@ A page is cut into cells of half a tile. One or two cells hold a field, the othe
 lines that stand for small print. A field is a box with a coloured band, a printed label in the band and one
 large value below it; every kind of field has its own band colour and tints its box with it, so a patch that
 shows a piece of a value also shows which field the value belongs to. Sizes are chosen for tiles of 112 px
-(8 x 8 patches of 14 px): a value is about two patches high, and but for the tilt a box lies inside one tile.
+(4 x 4 patches of 28 px): a box is about two patches wide and high, and but for the tilt it lies inside one tile.
 
 Only fonts that ship with Pillow are used. A page is a pure function of the random generator that is passed in
 (same bytes for the same versions of NumPy and Pillow).
@@ -159,7 +159,6 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, 
         disc(0, r * 0.55, paper)
     elif value == "moon":
         disc(r * 0.6, r * 0.85, paper)
-
 
 
 KINDS: dict[str, Kind] = {
