@@ -29,8 +29,8 @@ def get_config() -> TrainConfig:
                         tokens_per_step=960, max_executables=2),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, b2=0.95, weight_decay=0.05),
         compute=ComputeConfig(dtype="float32", remat="none"),
-        steps=1100,
+        steps=900,
         log_every=50,
         eval_every=200,
-        save_every=550,
+        save_every=450,
     )

@@ -25,7 +25,7 @@ from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.gallery import write_gallery
 from internvlx_jax.training.report import draw_curves, figure_class
 
-TRAIN_SAMPLES, VAL_SAMPLES = 8000, 300
+TRAIN_SAMPLES, VAL_SAMPLES = 7000, 300
 # Unless the user sets them. A program as small as this one keeps one core busy: two host devices that share the batch
 # use two. XLA sizes the CPU thread pool by NPROC, and several devices can deadlock in a small pool.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
