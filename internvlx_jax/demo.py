@@ -25,10 +25,10 @@ from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.gallery import write_gallery
 from internvlx_jax.training.report import draw_curves, figure_class
 
-TRAIN_SAMPLES, VAL_SAMPLES = 7000, 300
 # Unless the user sets them. A program as small as this one keeps one core busy: two host devices that share the batch
 # use two. XLA sizes the CPU thread pool by NPROC, and several devices can deadlock in a small pool.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
+PAGES = SyntheticConfig()
 CONFIG = "configs/demo.py"  # names DATA and TRAIN too
 RUN = Path("runs/demo")
 DATA, TRAIN, EVAL, EVAL_BLANK = RUN / "data", RUN / "train", RUN / "eval", RUN / "eval_blank"
@@ -56,8 +56,7 @@ def run_demo() -> None:
         shutil.rmtree(RUN)
 
     with stage("data"):
-        config = SyntheticConfig(train_samples=TRAIN_SAMPLES, val_samples=VAL_SAMPLES)
-        chance = generate(DATA, config)["chance"]
+        chance = generate(DATA, PAGES)["chance"]
     with stage("train"):
         python("train.py", "--config", CONFIG)
     with stage("evaluate"):

@@ -9,7 +9,7 @@ import pytest
 
 from internvlx_jax import demo
 from internvlx_jax.config import load_config_file
-from internvlx_jax.data.synthetic import FILES
+from internvlx_jax.data.synthetic import FILES, SyntheticConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +44,7 @@ rows = [{"prompt": q["question"], "images": [str(data.parent / q["image"])], "pr
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "TRAIN_SAMPLES", 3)
-    monkeypatch.setattr(demo, "VAL_SAMPLES", 4)
+    monkeypatch.setattr(demo, "PAGES", SyntheticConfig(train_samples=3, val_samples=4))
     monkeypatch.delenv("NPROC", raising=False)
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "demo.py", tmp_path / "configs")

@@ -57,8 +57,8 @@ class SyntheticConfig:
     """
 
     seed: int = 0
-    train_samples: int = 8000
-    val_samples: int = 200
+    train_samples: int = 7000
+    val_samples: int = 300
     two_page_share: float = 0.1
     text_share: float = 0.05
 
