@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from internvlx_jax.config import from_dict
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import (DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, RopeConfig,
-                                         VisionConfig)
+from internvlx_jax.models.config import (DecoderConfig, LvtcConfig, ModelConfig, ProjectorConfig, PromptConfig,
+                                         RopeConfig, VisionConfig)
 
 ARCHITECTURES = {
     "InternLM2ForCausalLM": "internlm2",
@@ -31,7 +32,9 @@ def model_config(config: Mapping[str, Any], tensors: Collection[str]) -> ModelCo
     decoder = _decoder(_section(config, "llm_config"), tensors)
     projector = ProjectorConfig(kind=kind, downsample_ratio=config.get("downsample_ratio", 0.5),
                                 pixel_shuffle=config.get("ps_version", "v1"))
+    lvtc = config.get("lvtc")
     return ModelConfig(vision=vision, projector=projector, decoder=decoder,
+                       lvtc=None if lvtc is None else from_dict(LvtcConfig, lvtc, "lvtc"),
                        prompt=_prompt(config, kind, vision.image_size))
 
 

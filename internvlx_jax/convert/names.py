@@ -59,9 +59,12 @@ class Entry:
 
 def name_table(config: ModelConfig) -> list[Entry]:
     """All tensors of a checkpoint in the `internvl-x` or `internvl` layout, in file order (checkpoints.md 6)."""
-    projector = _pvtc(config) if config.projector.kind == "pvtc" else _mlp1()
+    if config.projector.kind == "mlp1":
+        projector = _mlp1()
+    else:
+        projector = [] if config.released_role is None else _pvtc(config, "projector.", "projector.", config.token_grid)
     decoder = _internlm2(config) if config.decoder.family == "internlm2" else _llama(config)
-    return [*_tower(config), *decoder, *projector]
+    return [*_tower(config), *decoder, *projector, *_lvtc(config)]
 
 
 def _tower(config: ModelConfig) -> list[Entry]:
@@ -95,10 +98,10 @@ def _tower(config: ModelConfig) -> list[Entry]:
     return table.entries + layer.entries
 
 
-def _pvtc(config: ModelConfig) -> list[Entry]:
+def _pvtc(config: ModelConfig, source: str, target: str, grid: int) -> list[Entry]:
     heads = dict(n=NUM_HEADS, h=config.decoder.width // NUM_HEADS)
-    table = _Table("projector.", "projector.", None)
-    table.add("cls_scale", "cls_scale", "1 a b d -> (a b) d", a=config.token_grid, b=config.token_grid)
+    table = _Table(source, target, None)
+    table.add("cls_scale", "cls_scale", "1 a b d -> (a b) d", a=grid, b=grid)
     for source, target in (("mlp1", "local_query"), ("mlp2", "global_query"), ("mlp3", "region_kv")):
         table.norm(f"{source}.0", f"{target}.norm")
         table.linear(f"{source}.1", f"{target}.linear")
@@ -122,6 +125,36 @@ def _mlp1() -> list[Entry]:
         table.linear(source, target)
         table.add(f"{source}.bias", f"{target}.bias", "v -> v")
     return table.entries
+
+
+def _lvtc(config: ModelConfig) -> list[Entry]:
+    """What LVTC adds has no public layout: our paths, with PVTC as in `projector.*` (checkpoints.md 3)."""
+    lvtc, entries = config.lvtc, []
+    if lvtc is None:
+        return entries
+
+    def projector(kind: str, grid: int, path: str, target: str) -> None:
+        if kind == "pvtc":
+            entries.extend(_pvtc(config, path, target, grid))
+            return
+        table = _Table(path, target, None)
+        table.norm("norm", "norm")
+        table.linear("fc1", "fc1")
+        table.linear("fc2", "fc2")
+        entries.extend(table.entries)
+
+    if config.released_role != "low":
+        projector(lvtc.low_projector, lvtc.low_grid, "lvtc.low.", "lvtc.low.")
+    if config.released_role != "high":
+        projector(lvtc.high_projector, lvtc.high_grid, "lvtc.high.", "lvtc.high.projector.")
+    for layer in lvtc.inject_layers:
+        projector(lvtc.inject_projector, lvtc.high_grid, f"lvtc.inject_{layer}.", f"lvtc.inject_{layer}.projector.")
+    if lvtc.gate is not None:
+        gates = _Table("lvtc.", "lvtc.", None)
+        for name in ("high", *(f"inject_{layer}" for layer in lvtc.inject_layers)):
+            gates.add(f"{name}.gate", f"{name}.gate", " -> ")
+        entries.extend(gates.entries)
+    return entries
 
 
 def _internlm2(config: ModelConfig) -> list[Entry]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from internvlx_jax.files import written_aside
 from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.frames import feature_index
+from internvlx_jax.models.frames import feature_index, short_frame, short_lengths
 from internvlx_jax.models.generate import greedy
 from internvlx_jax.models.inputs import IGNORED, Inputs
 from internvlx_jax.models.internvlx import InternVLX
@@ -54,8 +54,11 @@ def inputs_from_flat(config: ModelConfig, image_token_id: int, input_ids: np.nda
     mask = np.ones_like(input_ids) if mask is None else mask
     if positions is None:
         positions = np.broadcast_to(np.arange(length), input_ids.shape)
+    short = None
+    if config.lvtc is not None:
+        short = short_frame(mask, tile_start, int(short_lengths(mask, tile_start, config.lvtc).max()), config.lvtc)
     return Inputs(*(np.asarray(x, np.int32) for x in (input_ids, positions, mask)), row_tiles,
-                  feature_index(tile_start, length, per_tile))
+                  feature_index(tile_start, length, per_tile), short)
 
 
 def compute_outputs(model: InternVLX, arrays: Mapping[str, np.ndarray], image_token_id: int) -> dict[str, np.ndarray]:

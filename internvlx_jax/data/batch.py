@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.models.frames import feature_index
+from internvlx_jax.models.config import LvtcConfig
+from internvlx_jax.models.frames import feature_index, short_frame
 from internvlx_jax.models.inputs import IGNORED, Inputs
 
 
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, tokens_per_tile: int,
-            pad_id: int) -> Batch:
+            pad_id: int, lvtc: LvtcConfig | None = None) -> Batch:
     """Right-padded rows of one bucket; None is a masked row. Raises ValueError when a row does not fit."""
     shape = (len(rows), bucket.length)
     tokens = np.full(shape, pad_id, np.int32)
@@ -52,5 +53,7 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
         positions[b, :n], segment_ids[b, :n] = np.arange(n), 1
         tiles[b, :t], tile_start[b, :t] = row.tiles, row.tile_start
     labels[:, 0] = IGNORED  # nothing predicts the first token of a segment
-    inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile))
+    short = None if lvtc is None else short_frame(segment_ids, tile_start, bucket.short_length, lvtc)
+    inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile),
+                    short)
     return Batch(inputs, labels, (labels != IGNORED).astype(np.float32))

@@ -69,7 +69,7 @@ class Loader:
                               samples=None if tokens else config.samples_per_step, tiles=config.tiles_per_step)
         tile_counts = [sum(sample.tiles_per_image) for sample in self.samples]
         self.assigned = assign_buckets(tile_counts, [sample.length for sample in self.samples],
-                                       config.max_executables, config.length_step)
+                                       config.max_executables, config.length_step, processor.saved_per_tile)
         self.buckets = sorted(set(self.assigned))
         self.seed = seed
         content = hashlib.sha256(processor.tokenizer.fingerprint().encode())
@@ -94,7 +94,8 @@ class Loader:
                 for entry in planned.entries[first : first + rows_here]]
         processor = next(iter(self.processors.values()))
         batch = collate(rows, planned.bucket, tile_size=processor.tiles.tile_size,
-                        tokens_per_tile=processor.tokens_per_tile, pad_id=processor.tokenizer.pad_id)
+                        tokens_per_tile=processor.tokens_per_tile, pad_id=processor.tokenizer.pad_id,
+                        lvtc=processor.lvtc)
         real = [self.samples[entry] for entry in planned.entries if entry != MASKED]
         counts = StepCounts(len(real), sum(sample.length for sample in real),
                             sum(sum(sample.tiles_per_image) for sample in real),

@@ -21,10 +21,12 @@ MASKED = -1
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """A static shape: `tiles` tile slots and `length` token slots a row."""
+    """A static shape: `tiles` tile slots and `length` token slots a row; with LVTC, `short_length` slots of the short
+    frame (else 0)."""
 
     tiles: int
     length: int
+    short_length: int = 0
 
     @property
     def cost(self) -> int:
@@ -32,7 +34,8 @@ class Bucket:
         return self.length + TILE_COST * self.tiles
 
     def union(self, other: Bucket) -> Bucket:
-        return Bucket(max(self.tiles, other.tiles), max(self.length, other.length))
+        return Bucket(max(self.tiles, other.tiles), max(self.length, other.length),
+                      max(self.short_length, other.short_length))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,19 +68,35 @@ class PlannedStep:
     entries: tuple[int, ...]
 
 
-def smallest_bucket(tiles: int, length: int, length_step: int = LENGTH_STEP) -> Bucket:
-    """The bucket of one sample on its own; lengths are multiples of `length_step`."""
-    slots = next((slots for slots in TILE_BUCKETS if tiles <= slots), -(-tiles // 8) * 8)
-    return Bucket(slots, -(-length // length_step) * length_step)
+def smallest_bucket(tiles: int, length: int, length_step: int = LENGTH_STEP, saved_per_tile: int = 0) -> Bucket:
+    """The bucket of one sample on its own; lengths are multiples of `length_step`.
+
+    saved_per_tile: slots by which LVTC makes a tile shorter in the short frame. The short length is that of the fewest
+    tiles which have these tile slots, so that it follows from the other two.
+    """
+    if tiles <= TILE_BUCKETS[-1]:
+        slots = next(slots for slots in TILE_BUCKETS if tiles <= slots)
+        fewest = TILE_BUCKETS[TILE_BUCKETS.index(slots) - 1] + 1 if slots else 0
+    else:
+        slots = -(-tiles // 8) * 8
+        fewest = slots - 7
+    bucket = Bucket(slots, _round_up(length, length_step))
+    if not saved_per_tile:
+        return bucket
+    return dataclasses.replace(bucket, short_length=_round_up(bucket.length - fewest * saved_per_tile, length_step))
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int,
-                   length_step: int = LENGTH_STEP) -> list[Bucket]:
+                   length_step: int = LENGTH_STEP, saved_per_tile: int = 0) -> list[Bucket]:
     """The bucket of every sample, from its tile count and token length.
 
-    tiles, lengths: int[n]. The rarest bucket merges into the cheapest union until `max_executables` remain.
+    tiles, lengths: int[n]; saved_per_tile: see `smallest_bucket`. The rarest bucket merges into the cheapest union until `max_executables` remain.
     """
-    smallest = [smallest_bucket(int(t), int(n), length_step) for t, n in zip(tiles, lengths)]
+    smallest = [smallest_bucket(int(t), int(n), length_step, saved_per_tile) for t, n in zip(tiles, lengths)]
     counts = Counter(smallest)
     members = {bucket: [bucket] for bucket in counts}  # the smallest buckets behind each one that remains
     while len(counts) > max_executables:
@@ -115,6 +134,6 @@ def epoch_steps(buckets: list[Bucket], rule: BatchRule, seed: int, epoch: int) -
 
 def plan_hash(buckets: list[Bucket], rule: BatchRule, seed: int, fingerprint: str) -> str:
     """Identifies the order of all steps of all epochs; `fingerprint` names the samples behind the entries."""
-    rows = [(bucket.tiles, bucket.length, rule.rows(bucket)) for bucket in buckets]
+    rows = [(*dataclasses.astuple(bucket), rule.rows(bucket)) for bucket in buckets]
     text = repr((rows, seed, fingerprint))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

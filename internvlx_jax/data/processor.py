@@ -17,6 +17,7 @@ from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.templates import Template, get_template
 from internvlx_jax.data.tiles import TileConfig, cut_tiles, per_image_limit, tile_count
 from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
+from internvlx_jax.models.config import LvtcConfig
 
 # What load_image counts, and what to do about it.
 DECODED_ANYWAY = {
@@ -34,6 +35,7 @@ class Processor:
         tiles: how its images are cut.
         tokens_per_tile: visual tokens of a tile.
         special_text: policy for reserved text inside turns.
+        lvtc: the model's; its batches have a short frame too.
     """
 
     tokenizer: Tokenizer
@@ -42,6 +44,12 @@ class Processor:
     tiles: TileConfig
     tokens_per_tile: int
     special_text: SpecialText = "reject"
+    lvtc: LvtcConfig | None = None
+
+    @property
+    def saved_per_tile(self) -> int:
+        """Slots by which a tile is shorter in the short frame of LVTC."""
+        return 0 if self.lvtc is None else self.lvtc.saved_per_tile
 
     def for_dataset(self, entry: DatasetEntry) -> Processor:
         """The same with the overrides of one entry of a meta file."""

@@ -73,7 +73,8 @@ class Answerer:
     def _bucket(self, question: Question) -> Bucket:
         tiles = self.processor.tiles_per_image(self.processor.sizes(question.images, question.where))
         length = len(self._prompt(question, tiles).tokens)
-        bucket, rope = smallest_bucket(sum(tiles), length), self.model.config.decoder.rope
+        bucket = smallest_bucket(sum(tiles), length, saved_per_tile=self.processor.saved_per_tile)
+        rope = self.model.config.decoder.rope
         if bucket.length + self.max_new_tokens > rope.max_positions and not rope.allow_longer:
             raise SampleError(
                 "too_long", f"a prompt of {length} tokens (padded to {bucket.length}) and {self.max_new_tokens} new ones "
@@ -107,7 +108,7 @@ class Answerer:
             processor = self.processor
             return _Loaded(indices, errors, rows, collate(
                 rows, bucket, tile_size=processor.tiles.tile_size, tokens_per_tile=processor.tokens_per_tile,
-                pad_id=processor.tokenizer.pad_id))
+                pad_id=processor.tokenizer.pad_id, lvtc=processor.lvtc))
 
         threads = min(4, os.cpu_count() or 1)
         return iter(grain.MapDataset.source(batches).map(load).to_iter_dataset(

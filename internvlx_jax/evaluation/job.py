@@ -70,7 +70,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
     overrides = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
     tiles = dataclasses.replace(prompt.tiles, **{k: v for k, v in overrides.items() if v is not None})
     processor = Processor(pretrained.tokenizer, get_template(prompt.template), prompt.system_message, tiles,
-                          pretrained.config.tokens_per_tile, special_text="escape")
+                          pretrained.config.tokens_per_tile, special_text="escape", lvtc=pretrained.config.lvtc)
     answerer = Answerer(pretrained, processor, mesh, batch_size=config.batch_size,
                         max_new_tokens=config.max_new_tokens)
 

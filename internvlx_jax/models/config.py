@@ -72,6 +72,52 @@ class ProjectorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LvtcConfig:
+    """Layer-wise visual token compression: few visual tokens in the shallow layers, many in the deep ones (lvtc.md 2).
+
+    Attributes:
+        expand_layer: first decoder layer, counted from 0, that sees the high grid (k).
+        low_grid, high_grid: visual tokens along one side of a tile in the shallow and in the deep layers.
+        low_projector, high_projector, inject_projector: what makes the tokens of layer 0, of layer k and of the
+            injections. The `pvtc` of the model's own token grid is the released projector, the others are new.
+        upsample: how hidden states of the low grid become those of the high grid.
+        gate: start value of the learned scalar in front of each added projector; None adds it as it is.
+        inject_layers: decoder layers in front of which a further projection is added.
+    """
+
+    expand_layer: int
+    low_grid: int = 16
+    high_grid: int = 32
+    low_projector: Literal["pvtc", "mlp"] = "pvtc"
+    high_projector: Literal["pvtc", "mlp"] = "mlp"
+    inject_projector: Literal["pvtc", "mlp"] = "mlp"
+    upsample: Literal["bilinear", "nearest"] = "bilinear"
+    gate: float | None = 0.0
+    inject_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("low_grid", "high_grid"):
+            side = getattr(self, name)
+            _require(side >= 1 and side & (side - 1) == 0, f"lvtc.{name} {side} is not a power of two")
+        _require(self.high_grid % self.low_grid == 0,
+                 f"lvtc.low_grid {self.low_grid} does not divide lvtc.high_grid {self.high_grid}")
+        _require(self.expand_layer >= 0, f"lvtc.expand_layer {self.expand_layer} is negative")
+        _require(all(a < b for a, b in zip((self.expand_layer, *self.inject_layers), self.inject_layers)),
+                 f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind lvtc.expand_layer "
+                 f"{self.expand_layer}")
+
+    @property
+    def scale(self) -> int:
+        """Children of a low token along one side (s)."""
+        return self.high_grid // self.low_grid
+
+    @property
+    def saved_per_tile(self) -> int:
+        """Slots by which a tile is shorter in the short frame."""
+        return self.high_grid**2 - self.low_grid**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8)."""
 
@@ -134,11 +180,12 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Vision tower + projector + decoder + prompt."""
+    """Vision tower + projector + decoder + prompt; `lvtc` None is off."""
 
     vision: VisionConfig
     projector: ProjectorConfig = ProjectorConfig()
     decoder: DecoderConfig
+    lvtc: LvtcConfig | None = None
     prompt: PromptConfig = PromptConfig()
 
     def __post_init__(self):
@@ -148,12 +195,34 @@ class ModelConfig:
         _require(self.prompt.tiles.tile_size == self.vision.image_size,
                  f"prompt.tiles.tile_size {self.prompt.tiles.tile_size} differs from vision.image_size "
                  f"{self.vision.image_size}")
+        if self.lvtc is not None:
+            self._check_lvtc(self.lvtc)
+
+    def _check_lvtc(self, lvtc: LvtcConfig) -> None:
+        layers, grid = self.decoder.layers, self.vision.grid
+        _require(self.projector.kind == "pvtc", f"lvtc needs projector.kind pvtc, it is {self.projector.kind}")
+        _require(lvtc.expand_layer < layers, f"lvtc.expand_layer {lvtc.expand_layer} is outside 0..{layers - 1} of a "
+                 f"decoder with {layers} layers (decoder.layers)")
+        _require(all(layer < layers for layer in lvtc.inject_layers), f"lvtc.inject_layers {list(lvtc.inject_layers)} "
+                 f"go beyond layer {layers - 1}, the last of a decoder with {layers} layers (decoder.layers)")
+        _require(grid % lvtc.high_grid == 0, f"lvtc.high_grid {lvtc.high_grid} does not divide the patch grid of side "
+                 f"{grid} (vision.image_size / vision.patch_size)")
 
     @property
     def token_grid(self) -> int:
-        """Visual tokens along one side of a tile."""
+        """Tokens that `projector` makes along one side of a tile."""
         return self.vision.grid // self.projector.region_side
 
     @property
+    def released_role(self) -> Literal["low", "high"] | None:
+        """What `projector`, the one that released checkpoints hold, makes: the tokens of layer 0 (so without LVTC), or
+        those that join at `expand_layer`. None: both LVTC projectors are new, and `projector` is not there."""
+        lvtc = self.lvtc
+        if lvtc is None or (lvtc.low_projector, lvtc.low_grid) == ("pvtc", self.token_grid):
+            return "low"
+        return "high" if (lvtc.high_projector, lvtc.high_grid) == ("pvtc", self.token_grid) else None
+
+    @property
     def tokens_per_tile(self) -> int:
-        return self.token_grid**2
+        """Slots of a tile in a sequence; with LVTC those of the long frame."""
+        return (self.token_grid if self.lvtc is None else self.lvtc.high_grid) ** 2

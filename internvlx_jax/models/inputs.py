@@ -9,6 +9,22 @@ import numpy as np
 IGNORED = -100  # label of a token that the model does not learn to write
 
 
+class ShortFrame(NamedTuple):
+    """The sequence of the shallow layers under LVTC: text slots as they are, few slots a tile (spec: lvtc.md 3).
+
+    Attributes:
+        short_to_long: int32[B, R], the long slot that a short slot represents, or S (out of range) on padding.
+        long_to_short: int32[B, S], the short slot of a text slot, the parent of a visual one, or R on padding.
+        tile_start: int32[B, T], first short slot of each tile, or R for an unused tile slot.
+        feature_index: int32[B, R], the row's low token in each short slot, or T * g_l^2 (out of range) on text.
+    """
+
+    short_to_long: np.ndarray
+    long_to_short: np.ndarray
+    tile_start: np.ndarray
+    feature_index: np.ndarray
+
+
 class Inputs(NamedTuple):
     """Static-shape model inputs (spec: data.md 13).
 
@@ -18,6 +34,7 @@ class Inputs(NamedTuple):
         segment_ids: int32[B, S], from 1; 0 is padding. Masks come from here, never from token values.
         tiles: uint8[B, T, Y, X, 3] (normalised on the device), or float32 already normalised.
         feature_index: int32[B, S], see models/frames.py.
+        short: with LVTC only; all other fields are of the long frame.
     """
 
     tokens: np.ndarray
@@ -25,3 +42,4 @@ class Inputs(NamedTuple):
     segment_ids: np.ndarray
     tiles: np.ndarray
     feature_index: np.ndarray
+    short: ShortFrame | None = None

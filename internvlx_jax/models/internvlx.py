@@ -1,6 +1,9 @@
-"""The whole model: tiles -> tower -> projector -> merge with text -> decoder (spec: model.md 2, 7)."""
+"""The whole model: tiles -> tower -> projector -> merge with text -> decoder (spec: model.md 2, 7; lvtc.md 1)."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,15 @@ from internvlx_jax.data.tiles import NORMALIZATIONS
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.decoder import Decoder, Frame, KeyValues
 from internvlx_jax.models.inputs import Inputs
+from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
+from internvlx_jax.models.merge import gather, place
 from internvlx_jax.models.mlp1 import Mlp1
 from internvlx_jax.models.pvtc import PVTC
 from internvlx_jax.models.vit import VisionTower
 
 
 class InternVLX(nnx.Module):
-    """InternVL-X, or InternVL2 with the `mlp1` projector.
+    """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
 
     dtype: of the activations; param_dtype: of the parameters. remat: none, full or dots, for both layer stacks.
     """
@@ -30,41 +35,75 @@ class InternVLX(nnx.Module):
         width = config.decoder.width
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.vision = VisionTower(config.vision, **kwargs)
-        if config.projector.kind == "pvtc":
+        if config.released_role is None:
+            self.projector = None
+        elif config.projector.kind == "pvtc":
             self.projector = PVTC(config.projector, config.vision.width, config.token_grid, width, **kwargs)
         else:
             self.projector = Mlp1(config.projector, config.vision.width, width, **kwargs)
+        self.lvtc = None if config.lvtc is None else Lvtc(config, **kwargs)
         self.decoder = Decoder(config.decoder, **kwargs)
 
-    def encode_tiles(self, tiles: jax.Array, drop_path_key: jax.Array | None = None) -> jax.Array:
-        """uint8 or normalised float[I, Y, X, 3] -> visual tokens [I, Q, D]."""
-        tower_key, projector_key = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
-        pixels = normalize_tiles(tiles).astype(self.dtype)
-        x = self.vision(pixels, drop_path_key=tower_key, remat=self.remat)
-        return self.projector(x, drop_path_key=projector_key)
+    def encode_tiles(self, tiles: jax.Array) -> jax.Array:
+        """uint8 or normalised float[I, Y, X, 3] -> the visual tokens of decoder layer 0, [I, Q, D]."""
+        return self.low_projector(self.features(tiles))
 
-    def embed(self, inputs: Inputs, drop_path_key: jax.Array | None = None) -> jax.Array:
-        """Text embeddings with the visual tokens in their slots: [B, S, D]."""
-        x = self.decoder.embed(inputs.tokens, self.dtype)
-        rows, tiles = inputs.tiles.shape[:2]
-        if tiles == 0:  # a text-only bucket compiles without the tower
-            return x
-        features = self.encode_tiles(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), drop_path_key)
-        features = rearrange(features, "(b t) q d -> b (t q) d", b=rows)
-        with jax.named_scope("merge"):
-            visual = jnp.take_along_axis(features, inputs.feature_index[..., None], axis=1, mode="fill", fill_value=0)
-            return jnp.where(inputs.feature_index[..., None] < features.shape[1], visual, x)
+    def features(self, tiles: jax.Array, drop_path_key: jax.Array | None = None) -> jax.Array:
+        """uint8 or normalised float[I, Y, X, 3] -> the tower's output [I, 1+P, V], class token first."""
+        pixels = normalize_tiles(tiles).astype(self.dtype)
+        return self.vision(pixels, drop_path_key=drop_path_key, remat=self.remat)
+
+    @property
+    def low_projector(self) -> nnx.Module:
+        """What makes the visual tokens of decoder layer 0."""
+        return self.projector if self.lvtc is None or self.lvtc.low is None else self.lvtc.low
 
     def run(self, inputs: Inputs, *, keep_kv: bool = False,
-            drop_path_key: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
-        """Hidden states after the last block, [B, S, D], and the keys and values if asked for."""
+            drop_path_key: jax.Array | None = None) -> tuple[jax.Array, list[KeyValues | None]]:
+        """Hidden states after the last block, [B, S, D]; if asked for, keys and values of each frame: of all layers, or
+        with LVTC of the shallow and of the deep ones."""
+        tower_key, projector_key = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
+        rows, tiles = inputs.tiles.shape[:2]
+        # A text-only bucket compiles without the tower.
+        features = self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key) if tiles else None
+
+        def visual(projector: Callable, key: jax.Array | None) -> jax.Array | None:
+            if features is None:
+                return None
+            return rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows)
+
+        run_layers = functools.partial(self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat)
         frame = Frame(inputs.positions, inputs.segment_ids)
-        x = self.embed(inputs, drop_path_key)
-        return self.decoder.run_layers(x, frame, keep_kv=keep_kv, remat=self.remat)
+        if self.lvtc is None:
+            x = self.decoder.embed(inputs.tokens, self.dtype)
+            x = place(visual(self.projector, projector_key), inputs.feature_index, x)
+            x, kv = run_layers(x, frame)
+            return x, [kv]
+
+        lvtc, first_deep = self.lvtc, self.lvtc.config.expand_layer
+        tokens, short_frame = short_inputs(inputs)
+        x = self.decoder.embed(tokens, self.dtype)
+        x = place(visual(self.low_projector, projector_key), inputs.short.feature_index, x)
+        x, shallow = run_layers(x, short_frame, stop=first_deep)
+        high = functools.partial(lvtc.high, released=self.projector)
+        x = expand(x, visual(high, _of_layer(projector_key, first_deep)), inputs, lvtc.config)
+        deep = []
+        for start, stop in lvtc.deep_ranges(self.config.decoder.layers):
+            if start in lvtc.config.inject_layers and features is not None:
+                added = visual(lvtc.injection(start), _of_layer(projector_key, start))
+                x = x + gather(added, inputs.feature_index)
+            x, kv = run_layers(x, frame, start=start, stop=stop)
+            deep.append(kv)
+        return x, [shallow, jax.tree.map(lambda *parts: jnp.concatenate(parts), *deep)]
 
     def __call__(self, inputs: Inputs, *, drop_path_key: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, S, D]; `decoder.logits` or `loss.token_losses` follow. drop_path_key: training only."""
         return self.run(inputs, drop_path_key=drop_path_key)[0]
+
+
+def _of_layer(key: jax.Array | None, layer: int) -> jax.Array | None:
+    """Drop-path randomness of what joins at a layer."""
+    return None if key is None else jax.random.fold_in(key, layer)
 
 
 def normalize_tiles(tiles: jax.Array) -> jax.Array:

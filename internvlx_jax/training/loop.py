@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     tokenizer = _tokenizer(config, source, model_config)
     prompt = model_config.prompt
     processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
-                          model_config.tokens_per_tile, config.data.special_text)
+                          model_config.tokens_per_tile, config.data.special_text, model_config.lvtc)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     loader = Loader(config.data.meta, config.data, processor, row_quantum=row_quantum, seed=config.seed, **hosts)
     validation = None
