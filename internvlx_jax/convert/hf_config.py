@@ -33,6 +33,9 @@ def model_config(config: Mapping[str, Any], tensors: Collection[str]) -> ModelCo
     projector = ProjectorConfig(kind=kind, downsample_ratio=config.get("downsample_ratio", 0.5),
                                 pixel_shuffle=config.get("ps_version", "v1"))
     lvtc = config.get("lvtc")
+    if lvtc is None and any(name.startswith("lvtc.") for name in tensors):
+        raise ConfigError("config.json: no lvtc, but the checkpoint holds lvtc.* tensors; add the key with the fields of "
+                          "LvtcConfig")
     return ModelConfig(vision=vision, projector=projector, decoder=decoder,
                        lvtc=None if lvtc is None else from_dict(LvtcConfig, lvtc, "lvtc"),
                        prompt=_prompt(config, kind, vision.image_size))

@@ -11,29 +11,39 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.convert.transfer import transfer
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.config import LvtcConfig, ModelConfig
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.params import abstract_model, unflatten
-from internvlx_jax.training.sharding import MeshConfig, make_mesh, param_shardings
+from internvlx_jax.training.sharding import MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A loaded checkpoint. `tokenizer` is None when the folder holds no tokenizer files."""
+    """A loaded checkpoint.
+
+    Attributes:
+        tokenizer: None when the folder holds no tokenizer files.
+        report: a line for everything that was not simply read; empty unless another LVTC was asked for.
+    """
 
     model: InternVLX
     config: ModelConfig
     tokenizer: Tokenizer | None
+    report: tuple[str, ...] = ()
 
 
-def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Mesh | None = None) -> Pretrained:
+def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Mesh | None = None,
+                    lvtc: LvtcConfig | None = None) -> Pretrained:
     """Read a Hugging Face folder or one of our run folders, straight into sharded arrays. torch is not needed.
 
     Args:
         path: a folder with config.json and safetensors; or a run folder of train.py, or one step inside it.
         dtype: of parameters and activations.
         mesh: devices to place the parameters on; one device if None.
+        lvtc: in place of the checkpoint's own; None keeps that. What the checkpoint lacks is initialised with seed 0,
+            see `Pretrained.report`.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -41,8 +51,9 @@ def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Me
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
     source = open_checkpoint(path)
-    abstract = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
+    config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
+    abstract = abstract_model(config, dtype=dtype, param_dtype=dtype)
     mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    params = source.load(abstract, param_shardings(abstract.shapes, abstract.axes, mesh))
-    model = nnx.merge(abstract.graphdef, unflatten(params))
-    return Pretrained(model, source.config, source.tokenizer())
+    transferred = transfer(source, config, abstract, mesh, seed=0)
+    model = nnx.merge(abstract.graphdef, unflatten(transferred.params))
+    return Pretrained(model, config, source.tokenizer(), transferred.report)

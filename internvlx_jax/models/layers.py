@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -11,7 +12,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
-Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 REMAT_POLICIES = {
     "full": None,
@@ -19,25 +19,35 @@ REMAT_POLICIES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """A distribution of fresh parameters: its name for reports, and draw(key, shape, dtype)."""
+
+    name: str
+    draw: Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+
+
 def uniform_fan_in(fan_in: int) -> Init:
     """U(-b, b), b = 1 / sqrt(fan_in): PyTorch's default of the tower and the projectors (model.md 12)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return Init(f"U(-{bound:.4g}, {bound:.4g})",
+                lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
 def normal(stddev: float) -> Init:
-    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+    return Init(f"N(0, {stddev:g}^2)", lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype))
 
 
 def constant(value: float) -> Init:
-    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+    return Init(f"{value:g}", lambda key, shape, dtype: jnp.full(shape, value, dtype))
 
 
 def param(init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
-    """A parameter whose `axes` name each dim; training/sharding.py maps the names to mesh axes."""
+    """A parameter whose `axes` name each dim (training/sharding.py maps the names to mesh axes) and whose `init` names
+    the distribution."""
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axis names {axes} for shape {shape}")
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+    return nnx.Param(init.draw(rngs.params(), shape, dtype), axes=axes, init=init.name)
 
 
 class Linear(nnx.Module):

@@ -7,11 +7,13 @@ function gives the module back. Paths are dotted: `decoder.layers.attn.qkv.kerne
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.models.config import ModelConfig
@@ -28,11 +30,13 @@ class AbstractModel:
         graphdef: module structure for nnx.merge.
         shapes: dotted path -> jax.ShapeDtypeStruct.
         axes: dotted path -> logical axis name of each dim.
+        inits: dotted path -> distribution of fresh values, in words.
     """
 
     graphdef: nnx.GraphDef
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str | None, ...]]
+    inits: dict[str, str]
 
 
 def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
@@ -44,16 +48,24 @@ def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeL
     variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
     return AbstractModel(graphdef,
                          {path: variable.get_value() for path, variable in variables.items()},
-                         {path: variable.get_metadata("axes") for path, variable in variables.items()})
+                         {path: variable.get_metadata("axes") for path, variable in variables.items()},
+                         {path: variable.get_metadata("init") for path, variable in variables.items()})
 
 
 def init_params(config: ModelConfig, seed: int, *, param_dtype: DTypeLike = "float32",
-                shardings: Params | None = None) -> Params:
-    """Random parameters (model.md 12), created on the devices that hold them."""
+                shardings: dict[str, Sharding] | None = None, paths: Collection[str] | None = None) -> dict[str, Any]:
+    """Random parameters (model.md 12) by dotted path, created on the devices that hold them.
+
+    paths: which of them; None is all. A parameter's values depend on the config and the seed alone.
+    """
 
     def init():
-        return nnx.to_pure_dict(nnx.state(InternVLX(config, rngs=nnx.Rngs(seed), param_dtype=param_dtype)))
+        model = InternVLX(config, rngs=nnx.Rngs(seed), param_dtype=param_dtype)
+        params = flatten(nnx.to_pure_dict(nnx.state(model)))
+        return params if paths is None else {path: params[path] for path in paths}
 
+    if shardings is not None and paths is not None:
+        shardings = {path: shardings[path] for path in paths}
     return jax.jit(init, out_shardings=shardings)()
 
 

@@ -44,8 +44,10 @@ class TrainConfig:
 
     Attributes:
         output_dir: run folder: checkpoints, resolved config, tokenizer, metrics.
-        model: sizes of a model to train from scratch; None with `init_from`.
-        init_from: Hugging Face folder or run folder whose parameters (and model config) to start from.
+        model: the model; None takes that of `init_from`. Together with `init_from` it must be the same but for LVTC,
+            prompt and drop path.
+        init_from: Hugging Face folder or run folder whose parameters to start from; None trains from scratch. LVTC
+            parameters that it lacks are initialised and listed.
         steps: optimiser updates; None runs `epochs` passes over the data.
         freeze: regular expressions over parameter paths; frozen parameters get no gradient and no moments.
         keep_last: checkpoints kept besides the one being written.
@@ -68,8 +70,8 @@ class TrainConfig:
     keep_last: int = 2
 
     def __post_init__(self):
-        if (self.model is None) == (self.init_from is None):
-            raise ConfigError("set exactly one of model (train from scratch) and init_from (a checkpoint folder)")
+        if self.model is None and self.init_from is None:
+            raise ConfigError("set model (to train from scratch) or init_from (a checkpoint folder), or both")
         for name in ("log_every", "eval_every", "save_every", "keep_last", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")

@@ -12,13 +12,14 @@ import numpy as np
 
 from internvlx_jax.config import to_dict
 from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.convert.transfer import check_same_model, transfer
 from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.params import abstract_model, flatten, init_params, unflatten
+from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.freeze import describe, frozen_paths
@@ -43,7 +44,9 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     # --- model, abstract ------------------------------------------------------------------------------------------
     source = None if config.init_from is None else open_checkpoint(config.init_from)
-    model_config = config.model if source is None else source.config
+    model_config = source.config if config.model is None else config.model
+    if source is not None and config.model is not None:
+        check_same_model(config.model, source.config, source.path)
     abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     frozen = frozen_paths(abstract.shapes, config.freeze)
@@ -88,9 +91,11 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
                                              placed(opt_shapes, opt_shardings), loader.plan_hash)
         speak(f"resuming {run} at step {first}")
     elif source is not None:
-        first, params = 0, source.load(abstract, shardings)
+        first, transferred = 0, transfer(source, model_config, abstract, mesh, seed=config.seed)
+        params = transferred.params
+        speak(*transferred.report, sep="\n")
     else:
-        first, params = 0, flatten(init_params(model_config, config.seed, shardings=unflatten(shardings)))
+        first, params = 0, init_params(model_config, config.seed, shardings=shardings)
     trainable = {path: params[path] for path in trained}
     if not resuming:
         opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)

@@ -1,13 +1,16 @@
 """Static-shape batches and their index plans (spec: data.md 13)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from internvlx_jax.data.batch import IGNORED, Row, collate
 from internvlx_jax.data.plan import Bucket
+from internvlx_jax.models.config import LvtcConfig
 from internvlx_jax.models.frames import feature_index
 
-SIDE, PER_TILE, PAD, IMAGE = 4, 3, 2, 7
+SIDE, PER_TILE, PAD, IMAGE = 4, 4, 2, 7
 BUCKET = Bucket(5, 64)
 
 
@@ -36,7 +39,7 @@ def rows():
 def test_shapes_and_types_are_those_of_the_bucket(rows):
     inputs, labels, loss_weight = place(rows)
     shapes = {name: (value.shape, value.dtype.name) for name, value in
-              (inputs._asdict() | {"labels": labels, "loss_weight": loss_weight}).items()}
+              (inputs._asdict() | {"labels": labels, "loss_weight": loss_weight}).items() if value is not None}
     assert shapes == {
         "tokens": ((5, 64), "int32"), "positions": ((5, 64), "int32"), "segment_ids": ((5, 64), "int32"),
         "tiles": ((5, 5, SIDE, SIDE, 3), "uint8"), "feature_index": ((5, 64), "int32"),
@@ -118,3 +121,20 @@ def test_a_text_bucket_has_no_tile_slots(rows):
     inputs = collate([rows[0], None], Bucket(0, 64), tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD).inputs
     assert inputs.tiles.shape == (2, 0, SIDE, SIDE, 3)
     assert not inputs.feature_index.any(), "0 * tokens_per_tile: out of range of no features"
+
+
+def test_with_lvtc_a_row_has_a_short_frame_too(rows):
+    """A 2 x 2 tile is one slot there; the length of the frame is the bucket's."""
+    lvtc = LvtcConfig(expand_layer=1, low_grid=1, high_grid=2)
+    assert lvtc.high_grid**2 == PER_TILE
+    bucket = dataclasses.replace(BUCKET, short_length=40)
+    inputs = collate(rows, bucket, tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD, lvtc=lvtc).inputs
+    assert inputs.short.short_to_long.shape == inputs.short.feature_index.shape == (5, 40)
+    for b, row in enumerate(rows):
+        slots = inputs.short.short_to_long[b]
+        tokens = [] if row is None else row.tokens
+        visual = {start + child for start in ([] if row is None else row.tile_start) for child in (1, 2, 3)}
+        assert [*slots[slots < 64]] == [slot for slot in range(len(tokens)) if slot not in visual]
+    with pytest.raises(ValueError, match=r"row 3 needs \d+ slots in the short frame, which has 12"):
+        collate(rows, dataclasses.replace(BUCKET, short_length=12), tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD,
+                lvtc=lvtc)

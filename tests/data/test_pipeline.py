@@ -21,6 +21,7 @@ from internvlx_jax.data.templates import get_template, prompt_text
 from internvlx_jax.data.tiles import TileConfig, cut_tiles
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.config import LvtcConfig
 
 PER_TILE = 4
 TILES = TileConfig(tile_size=56, max_num=4)
@@ -36,7 +37,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "", TILES, PER_TILE)
+    """With LVTC, so that batches have both frames."""
+    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "", TILES, PER_TILE,
+                     lvtc=LvtcConfig(expand_layer=0, low_grid=1, high_grid=2))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,8 @@ def epoch(make_loader):
 
 
 def arrays(step):
-    return [*step.batch.inputs, step.batch.labels, step.batch.loss_weight]
+    inputs = step.batch.inputs
+    return [*inputs[:-1], *inputs.short, step.batch.labels, step.batch.loss_weight]
 
 
 def assert_same(steps, others):

@@ -33,7 +33,7 @@ def buckets() -> list[Bucket]:
     (7, 1900, (7, 1920)), (9, 10, (12, 128)), (24, 10, (24, 128)), (25, 10, (32, 128)),
 ])  # fmt: skip
 def test_the_smallest_bucket_of_a_sample(tiles, length, bucket):
-    assert dataclasses.astuple(smallest_bucket(tiles, length)) == bucket
+    assert smallest_bucket(tiles, length) == Bucket(*bucket)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])

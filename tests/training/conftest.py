@@ -10,7 +10,7 @@ from internvlx_jax.data.config import DataConfig
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
-from internvlx_jax.models.params import flatten, init_params
+from internvlx_jax.models.params import init_params
 from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
 from internvlx_jax.training.sharding import MeshConfig
 
@@ -58,4 +58,4 @@ def tiny_run(run_in, tmp_path):
 @pytest.fixture(scope="session")
 def tiny_params(tiny):
     """Random parameters of `tiny` by dotted path, on the host."""
-    return jax.tree.map(np.asarray, flatten(init_params(tiny, 0)))
+    return jax.tree.map(np.asarray, init_params(tiny, 0))

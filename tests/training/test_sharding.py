@@ -11,7 +11,7 @@ from internvlx_jax.convert.hf_config import model_config
 from internvlx_jax.convert.hf_folder import HFFolder
 from internvlx_jax.convert.verify import inputs_from_flat
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.models.params import abstract_model, flatten, init_params, unflatten
+from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, param_shardings, replicated)
 from internvlx_jax.training.step import loss_and_grads
 
@@ -81,7 +81,7 @@ def test_sharded_init_equals_whole_init(tiny, tiny_params):
     abstract = abstract_model(tiny, dtype="float32")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
-    sharded = flatten(init_params(tiny, 0, shardings=unflatten(shardings)))
+    sharded = init_params(tiny, 0, shardings=shardings)
     assert tiny_params.keys() == abstract.shapes.keys()
     for path, whole in tiny_params.items():
         np.testing.assert_array_equal(whole, sharded[path], err_msg=path)

@@ -1,0 +1,10 @@
+"""InternVL-X 2B with RVTC, second fine-tune on own data: the release's settings."""
+
+from internvlx_jax.models.presets import internvlx_2b
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.recipes import hd_second_finetune
+
+
+def get_config() -> TrainConfig:
+    return hd_second_finetune(internvlx_2b(), name="internvlx_2b_hd",
+                              init_from="checkpoints/InternVL-X-2B-HD")

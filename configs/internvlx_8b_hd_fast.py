@@ -1,0 +1,10 @@
+"""InternVL-X 8B HD with LVTC `fast`: 64 tokens a tile in the shallow layers, 256 in the deep ones."""
+
+from internvlx_jax.models.presets import internvlx_8b
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.recipes import hd_second_finetune
+
+
+def get_config() -> TrainConfig:
+    return hd_second_finetune(internvlx_8b("fast"), name="internvlx_8b_hd_fast",
+                              init_from="checkpoints/InternVL-X-8B-HD")
