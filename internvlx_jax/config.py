@@ -71,7 +71,10 @@ def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str)
         raise ConfigError(f"{full}: {cls.__name__} has no field {key!r}{_nearest(key, hints)}")
     if not rest:
         data[key] = to_dict(_coerce(_parse(text, hints[key]), hints[key], full))
-    elif isinstance(data[key], dict):
+        return
+    if data.get(key) is None and dataclasses.is_dataclass(_required(hints[key])):
+        data[key] = {}  # an optional part of the config, begun field by field
+    if isinstance(data[key], dict):
         _set(_required(hints[key]), data[key], rest, text, full)
     else:
         raise ConfigError(f"{full}: {key!r} is {data[key]!r}, it has no fields")
