@@ -1,8 +1,8 @@
 """The model with LVTC, one segment at a time, in float64 NumPy: lvtc.md 1 to 3 and model.md 4 and 8 word by word.
 
-Nothing of the package but its configs is used here: no index plans, no frames, no padding, no batch. Weights are taken
-by their dotted path. A segment is a list of pieces in the order of its sequence: an integer array is text, an integer is
-a tile of the pool.
+Nothing of the package but its configs is used here: no index plans, no frames, no padding, no batch. Weights are
+taken by their dotted path. A segment is a list of pieces in the order of its sequence: an integer array is text, an
+integer is a tile of the pool.
 """
 
 import functools

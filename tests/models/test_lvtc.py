@@ -1,4 +1,4 @@
-"""LVTC against a loop written from its definition; expansion, two caches, gradients, config errors (spec: lvtc.md 6)."""
+"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (spec: lvtc.md 6)."""
 
 import dataclasses
 import functools
@@ -69,7 +69,8 @@ CASES = {
 
 
 # Small projectors only, which compile quickly: for what does not depend on the kind of projector.
-LEAN = Case(model_config(LvtcConfig(expand_layer=1, low_grid=2, high_grid=4, low_projector="mlp", inject_layers=(2, 3))))
+LEAN = Case(model_config(LvtcConfig(expand_layer=1, low_grid=2, high_grid=4, low_projector="mlp",
+                                    inject_layers=(2, 3))))
 
 
 @functools.cache
@@ -296,7 +297,7 @@ def test_without_compression_and_residual_it_is_the_plain_model(expand_layer):
 # Upsampling
 
 
-@pytest.mark.parametrize("low, high", [(1, 1), (1, 4), (2, 2), (2, 4), (2, 16), (4, 8), (8, 32), (16, 32)])
+@pytest.mark.parametrize("low, high", [(1, 4), (2, 2), (2, 4), (2, 16), (16, 32)])
 def test_bilinear_is_resize_of_jax(low, high):
     x = np.random.default_rng(0).normal(size=(2, low, low, 3)).astype(np.float32)
     ours = upsample(jnp.asarray(x.reshape(2, low * low, 3)), LvtcConfig(expand_layer=1, low_grid=low, high_grid=high))
