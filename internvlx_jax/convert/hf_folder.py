@@ -58,7 +58,7 @@ class HFFolder:
 
     def _read(self, entry: Entry, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if entry.layers is None:
-            return np.ascontiguousarray(self._read_layer(entry, 0)).astype(leaf.dtype)
+            return np.asarray(self._read_layer(entry, 0), leaf.dtype, order="C")
         stack = np.empty(leaf.shape, leaf.dtype)
         for layer in range(entry.layers):
             stack[layer] = self._read_layer(entry, layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
@@ -71,6 +71,10 @@ class ProjectorConfig:
         return round(1 / self.downsample_ratio)
 
 
+LvtcProjector = Literal["pvtc", "mlp"]
+Upsample = Literal["bilinear", "nearest"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LvtcConfig:
     """Layer-wise visual token compression: few visual tokens in the shallow layers, many in the deep ones (lvtc.md 2).
@@ -88,10 +92,10 @@ class LvtcConfig:
     expand_layer: int
     low_grid: int = 16
     high_grid: int = 32
-    low_projector: Literal["pvtc", "mlp"] = "pvtc"
-    high_projector: Literal["pvtc", "mlp"] = "mlp"
-    inject_projector: Literal["pvtc", "mlp"] = "mlp"
-    upsample: Literal["bilinear", "nearest"] = "bilinear"
+    low_projector: LvtcProjector = "pvtc"
+    high_projector: LvtcProjector = "mlp"
+    inject_projector: LvtcProjector = "mlp"
+    upsample: Upsample = "bilinear"
     gate: float | None = 0.0
     inject_layers: tuple[int, ...] = ()
 
@@ -101,6 +105,9 @@ class LvtcConfig:
             _require(side >= 1 and side & (side - 1) == 0, f"lvtc.{name} {side} is not a power of two")
         _require(self.high_grid % self.low_grid == 0,
                  f"lvtc.low_grid {self.low_grid} does not divide lvtc.high_grid {self.high_grid}")
+        for name in ("low_projector", "high_projector", "inject_projector", "upsample"):
+            value, known = getattr(self, name), get_args(Upsample if name == "upsample" else LvtcProjector)
+            _require(value in known, f"lvtc.{name} {value!r} is unknown; choose one of {', '.join(known)}")
         _require(self.expand_layer >= 0, f"lvtc.expand_layer {self.expand_layer} is negative")
         _require(all(a < b for a, b in zip((self.expand_layer, *self.inject_layers), self.inject_layers)),
                  f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind lvtc.expand_layer "

@@ -124,14 +124,16 @@ class Decoder(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def run_layers(self, x: jax.Array, frame: Frame, *, start: int = 0, stop: int | None = None,
-                   past: Past | None = None, keep_kv: bool = False,
+                   past: Past | None = None, key_length: int | None = None, keep_kv: bool = False,
                    remat: str = "none") -> tuple[jax.Array, KeyValues | None]:
         """Blocks start..stop-1 on one frame.
 
         x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
+        key_length: slots of the long frame, where this is the short one: all layers rotate alike. None: of this frame.
         """
         stop = self.config.layers if stop is None else stop
-        key_length = x.shape[1] if past is None else past.segments.shape[1]
+        if key_length is None:
+            key_length = x.shape[1] if past is None else past.segments.shape[1]
         by = rotation(self.config.rope, frame.positions, self.config.head_dim, key_length)
 
         def body(x, block_and_cache):

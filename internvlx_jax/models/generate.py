@@ -60,11 +60,13 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
     ones = jnp.ones_like(tokens)[:, None]
     frame = Frame(positions=cache.position[:, None], segments=ones)
     x = model.decoder.embed(tokens[:, None], model.dtype)
+    key_length = cache.frames[-1].segments.shape[1]
     frames, start = [], 0
     for kv, segments, slot in cache.frames:
         segments = jax.lax.dynamic_update_slice_in_dim(segments, ones, slot, axis=1)
         stop = start + kv.keys.shape[0]
-        x, new = model.decoder.run_layers(x, frame, start=start, stop=stop, past=Past(kv, segments, slot), keep_kv=True)
+        x, new = model.decoder.run_layers(x, frame, start=start, stop=stop, past=Past(kv, segments, slot),
+                                          key_length=key_length, keep_kv=True)
         kv = jax.tree.map(lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=2), kv, new)
         frames.append(FrameCache(kv, segments, slot + 1))
         start = stop

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.data.tiles import NORMALIZATIONS
@@ -23,17 +25,31 @@ from internvlx_jax.models.pvtc import PVTC
 from internvlx_jax.models.vit import VisionTower
 
 
+class ActivationShardings(NamedTuple):
+    """Where activations live. Left to itself the compiler divides some as their kernels are, and then moves them between
+    devices for every gather by index.
+
+    Attributes:
+        rows: of what has the rows of a batch in front; each device keeps its own.
+        looked_up: of fresh text embeddings, which come out of the table divided as it is.
+    """
+
+    rows: Sharding
+    looked_up: Sharding
+
+
 class InternVLX(nnx.Module):
     """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
 
     dtype: of the activations; param_dtype: of the parameters. remat: none, full or dots, for both layer stacks.
+    shardings: of activations, when training on a mesh (see ActivationShardings).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32,
-                 param_dtype: DTypeLike = jnp.float32, remat: str = "none"):
+                 param_dtype: DTypeLike = jnp.float32, remat: str = "none", shardings: ActivationShardings | None = None):
         kwargs = dict(rngs=rngs, dtype=param_dtype)
         width = config.decoder.width
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.config, self.dtype, self.remat, self.shardings = config, jnp.dtype(dtype), remat, shardings
         self.vision = VisionTower(config.vision, **kwargs)
         if config.released_role is None:
             self.projector = None
@@ -65,36 +81,48 @@ class InternVLX(nnx.Module):
         tower_key, projector_key = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
         rows, tiles = inputs.tiles.shape[:2]
         # A text-only bucket compiles without the tower.
-        features = self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key) if tiles else None
+        features = None
+        if tiles:
+            features = self._by_row(self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key))
 
         def visual(projector: Callable, key: jax.Array | None) -> jax.Array | None:
             if features is None:
                 return None
-            return rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows)
+            return self._by_row(rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows))
 
         run_layers = functools.partial(self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat)
         frame = Frame(inputs.positions, inputs.segment_ids)
         if self.lvtc is None:
-            x = self.decoder.embed(inputs.tokens, self.dtype)
-            x = place(visual(self.projector, projector_key), inputs.feature_index, x)
+            x = self._embed(inputs.tokens)
+            x = self._by_row(place(visual(self.projector, projector_key), inputs.feature_index, x))
             x, kv = run_layers(x, frame)
             return x, [kv]
 
         lvtc, first_deep = self.lvtc, self.lvtc.config.expand_layer
         tokens, short_frame = short_inputs(inputs)
-        x = self.decoder.embed(tokens, self.dtype)
-        x = place(visual(self.low_projector, projector_key), inputs.short.feature_index, x)
-        x, shallow = run_layers(x, short_frame, stop=first_deep)
+        x = self._embed(tokens)
+        x = self._by_row(place(visual(self.low_projector, projector_key), inputs.short.feature_index, x))
+        x, shallow = run_layers(x, short_frame, stop=first_deep, key_length=inputs.tokens.shape[1])
         high = functools.partial(lvtc.high, released=self.projector)
-        x = expand(x, visual(high, _of_layer(projector_key, first_deep)), inputs, lvtc.config)
+        residual = visual(high, _of_layer(projector_key, first_deep))
+        x = self._by_row(expand(self._by_row(x), residual, inputs, lvtc.config))
         deep = []
         for start, stop in lvtc.deep_ranges(self.config.decoder.layers):
             if start in lvtc.config.inject_layers and features is not None:
                 added = visual(lvtc.injection(start), _of_layer(projector_key, start))
-                x = x + gather(added, inputs.feature_index)
+                x = self._by_row(x + gather(added, inputs.feature_index))
             x, kv = run_layers(x, frame, start=start, stop=stop)
             deep.append(kv)
         return x, [shallow, jax.tree.map(lambda *parts: jnp.concatenate(parts), *deep)]
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, S] -> text embeddings [B, S, D]."""
+        x = self.decoder.embed(tokens, self.dtype)
+        return x if self.shardings is None else jax.lax.with_sharding_constraint(x, self.shardings.looked_up)
+
+    def _by_row(self, x: jax.Array) -> jax.Array:
+        """x: [B, ...], or [B * T, ...]."""
+        return x if self.shardings is None else jax.lax.with_sharding_constraint(x, self.shardings.rows)
 
     def __call__(self, inputs: Inputs, *, drop_path_key: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, S, D]; `decoder.logits` or `loss.token_losses` follow. drop_path_key: training only."""

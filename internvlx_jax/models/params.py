@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.internvlx import ActivationShardings, InternVLX
 
 Params = dict[str, Any]
 
@@ -40,10 +40,10 @@ class AbstractModel:
 
 
 def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
-                   remat: str = "none") -> AbstractModel:
+                   remat: str = "none", shardings: ActivationShardings | None = None) -> AbstractModel:
     """Shapes and axes of a model without allocating it."""
     model = jax.eval_shape(lambda: InternVLX(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype,
-                                             remat=remat))
+                                             remat=remat, shardings=shardings))
     graphdef, state = nnx.split(model)
     variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
     return AbstractModel(graphdef,

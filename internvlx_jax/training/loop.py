@@ -25,8 +25,8 @@ from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.freeze import describe, frozen_paths
 from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
 from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from internvlx_jax.training.sharding import (batch_sharding, data_parallel_size, make_mesh, optimizer_shardings,
-                                             param_shardings, placed, replicated)
+from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, data_parallel_size, make_mesh,
+                                             optimizer_shardings, param_shardings, placed, replicated)
 from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
 
 
@@ -47,7 +47,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     model_config = source.config if config.model is None else config.model
     if source is not None and config.model is not None:
         check_same_model(config.model, source.config, source.path)
-    abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat)
+    abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat,
+                              shardings=activation_shardings(mesh))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     frozen = frozen_paths(abstract.shapes, config.freeze)
     speak(describe(abstract.shapes, frozen))

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.internvlx import ActivationShardings
 
 BATCH_AXES = ("data", "fsdp")
 RULES = {
@@ -80,6 +81,12 @@ def placed(shapes: Any, shardings: Any) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def activation_shardings(mesh: Mesh) -> ActivationShardings:
+    """Rows as in the batch. A lookup takes the rows of `data` in a table whose width is divided over `fsdp`; from there
+    one all-to-all brings each device its rows."""
+    return ActivationShardings(batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -116,9 +116,9 @@ def folder(released, trained, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     tensors = {}
     for entry in name_table(dataclasses.replace(HFFolder(released[0]).config, lvtc=lvtc("paper_inject"))):
-        stack = trained[1][entry.target] if entry.layers else trained[1][entry.target][None]
-        for layer, array in enumerate(stack):
-            tensors |= zip(entry.sources(layer), map(np.ascontiguousarray, entry.to_sources(array)))
+        value = trained[1][entry.target]
+        for layer, array in enumerate(value if entry.layers else [value]):
+            tensors |= zip(entry.sources(layer), (np.asarray(part, order="C") for part in entry.to_sources(array)))
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     return tmp_path / "model"
 

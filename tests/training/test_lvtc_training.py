@@ -1,7 +1,9 @@
 """LVTC in the training step: sharding, collectives, memory, executables (lvtc.md 6, points 5 and 8)."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 
 from internvlx_jax.data.batch import Row, collate
 from internvlx_jax.data.plan import Bucket, smallest_bucket
-from internvlx_jax.models.config import LvtcConfig, ProjectorConfig
+from internvlx_jax.models.config import LvtcConfig
 from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.training.loop import train
-from internvlx_jax.training.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings, placed
+from internvlx_jax.training.sharding import (MeshConfig, activation_shardings, batch_sharding, make_mesh,
+                                             param_shardings, placed)
 from internvlx_jax.training.step import loss_and_grads
 
 LVTC = LvtcConfig(expand_layer=1, low_grid=2, high_grid=4, gate=0.3, inject_layers=(2,))
@@ -37,9 +40,9 @@ def make_batch(config, rows=8, tiles=2, text=40):
     return collate(made, bucket, tile_size=56, tokens_per_tile=per_tile, pad_id=2, lvtc=lvtc)
 
 
-def program(config, mesh, batch, *, remat="none"):
-    """Loss and gradients on a mesh: (jitted function, abstract parameters with their places)."""
-    abstract = abstract_model(config, dtype="float32", remat=remat)
+def program(config, mesh):
+    """(loss and gradients on a mesh, jitted; abstract parameters with their places)."""
+    abstract = abstract_model(config, dtype="float32", shardings=activation_shardings(mesh))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
 
     def gradients(params, batch):
@@ -51,31 +54,80 @@ def program(config, mesh, batch, *, remat="none"):
 
 def collectives(text):
     """(kind, source scope) of every collective in compiled HLO."""
-    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?"
-                       r'op_name="([^"]*)"', text)
-    return {(kind, re.sub(r"\d+", "", scope)) for kind, scope in found}
+    return set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?"
+                          r'op_name="([^"]*)"', text))
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_one_device_equals_eight(deeper, mesh_config):
-    """And the frames bring no collective: those of `off` and of the added projectors are all there are."""
+def at_indices(found):
+    """Those that move rows for a lookup, a merge or an expansion."""
+    return {(kind, scope) for kind, scope in found if re.search("take|merge|lvtc_expand|gather|scatter|sharding", scope)
+            and "dot_general" not in scope}
+
+
+def test_one_device_equals_eight(deeper):
+    """And the frames bring no collective: besides those of the added kernels they are those of `off`."""
     config = dataclasses.replace(deeper, lvtc=LVTC)
     batch, params = make_batch(config), jax.tree.map(np.asarray, init_params(config, 0))
-    results, texts = [], []
-    for mesh in (make_mesh(MeshConfig(), devices=jax.devices()[:1]), make_mesh(mesh_config)):
-        step, shapes = program(config, mesh, batch)
-        compiled = step.lower(shapes, batch).compile()
-        texts.append(compiled.as_text())
-        results.append(jax.tree.map(np.asarray, step(params, batch)))
-    (loss, grads), (sharded_loss, sharded_grads) = results
+    eight = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    step, shapes = program(config, eight)
+    compiled = step.lower(shapes, batch).compile()
+    whole_step, _ = program(config, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    loss, grads = whole_step(params, batch)
+    sharded_loss, sharded_grads = step(params, batch)
     np.testing.assert_allclose(sharded_loss, loss, atol=2e-6)
     for path, grad in grads.items():
         np.testing.assert_allclose(sharded_grads[path], grad, atol=3e-6, err_msg=path)
         if path.startswith("lvtc."):
             assert np.abs(grad).max() > 0, path
-    assert not collectives(texts[0])
-    ours = collectives(texts[1])
-    step, shapes = program(deeper, make_mesh(mesh_config), None)
+
+    step, shapes = program(deeper, eight)
+    ours = collectives(compiled.as_text())
     off = collectives(step.lower(shapes, make_batch(deeper)).compile().as_text())
-    print(sorted(ours - off))
-    print(sorted(off))
+    assert at_indices(ours) == at_indices(off) and at_indices(off)
+    assert {kind for kind, _ in ours} <= {kind for kind, _ in off}
+
+
+def temporaries(config, layers, expand_layer):
+    """Bytes of XLA's temporaries for a gradient step on one device, nothing recomputed."""
+    lvtc = LvtcConfig(expand_layer=expand_layer, low_grid=1, high_grid=4, low_projector="mlp", high_projector="mlp")
+    decoder = dataclasses.replace(config.decoder, layers=layers, mlp_width=128)
+    config = dataclasses.replace(config, lvtc=lvtc, decoder=decoder)
+    step, shapes = program(config, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    return step.lower(shapes, make_batch(config, tiles=8, text=16)).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_shallow_layers_keep_short_activations_only(tiny):
+    """Four more shallow layers cost what 24 slots cost, not 144: the long frame does not exist in them."""
+    deep = temporaries(tiny, 6, 0) - temporaries(tiny, 2, 0)
+    shallow = temporaries(tiny, 6, 5) - temporaries(tiny, 2, 1)
+    assert 0 < shallow < 1.2 * 24 / 144 * deep
+
+
+@pytest.fixture(scope="module")
+def lvtc_run(run_in, deeper, tmp_path_factory):
+    """A short run with validation, stopped and resumed."""
+    config = run_in(tmp_path_factory.mktemp("lvtc") / "run", steps=5)
+    config = dataclasses.replace(config, model=dataclasses.replace(deeper, lvtc=LVTC),
+                                 data=dataclasses.replace(config.data, max_length=384))
+    train(config, stop_after=3)
+    train(config)
+    return config
+
+
+def test_one_executable_a_bucket(lvtc_run):
+    """The short length is a function of the bucket: samples change, the compile counter does not."""
+    rows = [json.loads(line) for line in (Path(lvtc_run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[2]["executables"] <= lvtc_run.data.max_executables and rows[-1]["executables"] <= 2
+    assert np.isfinite([row["loss"] for row in rows]).all()
+
+
+def test_the_short_length_follows_from_the_bucket():
+    lvtc = LvtcConfig(expand_layer=1, low_grid=16, high_grid=32)
+    seen = {}
+    for tiles in range(25):
+        for text in (10, 100, 500):
+            length = tiles * 1024 + text
+            bucket = smallest_bucket(tiles, length, saved_per_tile=lvtc.saved_per_tile)
+            assert bucket.short_length >= tiles * 256 + text and bucket.short_length <= bucket.length
+            assert seen.setdefault((bucket.tiles, bucket.length), bucket.short_length) == bucket.short_length
