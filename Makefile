@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(RUN) -m internvlx_jax.demo
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadscope
 
 clean:
 	rm -rf $(VENV) runs

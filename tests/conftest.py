@@ -7,8 +7,9 @@ os.environ.setdefault("NPROC", "16")  # a bigger XLA thread pool: 8 devices on 2
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation: compile cheaply, and each program once a session, subprocesses included.
 os.environ["JAX_OPTIMIZATION_LEVEL"] = "O0"
-CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process that starts them
+    CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
