@@ -111,7 +111,8 @@ def upsample(x: jax.Array, config: LvtcConfig) -> jax.Array:
     """[I, U * U, D] -> [I, C * C, D], each tile by itself."""
     x = rearrange(x, "i (u v) d -> i u v d", u=config.low_grid)
     matrix = jnp.asarray(interpolation_matrix(config.low_grid, config.high_grid, config.upsample), x.dtype)
-    return rearrange(jnp.einsum("au,bv,iuvd->iabd", matrix, matrix, x), "i a b d -> i (a b) d")
+    x = jnp.einsum("au,iuvd->iavd", matrix, x)
+    return rearrange(jnp.einsum("bv,iavd->iabd", matrix, x), "i a b d -> i (a b) d")
 
 
 @functools.cache
