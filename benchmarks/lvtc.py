@@ -1,6 +1,6 @@
 """Time and memory of LVTC against many and few visual tokens in all layers, next to the FLOPs that predict them.
 
-    python benchmarks/lvtc.py [--sizes small large] [--out runs/lvtc_benchmark]
+    python benchmarks/lvtc.py [--sizes large] [--out runs/lvtc_benchmark]
 
 Models are shaped like InternVL-X 2B (24 layers; width of tower, heads and MLP in its proportions), `2b` is itself; float32
 on a CPU, bfloat16 elsewhere. Within a size, the variants are timed in turn, round after round, so that a change in the
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--sizes", nargs="+", choices=[*WIDTHS, "2b"],
-                        default=["small", "large"] if on_cpu else ["large", "2b"])
+                        default=["large"] if on_cpu else ["large", "2b"])
     parser.add_argument("--out", type=Path, default=Path("runs/lvtc_benchmark"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
