@@ -1,4 +1,4 @@
-"""What README and docs/architecture.md name exists: files, functions, flags, settings, make targets."""
+"""What README and docs name exists: files, functions, flags, settings, make targets."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ from PIL import Image
 from internvlx_jax.config import load_config_file, override
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/architecture.md")
+DOCS = ("README.md", "docs/architecture.md", "docs/lvtc.md")
 PACKAGES = ("data", "models", "training", "convert", "evaluation")
 GENERATED = ("runs/", ".venv", "verify.npz", "page.png", "metrics.jsonl", "predictions.jsonl", "summary.json",
              "config.json")  # fmt: skip
@@ -67,8 +67,9 @@ def paths(doc):
 
 
 def exists(doc, path):
-    """README names files from the root, docs/architecture.md mostly from the package."""
-    return (ROOT / path).exists() or (doc != "README.md" and (ROOT / "internvlx_jax" / path).exists())
+    """README names files from the root, docs/architecture.md mostly from the package; links count from the document."""
+    return ((ROOT / path).exists() or ((ROOT / doc).parent / path).exists()
+            or (doc != "README.md" and (ROOT / "internvlx_jax" / path).exists()))
 
 
 def help_of(file, *command):
