@@ -72,9 +72,9 @@ class Lvtc(nnx.Module):
             added = projector(lvtc.inject_projector, lvtc.high_grid)
             setattr(self, f"inject_{layer}", GatedProjector(added, lvtc.gate, **kwargs))
 
-    def injection(self, layer: int) -> GatedProjector | None:
-        """What is added before `layer`."""
-        return getattr(self, f"inject_{layer}", None)
+    def injection(self, layer: int) -> GatedProjector:
+        """What is added before `layer`, one of inject_layers."""
+        return getattr(self, f"inject_{layer}")
 
     def deep_ranges(self, layers: int) -> list[tuple[int, int]]:
         """The decoder layers on the long frame, cut in front of each injection."""
