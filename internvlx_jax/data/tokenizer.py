@@ -108,7 +108,11 @@ class Tokenizer:
 
     def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
         """Ids of head + text in ONE SentencePiece call, and how many of them hold any byte of `head`."""
+        if not head and not text:
+            return [], 0
         ids = self._model.encode(head + text)
+        if not text:
+            return ids, len(ids)
         head_ids, missing = 0, len(head.encode())
         while missing > 0 and head_ids < len(ids):
             missing -= self._byte_length(ids[head_ids])
@@ -134,6 +138,10 @@ class Tokenizer:
             elif not skip_special:
                 text, run = text + self._model.decode(run) + self._texts[id], []
         return text + self._model.decode(run)
+
+    def piece(self, id: int) -> str:
+        """The text of an id as the vocabulary writes it, also where it is no text on its own, such as a byte."""
+        return self._texts.get(id) or self._model.id_to_piece(id)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the ids: the model file, the added tokens, the bos rule."""
