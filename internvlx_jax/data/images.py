@@ -11,6 +11,7 @@ import io
 import os
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
@@ -24,17 +25,31 @@ MAX_PIXELS = 178_956_970
 _LOCK = threading.Lock()
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
-Source = str | os.PathLike | bytes  # a path or URL, or the encoded file itself
+
+class StoredImage(Protocol):
+    """An image inside another file, such as a cell of a table; `str` of it says where."""
+
+    def open(self) -> BinaryIO: ...
 
 
-def image_size(source: Source, *, apply_exif: bool = False) -> tuple[int, int]:
+ImageSource = str | os.PathLike | bytes | StoredImage  # a path or URL, the encoded file itself, or where it is stored
+
+
+def open_image(source: ImageSource) -> BinaryIO:
+    """The encoded bytes of an image file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return storage.open_binary(source) if isinstance(source, (str, os.PathLike)) else source.open()
+
+
+def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, int]:
     """(width, height) in pixels from the header, without decoding. Raises SampleError("unreadable")."""
     with _opened(source) as image:
         turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
         return image.size[::-1] if turned else image.size
 
 
-def load_image(source: Source, *, max_pixels: int = MAX_PIXELS, apply_exif: bool = False,
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, apply_exif: bool = False,
                use_truncated: bool = True) -> Image.Image:
     """First frame of an image file as an RGB image; alpha is dropped, EXIF orientation ignored unless asked for.
 
@@ -56,7 +71,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS, apply_exif: bool
                           'Replace the file, or set data.images.truncated="use".', _name(source)) from error
 
 
-def check_pixels(size: tuple[int, int], max_pixels: int, source: Source) -> None:
+def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) -> None:
     """Raises SampleError("too_many_pixels")."""
     width, height = size
     if width * height > max_pixels:
@@ -66,11 +81,11 @@ def check_pixels(size: tuple[int, int], max_pixels: int, source: Source) -> None
         )  # fmt: skip
 
 
-def _name(source: Source) -> str:
-    return "the encoded image" if isinstance(source, bytes) else os.fspath(source)
+def _name(source: ImageSource) -> str:
+    return "the encoded image" if isinstance(source, bytes) else str(source)
 
 
-def _decode(source: Source, max_pixels: int, apply_exif: bool, *, tolerant: bool) -> Image.Image:
+def _decode(source: ImageSource, max_pixels: int, apply_exif: bool, *, tolerant: bool) -> Image.Image:
     counted = ("truncated",) if tolerant else ()
     with _opened(source) as image:
         check_pixels(image.size, max_pixels, source)
@@ -93,10 +108,10 @@ def _decode(source: Source, max_pixels: int, apply_exif: bool, *, tolerant: bool
 
 
 @contextlib.contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """An image file whose header is read; whatever Pillow raises, here or in the block, is "unreadable"."""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else storage.open_binary(source) as file:
+        with open_image(source) as file:
             with _pillow_globals():
                 image = Image.open(file)
             yield image

@@ -91,11 +91,11 @@ class CheckpointWriter:
 
 
 def saved_position(run: Path) -> dict[str, Any] | None:
-    """Where the newest checkpoint of a run stands in its data; None without a checkpoint."""
+    """Where the newest checkpoint of a run stands in its data; None without a checkpoint, or when that has no data."""
     steps = [int(step.name) for step in (run / "checkpoints").glob("[0-9]*") if step.name.isdigit()]
     if not steps:
         return None
-    return ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata["data"]
+    return ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata.get("data")
 
 
 class RunFolder:
