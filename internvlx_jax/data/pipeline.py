@@ -150,8 +150,8 @@ class Loader:
                                     known=(state.get("epoch", 0), state.get("rows_before", 0)))]
         rows = [rule.rows(bucket) for bucket in buckets]
         self.plan = Plan(buckets, rows, streams, seed=seed, epochs=epochs, near=state.get("epoch", 0))
-        text = (processor.tokenizer.fingerprint(), [
-            (p.template, p.system_message, p.tiles, p.tokens_per_tile, p.special_text, p.saved_per_tile) for p in self.processors])
+        text = [(p.tokenizer.fingerprint(), p.template, p.system_message, p.tiles, p.tokens_per_tile, p.special_text,
+                 p.saved_per_tile) for p in self.processors]
         self.parts = {
             "samples": digest(names, [source.content_key for source in self.sources], *self.table),
             "tokenizer, template or tiling": digest(text, config.video),
@@ -159,6 +159,9 @@ class Loader:
             "seed or mixture": digest(seed, rates, generator_probe()),
         }
         self.plan_hash = digest(self.parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "indexes": ()}  # a worker reads the table alone
 
     def _table(self) -> SampleTable:
         excluded = read_quarantine(self.config.faults.exclude)
@@ -248,6 +251,7 @@ class Loader:
         return replacements(generator, np.flatnonzero(same), np.flatnonzero(fits))
 
     def counts(self, planned: PlannedStep) -> StepCounts:
+        """What a step holds if none of its samples is bad."""
         samples = [sample.sample for row in planned.rows for sample in row]
         rows = len(planned.rows)
         return StepCounts(len(samples), *(int(column[samples].sum()) for column in

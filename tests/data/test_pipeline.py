@@ -259,6 +259,23 @@ def test_packed_rows_hold_whole_samples(make_loader, epoch):
             assert not step.batch.loss_weight[row][inputs.segment_ids[row] == 0].any()
 
 
+def test_packed_rows_fit_the_short_frame_of_lvtc(make_loader, dataset, processor):
+    """Its length is a function of the bucket, smaller than the long frame, and bounds every row."""
+    loader = make_loader(batch_mode="pack", max_length=512, length_step=16, epochs=1)
+    (bucket,) = loader.plan.buckets
+    saved = processor.saved_per_tile
+    assert saved == 3 and 0 < bucket.short_length < bucket.length
+    for number in range(loader.plan.total):
+        for row in loader.plan.step(number).rows:
+            samples = [sample for sample, _ in row]
+            tiles, length = loader.table.tiles[samples].sum(), loader.table.length[samples].sum()
+            assert length - saved * tiles <= bucket.short_length and length <= 512 and tiles <= bucket.tiles
+    plain = dataclasses.replace(processor, lvtc=None)
+    meta = str(dataset / FILES["meta_train"])
+    without = Loader(meta, loader.config, plain, row_quantum=2, seed=0, epochs=1)
+    assert without.plan.buckets[0].short_length == 0 and without.plan_hash != loader.plan_hash
+
+
 @pytest.mark.parametrize("reduction, power", [("token", 0), ("sample", -1), ("square", -0.5)])
 def test_loss_weights(reduction, power, make_loader):
     loader = make_loader(loss_reduction=reduction)
