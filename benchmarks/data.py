@@ -31,7 +31,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 
 DATA = Path("../shared/data")
 TOKENS_PER_TILE = 256
-PASSES = 3
+PASSES = 1
 
 
 def processor(rule: str = "edge", max_num: int = 6) -> Processor:
@@ -122,6 +122,7 @@ def speed() -> dict:
         for name, workers in (("threads", 0), ("1 worker", 1)):
             bare.append(bare_loop(paths, TileConfig()))
             result[f"{name}, one core"] = pipeline(folder, workers)
+            print(f"bare {bare[-1]:.1f} images/s, {name} {result[f'{name}, one core']['images_per_s']:.1f}", file=sys.stderr)
         bare.append(bare_loop(paths, TileConfig()))
         os.sched_setaffinity(0, cores)
         if len(cores) > 1:

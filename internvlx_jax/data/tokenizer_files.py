@@ -123,26 +123,26 @@ def _read_object(path: Path) -> dict:
 
 
 def write_tokenizer_files(
-    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, legacy: bool,
-    swallowing: Collection[str], pieces: int
+    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, pieces: int,
+    legacy: bool = True, swallowing: Collection[str] = ()
 ) -> None:
     """Writes the three files, each aside and then renamed, so that a reader never meets half a file.
 
     added_tokens.json lists the tokens beyond tokenizer.model, tokenizer_config.json all of them.
     """
-    flags = {"lstrip": False, "single_word": False, "normalized": False, "special": True}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     by_id = sorted(added.items(), key=lambda item: item[1])
     config = {
         "add_bos_token": add_bos,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(id): {"content": text, "rstrip": text in swallowing, **flags}
-                                 for text, id in by_id},
+        "added_tokens_decoder": {
+            str(id): {"content": text, **flags, "rstrip": text in swallowing} for text, id in by_id
+        },
         "bos_token": "<s>",
         "eos_token": "</s>",
-        "legacy": legacy,
         "pad_token": "</s>",
         "unk_token": "<unk>",
-    }
+    } | ({} if legacy else {"legacy": False})
     files = {
         "tokenizer.model": model,
         "added_tokens.json": _dump({text: id for text, id in by_id if id >= pieces}),
