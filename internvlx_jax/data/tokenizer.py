@@ -139,11 +139,11 @@ class Tokenizer:
 
     def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
         """Ids of text, without bos and eos. `special` as in split."""
-        ids = []
+        ids, before = [], None
         for i, atom in enumerate(self.split(text, special)):
             if isinstance(atom, int):
                 ids += [atom] if i else [*self.start_ids, atom]
-            elif i and isinstance(before, int) and before in self.swallowing:
+            elif before in self.swallowing:
                 ids += self.encode_plain("", atom.lstrip())[0]
             else:
                 ids += self.encode_plain("", atom if i or self.prefix != "first" else " " + atom)[0]
