@@ -78,8 +78,8 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": _by_path(opt_state)}
         problems = [problem for name, leaves in items.items()
                     for problem in _mismatches(name, stored.metadata[name], leaves)]
-        saved = stored.custom_metadata["data"]
-        if saved["plan_hash"] != data["plan_hash"]:
+        saved = stored.custom_metadata.get("data", {})
+        if saved.get("plan_hash") != data["plan_hash"]:
             changed = [name for name, part in data["parts"].items() if saved.get("parts", {}).get(name) != part]
             problems.append(f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go on; "
                             "restore it, or start a new output_dir with init_from")
