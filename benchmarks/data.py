@@ -118,17 +118,18 @@ def speed() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.sched_setaffinity(0, cores[:1])
         bare_loop(paths[:16], TileConfig())  # files and code are warm for both
-        bare, result = [], {}
+        bare, result = [bare_loop(paths, TileConfig())], {}
         for name, workers in (("threads", 0), ("1 worker", 1)):
-            bare.append(bare_loop(paths, TileConfig()))
             result[f"{name}, one core"] = pipeline(folder, workers)
-            print(f"bare {bare[-1]:.1f} images/s, {name} {result[f'{name}, one core']['images_per_s']:.1f}", file=sys.stderr)
-        bare.append(bare_loop(paths, TileConfig()))
+            bare.append(bare_loop(paths, TileConfig()))
         os.sched_setaffinity(0, cores)
         if len(cores) > 1:
             result["2 workers, two cores"] = pipeline(folder, 2)
-    mean = sum(bare) / len(bare)
-    ratios = {name: rates["images_per_s"] / mean for name, rates in result.items()}
+            os.sched_setaffinity(0, cores[:1])
+            bare.append(bare_loop(paths, TileConfig()))
+    # The machine may be faster or slower after a minute: each rate stands between two of the bare loop.
+    ratios = {name: 2 * rates["images_per_s"] / (before + after)
+              for (name, rates), before, after in zip(result.items(), bare, bare[1:])}
     report = {"bare_images_per_s": bare, "pipeline": result, "against_bare_on_one_core": ratios}
     print(json.dumps(report, indent=2))
     return report
