@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` at the end of the block, and is removed if the block fails."""
-    aside = path.with_name(path.name + ".partial")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     try:
         yield aside
         aside.rename(path)

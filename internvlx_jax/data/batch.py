@@ -1,4 +1,4 @@
-"""Encoded samples -> one static-shape batch (spec: data.md 13). NumPy only."""
+"""Encoded samples -> one static-shape batch (spec: data.md 12, 13). NumPy only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from internvlx_jax.models.inputs import IGNORED, Inputs
 
 
 class Row(NamedTuple):
-    """One sample, ready to be placed: tokens, labels int32[n]; tile_start int32[t]; tiles uint8[t, Y, X, 3]."""
+    """One sample, or several one after the other, ready to be placed.
+
+    Attributes:
+        tokens, labels: int32[n].
+        tile_start: int32[t], first slot of each tile.
+        tiles: uint8[t, Y, X, 3].
+        segments: lengths of the samples in the row; None: it is one sample.
+        loss_weight: float32[n], weight of the label in the same slot where there is one; None: 1.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     tile_start: np.ndarray
     tiles: np.ndarray
+    segments: tuple[int, ...] | None = None
+    loss_weight: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -34,12 +44,26 @@ class Batch(NamedTuple):
     loss_weight: np.ndarray
 
 
+def join_rows(rows: Sequence[Row]) -> Row:
+    """Samples as the segments of one row, tiles in the same order."""
+    if len(rows) == 1:
+        return rows[0]
+    lengths = [len(row.tokens) for row in rows]
+    offsets = np.cumsum([0, *lengths[:-1]])
+    weights = [np.ones(n, np.float32) if row.loss_weight is None else row.loss_weight
+               for row, n in zip(rows, lengths)]
+    return Row(np.concatenate([row.tokens for row in rows]), np.concatenate([row.labels for row in rows]),
+               np.concatenate([row.tile_start + offset for row, offset in zip(rows, offsets)]).astype(np.int32),
+               np.concatenate([row.tiles for row in rows]), tuple(lengths), np.concatenate(weights))
+
+
 def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, tokens_per_tile: int,
             pad_id: int, lvtc: LvtcConfig | None = None) -> Batch:
     """Right-padded rows of one bucket; None is a masked row. Raises ValueError when a row does not fit."""
     shape = (len(rows), bucket.length)
     tokens = np.full(shape, pad_id, np.int32)
     labels = np.full(shape, IGNORED, np.int32)
+    weights = np.zeros(shape, np.float32)
     positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     tiles = np.zeros((len(rows), bucket.tiles, tile_size, tile_size, 3), np.uint8)
     tile_start = np.full((len(rows), bucket.tiles), bucket.length, np.int32)
@@ -50,10 +74,16 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
         if n > bucket.length or t > bucket.tiles:
             raise ValueError(f"a sample of {n} tokens and {t} tiles does not fit {bucket}")
         tokens[b, :n], labels[b, :n] = row.tokens, row.labels
-        positions[b, :n], segment_ids[b, :n] = np.arange(n), 1
+        weights[b, :n] = 1 if row.loss_weight is None else row.loss_weight
+        first = 0
+        for segment, length in enumerate(row.segments or (n,), start=1):
+            slots = slice(first, first + length)
+            positions[b, slots], segment_ids[b, slots] = np.arange(length), segment
+            labels[b, first] = IGNORED  # nothing predicts the first token of a segment
+            first += length
         tiles[b, :t], tile_start[b, :t] = row.tiles, row.tile_start
-    labels[:, 0] = IGNORED  # nothing predicts the first token of a segment
+    weights[labels == IGNORED] = 0
     short = None if lvtc is None else short_frame(segment_ids, tile_start, bucket.short_length, lvtc)
     inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile),
                     short)
-    return Batch(inputs, labels, (labels != IGNORED).astype(np.float32))
+    return Batch(inputs, labels, weights)

@@ -1,123 +1,126 @@
-"""Chat files (JSONL) -> samples with checked roles and placeholders (spec: data.md 2 and 3)."""
+"""Sample records -> samples with checked roles and placeholders (spec: data.md 2 and 3)."""
 
 import dataclasses
 import json
-import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
+from internvlx_jax.data import storage
 from internvlx_jax.data.errors import SampleError, placeholder_mismatch
-from internvlx_jax.data.meta import DatasetEntry
-from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, Turn
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 
 Size = tuple[int, int]  # (width, height) in pixels
+Image = str | bytes  # a path or URL, or the encoded file itself
+
+_VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatSample:
-    """One line of a chat file.
+    """One record of a data set.
 
     Attributes
-      dataset, source, line: name in the meta file, the JSONL file, the line in it counted from 1.
-      id: the line's own id as text, None without one.
-      images: paths, joined with the dataset's root; empty for a text sample.
-      sizes: of each image as the line states it, None where it does not.
-      turns: human and gpt in turn, beginning with human; with images, one "<image>" for each in human turns.
-      system: the line's system message, None for the template's.
+      dataset, line: name in the meta file, the record in its source counted from 1.
+      where: the place for messages, such as "receipts/train.jsonl line 41".
+      id: the record's own id as text, None without one.
+      images: joined with the dataset's root; empty for a text sample, and for a video until its frames are chosen.
+      sizes: of each image as the record states it, None where it does not.
+      turns: human and gpt in turn, beginning with human; with images, one "<image>" for each in human turns; with a
+        video, one "<video>" in the first.
+      system: the record's system message, None for the template's.
+      video: folder or list of frames, None without a video.
     """
 
     dataset: str
-    source: str
     line: int
+    where: str
     id: str | None
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
     sizes: tuple[Size | None, ...]
     turns: tuple[Turn, ...]
     system: str | None
+    video: str | tuple[Image, ...] | None = None
 
     @property
-    def where(self) -> str:
-        return f"{self.source} line {self.line}"
+    def name(self) -> str:
+        return f"{self.dataset}:{self.line}"
 
 
-def read_chat_file(
-    entry: DatasetEntry, *, on_bad: Callable[[int, SampleError], None] | None = None
-) -> list[ChatSample]:
-    """The samples of a dataset, in the order of the file, cut or repeated by its `repeat_time`.
-
-    A bad line raises SampleError that names it, or is passed to on_bad(line, error) once and left out.
-    Empty lines do not count. A number of lines other than the entry's `length` is a warning.
-    """
-    with open(entry.annotation, "rb") as file:
-        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    if entry.length not in (None, len(lines)):
-        warnings.warn(
-            f'{entry.annotation} has {len(lines)} lines, but the meta file gives dataset "{entry.name}" the '
-            f'"length" {entry.length}. The real number is used; correct the field.',
-            stacklevel=2,
-        )
-    if entry.repeat_time < 1:
-        lines = lines[: int(len(lines) * entry.repeat_time)]
-    samples = []
-    for number, line in lines:
-        try:
-            samples.append(_parse(line, entry, number))
-        except SampleError as error:
-            error = error.at(f"{entry.annotation} line {number}")
-            if on_bad is None:
-                raise error from None
-            on_bad(number, error)
-    return samples * max(1, int(entry.repeat_time))
-
-
-def _parse(line: bytes, entry: DatasetEntry, number: int) -> ChatSample:
-    """One line of the file of `entry`; its errors do not name the line yet."""
+def parse_sample(record: bytes | Mapping[str, Any], *, dataset: str, line: int, where: str, root: str) -> ChatSample:
+    """A JSON object, as bytes or parsed. Raises SampleError naming `where`."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise _malformed(f"not valid JSON: {error}") from error
-    if not isinstance(record, dict):
+        return _parse(record, dataset, line, where, root)
+    except SampleError as error:
+        raise error.at(where) from None
+
+
+def _parse(record: bytes | Mapping[str, Any], dataset: str, line: int, where: str, root: str) -> ChatSample:
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(f"not valid JSON: {error}") from error
+    if not isinstance(record, Mapping):
         raise _malformed("not a JSON object")
-    images, sizes = _images(record, entry.root)
+    images, sizes = _images(record, root)
+    video = _video(record, root)
     system, turns = _conversation(record)
-    if images:
-        turns = _place_images(turns, len(images), prefix=isinstance(record["image"], str))
+    if video is not None:
+        if images:
+            raise _malformed('a sample has "image" or "video", not both')
+        turns = _place_video(turns)
+    elif images:
+        turns = _place_images(turns, len(images), prefix=not isinstance(record["image"], list))
     id = record.get("id")
-    return ChatSample(
-        dataset=entry.name,
-        source=entry.annotation,
-        line=number,
-        id=None if id is None else str(id),
-        images=images,
-        sizes=sizes,
-        turns=tuple(turns),
-        system=system,
-    )
+    return ChatSample(dataset=dataset, line=line, where=where, id=None if id is None else str(id), images=images,
+                      sizes=sizes, turns=tuple(turns), system=system, video=video)
 
 
 def _malformed(problem: str) -> SampleError:
     return SampleError("json", f"{problem}.", "Correct the line, or leave it out.")
 
 
-def _images(record: dict[str, Any], root: str) -> tuple[tuple[str, ...], tuple[Size | None, ...]]:
-    """(paths, sizes) of the images of a line."""
-    if record.get("video"):
-        raise SampleError(
-            "missing_decoder", "video samples are not supported yet.",
-            'Leave the line out, or list its frames as images under "image".',
-        )  # fmt: skip
+def _images(record: Mapping[str, Any], root: str) -> tuple[tuple[Image, ...], tuple[Size | None, ...]]:
+    """(paths or encoded files, sizes) of the images of a record."""
     image = record.get("image") or []
-    if isinstance(image, str):
+    if isinstance(image, Image):
         paths, widths, heights = [image], [record.get("width")], [record.get("height")]
     else:
         paths, widths, heights = image, record.get("width_list"), record.get("height_list")
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+    if not _is_paths(paths):
         raise _malformed(f'"image" must be a path or a list of paths, got {image!r}')
+    return _joined(paths, root), _sizes(widths, heights, len(paths))
+
+
+def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | None:
+    video = record.get("video")
+    if not video:
+        return None
+    if isinstance(video, str):
+        frames = [video]
+    elif _is_paths(video):
+        frames = video
+    else:
+        raise _malformed(f'"video" must be a folder or a list of frames, got {video!r}')
+    if any(isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES) for frame in frames):
+        raise SampleError("missing_decoder", "video files are not decoded.",
+                          'Extract frames to a folder, and name the folder or list the frames under "video".')
+    if record.get("clip"):
+        raise SampleError("missing_decoder", '"clip" gives seconds, which frames do not have.',
+                          'List the frames of the clip under "video".')
+    frames = _joined(frames, root)
+    return frames[0] if isinstance(video, str) else frames
+
+
+def _is_paths(paths: Any) -> bool:
+    return isinstance(paths, list) and all(isinstance(path, Image) and path for path in paths)
+
+
+def _joined(paths: list[Image], root: str) -> tuple[Image, ...]:
     for path in paths:
-        if path.startswith("s3://"):
+        if isinstance(path, str) and path.startswith("s3://"):
             raise SampleError("unreadable", f"{path} is not a local file.", "Copy the files to a disk.")
-    return tuple(os.path.join(root, path) for path in paths), _sizes(widths, heights, len(paths))
+    return tuple(path if isinstance(path, bytes) else storage.join(root, path) for path in paths)
 
 
 def _sizes(widths: Any, heights: Any, n_images: int) -> tuple[Size | None, ...]:
@@ -137,7 +140,7 @@ def _is_size(size: tuple) -> bool:
     return all(side is None for side in size) or all(type(side) is int and side > 0 for side in size)
 
 
-def _conversation(record: dict[str, Any]) -> tuple[str | None, list[Turn]]:
+def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
     """(system message or None, turns) with a leading gpt turn dropped."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(
@@ -170,4 +173,18 @@ def _place_images(turns: list[Turn], n_images: int, *, prefix: bool) -> list[Tur
         return [(role, f"{IMAGE_PLACEHOLDER}\n{text}"), *rest]
     if found != n_images:
         raise placeholder_mismatch(n_images, found)
+    return turns
+
+
+def _place_video(turns: list[Turn]) -> list[Turn]:
+    """The turns with one "<video>" and a line end in the first human turn."""
+    (role, first), *rest = turns
+    videos = sum(text.count(VIDEO_PLACEHOLDER) for role, text in turns if role == "human")
+    if videos == 0:
+        return [(role, f"{VIDEO_PLACEHOLDER}\n{first}"), *rest]
+    if videos > 1 or VIDEO_PLACEHOLDER not in first or any(
+            IMAGE_PLACEHOLDER in text for role, text in turns if role == "human"):
+        raise SampleError(
+            "placeholder_mismatch", 'a video needs one "<video>" in the first human turn and no "<image>".',
+            'Correct the turns; without any "<video>" it is put in front.')
     return turns

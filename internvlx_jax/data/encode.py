@@ -95,6 +95,7 @@ def _encode(
     writer = _Writer(tokenizer)
     if template.bos or (template.bos is None and tokenizer.add_bos):
         writer.ids([tokenizer.bos_id])
+    writer.ids(tokenizer.start_ids)  # every template begins with an added token
     for part in parts:
         special = "allow" if part.source == "template" else special_text
         texts = part.text.split(IMAGE_PLACEHOLDER) if part.source == expanded else [part.text]
@@ -124,6 +125,8 @@ class _Writer:
                 continue
             if i > 0:  # cut by split, so not to be joined with what came before
                 self.flush()
+            if self.tokens and self.tokens[-1] in self.tokenizer.swallowing and not self.head and not self.tail:
+                atom = atom.lstrip()
             if supervised:
                 self.tail += atom
             else:

@@ -7,59 +7,97 @@ so that the ordinary decodes of other threads, which take no lock, stay strict.
 """
 
 import contextlib
+import io
 import os
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from internvlx_jax.data import storage
 from internvlx_jax.data.errors import SampleError
+from internvlx_jax.errors import ConfigError
 
 MAX_PIXELS = 178_956_970
 
 _LOCK = threading.Lock()
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+class StoredImage(Protocol):
+    """An image inside another file, such as a cell of a table; `str` of it says where."""
+
+    def open(self) -> BinaryIO: ...
+
+
+ImageSource = str | os.PathLike | bytes | StoredImage  # a path or URL, the encoded file itself, or where it is stored
+
+
+def open_image(source: ImageSource) -> BinaryIO:
+    """The encoded bytes of an image file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return storage.open_binary(source) if isinstance(source, (str, os.PathLike)) else source.open()
+
+
+def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, int]:
     """(width, height) in pixels from the header, without decoding. Raises SampleError("unreadable")."""
-    with _opened(path) as image:
-        return image.size
+    with _opened(source) as image:
+        turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        return image.size[::-1] if turned else image.size
 
 
-def load_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """First frame of an image file as an RGB image; alpha is dropped and EXIF orientation ignored.
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, apply_exif: bool = False,
+               use_truncated: bool = True) -> Image.Image:
+    """First frame of an image file as an RGB image; alpha is dropped, EXIF orientation ignored unless asked for.
 
     `info["counted"]` of the result names what deserves a counter: "truncated" (a damaged file, decoded as far
     as it goes), "16bit" (16-bit values shifted down to 8 bits).
 
     Raises SampleError: "unreadable", "too_many_pixels" (known from the header, before decoding),
-    "unsupported_mode" (32-bit integers and floats have no agreed range).
+    "unsupported_mode" (32-bit integers and floats have no agreed range), "truncated" without `use_truncated`.
     """
     try:
-        return _decode(path, max_pixels, tolerant=False)
+        return _decode(source, max_pixels, apply_exif, tolerant=False)
     except SampleError as error:
         if error.reason != "unreadable":
             raise
-    return _decode(path, max_pixels, tolerant=True)
+        image = _decode(source, max_pixels, apply_exif, tolerant=True)
+        if use_truncated:
+            return image
+        raise SampleError("truncated", "the file is damaged; only a part of it can be decoded.",
+                          'Replace the file, or set data.images.truncated="use".', _name(source)) from error
 
 
-def _decode(path: str | os.PathLike, max_pixels: int, *, tolerant: bool) -> Image.Image:
+def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) -> None:
+    """Raises SampleError("too_many_pixels")."""
+    width, height = size
+    if width * height > max_pixels:
+        raise SampleError(
+            "too_many_pixels", f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
+            "Scale the image down, or raise data.images.max_pixels.", _name(source),
+        )  # fmt: skip
+
+
+def _name(source: ImageSource) -> str:
+    return "the encoded image" if isinstance(source, bytes) else str(source)
+
+
+def _decode(source: ImageSource, max_pixels: int, apply_exif: bool, *, tolerant: bool) -> Image.Image:
     counted = ("truncated",) if tolerant else ()
-    with _opened(path) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise SampleError(
-                "too_many_pixels", f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
-                "Scale the image down, or raise max_pixels.", os.fspath(path),
-            )  # fmt: skip
+    with _opened(source) as image:
+        check_pixels(image.size, max_pixels, source)
         if image.mode in ("I", "F"):
             raise SampleError(
                 "unsupported_mode", f'image mode "{image.mode}" has no defined range of values.',
-                "Convert the file to 8-bit RGB or greyscale.", os.fspath(path),
+                "Convert the file to 8-bit RGB or greyscale.", _name(source),
             )  # fmt: skip
         with _pillow_globals() if tolerant else contextlib.nullcontext():
             image.load()
+        if apply_exif:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255: white images
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             counted += ("16bit",)
@@ -70,19 +108,19 @@ def _decode(path: str | os.PathLike, max_pixels: int, *, tolerant: bool) -> Imag
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """An image file whose header is read; whatever Pillow raises, here or in the block, is "unreadable"."""
     try:
-        with open(path, "rb") as file:
+        with open_image(source) as file:
             with _pillow_globals():
                 image = Image.open(file)
             yield image
-    except (SampleError, MemoryError):
+    except (SampleError, ConfigError, MemoryError):
         raise
     except Exception as error:  # damaged files make the decoders raise nearly anything
         raise SampleError(
             "unreadable", f"the image cannot be read ({type(error).__name__}: {error}).",
-            'Check the file and its path ("root" of the meta file joined with "image").', os.fspath(path),
+            'Check the file and its path ("root" of the meta file joined with "image").', _name(source),
         ) from error  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Meta files: which chat files make up the training data (spec: data.md 1)."""
+"""Meta files: which chat files make up the training data (spec: data.md 1 and 16)."""
 
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+from internvlx_jax.data import storage
 from internvlx_jax.data.errors import did_you_mean
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tiles import TILE_RULES
@@ -14,22 +16,32 @@ from internvlx_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of a meta file, its paths resolved.
+    """One dataset of a meta file, its paths resolved. Its samples come from one of three places.
 
     Attributes
       name: key in the meta file.
       root: folder that image paths are joined with.
-      annotation: the JSONL chat file.
+      annotation: a JSONL chat file.
+      array_record: a path or pattern of ArrayRecord files.
+      tfds, split, data_dir, builder: a prepared TFDS data set, "name/config:version", where it lies, and the
+        "module:function" that maps one of its examples to a sample.
       repeat_time: below 1 the fraction of lines that is used, above 1 how often the list is repeated.
+      weight: share of the samples in the mixture `weight`.
       length: number of lines as the meta file states it, only compared.
       max_dynamic_patch, conv_style, tile_rule: replace the run's tile maximum, template and tile rule.
-      data_augment: JPEG re-encoding of tiles; read_meta refuses it for now.
+      data_augment: JPEG re-encoding of tiles.
     """
 
     name: str
-    root: str
-    annotation: str
+    root: str = ""
+    annotation: str | None = None
+    array_record: str | None = None
+    tfds: str | None = None
+    split: str = "train"
+    data_dir: str | None = None
+    builder: str | None = None
     repeat_time: float = 1
+    weight: float | None = None
     length: int | None = None
     max_dynamic_patch: int | None = None
     conv_style: str | None = None
@@ -37,7 +49,8 @@ class DatasetEntry:
     data_augment: bool = False
 
 
-_FIELDS = [field.name for field in dataclasses.fields(DatasetEntry) if field.name != "name"]
+_FIELDS = {field.name: field.type for field in dataclasses.fields(DatasetEntry) if field.name != "name"}
+_SOURCES = ("annotation", "array_record", "tfds")
 
 
 def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
@@ -46,31 +59,36 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
     Relative paths are tried from the working directory, then from the meta file's folder.
     Raises FileNotFoundError and ValueError naming the meta file, the dataset and the field.
     """
-    path = Path(path)
+    path = os.fspath(path)
     try:
-        meta = json.loads(path.read_bytes())
+        with storage.open_binary(path) as file:
+            meta = json.load(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"meta file {path} does not exist. Check the path.") from None
     except ValueError as error:
         raise ConfigError(f"meta file {path} is not JSON: {error}. Correct it there.") from error
     if not isinstance(meta, dict) or not all(isinstance(fields, dict) for fields in meta.values()):
         raise ConfigError(f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.')
-    return [_entry(path.parent, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()]
+    folder = os.path.dirname(path)
+    return [_entry(folder, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()]
 
 
-def _entry(folder: Path, where: str, name: str, fields: dict) -> DatasetEntry:
-    for key in sorted(fields.keys() - set(_FIELDS)):
+def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
+    for key in sorted(fields.keys() - _FIELDS.keys()):
         warnings.warn(f'{where}: unknown field "{key}" is ignored.{did_you_mean(key, _FIELDS)}', stacklevel=3)
     fields = {key: fields[key] for key in _FIELDS if fields.get(key) is not None}
-    if not isinstance(fields.get("annotation"), str) or not fields["annotation"].endswith("jsonl"):
-        raise ConfigError(f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.')
-    if not isinstance(fields.setdefault("root", ""), str):
-        raise ConfigError(f'{where}: "root" must be a folder, got {fields["root"]!r}.')
-    for key in ("root", "annotation"):
-        fields[key] = _resolve(folder, where, key, fields[key])
+    for key in fields:
+        if _FIELDS[key] in (str, str | None) and not isinstance(fields[key], str):
+            raise ConfigError(f'{where}: "{key}" must be a text, got {fields[key]!r}.')
+    _resolve_source(folder, where, fields)
+    if fields.setdefault("root", ""):
+        fields["root"] = _resolve(folder, where, "root", fields["root"], storage.is_folder)
     repeat = fields.get("repeat_time", 1)
     if not _is_number(repeat) or repeat < 0 or (repeat > 1 and repeat != int(repeat)):
         raise ConfigError(f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.')
+    weight = fields.get("weight", 1)
+    if not _is_number(weight) or weight <= 0:
+        raise ConfigError(f'{where}: "weight" must be a number above 0, got {weight!r}.')
     limit = fields.get("max_dynamic_patch", 1)
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.')
@@ -81,23 +99,48 @@ def _entry(folder: Path, where: str, name: str, fields: dict) -> DatasetEntry:
         get_template(fields.get("conv_style", "internlm2-chat"))
     except ValueError as error:
         raise ConfigError(f'{where}: "conv_style": {error}') from error
-    if fields.get("data_augment", False) is not False:
-        raise ConfigError(f'{where}: "data_augment" is not supported yet. Set it to false.')
+    if not isinstance(fields.get("data_augment", False), bool):
+        raise ConfigError(f'{where}: "data_augment" must be true or false, got {fields["data_augment"]!r}.')
     return DatasetEntry(name=name, **fields)
+
+
+def _resolve_source(folder: str, where: str, fields: dict) -> None:
+    """Resolve the paths of the one source of a dataset, in place."""
+    given = [key for key in _SOURCES if key in fields]
+    if len(given) > 1:
+        raise ConfigError(f'{where}: has {" and ".join(given)}; keep one of them.')
+    if given == ["array_record"]:
+        def exists(pattern: str) -> bool:
+            return bool(storage.matching(pattern))
+
+        if storage.is_url(fields["array_record"]):
+            raise ConfigError(f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy them to '
+                              "a disk.")
+        fields["array_record"] = _resolve(folder, where, "array_record", fields["array_record"], exists)
+    elif given == ["tfds"]:
+        if "builder" not in fields or fields["builder"].count(":") != 1:
+            raise ConfigError(f'{where}: "tfds" needs "builder": "module:function", which maps an example to a sample; '
+                              f'got {fields.get("builder")!r}.')
+        if "data_dir" in fields:
+            fields["data_dir"] = _resolve(folder, where, "data_dir", fields["data_dir"], storage.is_folder)
+    else:
+        if not fields.get("annotation", "").endswith("jsonl"):
+            raise ConfigError(f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.')
+        fields["annotation"] = _resolve(folder, where, "annotation", fields["annotation"], storage.is_file)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _resolve(folder: Path, where: str, key: str, value: str) -> str:
+def _resolve(folder: str, where: str, key: str, value: str, exists: Callable[[str], bool]) -> str:
     if value.startswith("s3://"):
         raise ConfigError(f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.')
-    candidates = [Path(value), folder / value]
+    candidates = list(dict.fromkeys([value, storage.join(folder, value)]))
     for candidate in candidates:
-        if candidate.is_dir() if key == "root" else candidate.is_file():
-            return str(candidate)
+        if exists(candidate):
+            return candidate if storage.is_url(candidate) else str(Path(candidate))
     raise FileNotFoundError(
-        f'{where}: "{key}" does not exist; tried {" and ".join(map(str, dict.fromkeys(candidates)))}. '
+        f'{where}: "{key}" does not exist; tried {" and ".join(candidates)}. '
         "Relative paths count from the working directory, then from the meta file's folder."
     )

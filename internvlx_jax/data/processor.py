@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import PIL.Image
 
-from internvlx_jax.data.batch import Row
-from internvlx_jax.data.chat import ChatSample, Size
+from internvlx_jax.data.chat import ChatSample, Image, Size
+from internvlx_jax.data.config import ImageConfig
 from internvlx_jax.data.encode import Encoded, encode_sample
 from internvlx_jax.data.errors import SampleError
-from internvlx_jax.data.images import image_size, load_image
+from internvlx_jax.data.images import check_pixels, image_size, load_image
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.templates import Template, get_template
 from internvlx_jax.data.tiles import TileConfig, cut_tiles, per_image_limit, tile_count
@@ -36,6 +37,7 @@ class Processor:
         tokens_per_tile: visual tokens of a tile.
         special_text: policy for reserved text inside turns.
         lvtc: the model's; its batches have a short frame too.
+        images: how image files are read.
     """
 
     tokenizer: Tokenizer
@@ -45,6 +47,7 @@ class Processor:
     tokens_per_tile: int
     special_text: SpecialText = "reject"
     lvtc: LvtcConfig | None = None
+    images: ImageConfig = ImageConfig()
 
     @property
     def saved_per_tile(self) -> int:
@@ -61,16 +64,28 @@ class Processor:
         template = self.template if entry.conv_style is None else get_template(entry.conv_style)
         return dataclasses.replace(self, tiles=tiles, template=template)
 
-    def tiles_per_image(self, sizes: Sequence[Size]) -> tuple[int, ...]:
-        """Tile counts, thumbnails included, of the images of one sample."""
-        limit = per_image_limit(self.tiles.max_num, len(sizes)) if sizes else None
+    def for_frames(self) -> Processor:
+        """The same for the frames of a video: each is one tile, without a thumbnail."""
+        return dataclasses.replace(self, tiles=dataclasses.replace(self.tiles, dynamic=False))
+
+    def image_limit(self, n_images: int) -> int:
+        """Largest grid of each of the n_images of a sample."""
+        return per_image_limit(self.tiles.max_num, max(1, n_images))
+
+    def tiles_per_image(self, sizes: Sequence[Size], limit: int | None = None) -> tuple[int, ...]:
+        """Tile counts, thumbnails included, of the images of one sample; `limit` replaces image_limit."""
+        limit = self.image_limit(len(sizes)) if limit is None else limit
         return tuple(tile_count(self.tiles, width, height, limit) for width, height in sizes)
 
-    @staticmethod
-    def sizes(images: Sequence[str], where: str, stated: Sequence[Size | None] = ()) -> list[Size]:
+    def sizes(self, images: Sequence[Image], where: str, stated: Sequence[Size | None] = ()) -> list[Size]:
         """Sizes as stated, else from the image headers; raises SampleError naming file and line."""
+        stated = stated if stated and self.images.trust_sizes else [None] * len(images)
         try:
-            return [size or image_size(path) for path, size in zip(images, stated or [None] * len(images))]
+            sizes = [size or image_size(image, apply_exif=self.images.exif == "apply")
+                     for image, size in zip(images, stated, strict=True)]
+            for image, size in zip(images, sizes):
+                check_pixels(size, self.images.max_pixels, image)
+            return sizes
         except SampleError as error:
             raise error.at(where) from None
 
@@ -84,64 +99,27 @@ class Processor:
         except SampleError as error:
             raise error.at(sample.where) from None
 
-    def cut(self, images: Sequence[str], where: str) -> list[np.ndarray]:
-        """Tiles uint8[n, s, s, 3] of each image, each decoded once; raises SampleError naming file and line.
+    def decode(self, images: Sequence[Image], where: str) -> list[PIL.Image.Image]:
+        """Each image decoded once; raises SampleError naming file and line."""
+        config = self.images
+        try:
+            return [load_image(image, max_pixels=config.max_pixels, apply_exif=config.exif == "apply",
+                               use_truncated=config.truncated == "use") for image in images]
+        except SampleError as error:
+            raise error.at(where) from None
+
+    def cut(self, images: Sequence[Image], where: str) -> list[np.ndarray]:
+        """Tiles uint8[n, s, s, 3] of each image; raises SampleError naming file and line.
 
         An image that is used although it is not what it should be is a warning, once a process.
         """
-        limit = per_image_limit(self.tiles.max_num, len(images)) if images else None
-        tiles = []
-        for path in images:
-            try:
-                image = load_image(path)
-            except SampleError as error:
-                raise error.at(where) from None
+        decoded = self.decode(images, where)
+        for path, image in zip(images, decoded):
             for reason in image.info["counted"]:
                 warnings.warn(f"{where}: {path}: {DECODED_ANYWAY[reason]}", stacklevel=2)
-            tiles.append(cut_tiles(image, self.tiles, limit))
-        return tiles
+        return [cut_tiles(image, self.tiles, self.image_limit(len(images))) for image in decoded]
 
     def concatenate(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
         """Tiles of all images of a sample, none for text: uint8[t, s, s, 3]."""
         size = self.tiles.tile_size
         return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *tiles])
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexedSample:
-    """A sample whose shape is known before any pixel is decoded: tiles of each image and token length."""
-
-    sample: ChatSample
-    tiles_per_image: tuple[int, ...]
-    length: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.sample.dataset}:{self.sample.line}"
-
-
-def index_sample(processor: Processor, sample: ChatSample, max_length: int) -> IndexedSample:
-    """Sizes come from the annotation, else from the image header. Raises SampleError, also when it is too long."""
-    tiles = processor.tiles_per_image(processor.sizes(sample.images, sample.where, sample.sizes))
-    length = len(processor.encode(sample, tiles).tokens)
-    if length > max_length:
-        raise SampleError(
-            "too_long", f"{length} tokens, {sum(tiles) * processor.tokens_per_tile} of them image tokens of "
-            f"{sum(tiles)} tiles, do not fit into data.max_length = {max_length}; image tokens are never cut.",
-            "Raise data.max_length, lower model.prompt.tiles.max_num, or shorten the conversation.", sample.where)
-    return IndexedSample(sample, tiles, length)
-
-
-def load_row(processors: Mapping[str, Processor], indexed: IndexedSample) -> Row:
-    """Decode one sample. Raises SampleError when an image is not of the size that its annotation states."""
-    sample = indexed.sample
-    processor = processors[sample.dataset]
-    tiles = processor.cut(sample.images, sample.where)
-    counts = tuple(len(image) for image in tiles)
-    if counts != indexed.tiles_per_image:
-        raise SampleError(
-            "size_mismatch", f"the stated sizes give {list(indexed.tiles_per_image)} tiles, the files give "
-            f"{list(counts)}.", "Correct width and height in the annotation, or remove them to have the files read.",
-            sample.where)
-    encoded = processor.encode(sample, counts)
-    return Row(encoded.tokens, encoded.labels, encoded.tile_start, processor.concatenate(tiles))

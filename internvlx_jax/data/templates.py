@@ -8,6 +8,7 @@ from internvlx_jax.data.errors import did_you_mean
 from internvlx_jax.errors import ConfigError
 
 IMAGE_PLACEHOLDER = "<image>"  # stands for one image in the text of a human turn
+VIDEO_PLACEHOLDER = "<video>"  # becomes a line with an "<image>" for each frame
 
 Turn = tuple[str, str]  # ("human" | "gpt", text)
 

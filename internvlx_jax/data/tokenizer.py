@@ -1,11 +1,11 @@
-"""InternLM2 tokenizer: SentencePiece plus added tokens (spec: data.md 5)."""
+"""SentencePiece tokenizers plus added tokens: InternLM2, Llama, Phi-3 (spec: data.md 5)."""
 
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from internvlx_jax.data.tokenizer_files import (
 from internvlx_jax.errors import ConfigError
 
 SpecialText = Literal["allow", "reject", "escape"]
+Prefix = Literal["none", "every", "first"]  # where a model of the Llama family puts a space before a text
 
 # Added tokens that users may write: references and boxes of grounding data.
 _GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
@@ -35,13 +36,25 @@ class Tokenizer:
       path: the tokenizer.model file.
       added: text -> id of the tokens that are matched before SentencePiece sees the text.
       add_bos: whether the tokenizer's own configuration puts bos first (templates may overrule it).
+      prefix: before which stretches of plain text a space is put: none (InternLM2), every one (Llama), or only the
+        first, on its own if the text begins with an added token (Phi-3).
+      swallowing: ids of the added tokens that take the white space to their right with them (chat tokens of Phi-3).
+      start_ids: ids in front of a text that begins with an added token.
       vocab_size: number of ids, which is the number of embedding rows.
     """
 
     def __init__(
-        self, path: Path, model: sentencepiece.SentencePieceProcessor, added: Mapping[str, int], add_bos: bool
+        self,
+        path: Path,
+        model: sentencepiece.SentencePieceProcessor,
+        added: Mapping[str, int],
+        add_bos: bool,
+        prefix: Prefix = "none",
+        swallowing: Collection[str] = (),
     ):
         self.path, self._model, self.added, self.add_bos = path, model, dict(added), add_bos
+        self.prefix, self.swallowing = prefix, frozenset(self.added[text] for text in swallowing)
+        self.start_ids = model.encode(" ") if prefix == "first" else []
         self._pieces = model.get_piece_size()
         self.vocab_size = max(self._pieces, *(id + 1 for id in self.added.values()))
         self._texts = {id: text for text, id in self.added.items()}
@@ -60,13 +73,14 @@ class Tokenizer:
         Raises FileNotFoundError or ValueError naming the file that is missing, damaged or not supported.
         """
         path = find_model(path)
-        model = open_model(path)
-        added, add_bos = read_added_tokens(path.parent, pieces=model.get_piece_size())
-        return cls(path, model, added, add_bos)
+        model, has_prefix = open_model(path)
+        added = read_added_tokens(path.parent, pieces=model.get_piece_size())
+        prefix = "none" if not has_prefix else "every" if added.legacy else "first"
+        return cls(path, model, added.ids, added.add_bos, prefix, added.swallowing)
 
     @functools.cached_property
     def _model(self) -> sentencepiece.SentencePieceProcessor:
-        return open_model(self.path)  # only in an unpickled copy, which comes without it
+        return open_model(self.path)[0]  # only in an unpickled copy, which comes without it
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_model"}
@@ -108,8 +122,13 @@ class Tokenizer:
 
     def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
         """Ids of head + text in ONE SentencePiece call, and how many of them hold any byte of `head`."""
-        ids = self._model.encode(head + text)
-        head_ids, missing = 0, len(head.encode())
+        if not head and not text:
+            return [], 0
+        space = " " if self.prefix == "every" else ""
+        ids = self._model.encode(space + head + text)
+        if not text:
+            return ids, len(ids)
+        head_ids, missing = 0, len((space + head).encode()) if head else 0
         while missing > 0 and head_ids < len(ids):
             missing -= self._byte_length(ids[head_ids])
             head_ids += 1
@@ -120,27 +139,40 @@ class Tokenizer:
 
     def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
         """Ids of text, without bos and eos. `special` as in split."""
-        ids = []
-        for atom in self.split(text, special):
-            ids += [atom] if isinstance(atom, int) else self._model.encode(atom)
+        ids, before = [], None
+        for i, atom in enumerate(self.split(text, special)):
+            if isinstance(atom, int):
+                ids += [atom] if i else [*self.start_ids, atom]
+            elif before in self.swallowing:
+                ids += self.encode_plain("", atom.lstrip())[0]
+            else:
+                ids += self.encode_plain("", atom if i or self.prefix != "first" else " " + atom)[0]
+            before = atom
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids. Added tokens are dropped or written out. Raises IndexError on an id that is none."""
-        text, run = "", []
+        text, run, prefix = "", [], ""
         for id in map(int, ids):
             if id not in self._texts:
                 run.append(id)
             elif not skip_special:
-                text, run = text + self._model.decode(run) + self._texts[id], []
-        return text + self._model.decode(run)
+                text += self._model.decode(run).removeprefix(prefix) + self._texts[id]
+                # What follows an added token was encoded with a space in front, which is not part of the text.
+                run, prefix = [], " " if self.prefix == "every" else ""
+        return text + self._model.decode(run).removeprefix(prefix)
+
+    def piece(self, id: int) -> str:
+        """The text of an id as the vocabulary writes it, also where it is no text on its own, such as a byte."""
+        return self._texts.get(id) or self._model.id_to_piece(id)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the ids: the model file, the added tokens, the bos rule."""
-        rest = json.dumps([sorted(self.added.items()), self.add_bos])
+        rest = json.dumps([sorted(self.added.items()), self.add_bos, self.prefix, sorted(self.swallowing)])
         return hashlib.sha256(self.path.read_bytes() + rest.encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files that `load` needs, so that the folder stands alone."""
         model = self.path.read_bytes()
-        write_tokenizer_files(folder, model, self.added, add_bos=self.add_bos, pieces=self._pieces)
+        write_tokenizer_files(folder, model, self.added, add_bos=self.add_bos, legacy=self.prefix != "first",
+                              swallowing=[self._texts[id] for id in self.swallowing], pieces=self._pieces)

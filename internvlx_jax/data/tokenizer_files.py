@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.files import written_aside
@@ -44,24 +46,42 @@ def find_model(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"{model} does not exist. Name a folder with tokenizer.model, or that file.")
 
 
-def open_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Opens tokenizer.model. Raises ConfigError if it is no SentencePiece model, or has a dummy prefix."""
+def open_model(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, bool]:
+    """(tokenizer.model opened so that it adds nothing to a text, whether on its own it puts a space before each).
+
+    Raises ConfigError if it is no SentencePiece model.
+    """
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:  # OSError up to SentencePiece 0.2.0
         raise ConfigError(
             f"{path} is not a SentencePiece model ({error}). Fetch the file itself, not its Git LFS pointer."
         ) from error
-    if model.id_to_piece(model.encode("a")[0]).startswith("▁"):
-        raise ConfigError(
-            f"{path}: this SentencePiece model puts a space before every text (Llama and Phi-3 tokenizers), "
-            "which is not supported yet. Use a checkpoint with an InternLM2 tokenizer."
-        )
-    return model
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    if not proto.normalizer_spec.add_dummy_prefix:
+        return model, False
+    proto.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), True
 
 
-def read_added_tokens(folder: Path, *, pieces: int) -> tuple[dict[str, int], bool]:
-    """(text -> id of the added tokens, whether bos is added) for a model of `pieces` pieces.
+class AddedTokens(NamedTuple):
+    """What the files beside tokenizer.model say.
+
+    Attributes
+      ids: text -> id of the added tokens.
+      add_bos: whether bos is added.
+      legacy: with a model that puts a space before texts: before every stretch between added tokens, or once.
+      swallowing: added tokens that take the white space to their right with them.
+    """
+
+    ids: dict[str, int]
+    add_bos: bool
+    legacy: bool
+    swallowing: frozenset[str]
+
+
+def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
+    """The added tokens of a model of `pieces` pieces.
 
     Read from added_tokens.json and tokenizer_config.json; for InternLM2's 92,544 pieces the known ids fill
     gaps. Raises FileNotFoundError for another model without these files, ValueError if they contradict.
@@ -85,7 +105,9 @@ def read_added_tokens(folder: Path, *, pieces: int) -> tuple[dict[str, int], boo
     ids = list(added.values())
     if twice := [text for text, id in added.items() if ids.count(id) > 1]:
         raise ConfigError(f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json.")
-    return added, config.get("add_bos_token", True)
+    swallowing = frozenset(entry["content"] for entry in config.get("added_tokens_decoder", {}).values()
+                           if entry.get("rstrip"))
+    return AddedTokens(added, config.get("add_bos_token", True), config.get("legacy", True), swallowing)
 
 
 def _read_object(path: Path) -> dict:
@@ -101,7 +123,8 @@ def _read_object(path: Path) -> dict:
 
 
 def write_tokenizer_files(
-    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, pieces: int
+    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, pieces: int,
+    legacy: bool = True, swallowing: Collection[str] = ()
 ) -> None:
     """Writes the three files, each aside and then renamed, so that a reader never meets half a file.
 
@@ -112,12 +135,14 @@ def write_tokenizer_files(
     config = {
         "add_bos_token": add_bos,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(id): {"content": text, **flags} for text, id in by_id},
+        "added_tokens_decoder": {
+            str(id): {"content": text, **flags, "rstrip": text in swallowing} for text, id in by_id
+        },
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "</s>",
         "unk_token": "<unk>",
-    }
+    } | ({} if legacy else {"legacy": False})
     files = {
         "tokenizer.model": model,
         "added_tokens.json": _dump({text: id for text, id in by_id if id >= pieces}),

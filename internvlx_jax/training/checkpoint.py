@@ -31,7 +31,8 @@ from internvlx_jax.models.params import AbstractModel
 
 # Settings that a resumed run may change: none of them touches what is computed.
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
-              "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta"}
+              "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta",
+              "train.data.index_dir", "train.data.faults.max_share"}
 
 # The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
 SHARED_WRITING = ocp.Context()
@@ -66,8 +67,10 @@ class CheckpointWriter:
         self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
 
     def load(self, step: int, params: Mapping[str, jax.ShapeDtypeStruct], opt_state: Any,
-             plan_hash: str) -> tuple[dict[str, jax.Array], Any]:
+             data: Mapping[str, Any]) -> tuple[dict[str, jax.Array], Any]:
         """Parameters and optimiser state after `step` updates, placed as the abstract leaves' shardings say.
+
+        data: the position that the data pipeline would go on from.
 
         Raises CheckpointError with every mismatch, or when the data would not go on in the saved order.
         """
@@ -75,14 +78,24 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": _by_path(opt_state)}
         problems = [problem for name, leaves in items.items()
                     for problem in _mismatches(name, stored.metadata[name], leaves)]
-        if stored.custom_metadata["data"]["plan_hash"] != plan_hash:
-            problems.append("the data (samples, tokenizer, buckets, batch size or seed) changed since this checkpoint, "
-                            "so its order cannot go on; restore it, or start a new output_dir with init_from")
+        saved = stored.custom_metadata.get("data", {})
+        if saved.get("plan_hash") != data["plan_hash"]:
+            changed = [name for name, part in data["parts"].items() if saved.get("parts", {}).get(name) != part]
+            problems.append(f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go on; "
+                            "restore it, or start a new output_dir with init_from")
         if problems:
             raise CheckpointError(self._checkpointer.directory / str(step), problems)
         loaded = self._checkpointer.load_checkpointables(step, items)
         leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
         return loaded["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def saved_position(run: Path) -> dict[str, Any] | None:
+    """Where the newest checkpoint of a run stands in its data; None without a checkpoint, or when that has no data."""
+    steps = [int(step.name) for step in (run / "checkpoints").glob("[0-9]*") if step.name.isdigit()]
+    if not steps:
+        return None
+    return ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata.get("data")
 
 
 class RunFolder:

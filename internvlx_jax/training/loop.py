@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from internvlx_jax.config import to_dict
 from internvlx_jax.convert.source import open_checkpoint
@@ -20,14 +22,16 @@ from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.params import abstract_model, init_params
-from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
+from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_position
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.freeze import describe, frozen_paths
 from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
 from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, data_parallel_size, make_mesh,
-                                             optimizer_shardings, param_shardings, placed, replicated)
+                                             optimizer_shardings, param_shardings, placed, replicated, row_share)
 from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
+
+QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
 
 
 def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, float]:
@@ -40,7 +44,6 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     # --- mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
-    row_quantum = data_parallel_size(mesh) * config.compute.accumulation
 
     # --- model, abstract ------------------------------------------------------------------------------------------
     source = None if config.init_from is None else open_checkpoint(config.init_from)
@@ -55,18 +58,13 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     # --- data -----------------------------------------------------------------------------------------------------
     tokenizer = _tokenizer(config, source, model_config)
-    prompt = model_config.prompt
-    processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
-                          model_config.tokens_per_tile, config.data.special_text, model_config.lvtc)
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    loader = Loader(config.data.meta, config.data, processor, row_quantum=row_quantum, seed=config.seed, **hosts)
-    validation = None
-    if config.data.val_meta is not None:
-        validation = Loader(config.data.val_meta, config.data, processor, row_quantum=row_quantum, seed=0, **hosts)
-    steps = config.steps or config.epochs * loader.steps_per_epoch
-    speak(f"{len(loader.samples):,} samples, {loader.steps_per_epoch:,} steps an epoch, {steps:,} steps, "
-          f"{len(loader.buckets)} buckets (tiles x length x rows): "
-          + ", ".join(f"{b.tiles}x{b.length}x{loader.rule.rows(b)}" for b in loader.buckets))
+    loader, validation = _loaders(config, model_config, tokenizer, mesh, saved_position(run))
+    steps = config.steps or loader.plan.total
+    speak(f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
+          f"{len(loader.plan.buckets)} buckets (tiles x length x rows): "
+          + ", ".join(f"{b.tiles}x{b.length}x{rows}" for b, rows in zip(loader.plan.buckets, loader.plan.rows)))
+    if loader.index_faults.reasons:
+        speak(f"left out, see {QUARANTINE.format(0)} in the run folder: {loader.index_faults.summary()}")
 
     # --- optimiser and steps --------------------------------------------------------------------------------------
     schedule = make_schedule(config.optimizer, steps)
@@ -84,12 +82,14 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}
     resuming = prepare_run_folder(run, settings, tokenizer)
+    for each in filter(None, (loader, validation)):
+        each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
     checkpoints = CheckpointWriter(run, config.keep_last)
     if resuming:
         first = checkpoints.latest_step
         opt_shapes = jax.eval_shape(optimizer.init, trained)
         params, opt_state = checkpoints.load(first, placed(abstract.shapes, shardings),
-                                             placed(opt_shapes, opt_shardings), loader.plan_hash)
+                                             placed(opt_shapes, opt_shardings), loader.state(first))
         speak(f"resuming {run} at step {first}")
     elif source is not None:
         first, transferred = 0, transfer(source, model_config, abstract, mesh, seed=config.seed)
@@ -109,13 +109,12 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
 
     def validate(params) -> dict[str, float]:
         sums = np.sum([jax.device_get(eval_step(params, put(loaded)))
-                       for loaded in validation.steps(0, validation.steps_per_epoch)], axis=0)
+                       for loaded in validation.steps(0, validation.plan.total)], axis=0)
         loss, weight, exact, answers = sums.tolist()
         return {"eval/loss": loss / weight, "eval/exact": exact / answers}
 
     def save(step: int, state: TrainState) -> None:
-        data = {"version": 1, "plan_hash": loader.plan_hash, "epoch": step // loader.steps_per_epoch, "step": step}
-        checkpoints.save(step, state.params(), state.opt_state, {**settings, "data": data})
+        checkpoints.save(step, state.params(), state.opt_state, {**settings, "data": loader.state(step)})
 
     last = steps if stop_after is None else min(steps, first + stop_after)
     writer = MetricsWriter(run, first) if jax.process_index() == 0 else None
@@ -136,16 +135,19 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     throughput, window = Throughput(), []
     # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
     with checkpoints:
-        for step, loaded, batch in _ahead(loader.steps(first, last), put, first):
+        for step, loaded, batch in _ahead(throughput.waited(loader.steps(first, last)), put, first):
             compiled, started = train_step._cache_size(), time.perf_counter()
             state, metrics = train_step(state, batch)
             if train_step._cache_size() > compiled:
                 throughput.pause(time.perf_counter() - started)
-            throughput.add(loaded.counts, batch.labels.size)
+            throughput.add(loaded.counts)
             window.append(metrics)
             done = step + 1
             if done % config.log_every == 0 or done == last:
+                faults = _of_all_processes(loader.faults.totals())
+                loader.faults.judge(faults)  # by all processes alike, so that they stop together
                 values = window_means(jax.device_get(window)) | throughput.take()
+                values["bad_samples"] = int(faults[:, 1].sum())
                 values["executables"] = train_step._cache_size()
                 window.clear()
                 speak(progress_line(done, steps, values))
@@ -158,6 +160,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
             throughput.pause(time.perf_counter() - paused)
     if writer:
         writer.close()
+    if loader.faults.reasons:
+        speak(f"bad samples in this process: {loader.faults.summary()}")
     return latest
 
 
@@ -171,6 +175,45 @@ def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, 
         waiting = coming
     if waiting is not None:
         yield waiting
+
+
+def _loaders(config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh,
+             position: Mapping[str, Any] | None) -> tuple[Loader, Loader | None]:
+    """Training and validation data; process 0 makes the indexes, the others find them. Raises ConfigError, on all
+    processes, when the processes see different data or when the rows of a saved position do not fit the devices."""
+    data, prompt = config.data, model_config.prompt
+    processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
+                          model_config.tokens_per_tile, data.special_text, model_config.lvtc, data.images)
+    shards = data_parallel_size(mesh) * config.compute.accumulation
+    row_quantum = (position or {}).get("row_quantum") or data.row_quantum or shards
+    if row_quantum % shards:
+        raise ConfigError(f"the rows of a step come in multiples of {row_quantum} (data.row_quantum), which {shards} parts "
+                          "(data-parallel devices * compute.accumulation) do not divide; use fewer devices, or begin the "
+                          "run with a larger data.row_quantum")
+    index, count = row_share(mesh)
+
+    def make() -> tuple[Loader, Loader | None]:
+        common = dict(process_index=index, process_count=count, progress=jax.process_index() == 0)
+        training = Loader(data.meta, data, processor, row_quantum=row_quantum, seed=config.seed, state=position,
+                          epochs=config.epochs if config.steps is None else None, **common)
+        if data.val_meta is None:
+            return training, None
+        return training, Loader(data.val_meta, data, processor, row_quantum=shards, seed=0, epochs=1, **common)
+
+    try:
+        made = make() if jax.process_index() == 0 else None
+    finally:
+        multihost_utils.sync_global_devices("index made")
+    loaders = made or make()
+    plans = np.array([int(loader.plan_hash[:7], 16) for loader in loaders if loader], np.int32)
+    if (multihost_utils.process_allgather(plans) != plans).any():
+        raise ConfigError("the processes see different training data, so their steps would differ; give all of them the "
+                          f"same files, tokenizer and versions of NumPy (this one: {loaders[0].plan_hash})")
+    return loaders
+
+
+def _of_all_processes(counts: np.ndarray) -> np.ndarray:
+    return np.sum(multihost_utils.process_allgather(counts.astype(np.int32)), axis=0)
 
 
 def _tokenizer(config: TrainConfig, source, model_config: ModelConfig) -> Tokenizer:

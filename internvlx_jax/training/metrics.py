@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -13,6 +14,8 @@ from tensorboardX import SummaryWriter
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.files import write_text
 from internvlx_jax.training.step import Metrics
+
+T = TypeVar("T")
 
 
 class MetricsWriter:
@@ -46,31 +49,45 @@ class Throughput:
     def __init__(self) -> None:
         self._reset()
 
-    def add(self, counts: StepCounts, slots: int) -> None:
-        """slots: padded token slots of the step."""
+    def waited(self, steps: Iterable[T]) -> Iterator[T]:
+        """The same steps; the time until each one comes counts as waiting for data."""
+        iterator = iter(steps)
+        while True:
+            started = time.perf_counter()
+            try:
+                step = next(iterator)
+            except StopIteration:
+                return
+            self._waiting += time.perf_counter() - started
+            yield step
+
+    def add(self, counts: StepCounts) -> None:
         self._steps += 1
-        self._slots += slots
         self._totals = StepCounts(*map(sum, zip(self._totals, counts)))
 
     def pause(self, seconds: float) -> None:
         self._paused += seconds
 
     def take(self) -> dict[str, float]:
-        """Rates since the last call: real tokens, tiles and images a second, seconds a step, share of real tokens."""
+        """Rates since the last call: real tokens, tiles and images a second, seconds a step, shares of real tokens and
+        tiles, rows without a sample, share of the time that the step waited for data."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rates = {
             "tokens_per_s": self._totals.tokens / seconds,
             "tiles_per_s": self._totals.tiles / seconds,
             "images_per_s": self._totals.images / seconds,
             "step_s": seconds / max(self._steps, 1),
-            "token_fill": self._totals.tokens / max(self._slots, 1),
+            "token_fill": self._totals.tokens / max(self._totals.slots, 1),
+            "tile_fill": self._totals.tiles / max(self._totals.tile_slots, 1),
+            "masked_rows": self._totals.masked_rows,
+            "data_wait_share": min(1.0, self._waiting / seconds),
         }
         self._reset()
         return rates
 
     def _reset(self) -> None:
-        self._start, self._paused = time.perf_counter(), 0.0
-        self._steps, self._slots, self._totals = 0, 0, StepCounts(0, 0, 0, 0)
+        self._start, self._paused, self._waiting = time.perf_counter(), 0.0, 0.0
+        self._steps, self._totals = 0, StepCounts(*[0] * len(StepCounts._fields))
 
 
 def window_means(window: Sequence[Metrics]) -> dict[str, float]:

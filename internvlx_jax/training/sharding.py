@@ -89,6 +89,21 @@ def activation_shardings(mesh: Mesh) -> ActivationShardings:
     return ActivationShardings(batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the rows of a batch, cut in `count` equal parts, that this process's devices hold.
+
+    Processes that share their rows, e.g. along the tensor axis, get the same part. Raises ConfigError when the rows of
+    a process are not next to each other.
+    """
+    shards = data_parallel_size(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    rows = sorted({index[0].start or 0 for index in held.values()})
+    if shards % len(rows) or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
+        raise ConfigError(f"mesh {dict(mesh.shape)}: a process would hold the parts {rows} of the {shards} parts of a "
+                          "batch; choose mesh.data and mesh.fsdp so that those of a process are consecutive")
+    return rows[0] // len(rows), shards // len(rows)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from internvlx_jax.data.chat import read_chat_file
+from internvlx_jax.data.chat import parse_sample
 from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.meta import DatasetEntry, read_meta
+from internvlx_jax.data.sources import JsonLines, read_sample
 
 Q, A = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 
@@ -17,15 +18,9 @@ def human(text: str) -> dict:
     return {"from": "human", "value": text}
 
 
-def entry(folder: Path, *lines: object, **fields: object) -> DatasetEntry:
-    path = folder / "a.jsonl"
-    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
-    return DatasetEntry(name="d", root=str(folder), annotation=str(path), **fields)
-
-
 def only(folder: Path, line: object):
-    (sample,) = read_chat_file(entry(folder, line))
-    return sample
+    return parse_sample(line if isinstance(line, bytes) else json.dumps(line).encode(), dataset="d", line=1,
+                        where="a.jsonl line 1", root=str(folder))
 
 
 def write_meta(folder: Path, **fields: object) -> Path:
@@ -42,7 +37,8 @@ def test_receipts_from_any_directory(shared_data, tmp_path, monkeypatch):
     for folder in (tmp_path, shared_data):
         monkeypatch.chdir(folder)
         (dataset,) = read_meta(shared_data / "receipts_meta.json")
-        samples.append(read_chat_file(dataset))
+        source = JsonLines(dataset.annotation, dataset.annotation)
+        samples.append([read_sample(source, dataset, position) for position in range(len(source))])
         assert len(samples[-1]) == dataset.length == 128
         assert all(os.path.isfile(sample.images[0]) for sample in samples[-1])
     first = samples[0][0]
@@ -132,40 +128,41 @@ def test_system_and_leading_gpt_turns(tmp_path):
             "unreadable",
             "s3://a/b.jpg is not a local file",
         ),
+        ({"video": "a.mp4", "conversations": [Q, A]}, "missing_decoder", "video files are not decoded"),
+        ({"video": ["a.mp4"], "conversations": [Q, A]}, "missing_decoder", "video files are not decoded"),
+        ({"video": "a", "clip": [0, 1], "conversations": [Q, A]}, "missing_decoder", '"clip" gives seconds'),
+        ({"video": "a", "image": "b", "conversations": [Q, A]}, "json", '"image" or "video", not both'),
+        ({"video": 5, "conversations": [Q, A]}, "json", '"video" must be a folder or a list of frames, got 5'),
         (
-            {"video": "a.mp4", "conversations": [Q, A]},
-            "missing_decoder",
-            "video samples are not supported yet",
+            {"video": "a", "conversations": [human("<video> <video>"), A]},
+            "placeholder_mismatch",
+            'one "<video>" in the first human turn',
         ),
-        ({"video": "a.mp4", "image": "b", "conversations": [Q, A]}, "missing_decoder", "not supported yet"),
+        (
+            {"video": "a", "conversations": [human("<video> <image>"), A]},
+            "placeholder_mismatch",
+            'no "<image>"',
+        ),
+        (b"[" * 100_000, "json", "not valid JSON"),
     ],
 )
 def test_bad_lines_name_file_and_line(tmp_path, line, reason, message):
-    good = {"conversations": [Q, A]}
-    bad = entry(tmp_path, good, line, good)
     with pytest.raises(SampleError) as error:
-        read_chat_file(bad)
+        only(tmp_path, line)
     assert error.value.reason == reason
     head, remedy = str(error.value).split("\n")
-    assert head.startswith(f"{bad.annotation} line 2: ") and message in str(error.value) and remedy
-
-    found = []
-    samples = read_chat_file(bad, on_bad=lambda number, error: found.append((number, error.reason)))
-    assert found == [(2, reason)] and [sample.line for sample in samples] == [1, 3]
+    assert head.startswith("a.jsonl line 1: ") and message in str(error.value) and remedy
 
 
-@pytest.mark.parametrize(
-    "repeat_time, lines", [(1, [1, 2, 3, 5]), (0.5, [1, 2]), (0.74, [1, 2]), (0, []), (2, [1, 2, 3, 5] * 2)]
-)
-def test_repeat_time(tmp_path, repeat_time, lines):
-    good = {"conversations": [Q, A]}
-    samples = read_chat_file(entry(tmp_path, good, good, good, b"  ", good, repeat_time=repeat_time))
-    assert [sample.line for sample in samples] == lines
-
-
-def test_wrong_length_is_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match='has 1 lines, but the meta file gives dataset "d" the "length" 3'):
-        read_chat_file(entry(tmp_path, {"conversations": [Q, A]}, length=3))
+def test_empty_lines_do_not_count(tmp_path):
+    good = json.dumps({"conversations": [Q, A]})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n  \n{good}\nbroken\n{good}")
+    source = JsonLines("a.jsonl", str(tmp_path / "a.jsonl"))
+    assert len(source) == 4 and source.lines.tolist() == [1, 4, 5, 6]
+    dataset = DatasetEntry("d", annotation="a.jsonl")
+    assert [read_sample(source, dataset, position).line for position in (3, 0)] == [6, 1]
+    with pytest.raises(SampleError, match="a.jsonl line 5: not valid JSON"):
+        read_sample(source, dataset, 2)
 
 
 def test_meta_fields(tmp_path, monkeypatch):
@@ -197,7 +194,7 @@ def test_unknown_field_is_a_warning(tmp_path):
         ({"annotation": "a.json"}, ValueError, "must name a .jsonl file, got 'a.json'"),
         ({"annotation": "b.jsonl"}, FileNotFoundError, '"annotation" does not exist; tried b.jsonl and .*/b'),
         ({"root": "nowhere"}, FileNotFoundError, '"root" does not exist; tried nowhere and'),
-        ({"root": 3}, ValueError, '"root" must be a folder, got 3'),
+        ({"root": 3}, ValueError, '"root" must be a text, got 3'),
         ({"root": "s3://bucket/a"}, ValueError, '"root" is s3://bucket/a; s3:// cannot be read'),
         ({"repeat_time": 1.5}, ValueError, "below 1 or a whole number, got 1.5"),
         ({"repeat_time": -1}, ValueError, '"repeat_time" must be'),
@@ -205,7 +202,11 @@ def test_unknown_field_is_a_warning(tmp_path):
         ({"max_dynamic_patch": 0}, ValueError, '"max_dynamic_patch" must be a whole number above 0, got 0'),
         ({"tile_rule": "egde"}, ValueError, '"tile_rule" must be one of edge, area, off'),
         ({"conv_style": "internvl2.5"}, ValueError, '"conv_style": template .* Did you mean "internvl2_5"'),
-        ({"data_augment": True}, ValueError, '"data_augment" is not supported yet. Set it to false'),
+        ({"data_augment": 1}, ValueError, '"data_augment" must be true or false, got 1'),
+        ({"weight": 0}, ValueError, '"weight" must be a number above 0, got 0'),
+        ({"array_record": "x"}, ValueError, "has annotation and array_record; keep one of them"),
+        ({"annotation": ..., "array_record": "x-*"}, FileNotFoundError, '"array_record" does not exist; tried x-'),
+        ({"annotation": ..., "tfds": "a:1.0.0"}, ValueError, '"tfds" needs "builder": "module:function"'),
     ],
 )
 def test_bad_meta_fields(tmp_path, fields, kind, message):

@@ -1,7 +1,6 @@
 """Ids, labels and image slots against the release (spec: data.md 3 to 6).
 
-Golden cases are those of internlm2-chat. Hermes-2 and phi3-chat need tokenizers with a dummy prefix, which
-are not supported yet, so their golden labels are out of scope; test_templates.py covers their strings.
+Golden cases are those of internlm2-chat, Hermes-2 and phi3-chat, each with the kind of tokenizer it is used with.
 """
 
 import json
@@ -20,8 +19,10 @@ from internvlx_jax.data.tokenizer import Tokenizer
 CHAT = get_template("internlm2-chat")
 V2_5 = get_template("internvl2_5")
 
-# Deliberate differences from the release's labels (data.md 6): case -> index of the turn that is masked here.
-MASKED_HERE = {"ends_with_human": -1}
+# Deliberate differences from the release (data.md 6): a last question without an answer is masked here. The release
+# supervises it under internlm2-chat and drops the whole sample under the other templates.
+ENDS_WITH_HUMAN = "ends_with_human"
+TOKENIZERS = {"internlm2-chat": "standin", "Hermes-2": "hermes", "phi3-chat": "phi3"}
 
 
 def encode(tokenizer, turns, tiles=(), n=4, template=CHAT, system=None, **kwargs):
@@ -43,16 +44,18 @@ def supervised_runs(encoded) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["group_by_length", "pad_to_max"])
-def test_golden_labels(golden, standin, mode):
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_golden_labels(name, mode, golden, request):
+    tokenizer, template = request.getfixturevalue(TOKENIZERS[name]), get_template(name)
     rows = json.loads((golden / "labels" / "labels.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if row["template"] == CHAT.name and row["mode"] == mode]
+    rows = [row for row in rows if row["template"] == name and row["mode"] == mode]
     assert len(rows) == 13
     for row in rows:
         turns = [(turn["from"], turn["value"]) for turn in row["conversation"]]
         turns = turns[turns[0][0] == "gpt" :]  # as chat.py does
         tokens_per_image = [] if row["text_only"] else row["num_image_token_list"]
         n = min(tokens_per_image, default=4)
-        arguments = standin, turns, [tokens // n for tokens in tokens_per_image], n
+        arguments = tokenizer, turns, [tokens // n for tokens in tokens_per_image], n, template
         if row["case"] == "empty_answer":
             with pytest.raises(SampleError) as error:
                 encode(*arguments)
@@ -63,21 +66,53 @@ def test_golden_labels(golden, standin, mode):
         assert encoded.tokens.dtype == encoded.labels.dtype == encoded.tile_start.dtype == np.int32
         length = sum(row["attention_mask"])
         assert encoded.tokens.tolist() == row["input_ids"][:length], row["case"]
-        assert set(row["input_ids"][length:]) <= {standin.pad_id}
+        assert set(row["input_ids"][length:]) <= {row["pad_token_id"]}
         expected = np.array(row["labels"])
-        if row["case"] in MASKED_HERE:
-            starts = np.flatnonzero(encoded.tokens == standin.token_id("<|im_start|>"))
-            masked = slice(starts[MASKED_HERE[row["case"]]], None)
+        if row["case"] == ENDS_WITH_HUMAN and name == "internlm2-chat":
+            masked = slice(np.flatnonzero(encoded.tokens == tokenizer.token_id("<|im_start|>"))[-1], None)
             assert (expected[masked] != IGNORED).any(), "the release no longer differs"
             expected[masked] = IGNORED
+        elif row["case"] == ENDS_WITH_HUMAN:
+            assert (expected == IGNORED).all(), "the release no longer differs"
+            answers = [text for role, text in turns if role == "gpt"]
+            runs = [tokenizer.decode(run[:-1]) for run in supervised_runs(encoded)]
+            assert runs == answers and {run[-1] for run in supervised_runs(encoded)} == {tokenizer.token_id(template.stop)}
+            continue
         assert encoded.labels.tolist() == expected[:length].tolist(), row["case"]
         slots = [start + i for start in encoded.tile_start for i in range(n)]
-        assert slots == np.flatnonzero(encoded.tokens == standin.image_token_id).tolist()
+        assert slots == np.flatnonzero(encoded.tokens == tokenizer.image_token_id).tolist()
 
 
-def test_golden_prompts(golden, standin):
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_supervised_tokens_of_the_golden_rows_are_the_answers(name, golden, request):
+    """Decoded back: each answer and its separator, nothing else."""
+    tokenizer, template = request.getfixturevalue(TOKENIZERS[name]), get_template(name)
+    rows = json.loads((golden / "labels" / "labels.json").read_text(encoding="utf-8"))
+    seen = 0
+    for row in rows:
+        if row["template"] != name or row["mode"] != "group_by_length" or row["case"] == "empty_answer":
+            continue
+        turns = [(turn["from"], turn["value"]) for turn in row["conversation"]]
+        tokens_per_image = [] if row["text_only"] else row["num_image_token_list"]
+        n = min(tokens_per_image, default=4)
+        encoded = encode(tokenizer, turns[turns[0][0] == "gpt" :], [tokens // n for tokens in tokens_per_image], n, template)
+        answers = [text for role, text in turns[turns[0][0] == "gpt" :] if role == "gpt"]
+        if template.strip_values:
+            answers = [answer.strip() for answer in answers]
+        found = [tokenizer.decode(run, skip_special=False) for run in supervised_runs(encoded)]
+        stop = template.stop
+        # White space in front of an answer belongs to the header's token, or is swallowed by it.
+        assert [text.removesuffix(stop).strip() for text in found] == [answer.strip() for answer in answers], row["case"]
+        assert all(text.endswith(stop) for text in found)
+        seen += len(found)
+    assert seen >= 12
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_golden_prompts(name, golden, request):
+    tokenizer, template = request.getfixturevalue(TOKENIZERS[name]), get_template(name)
     rows = json.loads((golden / "labels" / "chat.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if row["template"] == CHAT.name]
+    rows = [row for row in rows if row["template"] == name]
     assert len(rows) == 7
     for row in rows:
         tiles = row.get("num_patches_list") or [row["pv"] or 0]
@@ -88,8 +123,8 @@ def test_golden_prompts(golden, standin):
         ):
             arguments = dict(
                 history=row.get("history", ()),
-                template=CHAT,
-                tokenizer=standin,
+                template=template,
+                tokenizer=tokenizer,
                 tokens_per_tile=row["num_image_token"],
             )
             if row["case"] == "history_no_tag":  # the release drops the image from the prompt: an error here

@@ -2,13 +2,16 @@
 
 import collections
 import csv
-import dataclasses
+import pickle
+import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from internvlx_jax.data.plan import (LENGTH_STEP, MASKED, TILE_BUCKETS, BatchRule, Bucket, assign_buckets, epoch_steps,
-                                     plan_hash, smallest_bucket)
+from internvlx_jax.data.packing import best_fit
+from internvlx_jax.data.plan import (LENGTH_STEP, TILE_BUCKETS, BatchRule, Bucket, EntryStream, PackedStream, Plan,
+                                     assign_buckets, smallest_bucket)
 from internvlx_jax.data.tiles import TileConfig, tile_count
 from internvlx_jax.errors import ConfigError
 
@@ -23,38 +26,77 @@ def samples(seed: int, n: int = 500) -> tuple[np.ndarray, np.ndarray]:
     return tiles, tiles * 16 + rng.integers(8, 700, n)
 
 
-@pytest.fixture(scope="module")
-def buckets() -> list[Bucket]:
-    return assign_buckets(*samples(0), max_executables=10)
+def bucket_plan(tiles, lengths, *, seed=1, epochs=None, rates=(1, 1), rule=RULE, near=0) -> Plan:
+    """Two data sets, even samples and odd ones."""
+    buckets, code = assign_buckets(tiles, lengths, max_executables=10)
+    numbers = np.arange(len(tiles))
+    streams = [EntryStream(seed, b, {d: found for d in (0, 1) if len(found := numbers[(code == b) & (numbers % 2 == d)])},
+                           [Fraction(rate) for rate in rates]) for b in range(len(buckets))]
+    return Plan(buckets, [rule.rows(bucket) for bucket in buckets], streams, seed=seed, epochs=epochs, near=near)
+
+
+def packed_plan(tiles, lengths, *, seed=1, epochs=None, rates=(1, 1), rule=RULE, known=(0, 0)) -> Plan:
+    bucket, numbers = Bucket(40, 2048), np.arange(len(tiles))
+    entries = EntryStream(seed, 0, {d: numbers[numbers % 2 == d] for d in (0, 1)}, [Fraction(rate) for rate in rates])
+    stream = PackedStream(entries, tiles, lengths, bucket=bucket, open_rows=16, known=known)
+    return Plan([bucket], [rule.rows(bucket)], [stream], seed=seed, epochs=epochs, near=known[0])
+
+
+PLANS = pytest.mark.parametrize("make", [bucket_plan, packed_plan])
+
+
+def entries(steps):
+    return [sample for step in steps for row in step.rows for sample in row]
+
+
+def epoch(plan, number):
+    return [plan.step(step) for step in range(plan.first_step(number), plan.first_step(number + 1))]
 
 
 @pytest.mark.parametrize("tiles, length, bucket", [
     (0, 1, (0, 128)), (0, 128, (0, 128)), (0, 129, (0, 256)), (1, 300, (1, 384)), (2, 10, (3, 128)),
-    (7, 1900, (7, 1920)), (9, 10, (12, 128)), (24, 10, (24, 128)), (25, 10, (32, 128)),
+    (7, 1900, (7, 1920)), (9, 10, (9, 128)), (14, 10, (16, 128)), (24, 10, (24, 128)), (25, 10, (32, 128)),
 ])  # fmt: skip
 def test_the_smallest_bucket_of_a_sample(tiles, length, bucket):
     assert smallest_bucket(tiles, length) == Bucket(*bucket)
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_each_entry_stands_exactly_once_in_an_epoch(buckets, epoch):
-    steps = epoch_steps(buckets, RULE, seed=1, epoch=epoch)
-    entries = [entry for step in steps for entry in step.entries if entry != MASKED]
-    assert sorted(entries) == list(range(len(buckets)))
+@PLANS
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_each_sample_comes_once_an_epoch(make, epochs):
+    plan = make(*samples(0), epochs=epochs)
+    found = collections.Counter(entries(plan.step(step) for step in range(plan.total)))
+    assert set(found) == {(sample, cycle) for sample in range(500) for cycle in range(epochs)}
+    assert set(found.values()) == {1}
 
 
-def test_every_step_has_one_bucket_and_only_the_remainder_is_masked(buckets):
-    steps = epoch_steps(buckets, RULE, seed=1, epoch=0)
-    masked = collections.Counter()
+@PLANS
+def test_every_step_has_one_bucket_and_only_the_remainder_is_masked(make):
+    tiles, lengths = samples(0)
+    plan = make(tiles, lengths, epochs=2)
+    steps = [plan.step(number) for number in range(plan.total)]
+    assert [step.number for step in steps] == list(range(plan.total))
     for step in steps:
-        assert len(step.entries) == RULE.rows(step.bucket)
-        real = [entry for entry in step.entries if entry != MASKED]
-        assert real and {buckets[entry] for entry in real} == {step.bucket}
-        assert list(step.entries) == real + [MASKED] * (len(step.entries) - len(real))
-        masked[step.bucket] += MASKED in step.entries
-    assert max(masked.values()) == 1, "at most the last step of a bucket holds masked rows"
-    for bucket, count in collections.Counter(buckets).items():
-        assert sum(step.bucket == bucket for step in steps) == -(-count // RULE.rows(bucket))
+        assert len(step.rows) == RULE.rows(step.bucket)
+        for row in step.rows:
+            shape = np.array([(tiles[sample.sample], lengths[sample.sample]) for sample in row]).reshape(-1, 2).sum(0)
+            assert shape[0] <= step.bucket.tiles and shape[1] <= step.bucket.length
+            assert len(row) <= 1 or make is packed_plan
+    whole, rest = steps[: plan.first_step(2)], steps[plan.first_step(2) :]
+    assert all(all(step.rows) for step in whole), "what an epoch leaves over begins the next one"
+    assert len({step.bucket for step in rest}) == len(rest) and (rest or make is packed_plan)
+
+
+@PLANS
+def test_a_remainder_begins_the_next_epoch(make):
+    """The bucket of one sample fills a step of four rows after four epochs."""
+    tiles, lengths = np.array([0] * 9 + [7]), np.array([1900] * 9 + [2000])
+    plan = make(tiles, lengths)
+    seen = [sample for number in range(4) for sample in entries(epoch(plan, number))]
+    counts = collections.Counter(sample for sample, _ in seen)
+    assert counts[9] == 4 and all(3 <= counts[sample] <= 4 for sample in range(9))
+    for sample in range(10):
+        assert [cycle for found, cycle in sorted(seen) if found == sample] == list(range(counts[sample]))
 
 
 def test_rows_are_whole_quanta_and_keep_steps_near_tokens_per_step():
@@ -80,34 +122,116 @@ def test_samples_mode_has_one_number_of_rows():
         BatchRule(row_quantum=4, samples=10).rows(Bucket(0, 128))
 
 
-def test_the_plan_is_a_pure_function(buckets):
-    np.random.seed(0)
-    first = epoch_steps(buckets, RULE, seed=1, epoch=2)
+@PLANS
+def test_the_plan_is_a_pure_function(make):
+    """Of its arguments, not of the steps that were asked for before, nor of global random state."""
+    plan = make(*samples(0))
+    stop = plan.first_step(3)
+    first = [plan.step(step) for step in range(stop)]
     np.random.seed(1)
-    assert epoch_steps(list(buckets), BatchRule(row_quantum=4, tokens=TOKENS), seed=1, epoch=2) == first
+    again = pickle.loads(pickle.dumps(make(*samples(0))))
+    for step in np.random.default_rng(0).permutation(stop).tolist():
+        assert again.step(step) == first[step]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(buckets):
-    plans = [epoch_steps(buckets, RULE, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0), (0, 1))]
-    orders = {tuple(entry for step in plan for entry in step.entries) for plan in plans}
-    assert len(orders) == len(plans)
-    assert len({len(plan) for plan in plans}) == 1, "every epoch has the same number of steps"
+def test_a_resumed_packed_plan_counts_on_from_its_epoch(monkeypatch):
+    plan = packed_plan(*samples(0))
+    step = plan.first_step(5) + 2
+    epochs = []
+    pack = PackedStream._pack
+    monkeypatch.setattr(PackedStream, "_pack", lambda self, epoch: epochs.append(epoch) or pack(self, epoch))
+    resumed = packed_plan(*samples(0), known=(5, plan.streams[0].before(5)))
+    for number in range(step, step + 30):
+        assert resumed.step(number) == plan.step(number)
+    assert min(epochs) >= 4, "earlier epochs are not packed again"
 
 
-def test_rare_buckets_do_not_gather_at_the_end(buckets):
-    """Unpermuted, all steps with masked rows would be the last ones."""
-    last = []
-    for epoch in range(20):
-        steps = epoch_steps(buckets, RULE, seed=1, epoch=epoch)
-        last += [i / (len(steps) - 1) for i, step in enumerate(steps) if MASKED in step.entries]
-    assert 0.4 < np.mean(last) < 0.6
+@PLANS
+def test_epochs_and_seeds_have_orders_of_their_own(make):
+    orders = [tuple(sample for sample, _ in entries(epoch(make(*samples(0), seed=seed), number)))
+              for seed, number in ((1, 0), (1, 1), (2, 0), (0, 1))]
+    assert len(set(orders)) == len(orders)
+
+
+def test_steps_of_a_bucket_do_not_gather():
+    plan = bucket_plan(*samples(0, 3000))
+    places = collections.defaultdict(list)
+    for step in epoch(plan, 0):
+        places[step.bucket].append((step.number + 0.5) / plan.first_step(1))
+    for found in places.values():
+        if len(found) > 8:
+            assert 0.25 < np.mean(found) < 0.75
+
+
+@PLANS
+def test_rates_say_how_often_a_data_set_comes(make):
+    """Data set 0 twice an epoch, data set 1 two times in five epochs, each of its samples equally often."""
+    plan = make(*samples(0), rates=(2, Fraction(2, 5)), epochs=5)
+    found = collections.Counter(sample for sample, _ in entries(plan.step(step) for step in range(plan.total)))
+    assert {count for sample, count in found.items() if sample % 2 == 0} == {10}
+    odd = [found[sample] for sample in range(1, 500, 2)]
+    assert set(odd) <= {1, 2, 3} and abs(sum(odd) - 500) <= len(plan.buckets)
+
+
+def test_many_samples_are_planned_in_numpy():
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 8, 300_000)
+    lengths = tiles * 256 + rng.integers(64, 512, len(tiles))
+    buckets, code = assign_buckets(tiles, lengths, 16)
+    streams = [EntryStream(0, b, {0: np.flatnonzero(code == b)}, [Fraction(1)]) for b in range(len(buckets))]
+    plan = Plan(buckets, [8] * len(buckets), streams, seed=0)
+    tracemalloc.start()
+    plan.step(plan.first_step(2) + 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 120 * len(tiles), "bytes a sample"
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+def test_best_fit_by_hand():
+    tiles, lengths = np.array([1, 1, 1, 1, 5, 0]), np.array([60, 50, 40, 50, 10, 30])
+    # 60 | 50 | 40 joins 60, which it fills | 50 joins the other 50 | 10 has too many tiles for any | 30 joins 10
+    rows = best_fit(lengths, 100, also=[(tiles, 6)], open_rows=4)
+    assert rows.tolist() == [0, 1, 0, 1, 2, 2]
+
+
+def test_best_fit_prefers_the_oldest_of_equals_and_closes_the_fullest():
+    lengths = np.array([60, 60, 40])
+    assert best_fit(lengths, 100, open_rows=4).tolist() == [0, 1, 0]
+    lengths = np.array([70, 60, 90, 10, 35])
+    # Two open rows: 90 closes the row of 70; 10 fills the row of 90; 35 joins 60.
+    assert best_fit(lengths, 100, open_rows=2).tolist() == [0, 1, 2, 2, 1]
+
+
+def test_best_fit_against_a_plain_loop():
+    tiles, lengths = samples(3, 400)
+    rows = best_fit(lengths, 1500, also=[(tiles, 30), (lengths - 10 * tiles, 900)], open_rows=5)
+    expected, open_, count = [], [], 0  # open rows: [free tokens, free tiles, free short slots, number]
+    for t, n in zip(tiles, lengths):
+        fitting = [row for row in open_ if row[0] >= n and row[1] >= t and row[2] >= n - 10 * t]
+        if not fitting:
+            if len(open_) == 5:
+                open_.remove(min(open_, key=lambda row: (row[0], row[3])))
+            open_.append([1500, 30, 900, count])
+            count += 1
+            fitting = open_[-1:]
+        best = min(fitting, key=lambda row: (row[0], row[3]))
+        best[:3] = best[0] - n, best[1] - t, best[2] - (n - 10 * t)
+        expected.append(best[3])
+    assert rows.tolist() == expected
+
+
+# --- merging ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_executables", [1, 2, 5, 16, 1000])
 def test_at_most_max_executables_and_every_sample_fits(max_executables):
     for seed in range(8):
         tiles, lengths = samples(seed, 200)
-        assigned = assign_buckets(tiles, lengths, max_executables)
+        buckets, code = assign_buckets(tiles, lengths, max_executables)
+        assigned = [buckets[b] for b in code]
         needed = {smallest_bucket(t, n) for t, n in zip(tiles, lengths)}
         assert len(set(assigned)) == min(max_executables, len(needed)), "at most so many, and none given away"
         assert all(t <= bucket.tiles and n <= bucket.length for t, n, bucket in zip(tiles, lengths, assigned))
@@ -115,32 +239,23 @@ def test_at_most_max_executables_and_every_sample_fits(max_executables):
 
 def test_without_need_nothing_is_merged():
     tiles, lengths = samples(0)
-    assert assign_buckets(tiles, lengths, 1000) == [smallest_bucket(t, n) for t, n in zip(tiles, lengths)]
+    buckets, code = assign_buckets(tiles, lengths, 1000)
+    assert [buckets[b] for b in code] == [smallest_bucket(t, n) for t, n in zip(tiles, lengths)]
 
 
 def test_the_rarest_bucket_merges_where_it_costs_least():
     tiles = np.array([0] * 9 + [1] * 5 + [7] * 5 + [1])
     lengths = np.array([100] * 9 + [200] * 5 + [300] * 5 + [300])
     # One sample of (1, 384): longer rows for five (1, 256) are cheaper than six tiles more for itself.
-    assert assign_buckets(tiles, lengths, 3)[9:] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [Bucket(1, 384)]
+    buckets, code = assign_buckets(tiles, lengths, 3)
+    assert [buckets[b] for b in code[9:]] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [Bucket(1, 384)]
 
 
 def test_a_merged_bucket_is_as_frequent_as_both():
     tiles = np.array([0] * 7 + [7] * 14)
     lengths = np.array([128] * 3 + [256] * 4 + [128] * 5 + [384] * 9)
     # First the texts become one bucket of 7 samples, then the 5 of (7, 128) are the rarest.
-    assert set(assign_buckets(tiles, lengths, 2)) == {Bucket(0, 256), Bucket(7, 384)}
-
-
-def test_the_hash_names_everything_that_decides_the_order(buckets):
-    inputs = {"buckets": buckets, "rule": RULE, "seed": 1, "fingerprint": "a"}
-    other = {"buckets": [*buckets[1:], buckets[0].union(Bucket(24, 0))], "seed": 2, "fingerprint": "b"}
-    rules = [dataclasses.replace(RULE, **change) for change in ({"row_quantum": 8}, {"tokens": 4096}, {"tiles": 64},
-                                                                {"samples": 128})]
-    assert plan_hash(**inputs) == plan_hash(**inputs)
-    hashes = [plan_hash(**inputs), *(plan_hash(**inputs | {name: value}) for name, value in other.items()),
-              *(plan_hash(**inputs | {"rule": rule}) for rule in rules)]
-    assert len(set(hashes)) == len(hashes)
+    assert assign_buckets(tiles, lengths, 2)[0] == [Bucket(0, 256), Bucket(7, 384)]
 
 
 def test_photos_and_receipts_need_seven_tile_buckets(shared_data):
@@ -150,6 +265,6 @@ def test_photos_and_receipts_need_seven_tile_buckets(shared_data):
     assert len(sizes) == 1626
     for rule in ("edge", "area", "off"):
         tiles = np.array([tile_count(TileConfig(rule=rule, max_num=6), *size) for size in sizes])
-        assigned = assign_buckets(tiles, tiles * 256 + 100, max_executables=1000)
-        assert {bucket.tiles for bucket in assigned} <= set(TILE_BUCKETS[:7])
-        assert all(bucket.tiles == count for bucket, count in zip(assigned, tiles)), "no padded tile slot"
+        buckets, code = assign_buckets(tiles, tiles * 256 + 100, max_executables=1000)
+        assert {bucket.tiles for bucket in buckets} <= set(TILE_BUCKETS[:7])
+        assert all(buckets[b].tiles == count for b, count in zip(code, tiles)), "no padded tile slot"

@@ -79,14 +79,32 @@ def test_rates_count_real_quantities_and_leave_pauses_out(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     throughput = Throughput()
     for _ in range(2):
-        throughput.add(StepCounts(samples=3, tokens=300, tiles=10, images=4), slots=400)
+        throughput.add(StepCounts(samples=3, tokens=300, tiles=10, images=4, masked_rows=1, slots=400, tile_slots=16))
     throughput.pause(6.0)
     now = 110.0
     assert throughput.take() == {"tokens_per_s": 150.0, "tiles_per_s": 5.0, "images_per_s": 2.0, "step_s": 2.0,
-                                 "token_fill": 0.75}  # fmt: skip
+                                 "token_fill": 0.75, "tile_fill": 0.625, "masked_rows": 2,
+                                 "data_wait_share": 0.0}  # fmt: skip
     now = 112.0
-    throughput.add(StepCounts(samples=1, tokens=100, tiles=0, images=0), slots=100)
+    throughput.add(StepCounts(samples=1, tokens=100, tiles=0, images=0, masked_rows=0, slots=100, tile_slots=0))
     assert throughput.take()["tokens_per_s"] == 50.0, "the next window begins anew"
+
+
+def test_waiting_for_data_is_a_share_of_the_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+
+    def slow():
+        nonlocal now
+        for item in "ab":
+            now += 3.0
+            yield item
+
+    throughput, seen = Throughput(), []
+    for item in throughput.waited(slow()):
+        now += 1.0
+        seen.append(item)
+    assert seen == ["a", "b"] and throughput.take()["data_wait_share"] == 6 / 8
 
 
 def test_a_window_shows_mean_loss_and_the_last_rate():

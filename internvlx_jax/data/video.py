@@ -1,0 +1,69 @@
+"""Videos as frames: which frames are taken and how the prompt announces them (spec: data.md 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from internvlx_jax.data import storage
+from internvlx_jax.data.chat import ChatSample, Image
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+
+# template -> (text in front of frame i, text after its image, text after the last one)
+_FRAME_TEXT = {
+    "model_card": ("Frame{}: ", "\n", "\n"),
+    "x_release": ("Frame{}: ", "\n", ""),
+    "internvl2_5": ("Frame-{}: ", "\n", "\n"),
+}
+
+
+def list_frames(sample: ChatSample) -> tuple[Image, ...]:
+    """All frames of a video in order; those of a folder by the number at the end of their names.
+
+    Raises SampleError("unreadable") for a folder that is missing or empty.
+    """
+    if not isinstance(sample.video, str):
+        return sample.video
+    try:
+        names = storage.names_in(sample.video)
+    except OSError as error:
+        raise SampleError("unreadable", f"{sample.video} is no folder of frames ({type(error).__name__}).",
+                          'Name a folder of images, or list the frames, under "video".', sample.where) from None
+    names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp"))]
+    if not names:
+        raise SampleError("unreadable", f"{sample.video} holds no frames.",
+                          "Frames are .jpg, .png, .webp or .bmp files.", sample.where)
+    return tuple(storage.join(sample.video, name) for name in sorted(names, key=_frame_number))
+
+
+def _frame_number(name: str) -> tuple[int, str]:
+    numbers = re.findall(r"\d+", os.path.splitext(name)[0])
+    return int(numbers[-1]) if numbers else 0, name
+
+
+def choose_frames(available: int, count: int, generator: np.random.Generator | None) -> list[int]:
+    """One frame of each of `count` equal intervals: a uniform one, or the middle one without a generator."""
+    bounds = np.linspace(0, available, count + 1).astype(int)
+    low, high = bounds[:-1], bounds[1:]
+    return ((low + high - 1) // 2 if generator is None else generator.integers(low, high)).tolist()
+
+
+def with_frames(sample: ChatSample, frames: Sequence[Image], template: str) -> ChatSample:
+    """A video sample -> a sample with the chosen frames as its images, announced in the first turn."""
+    before, between, end = _FRAME_TEXT[template]
+    text = between.join(f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, len(frames) + 1)) + end
+    (role, first), *rest = sample.turns
+    placeholder = f"{VIDEO_PLACEHOLDER}\n" if f"{VIDEO_PLACEHOLDER}\n" in first else VIDEO_PLACEHOLDER
+    turns = ((role, first.replace(placeholder, text)), *rest)
+    return dataclasses.replace(sample, images=tuple(frames), sizes=(None,) * len(frames), turns=turns)
+
+
+def frame_separator(template: str, number: int) -> str:
+    """The text between the images of frame `number - 1` and frame `number`."""
+    before, between, _ = _FRAME_TEXT[template]
+    return between + before.format(number)
