@@ -16,11 +16,13 @@ from internvlx_jax.config import to_dict
 from internvlx_jax.convert.source import open_checkpoint
 from internvlx_jax.convert.transfer import check_same_model, transfer
 from internvlx_jax.data.pipeline import LoadedStep, Loader
+from internvlx_jax.data.plan import Bucket
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_position
 from internvlx_jax.training.config import TrainConfig
@@ -61,8 +63,9 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     loader, validation = _loaders(config, model_config, tokenizer, mesh, saved_position(run))
     steps = config.steps or loader.plan.total
     speak(f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
-          f"{len(loader.plan.buckets)} buckets (tiles x length x rows): "
-          + ", ".join(f"{b.tiles}x{b.length}x{rows}" for b, rows in zip(loader.plan.buckets, loader.plan.rows)))
+          f"{len(loader.plan.buckets)} buckets:")
+    for bucket, rows in zip(loader.plan.buckets, loader.plan.rows):
+        speak(_describe_bucket(model_config, bucket, rows))
     if loader.index_faults.reasons:
         speak(f"left out, see {QUARANTINE.format(0)} in the run folder: {loader.index_faults.summary()}")
 
@@ -210,6 +213,15 @@ def _loaders(config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenize
         raise ConfigError("the processes see different training data, so their steps would differ; give all of them the "
                           f"same files, tokenizer and versions of NumPy (this one: {loaders[0].plan_hash})")
     return loaders
+
+
+def _describe_bucket(config: ModelConfig, bucket: Bucket, rows: int) -> str:
+    """Its shape, and the work of its forward pass."""
+    short = f" ({bucket.short_length} in the short frame)" if config.lvtc else ""
+    flops = forward_flops(config, tiles=rows * bucket.tiles, lengths=[bucket.length] * rows,
+                          short_lengths=[bucket.short_length] * rows)
+    return (f"  {rows} rows of {bucket.tiles} tiles and {bucket.length} slots{short}: forward "
+            f"{flops.total / 1e12:.3g} TFLOP")
 
 
 def _of_all_processes(counts: np.ndarray) -> np.ndarray:
