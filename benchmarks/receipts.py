@@ -35,7 +35,7 @@ def main() -> int:
            "--out_dir", str(RUN / "eval"), "--dtype", "float32", "--batch_size", "8", "--max_new_tokens", "24")
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
-    summary = json.loads((RUN / "eval" / "summary.json").read_text())
+    summary, how = (json.loads((RUN / "eval" / name).read_text()) for name in ("summary.json", "run.json"))
     result = {
         "steps": rows[-1]["step"],
         "stopped_and_resumed_at": STOP_AFTER,
@@ -45,7 +45,7 @@ def main() -> int:
         "train_seconds": round(trained - started),
         "anls": summary["score"],
         "questions": summary["samples"],
-        "eval_seconds": round(summary["seconds"]),
+        "eval_seconds": round(how["seconds"]),
     }
     print(json.dumps(result, indent=2))
     return 0 if losses[-1] < losses[0] / 2 else 1

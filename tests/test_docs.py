@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "docs/architecture.md", "docs/data.md", "docs/lvtc.md")
 PACKAGES = ("data", "models", "training", "convert", "evaluation")
 GENERATED = ("runs/", ".venv", "verify.npz", "page.png", "metrics.jsonl", "predictions.jsonl", "summary.json",
-             "config.json", "quarantine-0.jsonl")  # fmt: skip
+             "run.json", "config.json", "quarantine-0.jsonl")  # fmt: skip
 FILE = re.compile(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+(/|\.(py|md|json|jsonl|npz|png|toml))|\.venv|LICENSE|Makefile")
 NAME = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+){{2,}}")
 # A program as a user starts it, and its file with the subcommand.
 PROGRAMS = {
     "train.py": ("train.py",),
     "eval.py": ("eval.py",),
+    "-m internvlx_jax.chat": ("internvlx_jax/chat.py",),
     "-m internvlx_jax.convert verify": ("internvlx_jax/convert/__main__.py", "verify"),
     "-m internvlx_jax.data check": ("internvlx_jax/data/__main__.py", "check"),
     "-m internvlx_jax.data show": ("internvlx_jax/data/__main__.py", "show"),

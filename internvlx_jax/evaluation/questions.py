@@ -1,24 +1,40 @@
-"""Question files: one JSON object a line (spec: evaluation.md 5)."""
+"""Questions, and the generic question file: one JSON object a line (spec: evaluation.md 5)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.data.images import ImageSource
 from internvlx_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One line: `answers` are all accepted ones; `images` are resolved paths, none for a text question."""
+    """One sample of a benchmark.
+
+    Attributes:
+        where: file and line, for messages.
+        images: paths, or files inside other files; none for a text question.
+        text: the question itself. answers: all accepted ones.
+        hint, options: of multiple-choice questions; letter -> text, in order.
+        fields: whatever else metrics and output files need; of a TSV file all columns but the image.
+        prompt: what the model is asked, set by the protocol.
+    """
 
     where: str
     id: str | int
-    images: tuple[str, ...]
+    images: tuple[ImageSource, ...]
     text: str
     answers: tuple[str, ...]
+    hint: str = ""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str = ""
 
 
 def read_questions(path: Path, image_root: Path | None = None, limit: int | None = None) -> list[Question]:
@@ -27,34 +43,38 @@ def read_questions(path: Path, image_root: Path | None = None, limit: int | None
     Image paths are relative to `image_root`, by default the folder of the file. Raises FileNotFoundError, or
     ValueError naming file, line and field.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"question file {path} does not exist")
     root = path.parent if image_root is None else image_root
     questions: dict[str | int, Question] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if limit is not None and len(questions) >= limit:
-                break
-            if not line.strip():
-                continue
-            question = _question(line, f"{path} line {number}", root, len(questions))
-            if question.id in questions:
-                raise ConfigError(f"{question.where}: question_id {question.id!r} is also in "
-                                  f"{questions[question.id].where}; give each question its own")
-            questions[question.id] = question
+    for where, fields in itertools.islice(read_jsonl(path), limit):
+        question = _question(fields, where, root, len(questions))
+        if question.id in questions:
+            raise ConfigError(f"{question.where}: question_id {question.id!r} is also in "
+                              f"{questions[question.id].where}; give each question its own")
+        questions[question.id] = question
     if not questions:
         raise ConfigError(f"{path}: no questions in it")
     return list(questions.values())
 
 
-def _question(line: bytes, where: str, root: Path, index: int) -> Question:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """("FILE line N", JSON value) of each line that is not empty. Raises FileNotFoundError or ConfigError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"question file {path} does not exist")
+    with path.open("rb") as file:  # not splitlines: texts may hold other Unicode line separators
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path} line {number}"
+                try:
+                    yield where, json.loads(line)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: not valid JSON ({error}); correct the line") from error
+
+
+def _question(fields: Any, where: str, root: Path, index: int) -> Question:
     try:
-        fields: dict[str, Any] = json.loads(line)
         text, answer = fields["question"], fields["answer"]
     except (KeyError, TypeError):
         raise ConfigError(f'{where}: needs the fields "question" and "answer"') from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not valid JSON ({error}); correct the line") from error
     answers = answer if isinstance(answer, list) else [answer]
     image = fields.get("image") or []
     images = image if isinstance(image, list) else [image]

@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.models.attention import attend
 from internvlx_jax.models.config import DecoderConfig
-from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, param, rematerialise, slice_layers,
-                                         stack_layers)
+from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, param, rematerialise, scan_layers,
+                                         slice_layers, stack_layers)
 from internvlx_jax.models.rope import Rotation, rotate, rotation
 
 
@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
             return x, new if keep_kv else None
 
         cache = None if past is None else past.cache
-        return jax.lax.scan(rematerialise(body, remat), x, (slice_layers(self.layers, start, stop), cache))
+        return scan_layers(rematerialise(body, remat), x, slice_layers(self.layers, start, stop), cache)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states after the last block, [..., D] -> float32[..., W]."""

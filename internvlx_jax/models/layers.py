@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,30 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.
 
 
 def slice_layers(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
-    """Layers start..stop-1 of a stack; the stack itself when that is all of it."""
+    """Layers start..stop-1 of a stack or of separate layers; the stack itself when that is all of it."""
+    if isinstance(layers, nnx.List):
+        return nnx.List(layers[start:stop])
     if start == 0 and all(p.shape[0] == stop for p in jax.tree.leaves(layers)):
         return layers
     return jax.tree.map(lambda p: p[start:stop], layers)
+
+
+def separate_layers(layers: nnx.Module, length: int) -> nnx.List:
+    """The layers of a stack in arrays of their own, for `scan_layers`.
+
+    XLA on a CPU copies a layer's weights out of the stack in every step of a scan, which costs more than a decoding
+    step; accelerators read them in place.
+    """
+    return nnx.List([jax.tree.map(lambda p: p[i], layers) for i in range(length)])
+
+
+def scan_layers(body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: nnx.Module,
+                inputs: Any) -> tuple[Any, Any]:
+    """lax.scan of `body(x, (layer, input))` over a stack, or a loop over separate layers; `inputs` are stacked."""
+    if not isinstance(layers, nnx.List):
+        return jax.lax.scan(body, x, (layers, inputs))
+    outputs = []
+    for i, layer in enumerate(layers):
+        x, output = body(x, (layer, jax.tree.map(lambda leaf: leaf[i], inputs)))
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

@@ -32,7 +32,7 @@ from internvlx_jax.models.params import AbstractModel
 # Settings that a resumed run may change: none of them touches what is computed.
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
               "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta",
-              "train.data.index_dir", "train.data.faults.max_share"}
+              "train.data.index_dir", "train.data.faults.max_share", "train.evaluation"}
 
 # The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
 SHARED_WRITING = ocp.Context()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from internvlx_jax.data.config import DataConfig
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.evaluation.selection import Selection
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.training.sharding import MeshConfig
 
@@ -50,6 +51,7 @@ class TrainConfig:
             parameters that it lacks are initialised and listed.
         steps: optimiser updates; None runs `epochs` passes over the data.
         freeze: regular expressions over parameter paths; frozen parameters get no gradient and no moments.
+        evaluation: benchmarks or a question file to score every `eval_every` steps, besides data.val_meta.
         keep_last: checkpoints kept besides the one being written.
     """
 
@@ -64,6 +66,7 @@ class TrainConfig:
     epochs: int = 1
     freeze: tuple[str, ...] = ()
     seed: int = 0
+    evaluation: Selection | None = None
     log_every: int = 10
     eval_every: int = 200
     save_every: int = 200

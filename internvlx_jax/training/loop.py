@@ -21,6 +21,7 @@ from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import abstract_model, init_params
@@ -61,6 +62,10 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     # --- data -----------------------------------------------------------------------------------------------------
     tokenizer = _tokenizer(config, source, model_config)
     loader, validation = _loaders(config, model_config, tokenizer, mesh, saved_position(run))
+    benchmarks = None
+    if config.evaluation is not None:
+        benchmarks = InLoop(config.evaluation, run / "evaluation", model=model_config, abstract=abstract,
+                            tokenizer=tokenizer, mesh=mesh)
     steps = config.steps or loader.plan.total
     speak(f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
           f"{len(loader.plan.buckets)} buckets:")
@@ -129,11 +134,14 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
             writer.write(step, values)
 
     def report_validation(step: int) -> None:
-        scores = validate(state.params())
+        scores = {} if validation is None else validate(state.params())
+        if benchmarks is not None:
+            scores |= benchmarks(step, state.params())
         speak(f"step {step}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         record(step, scores)
 
-    if validation is not None and first == 0:
+    evaluates = validation is not None or benchmarks is not None
+    if evaluates and first == 0:
         report_validation(0)
     throughput, window = Throughput(), []
     # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
@@ -156,7 +164,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
                 speak(progress_line(done, steps, values))
                 record(done, values)
             paused = time.perf_counter()
-            if validation is not None and (done % config.eval_every == 0 or done == last):
+            if evaluates and (done % config.eval_every == 0 or done == last):
                 report_validation(done)
             if done % config.save_every == 0 or done == last:
                 save(done, state)

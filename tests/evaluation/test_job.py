@@ -1,7 +1,7 @@
 """One evaluation job on a tiny random model: answers do not depend on batches or devices, errors are counted."""
 
 import dataclasses
-import importlib.util
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,48 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.config import to_dict
-from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
-from internvlx_jax.data.tiles import TileConfig
-from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation import job
-from internvlx_jax.evaluation.job import EvalConfig
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, RopeConfig, VisionConfig
-from internvlx_jax.models.params import abstract_model
-from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.evaluation.job import JudgeConfig
+from internvlx_jax.training.checkpoint import RunFolder
+from internvlx_jax.training.sharding import MeshConfig
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
-
-MODEL = ModelConfig(
-    vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
-    # 655 ids in the tokenizer: about every tenth token of a random model has no text.
-    decoder=DecoderConfig(vocab_size=720, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32,
-                          rope=RopeConfig(max_positions=256)),
-    # Few shapes to compile: a page is 3 tiles, two pages are 2 tiles, and both stand in 3 slots.
-    prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, min_num=2, max_num=2)),
-)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """A run folder with random weights, large enough that every token and pixel counts for the answer.
-
-    The stop token has a larger column in the head, so that it comes first now and then.
-    """
-    tokenizer = Tokenizer.load(TOKENIZER_FOLDER)
-    run = tmp_path_factory.mktemp("job") / "run"
-    rng = np.random.default_rng(0)
-    shapes = abstract_model(MODEL, dtype="float32").shapes
-    params = {path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in shapes.items()}
-    params["decoder.head"][:, tokenizer.token_id("<|im_end|>")] *= 3
-    settings = {"train": {}, "model": to_dict(MODEL)}
-    prepare_run_folder(run, settings, tokenizer)
-    with CheckpointWriter(run, keep_last=1) as writer:
-        writer.save(1, jax.tree.map(jax.numpy.asarray, params), {"count": jax.numpy.int32(1)}, settings)
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -71,19 +37,17 @@ def questions(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_job(checkpoint, questions, tmp_path_factory):
+def run_job(configure, run_on, questions, tmp_path_factory):
     """Runs a job -> (summary, bytes of predictions.jsonl, its rows); `devices` limits the mesh to the first ones."""
 
     def run(*, devices=1, **settings):
-        config = EvalConfig(**dict(
-            checkpoint=str(checkpoint), data=str(questions), metric="exact", dtype="float32", batch_size=1,
-            max_new_tokens=NEW_TOKENS, out_dir=str(tmp_path_factory.mktemp("job") / "out")) | settings)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "make_mesh", lambda mesh: make_mesh(mesh, devices=jax.devices()[:devices]))
-            summary = job.run(config)
+        config = configure(**dict(data=str(questions), metric="exact", max_new_tokens=NEW_TOKENS, batch_size=1,
+                                  out_dir=tmp_path_factory.mktemp("job") / "out") | settings)
+        (summary,) = run_on(config, devices)
         predictions = (Path(config.out_dir) / "predictions.jsonl").read_bytes()
         assert json.loads((Path(config.out_dir) / "summary.json").read_text()) == json.loads(json.dumps(summary))
-        return summary, predictions, [json.loads(line) for line in predictions.splitlines()]
+        how = json.loads((Path(config.out_dir) / "run.json").read_text())
+        return summary | {"run": how}, predictions, [json.loads(line) for line in predictions.splitlines()]
 
     return run
 
@@ -129,22 +93,27 @@ def test_batches_and_devices_do_not_change_a_byte(settings, one_by_one, run_job,
     summary, predictions, _ = run_job(**settings)
     assert predictions == one_by_one[1]
     total = len(one_by_one[2])
-    done = [int(line.removesuffix(f"/{total} answered")) for line in capsys.readouterr().out.splitlines()]
-    assert done == sorted(set(done)) and done[-1] == total
-    assert summary["executables"] == one_by_one[0]["executables"]
+    assert f"{total}/{total}" in capsys.readouterr().err, "the bar ends at the last answer"
+    assert summary["run"]["executables"] == one_by_one[0]["run"]["executables"]
+    assert {name: value for name, value in summary.items() if name != "run"} == {
+        name: value for name, value in one_by_one[0].items() if name != "run"}
 
 
 def test_the_summary_says_what_was_measured(one_by_one, questions, checkpoint):
     summary, _, rows = one_by_one
     assert summary["score"] == np.mean([row["score"] for row in rows])
-    assert (summary["metric"], summary["samples"], summary["errors"]) == ("exact", len(rows), 0)
+    assert (summary["settings"]["metric"], summary["samples"], summary["errors"]) == ("exact", len(rows), 0)
     assert summary["stopped_by_length"] == sum(row["finish"] == "length" for row in rows)
     settings = summary["settings"]
     assert (settings["checkpoint"], settings["data"]) == (str(checkpoint), str(questions))
-    assert settings["tiles"] == dataclasses.asdict(MODEL.prompt.tiles) and settings["template"] == "internlm2-chat"
-    assert len(summary["data_sha256"]) == 64 and summary["versions"]["jax"] == jax.__version__
-    assert summary["seconds"] > 0 and summary["new_tokens_per_s"] > 0
-    assert summary["executables"] == 2, "text, and three tiles"
+    assert settings["tiles"] == dataclasses.asdict(RunFolder(checkpoint).config.prompt.tiles)
+    assert settings["template"] == "internlm2-chat"
+    (sha,) = settings["data_sha256"].values()
+    assert sha == hashlib.sha256(questions.read_bytes()).hexdigest() and summary["versions"]["jax"] == jax.__version__
+    run = summary["run"]
+    assert run["executables"] == 2, "text, and three tiles"
+    assert run["seconds"] > 0 and run["speed"]["new_tokens"] == sum(row["new_tokens"] for row in rows)
+    assert all(value > 0 for value in run["speed"].values())
 
 
 def test_a_failed_question_is_an_error_row_that_counts_as_wrong(run_job, one_by_one, questions, tmp_path):
@@ -156,8 +125,8 @@ def test_a_failed_question_is_an_error_row_that_counts_as_wrong(run_job, one_by_
     Image.new("F", (60, 60)).save(floats)
     data = tmp_path / "questions.jsonl"
     asked = [page | {"question_id": "broken", "image": str(broken), "answer": ""}, page,
-             page | {"question_id": "floats", "image": str(floats)}, text | {"question_id": "long", "question": "a" * 999},
-             text]  # fmt: skip
+             page | {"question_id": "floats", "image": str(floats)},
+             text | {"question_id": "long", "question": "a" * 999}, text]  # fmt: skip
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))
     summary, _, rows = run_job(data=str(data), batch_size=7)
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked]
@@ -170,14 +139,14 @@ def test_a_failed_question_is_an_error_row_that_counts_as_wrong(run_job, one_by_
         assert row["error"].startswith(f"{data} {problem}")
         assert (row["score"], row["prediction"], row["finish"], row["new_tokens"]) == (0.0, "", "error", 0)
     assert (summary["errors"], summary["samples"]) == (3, 5)
-    assert summary["score"] == sum(row["score"] for row in good) / 5, "an empty text is not the right answer to anything"
+    assert summary["score"] == sum(row["score"] for row in good) / 5, "an empty text is no right answer to anything"
 
 
 def test_a_job_in_which_everything_fails_still_reports(run_job, questions, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps(read(questions)[0] | {"image": "gone.png"}) + "\n")
     summary, _, (row,) = run_job(data=str(data))
-    assert (summary["errors"], summary["score"], summary["executables"]) == (1, 0.0, 0)
+    assert (summary["errors"], summary["score"], summary["run"]["executables"]) == (1, 0.0, 0)
     assert "gone.png" in row["error"]
 
 
@@ -189,18 +158,23 @@ def test_settings_replace_those_of_the_checkpoint(run_job, questions, tmp_path):
                                       prompt="Q: {question}", metric="anls")
     assert (answered["tiles"], answered["prompt"]) == (1, f"Q: {row['question']}")
     assert answered["answer"] == ["x", row["answer"]]
-    assert summary["settings"]["tiles"]["dynamic"] is False and summary["metric"] == "anls"
+    assert summary["settings"]["tiles"]["dynamic"] is False and summary["settings"]["metric"] == "anls"
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"metric": "exakt"}, "metric 'exakt' is unknown; choose one of exact, anls"),
+    ({"metric": "exakt"}, "metric 'exakt' is unknown; Did you mean \"exact\"? choose one of exact, anls"),
+    ({"metric": None}, "data and metric belong together"), ({"data": None, "metric": None}, "nothing to evaluate"),
+    ({"protocol": "intervl"}, 'Did you mean "internvl"?'), ({"compat": "swap"}, "compat 'swap' is unknown"),
+    ({"shard": "4/4"}, "shard is '4/4'; give i/n"),
+    ({"judge": dict(url="u")}, "judge_url and judge_model belong together"),
     ({"prompt": "Read."}, "does not contain {question}"),
     ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"limit": 0}, "limit is 0"), ({"max_num": 0}, "max_num is 0"),
 ])  # fmt: skip
-def test_wrong_settings_are_refused_at_once(settings, message):
+def test_wrong_settings_are_refused_at_once(settings, message, configure):
     with pytest.raises(ConfigError) as error:
-        EvalConfig(**dict(checkpoint="c", data="d", metric="exact", out_dir="o") | settings)
+        judge = JudgeConfig(**settings.pop("judge", {}))
+        configure("o", **dict(data="d", metric="exact", judge=judge) | settings)
     assert message in str(error.value)
 
 
@@ -217,26 +191,7 @@ def test_the_command_writes_both_files(checkpoint, questions, one_by_one, tmp_pa
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith("exact 0.0000 on 3 samples, 0 errors; see ")
     assert (out / "predictions.jsonl").read_bytes().splitlines() == one_by_one[1].splitlines()[:3]
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.jsonl", "summary.json"]
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """eval.py in this process -> (exit status, stderr)."""
-    spec = importlib.util.spec_from_file_location("eval_command", ROOT / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(**flags):
-        flags = {"out_dir": tmp_path / "out", "metric": "exact"} | flags
-        monkeypatch.setattr(sys, "argv", ["eval.py", *(f"--{name}={value}" for name, value in flags.items())])
-        try:
-            status = module.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, capsys.readouterr().err
-
-    return run
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.jsonl", "run.json", "summary.json"]
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(command, checkpoint, questions, tmp_path):
@@ -245,14 +200,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(command, checkpoint, questio
         ({"checkpoint": checkpoint, "data": "gone.jsonl"}, "error: question file gone.jsonl does not exist"),
         ({"checkpoint": checkpoint, "data": questions, "batch_size": 0}, "error: batch_size is 0"),
     ]:
-        status, error = command(**flags)
+        status, _, error = command(metric="exact", **flags)
         assert (status, error.count("\n")) == (1, 1)
         assert error.startswith(message)
         assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_metric_lists_the_known_ones(command, checkpoint, questions, tmp_path):
-    status, error = command(checkpoint=checkpoint, data=questions, metric="exakt")
+    status, _, error = command(checkpoint=checkpoint, data=questions, metric="exakt")
     assert status not in (0, None) and "anls" in error.splitlines()[-1] and "exact" in error.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -260,5 +215,5 @@ def test_an_unknown_metric_lists_the_known_ones(command, checkpoint, questions, 
 def test_failed_questions_show_in_the_exit_status(command, checkpoint, questions, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps(read(questions)[0] | {"image": "gone.png"}) + "\n")
-    assert command(checkpoint=checkpoint, data=data, dtype="float32")[0] == 3
+    assert command(checkpoint=checkpoint, data=data, dtype="float32", metric="exact")[0] == 3
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["errors"] == 1

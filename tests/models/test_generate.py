@@ -5,9 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from internvlx_jax.convert.verify import inputs_from_flat
-from internvlx_jax.models.generate import decode_step, greedy, prefill
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.generate import (Sampling, Vocabulary, advance, choose, decode_step, greedy, prefill,
+                                           row_keys, start)
 
 IMAGE_TOKEN = 7
 
@@ -79,3 +82,80 @@ def test_an_empty_row_pads_the_batch(load_golden):
     tokens, _ = run(parity.model, padded)
     np.testing.assert_array_equal(tokens[:1], parity.outputs["gen1_new_tokens"])
     assert (np.asarray(tokens)[1] == 2).all()
+
+
+def test_golden_tokens_with_a_repetition_penalty(parity):
+    """Ids of this answer and the bos in front of it count as written, those of the prompt do not."""
+    inputs = prompts(parity, "gen1", parity.inputs["pixel_values"][:2])
+    options = dict(sampling=Sampling(repetition_penalty=1.3),
+                   vocabulary=Vocabulary(stop_ids=parity.model.config.prompt.eos_ids, pad_id=2, bos_id=1))
+
+    @jax.jit
+    def run(model, inputs):
+        return advance(model, start(model, inputs, row_keys(0, [0]), 0, room=8, **options), 8, 0, **options).tokens
+
+    np.testing.assert_array_equal(run(parity.model, inputs), parity.outputs["gen1_rep_new_tokens"])
+
+
+def test_cached_steps_equal_one_forward_pass(load_golden):
+    """Without a cache: the answer behind its prompt, each token the most likely one after what stands before it."""
+    parity = load_golden("qwen2")
+    answer = parity.outputs["gen1_new_tokens"][0]
+    prompt = parity.inputs["gen1_input_ids"]
+    ids = np.concatenate([prompt, answer[None]], axis=1)
+    inputs = inputs_from_flat(parity.model.config, IMAGE_TOKEN, ids, parity.inputs["pixel_values"][:2])
+    logits = jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(parity.model, inputs)
+    np.testing.assert_array_equal(np.argmax(logits[0], axis=-1)[prompt.shape[1] - 1 : -1], answer)
+
+
+def test_pieces_and_the_minimum_of_new_tokens(load_golden):
+    """Three steps and then the rest give what one call gives; a stop id has to wait for the minimum."""
+    parity = load_golden("internlm2")
+    inputs = prompts(parity, "gen1", parity.inputs["pixel_values"][:2])
+    expected = parity.outputs["gen1_new_tokens"]
+    first, second = expected[0, :2].tolist()
+    options = dict(sampling=Sampling(), vocabulary=Vocabulary(stop_ids=(second,), pad_id=2, bos_id=1))
+    begin = jax.jit(lambda model, inputs, minimum: start(model, inputs, row_keys(0, [0]), minimum, room=8, **options))
+    go = jax.jit(lambda model, state, until, minimum: advance(model, state, until, minimum, **options))
+
+    state = go(parity.model, begin(parity.model, inputs, 0), 8, 0)
+    assert np.asarray(state.tokens)[0].tolist() == [first, second] + [2] * 6 and int(state.step) == 2
+    state = go(parity.model, begin(parity.model, inputs, 8), 3, 8)
+    assert int(state.step) == 3 and not bool(state.done[0])
+    whole = go(parity.model, begin(parity.model, inputs, 8), 8, 8)
+    np.testing.assert_array_equal(go(parity.model, state, 8, 8).tokens, whole.tokens)
+    assert second not in np.asarray(whole.tokens)
+
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+
+@pytest.mark.parametrize("sampling, kept", [
+    (Sampling(temperature=1), {0, 1, 2, 3}), (Sampling(temperature=1, top_k=2), {0, 1}),
+    (Sampling(temperature=1, top_p=0.7), {0, 1}), (Sampling(temperature=1, top_p=0.81), {0, 1, 2}),
+    (Sampling(temperature=1, top_p=0.01), {0}), (Sampling(temperature=1, top_k=3, top_p=0.9), {0, 1, 2}),
+    (Sampling(temperature=0.01), {0}), (Sampling(), {0}),
+])  # fmt: skip
+def test_what_may_be_sampled(sampling, kept):
+    """top_p drops the least likely tokens while together they have at most 1 - p."""
+    rows = 2000
+    tokens = choose(jnp.repeat(LOGITS, rows, axis=0), row_keys(0, jnp.arange(rows)), jnp.int32(3), sampling)
+    counts = np.bincount(np.asarray(tokens), minlength=4)
+    assert set(np.flatnonzero(counts).tolist()) == kept
+    if kept == {0, 1, 2, 3}:
+        np.testing.assert_allclose(counts / rows, np.exp(LOGITS[0]), atol=0.04)
+
+
+def test_rows_have_their_own_randomness():
+    logits = jnp.zeros((3, 1000))
+    draw = functools.partial(choose, logits, sampling=Sampling(temperature=1))
+    first = np.asarray(draw(row_keys(0, jnp.array([5, 6, 7])), jnp.int32(0)))
+    again = np.asarray(draw(row_keys(0, jnp.array([7, 5, 6])), jnp.int32(0)))
+    assert first.tolist() == [again[1], again[2], again[0]] and len(set(first)) == 3
+    assert set(np.asarray(draw(row_keys(0, jnp.array([5, 6, 7])), jnp.int32(1)))) != set(first)
+
+
+@pytest.mark.parametrize("setting", [dict(top_p=0), dict(top_k=-1), dict(temperature=-1), dict(repetition_penalty=0)])
+def test_settings_outside_their_range(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        Sampling(**setting)

@@ -1,13 +1,20 @@
-"""Scores of one answer against its references (spec: evaluation.md 6). No import of jax."""
+"""Equality, edit distance and numbers within five per cent (spec: evaluation.md 6: exact, ANLS, relaxed, GQA)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+RELAXED_TOLERANCE = 0.05
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction equals an answer, both stripped and in lower case."""
     return float(any(prediction.strip().lower() == answer.strip().lower() for answer in answers))
+
+
+def exact_without_stops(prediction: str, answers: Sequence[str]) -> float:
+    """GQA: as `exact`, the prediction without trailing full stops."""
+    return exact(prediction.strip().rstrip("."), answers)
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
@@ -24,6 +31,29 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     return score if score >= 0.5 else 0.0
 
 
+def relaxed(prediction: str, answers: Sequence[str], *, swap: bool = False) -> float:
+    """1 if an answer is a number and the prediction within 5 % of it, or if both are the same text in any case.
+
+    swap: take the prediction as the target, as the InternVL script does (`--compat relaxed_swap`).
+    """
+    prediction = prediction.strip()
+    return float(any(_relaxed(prediction, answer) if swap else _relaxed(answer, prediction) for answer in answers))
+
+
+def _relaxed(target: str, prediction: str) -> bool:
+    expected, given = _number(target), _number(prediction)
+    if expected and given is not None:
+        return abs(given - expected) / abs(expected) <= RELAXED_TOLERANCE
+    return prediction.lower() == target.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
 def levenshtein(a: str, b: str) -> int:
     """Least number of insertions, deletions and substitutions that turn a into b."""
     previous = list(range(len(b) + 1))
@@ -37,6 +67,3 @@ def levenshtein(a: str, b: str) -> int:
 
 def _clean(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact, "anls": anls}

@@ -1,0 +1,126 @@
+"""Files of benchmarks -> questions: the layouts of InternVL's data folder, and TSV files (spec: evaluation.md 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.tsv import list_cell, read_tsv
+
+Answers = Mapping[str, Sequence[str]]
+Finish = Callable[[Question], Question]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots:
+    """Where data lie: `data` is InternVL's data folder, `tsv` holds the TSV files."""
+
+    data: Path
+    tsv: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The questions of a benchmark.
+
+    files: what has to be there; also what identifies the data, so images are not among them.
+    read: the questions in their canonical order. Raises ConfigError naming file and line.
+    """
+
+    files: Callable[[Roots], list[Path]]
+    read: Callable[[Roots], list[Question]]
+
+    def missing(self, roots: Roots) -> list[Path]:
+        return [path for path in self.files(roots) if not path.exists()]
+
+
+def jsonl(path: str, *, text: str = "question", annotations: tuple[str, Callable[[Path], Answers]] | None = None,
+          finish: Finish = lambda question: question) -> Source:
+    """One JSON object a line: `image`, the question under `text`, `question_id`, `answer`, and fields of the task.
+
+    annotations: a file with the answers by question id, and its reader; without it they are those of the line.
+    """
+    names = [path] + ([annotations[0]] if annotations else [])
+
+    def files(roots: Roots) -> list[Path]:
+        return [roots.data / name for name in names]
+
+    def read(roots: Roots) -> list[Question]:
+        keys = None if annotations is None else annotations[1](roots.data / annotations[0])
+        questions = []
+        for where, row in read_jsonl(roots.data / path):
+            try:
+                question = _question(where, row, text, len(questions), roots.data / path, roots)
+            except (KeyError, TypeError):
+                raise ConfigError(f'{where}: needs the fields "image" and "{text}"') from None
+            if keys is not None:
+                if str(question.id) not in keys:
+                    raise ConfigError(f"{where}: question_id {question.id} is not in {roots.data / annotations[0]}")
+                question = dataclasses.replace(question, answers=tuple(keys[str(question.id)]))
+            questions.append(finish(question))
+        return questions
+
+    return Source(files, read)
+
+
+def tsv(name: str, *, keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
+        finish: Finish = lambda question: question) -> Source:
+    """The rows of NAME.tsv that `keep` takes by their columns."""
+
+    def read(roots: Roots) -> list[Question]:
+        return [finish(question) for question in read_tsv(tsv_path(roots, name)) if keep(question.fields)]
+
+    return Source(lambda roots: [tsv_path(roots, name)], read)
+
+
+def tsv_path(roots: Roots, name: str) -> Path:
+    return roots.tsv / f"{name}.tsv"
+
+
+def listed_answers(question: Question) -> Question:
+    """TSV files of VQA data sets hold their answers as a Python list."""
+    answers = list_cell(question.answers[0], question.where) if question.answers else ()
+    return dataclasses.replace(question, answers=answers)
+
+
+def coco_answers(path: Path) -> Answers:
+    """COCO VQA layout: annotations[].question_id, answers[].answer."""
+    return {str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
+            for row in read_json(path, "annotations")}
+
+
+def docvqa_answers(path: Path) -> Answers:
+    """DocVQA layout: data[].questionId, answers."""
+    return {str(row["questionId"]): row["answers"] for row in read_json(path, "data")}
+
+
+def read_json(path: Path, field: str | None = None) -> Any:
+    """A JSON file, or one field of it. Raises ConfigError naming the file."""
+    try:
+        value = json.loads(path.read_bytes())
+        return value if field is None else value[field]
+    except (ValueError, LookupError, TypeError) as error:
+        wanted = f'an object with "{field}"' if field else "JSON"
+        raise ConfigError(f"{path}: not {wanted} ({type(error).__name__}: {error}); download it again") from None
+
+
+def image_path(value: str, roots: Roots, *folders: Path) -> str:
+    """An image named relative to the folder that contains the data root, to the data root, or to `folders`."""
+    candidates = [folder / value for folder in (roots.data.parent, roots.data, *folders)]
+    return str(next((path for path in candidates if path.is_file()), candidates[0]))
+
+
+def _question(where: str, row: Mapping[str, Any], text: str, index: int, file: Path, roots: Roots) -> Question:
+    image = row["image"]
+    images = image if isinstance(image, list) else [image]
+    answer = row.get("answer")
+    answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
+    fields = {name: value for name, value in row.items() if name not in ("image", text, "answer")}
+    paths = tuple(image_path(name, roots, file.parent) for name in images)
+    return Question(where, row.get("question_id", index), paths, row[text], tuple(map(str, answers)),
+                    row.get("hint") or "", {}, fields)

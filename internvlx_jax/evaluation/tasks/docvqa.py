@@ -1,0 +1,24 @@
+"""DocVQA: scanned documents."""
+
+from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.sources import docvqa_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.submissions import answers_by
+from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+VAL = jsonl("docvqa/val.jsonl", annotations=("docvqa/val/val_v1.0.json", docvqa_answers))
+SERVER = dict(submission=answers_by("questionId"))
+
+TASKS = (
+    Task(name="docvqa_val", title="DocVQA, validation", samples=5349, baseline_tiles=18, views={
+        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="DocVQA_VAL"),
+        "vlmevalkit": vlmevalkit(tsv("DocVQA_VAL", finish=listed_answers), ending(f"\n{BASE}"), scoring.anls,
+                                 dataset="DocVQA_VAL"),
+    }),
+    Task(name="docvqa_test", title="DocVQA, test", samples=5188, baseline_tiles=18, views={
+        "internvl": internvl(jsonl("docvqa/test.jsonl"), ending(f" {BASE}"), scoring.server, max_new_tokens=100,
+                             dataset="DocVQA_TEST", **SERVER),
+        "vlmevalkit": vlmevalkit(tsv("DocVQA_TEST"), ending(f"\n{BASE}"), scoring.server, dataset="DocVQA_TEST",
+                                 **SERVER),
+    }),
+)  # fmt: skip

@@ -1,0 +1,25 @@
+"""InfographicVQA: infographics."""
+
+from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.sources import docvqa_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.submissions import answers_by
+from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+VAL = jsonl("infographicsvqa/val.jsonl",
+            annotations=("infographicsvqa/infographicsVQA_val_v1.0_withQT.json", docvqa_answers))  # fmt: skip
+SERVER = dict(submission=answers_by("questionId"))
+
+TASKS = (
+    Task(name="infovqa_val", title="InfographicVQA, validation", samples=2801, baseline_tiles=24, views={
+        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="InfoVQA_VAL"),
+        "vlmevalkit": vlmevalkit(tsv("InfoVQA_VAL", finish=listed_answers), ending(f"\n{BASE}"), scoring.anls,
+                                 dataset="InfoVQA_VAL"),
+    }),
+    Task(name="infovqa_test", title="InfographicVQA, test", samples=3288, baseline_tiles=24, views={
+        "internvl": internvl(jsonl("infographicsvqa/test.jsonl"), ending(f" {BASE}"), scoring.server,
+                             max_new_tokens=100, dataset="InfoVQA_TEST", **SERVER),
+        "vlmevalkit": vlmevalkit(tsv("InfoVQA_TEST"), ending(f"\n{BASE}"), scoring.server, dataset="InfoVQA_TEST",
+                                 **SERVER),
+    }),
+)  # fmt: skip

@@ -1,0 +1,16 @@
+"""OK-VQA: questions that need knowledge from outside the image."""
+
+from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.sources import coco_answers, jsonl
+from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+# VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
+SOURCE = jsonl("okvqa/okvqa_val.jsonl", annotations=("okvqa/mscoco_val2014_annotations.json", coco_answers))
+
+TASKS = (
+    Task(name="okvqa_val", title="OK-VQA, validation", samples=5046, views={
+        "internvl": internvl(SOURCE, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="OKVQA_VAL"),
+        "vlmevalkit": vlmevalkit(SOURCE, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="OKVQA_VAL"),
+    }),
+)  # fmt: skip

@@ -1,0 +1,21 @@
+"""VizWiz: photos and questions of blind people."""
+
+from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.prompts import BASE, ending, plain
+from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.submissions import answers_by
+from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+PROMPT = ending(f" When the provided information is insufficient, respond with 'Unanswerable'. {BASE}")
+VAL = jsonl("vizwiz/vizwiz_val.jsonl", annotations=("vizwiz/vizwiz_val_annotations.json", coco_answers))
+
+TASKS = (
+    Task(name="vizwiz_val", title="VizWiz, validation", samples=4319, views={
+        "internvl": internvl(VAL, PROMPT, scoring.vqa_soft, max_new_tokens=10, dataset="VizWiz"),
+        "vlmevalkit": vlmevalkit(tsv("VizWiz", finish=listed_answers), plain, scoring.vqa_soft_vlm, dataset="VizWiz"),
+    }),
+    Task(name="vizwiz_test", title="VizWiz, test", samples=8000, views={
+        "internvl": internvl(jsonl("vizwiz/vizwiz_test.jsonl"), PROMPT, scoring.server, max_new_tokens=10,
+                             dataset="VizWiz_TEST", submission=answers_by("image")),
+    }),
+)  # fmt: skip

@@ -1,0 +1,24 @@
+"""VQAv2: short questions on photos."""
+
+from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.sources import coco_answers, jsonl
+from internvlx_jax.evaluation.submissions import answers_by
+from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+# VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
+VAL = jsonl("vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers))
+TESTDEV = jsonl("vqav2/vqav2_testdev.jsonl")
+SERVER = dict(submission=answers_by("question_id"))
+
+TASKS = (
+    Task(name="vqav2_val", title="VQAv2, validation", samples=214354, views={
+        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="VQAv2_VAL"),
+        "vlmevalkit": vlmevalkit(VAL, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="VQAv2_VAL"),
+    }),
+    Task(name="vqav2_testdev", title="VQAv2, test-dev", samples=107394, views={
+        "internvl": internvl(TESTDEV, ending(f" {BASE}"), scoring.server, max_new_tokens=10, dataset="VQAv2_TESTDEV",
+                             **SERVER),
+        "vlmevalkit": vlmevalkit(TESTDEV, ending(f"\n{BASE}"), scoring.server, dataset="VQAv2_TESTDEV", **SERVER),
+    }),
+)  # fmt: skip

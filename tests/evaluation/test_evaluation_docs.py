@@ -1,0 +1,49 @@
+"""docs/evaluation.md: its flags, names and examples are real."""
+
+import re
+import shlex
+
+import pytest
+from mini_data import ROOT
+
+from internvlx_jax.chat import main as chat
+from internvlx_jax.evaluation.command import parser
+from internvlx_jax.evaluation.scoring import COMPAT
+from internvlx_jax.evaluation.selection import Selection
+from internvlx_jax.evaluation.sources import Roots
+
+TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_flags_exist(capsys):
+    known = set(parser()._option_string_actions)
+    named = set(re.findall(r"`(--\w+)", TEXT)) | {
+        word for language, block in BLOCKS if language == "bash" for line in block.splitlines() if "eval.py" in line
+        for word in shlex.split(line) if word.startswith("--")}
+    assert len(named) > 15 and not named - known
+    with pytest.raises(SystemExit):
+        chat(["--help"])
+    chats = [line for _, block in BLOCKS for line in block.splitlines() if "internvlx_jax.chat" in line]
+    assert chats and all(word in capsys.readouterr().out for word in re.findall(r"--\w+", chats[0])[:1])
+
+
+def test_deviations_are_listed():
+    assert re.findall(r"^\| `(\w+)` \| \w+", TEXT.partition("## Deviations")[2], re.MULTILINE) == list(COMPAT)
+
+
+def test_files_exist():
+    named = re.findall(r"`((?:internvlx_jax|tests|benchmarks)/[\w./]+)`", TEXT)
+    assert len(named) > 3 and not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_examples_run(data_root):
+    selection, task = (block for language, block in BLOCKS if language == "python")
+    names = {}
+    exec(selection, names)
+    assert isinstance(names["evaluation"], Selection)
+    exec(task, names)
+    (task,) = names["TASKS"]
+    roots = Roots(data_root, data_root / "tsv")
+    assert task.views["internvl"].source.missing(roots) == [data_root / "signs" / "val.jsonl"]
+    assert task.default_protocol == "internvl" and task.views["vlmevalkit"].max_new_tokens == 4096

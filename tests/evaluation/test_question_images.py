@@ -1,0 +1,68 @@
+"""How several images of a question become tiles, and the order of tiling and RGB (spec: evaluation.md 1, 4)."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.tiles import TileConfig, cut_tiles
+from internvlx_jax.evaluation.images import EACH, FIRST_ONLY, MMMU_GRID, VLMEVALKIT, ImageBytes, Tiler
+from internvlx_jax.evaluation.tasks import TASKS
+
+TILES = TileConfig(tile_size=56, rule="edge", max_num=6)
+
+
+def stored(width, height, mode="RGB") -> ImageBytes:
+    image = Image.effect_noise((width, height), 80).convert("RGB")
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return ImageBytes(f"{width}x{height}", file.getvalue())
+
+
+WIDE, SMALL = stored(168, 56), stored(50, 50)
+
+
+@pytest.mark.parametrize("policy, images, blocks", [
+    (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
+    (EACH, [WIDE, SMALL], (4, 1)), (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
+    (VLMEVALKIT, [WIDE, SMALL], (4, 1)), (VLMEVALKIT, [WIDE] * 4, (4,) * 4), (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
+    (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
+    (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)), (FIRST_ONLY, [WIDE, WIDE], (1,)), (EACH, [], ()), (MMMU_GRID, [], ()),
+])  # fmt: skip
+def test_tiles_of_the_images_of_a_question(policy, images, blocks):
+    tiler = Tiler(TILES, policy)
+    assert tiler.counts(images) == blocks
+    assert tiler.blocks([len(tiles) for tiles in tiler.cut(images, "here")]) == blocks
+
+
+def test_mmmu_enlarges_the_first_image_bilinearly():
+    first, second = Tiler(TILES, MMMU_GRID).cut([SMALL, SMALL], "here")
+    image = Image.open(SMALL.open())
+    np.testing.assert_array_equal(first, cut_tiles(image.resize((100, 100), Image.Resampling.BILINEAR), TILES))
+    np.testing.assert_array_equal(second, cut_tiles(image, TILES))
+
+
+def test_mmmu_without_a_grid_takes_the_first_image_as_it_is():
+    view = TASKS["mmmu_val"].views["internvl"]
+    assert (view.images(True), view.images(False)) == (MMMU_GRID, FIRST_ONLY)
+
+
+def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
+    palette = stored(120, 90, "P")
+    image = Image.open(palette.open())
+    (before,) = Tiler(TILES).cut([palette], "here")
+    np.testing.assert_array_equal(before, cut_tiles(image.convert("RGB"), TILES))
+    (after,) = Tiler(TILES, rgb="after_tiling").cut([palette], "here")
+    assert after.shape == before.shape and (after != before).any()
+    colours = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, "none between two of them"
+    plain = Tiler(TILES, rgb="after_tiling").cut([WIDE], "here")
+    np.testing.assert_array_equal(plain[0], Tiler(TILES).cut([WIDE], "here")[0])
+
+
+def test_an_unreadable_image_names_itself():
+    with pytest.raises(SampleError, match="row 3 image"):
+        Tiler(TILES).counts([ImageBytes("row 3 image", b"nothing")])

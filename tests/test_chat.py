@@ -1,0 +1,125 @@
+"""Chat: streams, remembers, stops at texts, and writes what evaluation writes (spec: evaluation.md 3, data.md 4)."""
+
+import io
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from internvlx_jax import chat as chat_module
+from internvlx_jax.chat import Chat
+from internvlx_jax.convert.load import Pretrained
+from internvlx_jax.data.encode import encode_prompt
+from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
+from internvlx_jax.data.tiles import TileConfig
+from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, RopeConfig, VisionConfig
+from internvlx_jax.models.params import abstract_model, unflatten
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> Pretrained:
+    """A random model whose every token counts."""
+    config = ModelConfig(
+        vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
+        decoder=DecoderConfig(vocab_size=655, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32,
+                              rope=RopeConfig(max_positions=512)),
+        prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, dynamic=False)))
+    abstract, rng = abstract_model(config, dtype="float32"), np.random.default_rng(3)
+    params = {path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in abstract.shapes.items()}
+    model = nnx.merge(abstract.graphdef, unflatten(jax.tree.map(jax.numpy.asarray, params)))
+    return Pretrained(model, config, Tokenizer.load(TOKENIZER_FOLDER))
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("chat") / "a.png"
+    Image.effect_noise((60, 60), 90).convert("RGB").save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chat(pretrained):
+    return Chat(pretrained, max_new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture
+def fresh(chat):
+    chat.reset()
+    return chat
+
+
+def test_pieces_add_up_and_turns_are_remembered(fresh, image):
+    pieces = list(fresh.ask("What is it?", [image]))
+    assert len(pieces) > 3, "the answer streams"
+    first = "".join(pieces)
+    assert fresh.history == [("<image>\nWhat is it?", first)] and len(fresh.tiles) == 1
+    second = "".join(fresh.ask("And now?", [image]))
+    assert [question for question, _ in fresh.history] == ["<image>\nWhat is it?", "<image>\nAnd now?"]
+    fresh.reset()
+    alone = "".join(fresh.ask("And now?", [image]))
+    assert second != alone, "the second answer knows the first turn"
+    assert "".join(Chat.ask(fresh, "What is it?")) != first
+
+
+def test_a_bad_turn_changes_nothing(fresh, image, tmp_path):
+    list(fresh.ask("Hello"))
+    before = (list(fresh.history), list(fresh.tiles))
+    gone = str(tmp_path / "gone.png")
+    for question, images, problem in (("<image> and <image>?", [image], '1 image but 2 "<image>"'),
+                                      ("What?", [gone], "gone.png"), ("a" * 999, [], "512 positions")):
+        with pytest.raises(SampleError, match=problem):
+            list(fresh.ask(question, images))
+    assert (fresh.history, fresh.tiles) == before
+
+
+def test_stop_strings_never_show(pretrained, fresh):
+    whole = "".join(fresh.ask("Tell me"))
+    stop = whole[4:7]
+    stopping = Chat(pretrained, max_new_tokens=NEW_TOKENS, stop_strings=[stop])
+    seen = ""
+    for piece in stopping.ask("Tell me"):
+        seen += piece
+        assert stop not in seen and whole.startswith(seen)
+    assert seen == whole[: whole.index(stop)].strip()
+
+
+def test_half_of_a_character_or_a_stop_string_waits(fresh):
+    settled = Chat.__new__(Chat)
+    settled.stop_strings = ("END", "###")
+    texts = ("a \ufffd", "a EN", "a ##", "a E b", "a ")
+    assert [settled._settled(text) for text in texts] == ["a", "a", "a", "a E b", "a"]
+
+
+def test_the_prompt_is_that_of_the_template_with_history(fresh, image):
+    list(fresh.ask("One", [image]))
+    tokens = fresh._inputs("Two", fresh.tiles).tokens[0]
+    processor = fresh.processor
+    expected = encode_prompt("Two", history=fresh.history, system="", template=processor.template,
+                             tokenizer=processor.tokenizer, tiles_per_image=[1], tokens_per_tile=4).tokens
+    assert tokens[: len(expected)].tolist() == expected.tolist()
+
+
+def test_the_terminal(pretrained, image, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat_module, "load_pretrained", lambda path, dtype: pretrained)
+    lines = f"What?\n/image {tmp_path / 'gone.png'}\nWhat?\n/reset\nWhat?\n\nnot read"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert chat_module.main(["--checkpoint", "x", "--image", image, "--max_new_tokens", str(NEW_TOKENS)]) == 0
+    out, error = capsys.readouterr()
+    first, _, third = (line.removeprefix("> ") for line in out.replace("> > ", "> \n> ").splitlines()[:3])
+    assert "gone.png" in error
+    assert first and third and first != third, "the third question stands alone, without an image"
+    assert chat_module.main(["--checkpoint", "x", "--top_p", "2"]) == 1
+    assert "error: top_p is 2.0" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chat", "--checkpoint", str(Path("nowhere"))])
+    assert chat_module.main() == 1 and "nowhere" in capsys.readouterr().err
