@@ -132,6 +132,9 @@ class Decoder(nnx.Module):
         key_length: slots of the long frame, where this is the short one: all layers rotate alike. None: of this frame.
         """
         stop = self.config.layers if stop is None else stop
+        if start == stop:  # LVTC without shallow layers
+            none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
+            return x, KeyValues(none, none) if keep_kv else None
         if key_length is None:
             key_length = x.shape[1] if past is None else past.segments.shape[1]
         by = rotation(self.config.rope, frame.positions, self.config.head_dim, key_length)

@@ -16,7 +16,7 @@ from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import (DecoderConfig, LvtcConfig, ModelConfig, ProjectorConfig, PromptConfig,
                                          VisionConfig)
 from internvlx_jax.models.frames import feature_index, short_frame, short_lengths
-from internvlx_jax.models.generate import decode_step, greedy, prefill
+from internvlx_jax.models.generate import decode_step, for_decoding, greedy, prefill
 from internvlx_jax.models.inputs import Inputs
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.lvtc import interpolation_matrix, upsample
@@ -376,14 +376,18 @@ def test_prefill_and_cached_steps_equal_the_full_forward():
 
 
 def test_greedy_writes_what_the_full_forward_prefers():
-    """Without a shallow part, whose cache then holds no layer."""
+    """Without a shallow part, whose cache then holds no layer; stacked layers and separate ones."""
     case, new = CASES["no_shallow_part"], 5
     model = build(case.config, random_params(case.config))
     decode = jax.jit(lambda model, inputs: greedy(model, inputs, max_new_tokens=new, stop_ids=(), pad_id=0))
-    tokens, steps = decode(model, padded_prompts(case).inputs)
+    prompts = padded_prompts(case).inputs
+    tokens, steps = decode(model, prompts)
     assert int(steps) == new
     preferred = full_logits(model, case, np.asarray(tokens)).argmax(axis=-1)
     np.testing.assert_array_equal(tokens, preferred[:, :new])
+    separate = for_decoding(model)
+    assert separate.decoder.layers is not model.decoder.layers
+    np.testing.assert_array_equal(decode(separate, prompts)[0], tokens)
 
 
 # Gradients and masked tiles
