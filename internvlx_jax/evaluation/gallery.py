@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.images import load_image
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.evaluation.parts import read_rows
 from internvlx_jax.files import written_aside
 
 COLUMNS = 4
@@ -49,19 +49,11 @@ def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the predictions.jsonl of an eval.py run")
-    rows = []
-    with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold other Unicode line separators
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                missing = {"prompt", "images", "prediction", "answer", "score", "error"} - row.keys()
-            except (json.JSONDecodeError, AttributeError):
-                raise ConfigError(f"{path} line {number}: not a JSON object; run eval.py again") from None
-            if missing:
-                raise ConfigError(f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again")
-            rows.append(row)
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        missing = {"prompt", "images", "prediction", "answer", "score", "error"} - row.keys()
+        if missing:
+            raise ConfigError(f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again")
     if not rows:
         raise ConfigError(f"{path}: no predictions in it; run eval.py again")
     return rows

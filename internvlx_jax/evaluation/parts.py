@@ -88,7 +88,10 @@ def read_rows(path: Path) -> list[Row]:
     with path.open(encoding="utf-8") as file:  # not splitlines: texts may hold other Unicode line separators
         for number, line in enumerate(file, start=1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                raise ConfigError(f"{path} line {number}: not a JSON object; run eval.py again") from None
+                row = None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path} line {number}: not a JSON object; run eval.py again")
+            rows.append(row)
     return rows
