@@ -60,11 +60,13 @@ class LoadedStep(NamedTuple):
     """This process's rows of one global step.
 
     Attributes:
+        bucket: the shape of the step.
         sample_ids: "data set:line" of the samples in the rows, replacements included.
         counts: of all rows of all processes.
         read, faults: samples read of each data set by this process, and what was wrong with some of them.
     """
 
+    bucket: Bucket
     batch: Batch
     sample_ids: tuple[str, ...]
     counts: StepCounts
@@ -202,7 +204,7 @@ class Loader:
         batch = collate(rows, planned.bucket, tile_size=processor.tiles.tile_size,
                         tokens_per_tile=processor.tokens_per_tile, pad_id=processor.tokenizer.pad_id,
                         lvtc=processor.lvtc)
-        return LoadedStep(batch, tuple(names), self.counts(planned), dict(read), tuple(faults))
+        return LoadedStep(planned.bucket, batch, tuple(names), self.counts(planned), dict(read), tuple(faults))
 
     def _read(self, planned: PlannedStep, row: int, place: int, read: Counter, faults: list[Fault]) -> ReadSample | None:
         """The sample of one slot of the plan, or what takes its place; None leaves it empty."""

@@ -24,15 +24,15 @@ from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
-from internvlx_jax.models.params import abstract_model, init_params
+from internvlx_jax.models.params import init_params
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_position
 from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.freeze import describe, frozen_paths
+from internvlx_jax.training.executables import compile_train_steps
+from internvlx_jax.training.freeze import describe
 from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
-from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, data_parallel_size, make_mesh,
-                                             optimizer_shardings, param_shardings, placed, replicated, row_share)
-from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
+from internvlx_jax.training.setup import prepare
+from internvlx_jax.training.sharding import batch_sharding, data_parallel_size, make_mesh, replicated, row_share
+from internvlx_jax.training.step import TrainState
 
 QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
 
@@ -48,24 +48,15 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     # --- mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
 
-    # --- model, abstract ------------------------------------------------------------------------------------------
+    # --- model ----------------------------------------------------------------------------------------------------
     source = None if config.init_from is None else open_checkpoint(config.init_from)
     model_config = source.config if config.model is None else config.model
     if source is not None and config.model is not None:
         check_same_model(config.model, source.config, source.path)
-    abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat,
-                              shardings=activation_shardings(mesh))
-    shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
-    frozen = frozen_paths(abstract.shapes, config.freeze)
-    speak(describe(abstract.shapes, frozen))
 
     # --- data -----------------------------------------------------------------------------------------------------
     tokenizer = _tokenizer(config, source, model_config)
     loader, validation = _loaders(config, model_config, tokenizer, mesh, saved_position(run))
-    benchmarks = None
-    if config.evaluation is not None:
-        benchmarks = InLoop(config.evaluation, run / "evaluation", model=model_config, abstract=abstract,
-                            tokenizer=tokenizer, mesh=mesh)
     steps = config.steps or loader.plan.total
     speak(f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
           f"{len(loader.plan.buckets)} buckets:")
@@ -74,30 +65,29 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     if loader.index_faults.reasons:
         speak(f"left out, see {QUARANTINE.format(0)} in the run folder: {loader.index_faults.summary()}")
 
-    # --- optimiser and steps --------------------------------------------------------------------------------------
-    schedule = make_schedule(config.optimizer, steps)
-    trained = {path: leaf for path, leaf in abstract.shapes.items() if path not in frozen}
-    optimizer = make_optimizer(config.optimizer, schedule, decay_mask(config.optimizer, trained, abstract.axes))
-    trained_shardings = {path: shardings[path] for path in trained}
-    opt_shardings = optimizer_shardings(optimizer, trained, trained_shardings, mesh)
-    state_shardings = TrainState(trained_shardings, {path: shardings[path] for path in frozen}, opt_shardings,
-                                 replicated(mesh))
-    train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
-                                         config.compute.accumulation),
-                         donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
-    eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
+    # --- structure, optimiser, steps: no arrays yet -----------------------------------------------------------------
+    setup = prepare(config, model_config, mesh, steps)
+    abstract, shardings = setup.abstract, setup.shardings
+    speak(describe(abstract.shapes, setup.frozen))
+    benchmarks = None
+    if config.evaluation is not None:
+        benchmarks = InLoop(config.evaluation, run / "evaluation", model=model_config, abstract=abstract,
+                            tokenizer=tokenizer, mesh=mesh)
 
-    # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
+    # --- run folder, one executable a bucket ----------------------------------------------------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}
     resuming = prepare_run_folder(run, settings, tokenizer)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
+    started = time.perf_counter()
+    executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
+    speak(f"compiled the step of {len(executables)} buckets in {time.perf_counter() - started:.0f} s")
+
+    # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
     checkpoints = CheckpointWriter(run, config.keep_last)
     if resuming:
         first = checkpoints.latest_step
-        opt_shapes = jax.eval_shape(optimizer.init, trained)
-        params, opt_state = checkpoints.load(first, placed(abstract.shapes, shardings),
-                                             placed(opt_shapes, opt_shardings), loader.state(first))
+        params, opt_state = checkpoints.load(first, setup.state.params(), setup.state.opt_state, loader.state(first))
         speak(f"resuming {run} at step {first}")
     elif source is not None:
         first, transferred = 0, transfer(source, model_config, abstract, mesh, seed=config.seed)
@@ -105,10 +95,11 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
         speak(*transferred.report, sep="\n")
     else:
         first, params = 0, init_params(model_config, config.seed, shardings=shardings)
-    trainable = {path: params[path] for path in trained}
+    trainable = {path: params[path] for path in setup.state.trainable}
     if not resuming:
-        opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
-    state = TrainState(trainable, {path: params[path] for path in frozen}, opt_state,
+        opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state.opt_state)
+        opt_state = jax.jit(setup.optimizer.init, out_shardings=opt_shardings)(trainable)
+    state = TrainState(trainable, {path: params[path] for path in setup.frozen}, opt_state,
                        jax.device_put(np.int32(first), replicated(mesh)))
 
     # --- loop -----------------------------------------------------------------------------------------------------
@@ -116,7 +107,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), step.batch)
 
     def validate(params) -> dict[str, float]:
-        sums = np.sum([jax.device_get(eval_step(params, put(loaded)))
+        sums = np.sum([jax.device_get(setup.eval_step(params, put(loaded)))
                        for loaded in validation.steps(0, validation.plan.total)], axis=0)
         loss, weight, exact, answers = sums.tolist()
         return {"eval/loss": loss / weight, "eval/exact": exact / answers}
@@ -147,10 +138,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
     with checkpoints:
         for step, loaded, batch in _ahead(throughput.waited(loader.steps(first, last)), put, first):
-            compiled, started = train_step._cache_size(), time.perf_counter()
-            state, metrics = train_step(state, batch)
-            if train_step._cache_size() > compiled:
-                throughput.pause(time.perf_counter() - started)
+            state, metrics = executables[loaded.bucket](state, batch)
             throughput.add(loaded.counts)
             window.append(metrics)
             done = step + 1
@@ -159,7 +147,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
                 loader.faults.judge(faults)  # by all processes alike, so that they stop together
                 values = window_means(jax.device_get(window)) | throughput.take()
                 values["bad_samples"] = int(faults[:, 1].sum())
-                values["executables"] = train_step._cache_size()
+                values["executables"] = len(executables)
                 window.clear()
                 speak(progress_line(done, steps, values))
                 record(done, values)

@@ -1,0 +1,84 @@
+"""Everything of a run that exists before there are arrays: what is trained, where it lives, and the jitted steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from internvlx_jax.data.batch import Batch
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.inputs import Inputs, ShortFrame
+from internvlx_jax.models.params import AbstractModel, abstract_model
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.freeze import frozen_paths
+from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, optimizer_shardings, param_shardings,
+                                             placed, replicated)
+from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config means on a mesh; nothing here is allocated.
+
+    Attributes:
+        mesh, model, abstract: the devices, the model and its structure.
+        shardings: dotted path -> where that parameter lives.
+        frozen: paths that are not trained.
+        optimizer, schedule: of the others.
+        state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
+        train_step, eval_step: jitted; the state that a train step is given is donated.
+    """
+
+    mesh: Mesh
+    model: ModelConfig
+    abstract: AbstractModel
+    shardings: dict[str, NamedSharding]
+    frozen: frozenset[str]
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+
+    def batch(self, bucket: Bucket, rows: int) -> Batch:
+        """The batch of one step of a bucket, as jax.ShapeDtypeStruct that carry their shardings."""
+        model, t, s, r = self.model, bucket.tiles, bucket.length, bucket.short_length
+        size = model.prompt.tiles.tile_size
+
+        def leaf(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(self.mesh))
+
+        short = None if model.lvtc is None else ShortFrame(leaf(r), leaf(s), leaf(t), leaf(r))
+        inputs = Inputs(leaf(s), leaf(s), leaf(s), leaf(t, size, size, 3, dtype=jnp.uint8), leaf(s), short)
+        return Batch(inputs, leaf(s), leaf(s, dtype=jnp.float32))
+
+
+def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> Setup:
+    """steps: updates of the whole run, which the schedule is stretched over. Raises ConfigError for expressions that
+    match no parameter."""
+    abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
+                              shardings=activation_shardings(mesh))
+    shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
+    frozen = frozenset(frozen_paths(abstract.shapes, config.freeze))
+    trained = {path: leaf for path, leaf in abstract.shapes.items() if path not in frozen}
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule, decay_mask(config.optimizer, trained, abstract.axes))
+
+    params = placed(abstract.shapes, shardings)
+    opt_shardings = optimizer_shardings(optimizer, trained, {path: shardings[path] for path in trained}, mesh)
+    state = TrainState({path: params[path] for path in trained}, {path: params[path] for path in sorted(frozen)},
+                       placed(jax.eval_shape(optimizer.init, trained), opt_shardings),
+                       jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)))
+    train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
+                                         config.compute.accumulation), donate_argnums=0,
+                         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
+    eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
+    return Setup(mesh, model, abstract, shardings, frozen, optimizer, schedule, state, train_step, eval_step)
