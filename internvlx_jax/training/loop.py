@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     if source is not None and config.model is not None:
         check_same_model(config.model, source.config, source.path)
     abstract = abstract_model(model_config, dtype=config.compute.dtype, remat=config.compute.remat,
-                              shardings=activation_shardings(mesh))
+                              attention=config.compute.attention, shardings=activation_shardings(mesh))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     frozen = frozen_paths(abstract.shapes, config.freeze)
     speak(describe(abstract.shapes, frozen))
