@@ -16,7 +16,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.config import LvtcConfig, ModelConfig
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.params import abstract_model, unflatten
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.training.sharding import MeshConfig, activation_shardings, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Me
     """
     source = open_checkpoint(path)
     config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
-    abstract = abstract_model(config, dtype=dtype, param_dtype=dtype)
+    abstract = abstract_model(config, dtype=dtype, param_dtype=dtype,
+                              shardings=None if mesh is None else activation_shardings(mesh))
     mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
     transferred = transfer(source, config, abstract, mesh, seed=0)
     model = nnx.merge(abstract.graphdef, unflatten(transferred.params))

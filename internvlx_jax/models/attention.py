@@ -1,22 +1,181 @@
-"""Causal, segment-masked grouped-query attention of the decoder (spec: model.md 8)."""
+"""Scaled dot-product attention of tower and decoder, by the fastest implementation of the platform (spec: model.md 3, 8).
+
+Whole sequences that attend to themselves (training, prefill, tiles) go through `SelfAttention`, which chooses among
+backends; one decoding step against a cache is `attend`, whose formula is also that of the `xla` backend.
+
+| backend | where | what |
+|---|---|---|
+| xla | everywhere | `attend`, in chunks of queries when sequences are long; scores and softmax in float32 |
+| splash | TPU | the Pallas kernel, models/splash.py; splash_interpret is the same emulated, on any platform, slowly |
+| cudnn | NVIDIA GPU, 16-bit activations | `jax.nn.dot_product_attention` |
+| auto | | splash on TPU; cudnn on NVIDIA where it applies, see `cudnn_problem`; else xla |
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.splash import splash_attention
+
+Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
+OUTPUT = "attention_out"  # checkpoint name of what a policy has to save so that attention is not computed again
+NVIDIA = ("gpu", "cuda")  # names of the platform of such devices
+CHUNK = 512               # most queries whose scores exist at a time in the xla backend
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array, kv_segments: jax.Array,
-           q_start: jax.Array | int = 0) -> jax.Array:
-    """Softmax in float32, causal by slot, within equal segments.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | None = None,
+           kv_segments: jax.Array | None = None, q_start: jax.Array | int | None = None) -> jax.Array:
+    """Softmax in float32, within equal segments, and causal by slot.
 
-    q: [B, S, K, J, H], k, v: [B, Z, K, H]  ->  [B, S, K, J, H]
+    q: [B, S, N, H], k, v: [B, Z, K, H], query head n belongs to key head n // (N / K)  ->  [B, S, N, H]
     q_segments: int32[B, S], kv_segments: int32[B, Z]; 0 marks padding, which sees padding only and so stays finite.
-    q_start: slot of the first query among the keys (a traced scalar while decoding).
+    None: one segment.
+    q_start: slot of the first query among the keys (a traced scalar while decoding); None: not causal.
     """
-    slots, key_slots = q_start + jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-    visible = (key_slots <= slots[:, None]) & (q_segments[:, :, None] == kv_segments[:, None, :])  # [B, S, Z]
+    q = rearrange(q, "b s (k j) h -> b s k j h", k=k.shape[2])
     scores = jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    visible = True
+    if q_start is not None:
+        visible = jnp.arange(k.shape[1]) <= (q_start + jnp.arange(q.shape[1]))[:, None]  # [S, Z]
+    if q_segments is not None:
+        visible &= q_segments[:, None, None, :, None] == kv_segments[:, None, None, None, :]  # [B, 1, 1, S, Z]
+    if visible is not True:
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkjsz,bzkh->bskjh", weights, v)
+    return rearrange(jnp.einsum("bkjsz,bzkh->bskjh", weights, v), "b s k j h -> b s (k j) h")
+
+
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
+    """`attend` of a sequence to itself. Of a long one, the scores exist for one chunk of queries at a time, in the
+    backward pass too, which computes them again.
+
+    q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H]
+    """
+    length = q.shape[1]
+    chunks = -(-length // CHUNK)
+    if chunks == 1:
+        return attend(q, k, v, q_segments=segments, kv_segments=segments, q_start=0 if causal else None)
+    size = -(-length // chunks)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, S, ...] -> [chunks, B, size, ...]; queries behind the end are computed and dropped."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(x, "b (c s) ... -> c b s ...", c=chunks)
+
+    @jax.checkpoint
+    def body(_, chunk):
+        q, q_segments, start = chunk
+        return None, attend(q, k, v, q_segments=q_segments, kv_segments=segments, q_start=start if causal else None)
+
+    q_segments = None if segments is None else cut(segments)
+    out = jax.lax.scan(body, None, (cut(q), q_segments, size * jnp.arange(chunks)))[1]
+    return rearrange(out, "c b s n h -> b (c s) n h")[:, :length]
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
+    """As `xla_attention`. cuDNN knows no segments: they become a mask bool[B, 1, S, S], which all heads share."""
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+
+def cudnn_problem(dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why cuDNN cannot compute attention here, or None."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"activations are {jnp.dtype(dtype).name}, it takes bfloat16 or float16; set compute.dtype=bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim is {head_dim}, it takes multiples of 8 up to 128"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfAttention:
+    """Attention of whole sequences to themselves.
+
+    Attributes:
+        backend: see the table of this module.
+        rows, heads: how a mesh divides segments [B, S], and queries, keys and values [B, S, heads, head dim]; None
+            outside a mesh. Kernels see the part of one device. Where the mesh does not divide the heads of an array
+            evenly, each device computes all of them.
+    """
+
+    backend: Backend = "auto"
+    rows: NamedSharding | None = None
+    heads: NamedSharding | None = None
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *,
+                 causal: bool) -> jax.Array:
+        """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S], 0 = padding, or None -> [B, S, N, H]."""
+        compute = functools.partial(self._compute, causal=causal)
+        if self.rows is not None:
+            rows, heads = self.rows.spec, self._dividing(k).spec
+            compute = jax.shard_map(compute, mesh=self.rows.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads,
+                                    check_vma=False)
+        return compute(q, k, v, segments)
+
+    def check(self, dtype: DTypeLike, head_dims: Sequence[int]) -> None:
+        """Raises ConfigError when the backend cannot do what the model needs, as far as that is known before tracing."""
+        problem = None
+        if self.backend not in get_args(Backend):
+            problem = f"choose one of {', '.join(get_args(Backend))}"
+        elif self.backend == "splash" and self._platform() not in (None, "tpu"):
+            problem = f"the kernel is for TPUs and the devices are of the platform {self._platform()}; set it to auto or xla"
+        elif self.backend == "cudnn":
+            if self._platform() not in (None, *NVIDIA):
+                problem = f"the devices are of the platform {self._platform()}; set it to auto or xla"
+            else:
+                problems = [cudnn_problem(dtype, head_dim) for head_dim in head_dims]
+                problem = next(filter(None, problems), None)
+        if problem is not None:
+            raise ConfigError(f"compute.attention is {self.backend!r}: {problem}")
+
+    def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
+        def of(implementation: Callable, **kwargs) -> Callable:
+            return functools.partial(implementation, causal=causal, **kwargs)
+
+        splash, platform = of(splash_attention, residuals=OUTPUT), self._platform()
+        choice = self.backend
+        if choice == "auto":
+            choice = {"tpu": "splash", "cpu": "xla"}.get(platform, "auto")
+        if choice == "splash":
+            return splash(q, k, v, segments)
+        if choice == "splash_interpret":
+            return splash(q, k, v, segments, interpret=True)
+        if choice == "cudnn":
+            return cudnn_attention(q, k, v, segments, causal=causal)
+        if choice == "xla":
+            return xla_attention(q, k, v, segments, causal=causal)
+        kernels = {} if platform in NVIDIA else {"tpu": splash}
+        if cudnn_problem(q.dtype, q.shape[-1]) is None and _cudnn_is_installed():
+            kernels["cuda"] = of(cudnn_attention)
+        return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=of(xla_attention))
+
+    def _platform(self) -> str | None:
+        """Of the mesh, which is what the program is compiled for, be it attached or not; None without a mesh."""
+        return None if self.rows is None else self.rows.mesh.devices.flat[0].platform
+
+    def _dividing(self, k: jax.Array) -> NamedSharding:
+        try:
+            self.heads.shard_shape(k.shape)
+        except ValueError:
+            return self.rows
+        return self.heads
+
+
+@functools.cache
+def _cudnn_is_installed() -> bool:
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(cudnn_attention, segments=None, causal=True), x, x, x)
+    except RuntimeError:
+        return False
+    return True

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.models.attention import attend
+from internvlx_jax.models.attention import SelfAttention, attend
 from internvlx_jax.models.config import DecoderConfig
 from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, param, rematerialise, scan_layers,
                                          slice_layers, stack_layers)
@@ -65,17 +65,17 @@ class Attention(nnx.Module):
         self.out = Linear("bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"),
                           bias=config.out_bias, **kwargs)
 
-    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None) -> tuple[jax.Array, KeyValues]:
+    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None,
+                 attention: SelfAttention) -> tuple[jax.Array, KeyValues]:
         qkv = self.qkv(x)
         q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
-        new = KeyValues(k, v)
-        segments, start = frame.segments, 0
-        if past is not None:
-            segments, start = past.segments, past.start
-            k, v = (jax.lax.dynamic_update_slice_in_dim(cached, fresh.astype(cached.dtype), start, axis=1)
-                    for cached, fresh in zip(past.cache, new))
-        y = attend(q, k, v, q_segments=frame.segments, kv_segments=segments, q_start=start)
-        return self.out(rearrange(y, "b s k j h -> b s (k j) h")), new
+        q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
+        if past is None:
+            return self.out(attention(q, k, v, frame.segments, causal=True)), new
+        k, v = (jax.lax.dynamic_update_slice_in_dim(cached, fresh.astype(cached.dtype), past.start, axis=1)
+                for cached, fresh in zip(past.cache, new))
+        y = attend(q, k, v, q_segments=frame.segments, kv_segments=past.segments, q_start=past.start)
+        return self.out(y), new
 
 
 class Mlp(nnx.Module):
@@ -101,8 +101,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
         self.mlp = Mlp(config, **kwargs)
 
-    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None) -> tuple[jax.Array, KeyValues]:
-        y, new = self.attn(self.attn_norm(x), frame, by, past)
+    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None,
+                 attention: SelfAttention) -> tuple[jax.Array, KeyValues]:
+        y, new = self.attn(self.attn_norm(x), frame, by, past, attention)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), new
 
@@ -125,7 +126,8 @@ class Decoder(nnx.Module):
 
     def run_layers(self, x: jax.Array, frame: Frame, *, start: int = 0, stop: int | None = None,
                    past: Past | None = None, key_length: int | None = None, keep_kv: bool = False,
-                   remat: str = "none") -> tuple[jax.Array, KeyValues | None]:
+                   remat: str = "none",
+                   attention: SelfAttention = SelfAttention()) -> tuple[jax.Array, KeyValues | None]:
         """Blocks start..stop-1 on one frame.
 
         x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
@@ -142,7 +144,7 @@ class Decoder(nnx.Module):
         def body(x, block_and_cache):
             block, cache = block_and_cache
             with jax.named_scope("decoder_block"):
-                x, new = block(x, frame, by, None if past is None else past._replace(cache=cache))
+                x, new = block(x, frame, by, None if past is None else past._replace(cache=cache), attention)
             return x, new if keep_kv else None
 
         cache = None if past is None else past.cache

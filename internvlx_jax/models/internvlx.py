@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.data.tiles import NORMALIZATIONS
+from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.decoder import Decoder, Frame, KeyValues
 from internvlx_jax.models.inputs import Inputs
@@ -32,24 +33,32 @@ class ActivationShardings(NamedTuple):
     Attributes:
         rows: of what has the rows of a batch in front; each device keeps its own.
         looked_up: of fresh text embeddings, which come out of the table divided as it is.
+        heads: of queries, keys and values, [rows, slots, heads, head dim].
     """
 
-    rows: Sharding
-    looked_up: Sharding
+    rows: NamedSharding
+    looked_up: NamedSharding
+    heads: NamedSharding
 
 
 class InternVLX(nnx.Module):
     """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
 
     dtype: of the activations; param_dtype: of the parameters. remat: none, full or dots, for both layer stacks.
-    shardings: of activations, when training on a mesh (see ActivationShardings).
+    attention: backend of both stacks, see models/attention.py. shardings: of activations, on a mesh (see
+    ActivationShardings). Raises ConfigError when the backend cannot do what these ask for.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32,
-                 param_dtype: DTypeLike = jnp.float32, remat: str = "none", shardings: ActivationShardings | None = None):
+                 param_dtype: DTypeLike = jnp.float32, remat: str = "none", attention: Backend = "auto",
+                 shardings: ActivationShardings | None = None):
         kwargs = dict(rngs=rngs, dtype=param_dtype)
         width = config.decoder.width
         self.config, self.dtype, self.remat, self.shardings = config, jnp.dtype(dtype), remat, shardings
+        self.attention = SelfAttention(attention)
+        if shardings is not None:
+            self.attention = SelfAttention(attention, rows=shardings.rows, heads=shardings.heads)
+        self.attention.check(self.dtype, (config.vision.head_dim, config.decoder.head_dim))
         self.vision = VisionTower(config.vision, **kwargs)
         if config.released_role is None:
             self.projector = None
@@ -67,7 +76,8 @@ class InternVLX(nnx.Module):
     def features(self, tiles: jax.Array, drop_path_key: jax.Array | None = None) -> jax.Array:
         """uint8 or normalised float[I, Y, X, 3] -> the tower's output [I, 1+P, V], class token first."""
         pixels = normalize_tiles(tiles).astype(self.dtype)
-        return self.vision(pixels, drop_path_key=drop_path_key, remat=self.remat)
+        return self.vision(pixels, drop_path_key=drop_path_key, remat=self.remat,
+                           attention=self.attention)
 
     @property
     def low_projector(self) -> nnx.Module:
@@ -90,7 +100,8 @@ class InternVLX(nnx.Module):
                 return None
             return self._by_row(rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows))
 
-        run_layers = functools.partial(self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat)
+        run_layers = functools.partial(self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat,
+                                       attention=self.attention)
         frame = Frame(inputs.positions, inputs.segment_ids)
         if self.lvtc is None:
             x = self._embed(inputs.tokens)

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from internvlx_jax.models.attention import Backend
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.internvlx import ActivationShardings, InternVLX
 
@@ -40,10 +41,11 @@ class AbstractModel:
 
 
 def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
-                   remat: str = "none", shardings: ActivationShardings | None = None) -> AbstractModel:
+                   remat: str = "none", attention: Backend = "auto",
+                   shardings: ActivationShardings | None = None) -> AbstractModel:
     """Shapes and axes of a model without allocating it."""
     model = jax.eval_shape(lambda: InternVLX(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype,
-                                             remat=remat, shardings=shardings))
+                                             remat=remat, attention=attention, shardings=shardings))
     graphdef, state = nnx.split(model)
     variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
     return AbstractModel(graphdef,

@@ -8,6 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
+from internvlx_jax.models.attention import SelfAttention
 from internvlx_jax.models.config import VisionConfig
 from internvlx_jax.models.layers import (LayerNorm, Linear, RMSNorm, constant, drop_path, normal, param,
                                          rematerialise, slice_layers, stack_layers)
@@ -30,14 +31,12 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
         self.proj = Linear("isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, **kwargs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, attention: SelfAttention) -> jax.Array:
         q, k, v = self.qkv(x)
         if self.q_norm is not None:  # over all heads together, before they are split
             q = self.q_norm(q.reshape(x.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x.shape)).reshape(k.shape)
-        scores = jnp.einsum("isnh,iznh->insz", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        return self.proj(jnp.einsum("insz,iznh->isnh", weights, v))
+        return self.proj(attention(q, k, v, causal=False))
 
 
 class Mlp(nnx.Module):
@@ -64,9 +63,9 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, **kwargs)
         self.ls2 = param(scale, (config.width,), (None,), **kwargs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, rate: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None, rate: jax.Array, attention: SelfAttention) -> jax.Array:
         key1, key2 = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x)), key1, rate, batch_dims=1)
+        x = x + drop_path(self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x), attention), key1, rate, batch_dims=1)
         return x + drop_path(self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x)), key2, rate, batch_dims=1)
 
 
@@ -95,7 +94,7 @@ class VisionTower(nnx.Module):
         return jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
 
     def __call__(self, pixels: jax.Array, *, drop_path_key: jax.Array | None = None,
-                 remat: str = "none") -> jax.Array:
+                 remat: str = "none", attention: SelfAttention = SelfAttention()) -> jax.Array:
         """Output of `config.select_layer`. drop_path_key: None outside training."""
         depth, total = self.config.layers_run, self.config.layers
         x = self.embed(pixels)
@@ -107,7 +106,7 @@ class VisionTower(nnx.Module):
         def body(x, block_and_draws):
             block, key, rate = block_and_draws
             with jax.named_scope("vit_block"):
-                return block(x, key, rate), None
+                return block(x, key, rate, attention), None
 
         layers = slice_layers(self.layers, 0, depth)
         return jax.lax.scan(rematerialise(body, remat), x, (layers, keys, rates))[0]

@@ -32,10 +32,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, micro-batches."""
+    """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, attention backend
+    (models/attention.py), micro-batches."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots"] = "full"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     accumulation: int = 1
 
 

@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> 
     """steps: updates of the whole run, which the schedule is stretched over. Raises ConfigError for expressions that
     match no parameter."""
     abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
-                              shardings=activation_shardings(mesh))
+                              attention=config.compute.attention, shardings=activation_shardings(mesh))
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     frozen = frozenset(frozen_paths(abstract.shapes, config.freeze))
     trained = {path: leaf for path, leaf in abstract.shapes.items() if path not in frozen}

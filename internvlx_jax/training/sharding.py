@@ -85,8 +85,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def activation_shardings(mesh: Mesh) -> ActivationShardings:
     """Rows as in the batch. A lookup takes the rows of `data` in a table whose width is divided over `fsdp`; from there
-    one all-to-all brings each device its rows."""
-    return ActivationShardings(batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
+    one all-to-all brings each device its rows. Heads as their kernels."""
+    return ActivationShardings(rows=batch_sharding(mesh),
+                               looked_up=NamedSharding(mesh, PartitionSpec("data", None, "fsdp")),
+                               heads=NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, RULES["heads"])))
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
