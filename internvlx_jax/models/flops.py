@@ -1,13 +1,14 @@
-"""Analytic forward FLOPs of a batch, by part (spec: training.md 8, lvtc.md 5).
+"""Analytic FLOPs of a batch, by part (spec: training.md 8, lvtc.md 5).
 
 A multiply-add is 2. Counted are all matrix products, causal attention at half and the tower's attention in full; not
-counted are recomputation, element-wise work and the embedding lookup. No import of jax.
+counted are recomputation, element-wise work, the embedding lookup and the optimiser. No import of jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from internvlx_jax.models.config import ModelConfig
 
@@ -16,10 +17,10 @@ from internvlx_jax.models.config import ModelConfig
 class Flops:
     """tower, projector (with what LVTC adds to it), decoder (its layers), head (logits of every slot)."""
 
-    tower: float
-    projector: float
-    decoder: float
-    head: float
+    tower: float = 0.0
+    projector: float = 0.0
+    decoder: float = 0.0
+    head: float = 0.0
 
     @property
     def total(self) -> float:
@@ -32,52 +33,166 @@ def forward_flops(config: ModelConfig, *, tiles: int, lengths: Sequence[int],
 
     short_lengths: the same in the short frame, with LVTC: its first `expand_layer` layers run on those.
     """
-    decoder, layers = config.decoder, config.decoder.layers
-    shallow = 0 if config.lvtc is None else config.lvtc.expand_layer
+    return _by_part(_stages(config, tiles, lengths, short_lengths), _Stage.forward)
+
+
+def train_flops(config: ModelConfig, trained: Mapping[str, Sequence[int]], *, tiles: int, lengths: Sequence[int],
+                short_lengths: Sequence[int] = ()) -> Flops:
+    """Forward and backward pass. Backward is twice the forward pass of a trained linear map, once that of a frozen one
+    that gradients cross, nothing below everything trained; attention products cost twice wherever gradients go.
+
+    trained: path -> shape of each trained parameter; of a stack whose first layers are frozen, the shape of the others.
+        Adapters (`.lora_a`, `.lora_b`) count as trained, their base as crossed. Other arguments as in `forward_flops`.
+    """
+    reached: set[str] = set()
+
+    def cost(stage: _Stage) -> float:
+        if stage.trains(trained) or reached.intersection(stage.below):
+            reached.add(stage.name)
+        return stage.forward() + (stage.backward(trained) if stage.name in reached else 0.0)
+
+    frozen_layers = next((config.vision.layers - shape[0] for path, shape in trained.items()
+                          if path.startswith("vision.layers.")), 0)
+    return _by_part(_stages(config, tiles, lengths, short_lengths, frozen_layers), cost)
+
+
+class _Map(NamedTuple):
+    """A matrix product with a kernel: its path, how many vectors go through it, their lengths before and after."""
+
+    kernel: str
+    vectors: float
+    inputs: int
+    outputs: int
+
+    def forward(self) -> float:
+        return 2 * self.vectors * self.inputs * self.outputs
+
+    def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
+        """Where gradients go. Adapters, in both directions, are an addition to it."""
+        kernel = self.forward() * (2 if self.kernel in trained else 1)
+        adapter = trained.get(self.kernel.removesuffix("kernel") + "lora_a")
+        return kernel if adapter is None else kernel + 3 * 2 * self.vectors * adapter[-1] * (self.inputs + self.outputs)
+
+
+class _Stage(NamedTuple):
+    """What gradients reach as a whole or not at all.
+
+    Attributes:
+        part: the field of Flops it counts to.
+        owns: beginnings of the paths of its parameters; none for frozen layers in a stack of trained ones.
+        below: names of the stages whose output it takes.
+    """
+
+    name: str
+    part: str
+    owns: tuple[str, ...]
+    below: tuple[str, ...]
+    maps: Sequence[_Map]
+    attention: float = 0.0
+
+    def trains(self, trained: Mapping[str, Sequence[int]]) -> bool:
+        return any(path.startswith(self.owns) for path in trained)
+
+    def forward(self) -> float:
+        return sum(each.forward() for each in self.maps) + self.attention
+
+    def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
+        """Where gradients go."""
+        return sum(each.backward(trained) for each in self.maps) + 2 * self.attention
+
+
+def _by_part(stages: Sequence[_Stage], cost: Callable[[_Stage], float]) -> Flops:
+    sums = {field.name: 0.0 for field in dataclasses.fields(Flops)}
+    for stage in stages:
+        sums[stage.part] += cost(stage)
+    return Flops(**sums)
+
+
+def _stages(config: ModelConfig, tiles: int, lengths: Sequence[int], short_lengths: Sequence[int],
+            frozen_layers: int = 0) -> list[_Stage]:
+    """The model in the order of computation; the tower's first `frozen_layers` layers are a stage of their own."""
+    decoder, lvtc, released = config.decoder, config.lvtc, config.released_role
+    shallow = 0 if lvtc is None else lvtc.expand_layer
     if shallow and len(short_lengths) != len(lengths):
         raise ValueError(f"{len(lengths)} lengths, but {len(short_lengths)} short lengths")
-    deep = (layers - shallow) * sum(_decoder_layer(config, length) for length in lengths)
-    return Flops(tiles * _tower(config), tiles * _projectors(config),
-                 deep + shallow * sum(_decoder_layer(config, length) for length in short_lengths),
-                 2 * decoder.width * decoder.vocab_size * sum(lengths))
 
+    def projector(name: str, path: str, kind: str, grid: int) -> _Stage:
+        maps, attention = (_pvtc if kind == "pvtc" else _mlp)(config, path, tiles, grid)
+        return _Stage(name, "projector", (f"{path}.", f"lvtc.{name}."), ("tower",), maps, attention)
 
-def _tower(config: ModelConfig) -> float:
-    """Of a tile: patch embedding and the layers up to the selected one."""
-    vision = config.vision
-    patches = vision.grid**2
-    slots = patches + 1
-    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    linear = 2 * slots * (4 * vision.width**2 + 2 * vision.width * vision.mlp_width)
-    return embedding + vision.layers_run * (linear + 4 * slots**2 * vision.width)
+    def layers(name: str, count: int, lengths: Sequence[int], *below: str) -> _Stage:
+        return _Stage(name, "decoder", ("decoder.layers.",), below, *_decoder(config, count, lengths))
 
-
-def _projectors(config: ModelConfig) -> float:
-    """Of a tile: every projector, and the up-sampling between the grids."""
-    lvtc = config.lvtc
+    stages = [*_tower(config, tiles, min(frozen_layers, config.vision.layers_run)),
+              _Stage("embedding", "decoder", ("decoder.embedding",), (), ())]
     if lvtc is None:
-        return _pvtc(config, config.token_grid) if config.projector.kind == "pvtc" else _mlp(config, config.token_grid)
-    kinds = [(lvtc.low_projector, lvtc.low_grid), (lvtc.high_projector, lvtc.high_grid),
-             *[(lvtc.inject_projector, lvtc.high_grid)] * len(lvtc.inject_layers)]
-    upsampling = 2 * config.decoder.width * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
-    return upsampling + sum((_pvtc if kind == "pvtc" else _mlp)(config, grid) for kind, grid in kinds)
+        stages += [projector("low", "projector", config.projector.kind, config.token_grid),
+                   layers("deep", decoder.layers, lengths, "embedding", "low")]
+    else:
+        added = [f"inject_{layer}" for layer in lvtc.inject_layers]
+        upsampling = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
+        stages += [
+            projector("low", "projector" if released == "low" else "lvtc.low", lvtc.low_projector, lvtc.low_grid),
+            layers("shallow", shallow, short_lengths, "embedding", "low"),
+            _Stage("upsampling", "projector", (), ("embedding", "low", "shallow"),
+                   [_Map("", upsampling, 1, decoder.width)]),
+            projector("high", "projector" if released == "high" else "lvtc.high.projector", lvtc.high_projector,
+                      lvtc.high_grid),
+            *(projector(name, f"lvtc.{name}.projector", lvtc.inject_projector, lvtc.high_grid) for name in added),
+            layers("deep", decoder.layers - shallow, lengths, "upsampling", "high", *added)]
+    head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
+    stages.append(_Stage("head", "head", (head, "decoder.norm."), ("deep",),
+                         [_Map(head, sum(lengths), decoder.width, decoder.vocab_size)]))
+    return stages
 
 
-def _pvtc(config: ModelConfig, grid: int) -> float:
-    """model.md 4: Q M V D + P V D + V D + 2 Q ((14 + 2 M) D^2 + 2 M D) multiply-adds."""
-    v, d, p, q = config.vision.width, config.decoder.width, config.vision.grid**2, grid**2
-    m = p // q
-    return 2 * (q * m * v * d + p * v * d + v * d + 2 * q * ((14 + 2 * m) * d**2 + 2 * m * d))
+def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:
+    """Patch embedding and the layers up to the selected one."""
+    vision = config.vision
+    v, f, patches = vision.width, vision.mlp_width, vision.grid**2
+
+    def layers(count: int) -> tuple[list[_Map], float]:
+        vectors = tiles * count * (patches + 1)
+        maps = [_Map(f"vision.layers.{name}.kernel", vectors, *sizes) for name, *sizes in (
+            ("attn.qkv", v, 3 * v), ("attn.proj", v, v), ("mlp.fc1", v, f), ("mlp.fc2", f, v))]
+        return maps, 4 * vectors * (patches + 1) * v
+
+    embedding = _Map("vision.patch_embed.kernel", tiles * patches, 3 * vision.patch_size**2, v)
+    if not frozen_layers:
+        maps, attention = layers(vision.layers_run)
+        return [_Stage("tower", "tower", ("vision.",), (), [embedding, *maps], attention)]
+    frozen, frozen_attention = layers(frozen_layers)
+    return [_Stage("frozen tower", "tower", (), (), [embedding, *frozen], frozen_attention),
+            _Stage("tower", "tower", ("vision.",), (), *layers(vision.layers_run - frozen_layers))]
 
 
-def _mlp(config: ModelConfig, grid: int) -> float:
+def _pvtc(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
+    """model.md 4; the attention is that of Q queries to M keys, in two branches."""
+    v, d, q = config.vision.width, config.decoder.width, grid**2
+    patches = config.vision.grid**2
+    m = patches // q
+    maps = [_Map(f"{path}.local_query.linear.kernel", tiles * q, m * v, d),
+            _Map(f"{path}.global_query.linear.kernel", tiles, v, d),
+            _Map(f"{path}.region_kv.linear.kernel", tiles * patches, v, d)]
+    for branch in ("attn_local", "attn_global"):
+        maps += [_Map(f"{path}.{branch}.{name}.kernel", tiles * vectors, *sizes) for name, vectors, *sizes in (
+            ("attn.q", q, d, d), ("attn.k", patches, d, d), ("attn.v", patches, d, d), ("attn.proj", q, d, d),
+            ("mlp.gate", q, d, 4 * d), ("mlp.up", q, d, 4 * d), ("mlp.down", q, 4 * d, d))]
+    return maps, 2 * tiles * 4 * q * m * d
+
+
+def _mlp(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
     """Both two-layer projectors, `mlp1` and LVTC's `mlp`: a region's patches -> D -> D."""
-    d = config.decoder.width
-    return 2 * (config.vision.grid**2 * config.vision.width * d + grid**2 * d**2)
+    d, region = config.decoder.width, config.vision.grid**2 // grid**2 * config.vision.width
+    return [_Map(f"{path}.fc1.kernel", tiles * grid**2, region, d),
+            _Map(f"{path}.fc2.kernel", tiles * grid**2, d, d)], 0.0
 
 
-def _decoder_layer(config: ModelConfig, length: int) -> float:
+def _decoder(config: ModelConfig, layers: int, lengths: Sequence[int]) -> tuple[list[_Map], float]:
     decoder = config.decoder
+    d, f, vectors = decoder.width, decoder.mlp_width, layers * sum(lengths)
     queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    weights = decoder.width * (2 * queries + 2 * keys + 3 * decoder.mlp_width)
-    return 2 * weights * length + 2 * length**2 * queries
+    maps = [_Map(f"decoder.layers.{name}.kernel", vectors, *sizes) for name, *sizes in (
+        ("attn.qkv", d, queries + 2 * keys), ("attn.out", queries, d),
+        ("mlp.gate", d, f), ("mlp.up", d, f), ("mlp.down", f, d))]
+    return maps, layers * 2 * sum(length**2 for length in lengths) * queries

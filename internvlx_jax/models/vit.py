@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from internvlx_jax.models.attention import SelfAttention
 from internvlx_jax.models.config import VisionConfig
 from internvlx_jax.models.layers import (LayerNorm, Linear, RMSNorm, constant, drop_path, normal, param,
-                                         rematerialise, slice_layers, stack_layers)
+                                         rematerialise, scan_layers, slice_layers,
+                                         stack_layers)
 from internvlx_jax.models.positions import resize_positions
 
 
@@ -104,9 +105,9 @@ class VisionTower(nnx.Module):
             keys = jax.random.split(drop_path_key, depth)
 
         def body(x, block_and_draws):
-            block, key, rate = block_and_draws
+            block, (key, rate) = block_and_draws
             with jax.named_scope("vit_block"):
                 return block(x, key, rate, attention), None
 
         layers = slice_layers(self.layers, 0, depth)
-        return jax.lax.scan(rematerialise(body, remat), x, (layers, keys, rates))[0]
+        return scan_layers(rematerialise(body, remat), x, layers, (keys, rates))[0]

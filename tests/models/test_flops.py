@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
-from internvlx_jax.models.flops import forward_flops
+from internvlx_jax.models.flops import Flops, forward_flops, train_flops
 from internvlx_jax.models.inputs import Inputs, ShortFrame
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.models.presets import internvlx_2b, internvlx_8b, lvtc_preset
@@ -27,6 +27,56 @@ def test_check_values(model, pvtc, token, row):
     tokens = forward_flops(model, tiles=0, lengths=[1] * 1000)  # attention of single tokens is negligible
     assert tokens.total / 1e12 == pytest.approx(token, rel=1e-3)
     assert forward_flops(model, tiles=0, lengths=[4096]).total / 1e12 == pytest.approx(row, rel=1e-3)
+
+
+def shapes_of(config, *beginnings):
+    """Path -> shape of the parameters that begin so; all without one."""
+    shapes = abstract_model(config, dtype="float32").shapes
+    return {path: leaf.shape for path, leaf in shapes.items() if path.startswith(beginnings or ("",))}
+
+
+def test_backward_by_what_is_trained():
+    """By hand, for a row of 4,096 slots with one tile of the 2B model."""
+    model, work = internvlx_2b(), dict(tiles=1, lengths=[4096])
+    forward = forward_flops(model, **work)
+    attention = 24 * 2 * 4096**2 * 2048                                # of the decoder; queries are 2,048 wide
+    regions = 2 * 4 * 256 * 4 * 2048                                   # of PVTC, two branches
+
+    assert train_flops(model, shapes_of(model), **work).total == pytest.approx(3 * forward.total)
+    second_finetune = train_flops(model, shapes_of(model, "projector", "decoder"), **work)
+    assert second_finetune == Flops(forward.tower, 3 * forward.projector, 3 * forward.decoder, 3 * forward.head)
+    warm_up = train_flops(model, shapes_of(model, "projector"), **work)
+    assert warm_up == Flops(forward.tower, 3 * forward.projector, 2 * forward.decoder + attention, 2 * forward.head)
+    tower = train_flops(model, shapes_of(model, "vision"), **work)
+    assert tower.tower == 3 * forward.tower and tower.projector == pytest.approx(2 * forward.projector + regions)
+    assert train_flops(model, shapes_of(model, "decoder.head"), **work) == Flops(
+        forward.tower, forward.projector, forward.decoder, 3 * forward.head)
+    embedding = train_flops(model, shapes_of(model, "decoder.embedding"), **work)
+    assert embedding.decoder == 2 * forward.decoder + attention and embedding.projector == forward.projector
+
+    # The last 4 of the tower's 24 layers, of 30.08 GFLOP each.
+    last = {path: (4, *shape[1:]) for path, shape in shapes_of(model, "vision.layers").items()}
+    partly = train_flops(model, last, **work)
+    assert (partly.tower - forward.tower) / 1e9 == pytest.approx(2 * 4 * 30.08, rel=1e-3)
+    assert partly.decoder == warm_up.decoder
+
+    # Rank 16 on every linear map of the decoder: 983,040 weights a rank.
+    adapters = {path.replace("kernel", side): (16,) for path in shapes_of(model, "decoder.layers") if "kernel" in path
+                for side in ("lora_a", "lora_b")}
+    lora = train_flops(model, adapters, **work)
+    assert lora.decoder == pytest.approx(warm_up.decoder + 3 * 2 * 16 * 983_040 * 4096)
+    assert (lora.tower, lora.projector, lora.head) == (forward.tower, forward.projector, warm_up.head)
+
+
+def test_shallow_layers_below_what_lvtc_adds_cost_nothing():
+    model = internvlx_2b("paper")
+    work = dict(tiles=2, lengths=[4096], short_lengths=[2560])
+    forward = forward_flops(model, **work)
+    shallow = forward_flops(model, tiles=0, lengths=[0], short_lengths=[2560]).decoder
+    added = train_flops(model, shapes_of(model, "lvtc"), **work)
+    deep_attention = 5 * 2 * 4096**2 * 2048
+    assert added.decoder == pytest.approx(shallow + 2 * (forward.decoder - shallow) + deep_attention)
+    assert train_flops(model, shapes_of(model, "projector"), **work).decoder > added.decoder
 
 
 def dot_flops(jaxpr):
