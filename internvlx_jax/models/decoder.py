@@ -150,9 +150,13 @@ class Decoder(nnx.Module):
         cache = None if past is None else past.cache
         return scan_layers(rematerialise(body, remat), x, slice_layers(self.layers, start, stop), cache)
 
+    @property
+    def head_kernel(self) -> jax.Array:
+        """[D, W]; the embedding's transpose where they are tied."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states after the last block, [..., D] -> float32[..., W]."""
         with jax.named_scope("head"):
-            kernel = self.embedding[...].T if self.head is None else self.head[...]
             x = self.norm(x)
-            return jnp.einsum("...d,dw->...w", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,dw->...w", x, self.head_kernel.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -19,6 +19,7 @@ from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.decoder import Decoder, Frame, KeyValues
 from internvlx_jax.models.inputs import Inputs
+from internvlx_jax.models.loss import LossShardings, token_losses
 from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
 from internvlx_jax.models.merge import gather, place
 from internvlx_jax.models.mlp1 import Mlp1
@@ -34,11 +35,13 @@ class ActivationShardings(NamedTuple):
         rows: of what has the rows of a batch in front; each device keeps its own.
         looked_up: of fresh text embeddings, which come out of the table divided as it is.
         heads: of queries, keys and values, [rows, slots, heads, head dim].
+        loss: how the slots of a batch are divided for the loss.
     """
 
     rows: NamedSharding
     looked_up: NamedSharding
     heads: NamedSharding
+    loss: LossShardings
 
 
 class InternVLX(nnx.Module):
@@ -136,8 +139,14 @@ class InternVLX(nnx.Module):
         return x if self.shardings is None else jax.lax.with_sharding_constraint(x, self.shardings.rows)
 
     def __call__(self, inputs: Inputs, *, drop_path_key: jax.Array | None = None) -> jax.Array:
-        """Hidden states [B, S, D]; `decoder.logits` or `loss.token_losses` follow. drop_path_key: training only."""
+        """Hidden states [B, S, D]; `decoder.logits` or `token_losses` follow. drop_path_key: training only."""
         return self.run(inputs, drop_path_key=drop_path_key)[0]
+
+    def token_losses(self, inputs: Inputs, labels: jax.Array, *,
+                     drop_path_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """See loss.token_losses."""
+        hidden = self(inputs, drop_path_key=drop_path_key)
+        return token_losses(self.decoder, hidden, labels, None if self.shardings is None else self.shardings.loss)
 
 
 def _of_layer(key: jax.Array | None, layer: int) -> jax.Array | None:

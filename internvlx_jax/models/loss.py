@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import NamedSharding
 
 from internvlx_jax.models.decoder import Decoder
 from internvlx_jax.models.inputs import IGNORED
 
-CHUNK = 512
+CHUNK = 1024  # slots whose logits exist at a time: 0.4 GB at 92,553 rows
+
+
+class LossShardings(NamedTuple):
+    """How a mesh divides the loss.
+
+    Attributes:
+        slots: of labels [B, S]: rows, and slots along the axis that divides attention heads; where that is uneven, `rows`.
+        head: of the output head [D, W]: its width; where that is uneven, `whole`.
+    """
+
+    slots: NamedSharding
+    rows: NamedSharding
+    head: NamedSharding
+    whole: NamedSharding
 
 
 def shift_left(x: jax.Array, fill: int | float) -> jax.Array:
@@ -16,34 +34,64 @@ def shift_left(x: jax.Array, fill: int | float) -> jax.Array:
     return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
 
 
-def token_losses(decoder: Decoder, hidden: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_losses(decoder: Decoder, hidden: jax.Array, labels: jax.Array,
+                 shardings: LossShardings | None = None) -> tuple[jax.Array, jax.Array]:
     """Per-slot loss and hit of the next label; logits exist for one chunk at a time, also in the backward pass.
 
     hidden: [B, S, D], labels: int32[B, S] unshifted, -100 ignored
     -> cross entropy float32[B, S] (0 where ignored), hit bool[B, S] (arg max is the label)
+
+    shardings: on a mesh, every device gathers the head once and does its own slots. Left to itself the compiler sums the
+    gradient of the head over all devices after every chunk.
     """
     targets = shift_left(labels, IGNORED)
-    length = targets.shape[1]
-    chunks = -(-length // CHUNK)
-    padding = ((0, 0), (0, chunks * CHUNK - length)) if chunks > 1 else ((0, 0), (0, 0))
-    hidden = jnp.pad(hidden, (*padding, (0, 0)))
-    targets = jnp.pad(targets, padding, constant_values=IGNORED)
+    hidden, head = decoder.norm(hidden), decoder.head_kernel.astype(hidden.dtype)
+    if shardings is None:
+        return _losses(hidden, head, targets)
+    slots = _dividing(targets.shape, shardings.slots, shardings.rows)
+    split = _dividing(head.shape, shardings.head, shardings.whole)
+
+    def on_one_device(hidden, head, targets):
+        if split is shardings.head:
+            head = jax.lax.all_gather(head, split.spec[0], axis=0, tiled=True)
+        return _losses(hidden, head, targets)
+
+    return jax.shard_map(on_one_device, mesh=slots.mesh, in_specs=(slots.spec, split.spec, slots.spec),
+                         out_specs=slots.spec, check_vma=False)(hidden, head, targets)
+
+
+def _dividing(shape: tuple[int, ...], sharding: NamedSharding, otherwise: NamedSharding) -> NamedSharding:
+    """The first one, if it divides an array of this shape evenly."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return otherwise
+    return sharding
+
+
+def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """hidden: [B, S, D], normalised; head: [D, W]; targets: int32[B, S] -> float32[B, S], bool[B, S]."""
+    rows = len(targets)
+    hidden, targets = rearrange(hidden, "b s d -> (b s) d"), rearrange(targets, "b s -> (b s)")
+    count = len(targets)
+    chunks = -(-count // CHUNK)
+    padding = (0, chunks * CHUNK - count) if chunks > 1 else (0, 0)
+    hidden, targets = jnp.pad(hidden, (padding, (0, 0))), jnp.pad(targets, padding, constant_values=IGNORED)
+    head = head.astype(jnp.float32)  # the type in which its gradient is summed over the chunks
 
     @jax.checkpoint
     def chunk_losses(_, chunk):
         x, target = chunk
-        logits = decoder.logits(x)
-        label = jnp.maximum(target, 0)[..., None]
-        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, label, axis=-1)[..., 0]
+        with jax.named_scope("head"):
+            logits = jnp.einsum("nd,dw->nw", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        label = jnp.maximum(target, 0)[:, None]
+        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, label, axis=-1)[:, 0]
         hit = jnp.argmax(logits, axis=-1) == target
         return None, (jnp.where(target == IGNORED, 0.0, ce), hit)
 
-    def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
-
-    _, (ce, hit) = jax.lax.scan(chunk_losses, None, (split(hidden), split(targets)))
-    ce, hit = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in (ce, hit))
-    return ce, hit
+    _, losses = jax.lax.scan(chunk_losses, None, (rearrange(hidden, "(c n) d -> c n d", c=chunks),
+                                                  rearrange(targets, "(c n) -> c n", c=chunks)))
+    return tuple(rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses)
 
 
 def weighted_loss(ce: jax.Array, loss_weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -74,6 +74,11 @@ class TrainConfig:
     save_every: int = 200
     keep_last: int = 2
 
+    @property
+    def micro_batch(self) -> int | None:
+        """Rows that are computed at a time, where that is one number for all steps."""
+        return self.data.samples_per_step // self.compute.accumulation if self.data.batch_mode == "samples" else None
+
     def __post_init__(self):
         if self.model is None and self.init_from is None:
             raise ConfigError("set model (to train from scratch) or init_from (a checkpoint folder), or both")

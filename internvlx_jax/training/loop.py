@@ -46,7 +46,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     speak = print if jax.process_index() == 0 else lambda *_: None
 
     # --- mesh -----------------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     # --- model ----------------------------------------------------------------------------------------------------
     source = None if config.init_from is None else open_checkpoint(config.init_from)

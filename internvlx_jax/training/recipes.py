@@ -24,6 +24,6 @@ def hd_second_finetune(model: ModelConfig, *, name: str, init_from: str, max_len
         data=DataConfig(meta="data/meta.json", max_length=max_length, batch_mode="samples", samples_per_step=128),
         optimizer=OptimizerConfig(learning_rate=4e-5, warmup_ratio=0.03, weight_decay=0.01, decay_rule="all"),
         compute=ComputeConfig(dtype="bfloat16", remat="full"),
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+        mesh=MeshConfig(data=-1, fsdp=-1, tensor=-1),
         freeze=("vision",),
     )

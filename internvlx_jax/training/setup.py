@@ -34,6 +34,7 @@ class Setup:
         frozen: paths that are not trained.
         optimizer, schedule: of the others.
         state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
+        remat: policy of both layer stacks.
         train_step, eval_step: jitted; the state that a train step is given is donated.
     """
 
@@ -45,6 +46,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
+    remat: str
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
@@ -81,4 +83,5 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> 
                                          config.compute.accumulation), donate_argnums=0,
                          out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
     eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
-    return Setup(mesh, model, abstract, shardings, frozen, optimizer, schedule, state, train_step, eval_step)
+    return Setup(mesh, model, abstract, shardings, frozen, optimizer, schedule, state, config.compute.remat,
+                 train_step, eval_step)

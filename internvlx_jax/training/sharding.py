@@ -9,46 +9,79 @@ from typing import Any
 
 import jax
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.internvlx import ActivationShardings
+from internvlx_jax.models.loss import LossShardings
 
 BATCH_AXES = ("data", "fsdp")
+FSDP_WIDTH = 64  # thinner shards of a 2,048 wide model fill no tile of a TPU: 256 doubles the bytes of gradients
 RULES = {
     "layers": None,
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
-    "vocab": "tensor",
+    "vocab": None,  # 92,553 rows divide by nothing; the loss divides its slots instead
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; -1 (at most once) takes what the others leave."""
+    """Devices along each axis; data extends over the slices of a multi-slice TPU, the others stay inside one.
+
+    A single -1 takes what the others leave. Of several, tensor is as small as the rows of a step allow, fsdp at most
+    FSDP_WIDTH, and data takes the rest.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A data x fsdp x tensor mesh over all devices. Raises ConfigError when the sizes do not multiply to them."""
-    devices = list(devices or jax.devices())
+def mesh_sizes(config: MeshConfig, devices: int, *, slices: int = 1, rows: int | None = None) -> dict[str, int]:
+    """Axis sizes with every -1 resolved; rows: of a step, where that is a fixed number.
+
+    Raises ConfigError when the sizes do not multiply to the devices, or data does not extend over all slices.
+    """
     sizes = dataclasses.asdict(config)
-    open_axes = [name for name, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        raise ConfigError(f"mesh: only one of {', '.join(open_axes)} may be -1")
+    remaining = [name for name, size in sizes.items() if size == -1]
+    if len(remaining) > 1 and "tensor" in remaining:
+        free = devices // math.prod(size for size in sizes.values() if size != -1)
+        fits = (size for size in _divisors(free) if rows is None or rows % (devices // size) == 0)
+        sizes["tensor"] = next(fits, 1)
+    if sizes["data"] == sizes["fsdp"] == -1:
+        sizes["fsdp"] = max(size for size in _divisors(devices // slices // sizes["tensor"]) if size <= FSDP_WIDTH)
     known = math.prod(size for size in sizes.values() if size != -1)
-    if open_axes:
-        sizes[open_axes[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, {len(devices)} are present; "
+    sizes = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ConfigError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, {devices} are present; "
                           "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 or change the others")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
-                         devices=devices)
+    if sizes["data"] % slices:
+        raise ConfigError(f"mesh {sizes}: mesh.data must be a multiple of the {slices} slices, since fsdp and tensor do "
+                          "not extend over the network between them")
+    return sizes
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int | None = None) -> Mesh:
+    """A data x fsdp x tensor mesh over all devices, neighbours in the network next to each other; see mesh_sizes."""
+    devices = list(devices or jax.devices())
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    sizes = mesh_sizes(config, len(devices), slices=slices, rows=rows)
+    inner = {**sizes, "data": sizes["data"] // slices}
+    if slices > 1:
+        outer = {**dict.fromkeys(sizes, 1), "data": slices}
+        grid = mesh_utils.create_hybrid_device_mesh(tuple(inner.values()), tuple(outer.values()), devices,
+                                                    allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(tuple(inner.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
@@ -86,9 +119,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def activation_shardings(mesh: Mesh) -> ActivationShardings:
     """Rows as in the batch. A lookup takes the rows of `data` in a table whose width is divided over `fsdp`; from there
     one all-to-all brings each device its rows. Heads as their kernels."""
-    return ActivationShardings(rows=batch_sharding(mesh),
-                               looked_up=NamedSharding(mesh, PartitionSpec("data", None, "fsdp")),
-                               heads=NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, RULES["heads"])))
+    def sharding(*axes: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    rows = batch_sharding(mesh)
+    return ActivationShardings(
+        rows=rows, looked_up=sharding("data", None, "fsdp"), heads=sharding(BATCH_AXES, None, RULES["heads"]),
+        loss=LossShardings(slots=sharding(BATCH_AXES, RULES["heads"]), rows=rows, head=sharding(RULES["embed"]),
+                           whole=sharding()))
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:

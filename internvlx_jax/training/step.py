@@ -13,7 +13,7 @@ from flax import nnx
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.inputs import IGNORED
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.loss import shift_left, token_losses, weighted_loss
+from internvlx_jax.models.loss import shift_left, weighted_loss
 from internvlx_jax.models.params import unflatten
 
 FlatParams = dict[str, jax.Array]
@@ -66,8 +66,7 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
 
     def micro_loss(trainable, micro, key):
         model: InternVLX = nnx.merge(graphdef, unflatten({**trainable, **frozen}))
-        hidden = model(micro.inputs, drop_path_key=key)
-        ce, _ = token_losses(model.decoder, hidden, micro.labels)
+        ce, _ = model.token_losses(micro.inputs, micro.labels, drop_path_key=key)
         return weighted_loss(ce, micro.loss_weight)[0] * scale
 
     grad = jax.value_and_grad(micro_loss)
@@ -104,7 +103,7 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], Eval
 
     def eval_step(params: FlatParams, batch: Batch) -> EvalSums:
         model: InternVLX = nnx.merge(graphdef, unflatten(params))
-        ce, hit = token_losses(model.decoder, model(batch.inputs), batch.labels)
+        ce, hit = model.token_losses(batch.inputs, batch.labels)
         loss, weight = weighted_loss(ce, batch.loss_weight)
         answers, exact = count_answers(shift_left(batch.labels, IGNORED) != IGNORED, hit)
         return EvalSums(loss, weight, exact, answers)

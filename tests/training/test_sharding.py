@@ -12,7 +12,7 @@ from internvlx_jax.convert.hf_folder import HFFolder
 from internvlx_jax.convert.verify import inputs_from_flat
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.params import abstract_model, init_params
-from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, param_shardings, replicated)
+from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, mesh_sizes, param_shardings, replicated)
 from internvlx_jax.training.step import loss_and_grads
 
 
@@ -40,9 +40,22 @@ def test_large_parameters_are_divided(golden):
 def test_mesh_errors():
     with pytest.raises(ValueError, match="needs 3 devices, 8 are present"):
         make_mesh(MeshConfig(data=3))
-    with pytest.raises(ValueError, match="only one of data, fsdp"):
-        make_mesh(MeshConfig(data=-1, fsdp=-1))
+    with pytest.raises(ValueError, match="multiple of the 4 slices"):
+        mesh_sizes(MeshConfig(data=2, fsdp=-1), 1024, slices=4)
     assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize("devices, rows, slices, expected", [
+    (8, 128, 1, (1, 8, 1)),
+    (256, 256, 1, (4, 64, 1)),
+    (256, 128, 1, (2, 64, 2)),       # no device without a row
+    (512, 512, 2, (8, 64, 1)),
+    (256, None, 4, (4, 64, 1)),
+    (6, 128, 1, (1, 2, 3)),
+])  # fmt: skip
+def test_an_open_mesh_follows_devices_and_rows(devices, rows, slices, expected):
+    sizes = mesh_sizes(MeshConfig(data=-1, fsdp=-1, tensor=-1), devices, rows=rows, slices=slices)
+    assert tuple(sizes.values()) == expected
 
 
 def golden_batch(golden):

@@ -1,0 +1,211 @@
+"""Compile a run for devices that need not be there, and say what each step takes (spec: training.md 5, 8; platform.md 2).
+
+    python -m internvlx_jax.training.compile --config configs/internvlx_2b_hd.py --topology v5e:16x16 --out report.json
+
+Per bucket and device: memory against what the device has, analytic FLOPs by part, traffic of main memory and of the
+network as the compiled program has it, and the time that none of the three can go below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from internvlx_jax.config import load_config_file, override
+from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.data.config import DataConfig
+from internvlx_jax.data.plan import BatchRule, Bucket, smallest_bucket
+from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.files import write_json
+from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.flops import Flops, forward_flops, train_flops
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.executables import REMEDIES, compile_train_step
+from internvlx_jax.training.hlo import moved
+from internvlx_jax.training.setup import Setup, prepare
+from internvlx_jax.training.sharding import data_parallel_size, make_mesh
+from internvlx_jax.training.topologies import GIB, Topology, topology
+
+STEPS = 1000  # length of the schedule, which nothing reported depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketReport:
+    """One compiled train step; bytes, FLOPs and times are of one device and one step.
+
+    Attributes:
+        batch: rows of the global step.
+        argument_bytes, temporary_bytes, peak_hbm_bytes: memory of the device; the peak is what has to fit.
+        flops: analytic, forward and backward, by part and in total; recomputation does not count.
+        memory_bytes: traffic of main memory.
+        collectives: kind -> {"count", "bytes"}: runs, and bytes received.
+        compute_ms, memory_ms, network_ms: at the vendor's rates, `compute_ms` with what remat computes again.
+        roofline_ms: the longest of the three, as if they overlapped entirely.
+        roofline_mfu: share of the peak FLOP/s that `flops` are in that time.
+    """
+
+    tiles: int
+    length: int
+    short_length: int
+    batch: int
+    argument_bytes: int
+    temporary_bytes: int
+    peak_hbm_bytes: int
+    flops: dict[str, float]
+    memory_bytes: float
+    collectives: dict[str, dict[str, float]]
+    compute_ms: float | None
+    memory_ms: float | None
+    network_ms: float | None
+    roofline_ms: float | None
+    roofline_mfu: float | None
+    compile_s: float
+
+
+def bounding_buckets(data: DataConfig, model: ModelConfig) -> list[Bucket]:
+    """Without data: text, one tile, and as many as an image may have, each at full length. Buckets that data make need
+    at most as much. A packed row has one shape; without data.pack.tiles it is full of tiles."""
+    tiles, saved = model.prompt.tiles, model.lvtc.saved_per_tile if model.lvtc else 0
+    if data.batch_mode == "pack":
+        counts = [data.pack.tiles or data.max_length // model.tokens_per_tile]
+    else:
+        most = tiles.max_num + (tiles.use_thumbnail and tiles.max_num > 1) if tiles.dynamic else 1
+        counts = sorted({0, 1, most})
+    return [smallest_bucket(count, data.max_length, data.length_step, saved) for count in counts]
+
+
+def compile_report(config: TrainConfig, model: ModelConfig, where: Topology, mesh: Mesh,
+                   tiles: Sequence[int] | None = None) -> list[BucketReport]:
+    """mesh: of the devices of `where`; tiles: only the bounding buckets with so many tile slots.
+
+    Raises ConfigError for a bucket that a compiler refuses because it does not fit.
+    """
+    data = config.data
+    setup = prepare(config, model, mesh, STEPS)
+    row_quantum = data.row_quantum or data_parallel_size(mesh) * config.compute.accumulation
+    rule = BatchRule(row_quantum=row_quantum, samples=data.samples_per_step if data.batch_mode == "samples" else None,
+                     tokens=data.tokens_per_step, tiles=data.tiles_per_step)
+    buckets = [bucket for bucket in bounding_buckets(data, model) if tiles is None or bucket.tiles in tiles]
+    if not buckets:
+        raise ConfigError(f"--tiles {' '.join(map(str, tiles))}: the buckets have "
+                          f"{', '.join(str(b.tiles) for b in bounding_buckets(data, model))} tiles")
+
+    def report(bucket: Bucket) -> BucketReport:
+        started = time.perf_counter()
+        rows = rule.rows(bucket)
+        compiled = compile_train_step(setup, bucket, rows)
+        return describe_step(setup, bucket, rows, compiled, where, seconds=time.perf_counter() - started)
+
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(report, buckets))
+
+
+def describe_step(setup: Setup, bucket: Bucket, rows: int, compiled: Any, where: Topology, *,
+                  seconds: float) -> BucketReport:
+    """Read a compiled train step. seconds: that its compilation took."""
+    chip, count = where.chip, len(where.devices)
+    memory, traffic = compiled.memory_analysis(), moved(compiled.as_text(), count)
+    batch = dict(tiles=rows * bucket.tiles, lengths=[bucket.length] * rows, short_lengths=[bucket.short_length] * rows)
+    useful = train_flops(setup.model, {path: leaf.shape for path, leaf in setup.state.trainable.items()}, **batch)
+    again = _recomputed(setup, forward_flops(setup.model, **batch))
+    devices = list(setup.mesh.devices.flat)
+    collectives: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0})
+    network = 0.0
+    for each in traffic.collectives:
+        collectives[each.kind]["count"] += each.times
+        collectives[each.kind]["bytes"] += each.times * each.received
+        if chip:
+            network += each.times * each.received / where.bandwidth([devices[number] for number in each.group])
+    times = dict(compute_ms=None, memory_ms=None, network_ms=None, roofline_ms=None, roofline_mfu=None)
+    if chip:
+        seconds_of = ((useful.total + again) / count / chip.peak_flops, traffic.memory_bytes / chip.memory_bandwidth, network)
+        times = dict(zip(("compute_ms", "memory_ms", "network_ms"), (1e3 * s for s in seconds_of)))
+        times |= dict(roofline_ms=1e3 * max(seconds_of),
+                      roofline_mfu=useful.total / count / chip.peak_flops / max(seconds_of))
+    parts = {name: flops / count for name, flops in dataclasses.asdict(useful).items()}
+    return BucketReport(
+        **dataclasses.asdict(bucket), batch=rows, argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes, peak_hbm_bytes=_peak(memory),
+        flops={**parts, "total": useful.total / count}, memory_bytes=traffic.memory_bytes,
+        collectives=dict(collectives), **times, compile_s=seconds)
+
+
+def _peak(memory: Any) -> int:
+    """Some compilers do not state it; then arguments, what does not alias them, and temporaries live at once."""
+    stated = memory.peak_memory_in_bytes
+    return stated or (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                      + memory.temp_size_in_bytes)
+
+
+def _recomputed(setup: Setup, forward: Flops) -> float:
+    """FLOPs that the backward pass does once more: logits always, with remat=full also the stacks that it crosses."""
+    again = forward.head
+    if setup.remat == "full":
+        again += forward.decoder
+        if any(path.startswith("vision.") for path in setup.state.trainable):
+            again += forward.tower
+    return again
+
+
+def table(reports: Sequence[BucketReport], where: Topology, mesh: Mesh) -> str:
+    """For people, in Markdown."""
+    limit = f"{where.chip.memory / GIB:.2f} GiB a device" if where.chip else "memory of a device unknown"
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = [f"{where.name}: {len(where.devices)} devices, {axes}; {limit}", "",
+             "| tiles | slots | rows | peak GiB | arguments | temporaries | TFLOP: tower | projector | decoder | head | "
+             "memory GB | collectives GB | compute ms | memory ms | network ms | roofline ms | MFU | compile s |",
+             "|" + "---|" * 18]
+    for r in reports:
+        slots = f"{r.length}" + (f" ({r.short_length})" if r.short_length else "")
+        moved_gb = ", ".join(f"{kind} {each['bytes'] / 1e9:.2f}" for kind, each in sorted(r.collectives.items()))
+        gib = (f"{size / GIB:.2f}" for size in (r.peak_hbm_bytes, r.argument_bytes, r.temporary_bytes))
+        flops = (f"{r.flops[part] / 1e12:.2f}" for part in ("tower", "projector", "decoder", "head"))
+        times = ("-" if ms is None else f"{ms:.0f}" for ms in (r.compute_ms, r.memory_ms, r.network_ms, r.roofline_ms))
+        mfu = "-" if r.roofline_mfu is None else f"{r.roofline_mfu:.1%}"
+        lines.append("| " + " | ".join([str(r.tiles), slots, str(r.batch), *gib, *flops, f"{r.memory_bytes / 1e9:.1f}",
+                                        moved_gb or "none", *times, mfu, f"{r.compile_s:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m internvlx_jax.training.compile", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:4x4x8, v6e:16x16*2 (two slices), h200:1x1x8, ...")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", dest="settings",
+                        help="override fields, e.g. data.samples_per_step=256 mesh.tensor=2")
+    parser.add_argument("--tiles", nargs="*", type=int, help="only the buckets with so many tile slots")
+    parser.add_argument("--out", type=Path, help="write the report there as JSON")
+    args = parser.parse_args(argv)
+    try:
+        config = override(load_config_file(args.config), args.settings)
+        model = config.model or open_checkpoint(config.init_from).config
+        where = topology(args.topology)
+        mesh = make_mesh(config.mesh, where.devices, rows=config.micro_batch)
+        reports = compile_report(config, model, where, mesh, args.tiles)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(reports, where, mesh))
+    if args.out:
+        write_json(args.out, {"config": args.config, "settings": args.settings, "topology": where.name,
+                              "devices": len(where.devices), "mesh": dict(mesh.shape), "hbm_limit_bytes": int(where.chip.memory),
+                              "buckets": [dataclasses.asdict(report) for report in reports]})
+    over = [report for report in reports if report.peak_hbm_bytes > where.chip.memory]
+    if over:
+        print(f"error: {len(over)} of {len(reports)} buckets do not fit the memory of a device; change one of: {REMEDIES}",
+              file=sys.stderr)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
