@@ -5,9 +5,9 @@ Slots of the long frame count: seven tiles fill 7,168.
 
 from internvlx_jax.models.presets import internvlx_2b
 from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import hd_second_finetune
+from internvlx_jax.training.recipes import x_hd_2nd_finetune
 
 
 def get_config() -> TrainConfig:
-    return hd_second_finetune(internvlx_2b("paper"), name="internvlx_2b_hd_paper",
+    return x_hd_2nd_finetune(internvlx_2b("paper"), name="internvlx_2b_hd_paper",
                               init_from="checkpoints/InternVL-X-2B-HD", max_length=8192)

@@ -2,9 +2,9 @@
 
 from internvlx_jax.models.presets import internvlx_8b
 from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import hd_second_finetune
+from internvlx_jax.training.recipes import x_hd_2nd_finetune
 
 
 def get_config() -> TrainConfig:
-    return hd_second_finetune(internvlx_8b("fast"), name="internvlx_8b_hd_fast",
+    return x_hd_2nd_finetune(internvlx_8b("fast"), name="internvlx_8b_hd_fast",
                               init_from="checkpoints/InternVL-X-8B-HD")

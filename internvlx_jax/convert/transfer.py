@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from internvlx_jax.config import to_dict
@@ -55,7 +56,7 @@ def transfer(source: HFFolder | RunFolder, config: ModelConfig, abstract: Abstra
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     if config.lvtc == source.config.lvtc:
         return Transferred(source.load(abstract, shardings), ())
-    dtype = next(iter(abstract.shapes.values())).dtype
+    dtype = jnp.result_type(*{leaf.dtype for leaf in abstract.shapes.values()})
     stored = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
     loaded = source.load(stored, param_shardings(stored.shapes, stored.axes, mesh))
 
@@ -65,6 +66,7 @@ def transfer(source: HFFolder | RunFolder, config: ModelConfig, abstract: Abstra
     new = [path for path in abstract.shapes if path not in params]
     if new:
         params |= init_params(config, seed, param_dtype=dtype, shardings=shardings, paths=new)
+    params = {path: array.astype(abstract.shapes[path].dtype) for path, array in params.items()}
     return Transferred(params, tuple(_report(config, abstract, source, new, theirs.keys() - set(taken), seed)))
 
 

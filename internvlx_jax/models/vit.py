@@ -71,11 +71,14 @@ class Block(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """pixels: [I, Y, X, 3] (normalised) -> x: [I, 1+P, V], class token first, patches row-major."""
+    """pixels: [I, Y, X, 3] (normalised) -> x: [I, 1+P, V], class token first, patches row-major.
+
+    frozen_layers: gradients end behind as many layers; training/freeze.py sets it.
+    """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         kwargs = dict(rngs=rngs, dtype=dtype)
-        self.config = config
+        self.config, self.frozen_layers = config, 0
         v, features = config.width, 3 * config.patch_size**2
         self.patch_embed = Linear("ipk,kv->ipv", (features, v), (None, "embed"), bias=True, **kwargs)
         self.class_embedding = param(normal(1.0), (v,), (None,), **kwargs)
@@ -109,5 +112,12 @@ class VisionTower(nnx.Module):
             with jax.named_scope("vit_block"):
                 return block(x, key, rate, attention), None
 
-        layers = slice_layers(self.layers, 0, depth)
-        return scan_layers(rematerialise(body, remat), x, layers, (keys, rates))[0]
+        def run(x, layers, start, stop, remat):
+            inputs = jax.tree.map(lambda leaf: leaf[start:stop], (keys, rates))
+            return scan_layers(rematerialise(body, remat), x, layers, inputs)[0]
+
+        frozen = min(self.frozen_layers, depth)
+        if frozen:
+            x, layers = jax.lax.stop_gradient((x, slice_layers(self.layers, 0, frozen)))
+            x = run(x, layers, 0, frozen, "none")
+        return run(x, slice_layers(self.layers, frozen, depth), frozen, depth, remat)

@@ -2,39 +2,136 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.params import AbstractModel, unflatten
+from internvlx_jax.training.config import FreezeConfig
+
+TOWER_LAYERS = "vision.layers."
+MODULES = {"vit": ("vision.",), "projector": ("projector.", "lvtc."), "llm": ("decoder.",)}
+HEAD = "decoder.head"
 
 
-def frozen_paths(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
-    """Paths that any expression matches from their beginning, e.g. `vision` or `decoder.layers.*norm`.
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Parameters, divided into trained and frozen ones. A stack of layers can be divided too: its first layers are
+    frozen, and both parts have the stack's path.
 
-    Raises ConfigError for an expression that is malformed or matches nothing, and when nothing is left to train.
+    Attributes:
+        whole: dotted path -> jax.ShapeDtypeStruct of every parameter, in the order of the model.
+        trained, frozen: the two parts; trained ones in the dtype of the parameters, frozen ones in that of the
+            computation.
+        frozen_tower_layers: of a tower whose last layers only are trained; else 0.
     """
-    paths, frozen = list(paths), set()
+
+    whole: dict[str, jax.ShapeDtypeStruct]
+    trained: dict[str, jax.ShapeDtypeStruct]
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    frozen_tower_layers: int
+
+    def split(self, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Whole parameters -> (trained, frozen). `join` is the inverse, but for the dtype of the frozen ones."""
+        return ({path: params[path][-leaf.shape[0]:] if path in self.frozen else params[path]
+                 for path, leaf in self.trained.items()},
+                {path: (params[path][: leaf.shape[0]] if path in self.trained else params[path]).astype(leaf.dtype)
+                 for path, leaf in self.frozen.items()})
+
+
+def join(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Both parts of a Division -> whole parameters; a divided stack has the dtype of its trained layers."""
+    divided = {path: jnp.concatenate([frozen[path].astype(trained[path].dtype), trained[path]])
+               for path in trained.keys() & frozen.keys()}
+    return {**frozen, **trained, **divided}
+
+
+def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dtype: DTypeLike) -> Division:
+    """shapes: of whole parameters. dtype: of the computation.
+
+    Raises ConfigError for an expression that is malformed or matches nothing, for more layers than the tower has, and
+    when nothing is left to train.
+    """
+    beginnings = tuple(begin for module, begins in MODULES.items() if getattr(config, module) for begin in begins)
+    listed, depth = _matched(shapes, config.paths), config.unfreeze_vit_last
+    still = {path for path in shapes if path.startswith(beginnings)}
+    if config.unfreeze_head:
+        if HEAD not in shapes:
+            raise ConfigError("freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve as one "
+                              "(model.decoder.tie_embeddings)")
+        still.remove(HEAD)
+
+    trained, frozen, frozen_layers = {}, {}, 0
+    for path, leaf in shapes.items():
+        layers = leaf.shape[0] if depth and path.startswith(TOWER_LAYERS) and path not in listed else 0
+        if layers and depth > layers:
+            raise ConfigError(f"freeze.unfreeze_vit_last is {depth}, the tower has {layers} layers")
+        if layers:
+            frozen_layers = layers - depth
+            trained[path] = _layers(leaf, depth)
+            if frozen_layers:
+                frozen[path] = _layers(leaf, frozen_layers, dtype)
+        elif path in still or path in listed:
+            frozen[path] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+        else:
+            trained[path] = leaf
+    if not trained:
+        raise ConfigError("freeze: every parameter is frozen, nothing is left to train")
+    whole = {path: leaf if path in trained else frozen[path] for path, leaf in shapes.items()}
+    return Division(whole, trained, frozen, frozen_layers)
+
+
+def as_trained(abstract: AbstractModel, division: Division, vit_mode: Literal["train", "eval"]) -> AbstractModel:
+    """The model with the dtypes of a division, whose gradients end where nothing below is trained, and without the drop
+    path of a frozen tower in mode `eval`."""
+    model: InternVLX = nnx.merge(abstract.graphdef, unflatten(abstract.shapes))
+    model.vision.frozen_layers = division.frozen_tower_layers
+    if vit_mode == "eval" and not any(path.startswith(MODULES["vit"]) for path in division.trained):
+        model.vision.config = dataclasses.replace(model.vision.config, drop_path=0.0)
+    return dataclasses.replace(abstract, graphdef=nnx.graphdef(model), shapes=division.whole)
+
+
+def _layers(leaf: jax.ShapeDtypeStruct, count: int, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), dtype or leaf.dtype)
+
+
+def _matched(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
+    """Paths that any expression matches from their beginning, e.g. `vision` or `decoder.layers.*norm`."""
+    paths, matched = list(paths), set()
     for expression in expressions:
-        try:
-            matched = {path for path in paths if re.match(expression, path)}
-        except re.error as error:
-            raise ConfigError(f"freeze: {expression!r} is not a regular expression ({error})") from error
-        if not matched:
-            raise ConfigError(f"freeze: {expression!r} matches no parameter; paths begin with "
-                              f"{', '.join(sorted({path.split('.')[0] for path in paths}))}")
-        frozen |= matched
-    if len(frozen) == len(paths):
-        raise ConfigError("freeze: the expressions match every parameter, nothing is left to train")
-    return frozen
+        found = match_paths("freeze.paths", expression, paths)
+        if not found:
+            raise ConfigError(f"freeze.paths: {expression!r} matches no parameter; paths begin with {first_names(paths)}")
+        matched |= found
+    return matched
 
 
-def describe(shapes: Mapping[str, jax.ShapeDtypeStruct], frozen: set[str]) -> str:
+def match_paths(field: str, expression: str, paths: Iterable[str]) -> set[str]:
+    """The paths that an expression matches from their beginning. Raises ConfigError for a malformed one."""
+    try:
+        return {path for path in paths if re.match(expression, path)}
+    except re.error as error:
+        raise ConfigError(f"{field}: {expression!r} is not a regular expression ({error})") from error
+
+
+def first_names(paths: Iterable[str]) -> str:
+    return ", ".join(sorted({path.split(".")[0] for path in paths}))
+
+
+def describe(division: Division) -> str:
     """Trained and frozen parameter counts of each module."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for path, leaf in shapes.items():
-        counts[path.split(".")[0]][path in frozen] += leaf.size
+    for column, leaves in enumerate((division.trained, division.frozen)):
+        for path, leaf in leaves.items():
+            counts[path.split(".")[0]][column] += leaf.size
     return "\n".join(f"{module:10} {trained:>13,} trained  {still:>13,} frozen"
-                     for module, (trained, still) in counts.items())
+                     for module, (trained, still) in sorted(counts.items()))

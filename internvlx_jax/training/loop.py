@@ -31,7 +31,7 @@ from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.freeze import describe
 from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
 from internvlx_jax.training.setup import prepare
-from internvlx_jax.training.sharding import batch_sharding, data_parallel_size, make_mesh, replicated, row_share
+from internvlx_jax.training.sharding import batch_sharding, data_parallel_size, make_mesh, placed, row_share
 from internvlx_jax.training.step import TrainState
 
 QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
@@ -68,7 +68,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     # --- structure, optimiser, steps: no arrays yet -----------------------------------------------------------------
     setup = prepare(config, model_config, mesh, steps)
     abstract, shardings = setup.abstract, setup.shardings
-    speak(describe(abstract.shapes, setup.frozen))
+    speak(describe(setup.division))
     benchmarks = None
     if config.evaluation is not None:
         benchmarks = InLoop(config.evaluation, run / "evaluation", model=model_config, abstract=abstract,
@@ -87,7 +87,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     checkpoints = CheckpointWriter(run, config.keep_last)
     if resuming:
         first = checkpoints.latest_step
-        params, opt_state = checkpoints.load(first, setup.state.params(), setup.state.opt_state, loader.state(first))
+        params, opt_state = checkpoints.load(first, placed(abstract.shapes, shardings), setup.state.opt_state,
+                                             loader.state(first))
         speak(f"resuming {run} at step {first}")
     elif source is not None:
         first, transferred = 0, transfer(source, model_config, abstract, mesh, seed=config.seed)
@@ -95,12 +96,11 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
         speak(*transferred.report, sep="\n")
     else:
         first, params = 0, init_params(model_config, config.seed, shardings=shardings)
-    trainable = {path: params[path] for path in setup.state.trainable}
+    places = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
+    trainable, frozen = jax.device_put(setup.division.split(params), (places.trainable, places.frozen))
     if not resuming:
-        opt_shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state.opt_state)
-        opt_state = jax.jit(setup.optimizer.init, out_shardings=opt_shardings)(trainable)
-    state = TrainState(trainable, {path: params[path] for path in setup.frozen}, opt_state,
-                       jax.device_put(np.int32(first), replicated(mesh)))
+        opt_state = jax.jit(setup.optimizer.init, out_shardings=places.opt_state)(trainable)
+    state = TrainState(trainable, frozen, opt_state, jax.device_put(np.int32(first), places.step))
 
     # --- loop -----------------------------------------------------------------------------------------------------
     def put(step: LoadedStep) -> Any:

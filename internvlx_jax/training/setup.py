@@ -17,8 +17,8 @@ from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.inputs import Inputs, ShortFrame
 from internvlx_jax.models.params import AbstractModel, abstract_model
 from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.freeze import frozen_paths
-from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from internvlx_jax.training.freeze import Division, as_trained, divide
+from internvlx_jax.training.optimizer import make_optimizer, make_schedule
 from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, optimizer_shardings, param_shardings,
                                              placed, replicated)
 from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
@@ -29,10 +29,10 @@ class Setup:
     """What a config means on a mesh; nothing here is allocated.
 
     Attributes:
-        mesh, model, abstract: the devices, the model and its structure.
+        mesh, model, abstract: the devices, the model and its structure; frozen parameters have the compute dtype.
         shardings: dotted path -> where that parameter lives.
-        frozen: paths that are not trained.
-        optimizer, schedule: of the others.
+        division: which parameters are trained.
+        optimizer, schedule: of those.
         state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
         remat: policy of both layer stacks.
         train_step, eval_step: jitted; the state that a train step is given is donated.
@@ -42,7 +42,7 @@ class Setup:
     model: ModelConfig
     abstract: AbstractModel
     shardings: dict[str, NamedSharding]
-    frozen: frozenset[str]
+    division: Division
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
@@ -68,20 +68,21 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> 
     match no parameter."""
     abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
                               attention=config.compute.attention, shardings=activation_shardings(mesh))
+    division = divide(abstract.shapes, config.freeze, config.compute.dtype)
+    abstract = as_trained(abstract, division, config.freeze.vit_mode)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
-    frozen = frozenset(frozen_paths(abstract.shapes, config.freeze))
-    trained = {path: leaf for path, leaf in abstract.shapes.items() if path not in frozen}
     schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule, decay_mask(config.optimizer, trained, abstract.axes))
+    optimizer = make_optimizer(config.optimizer, schedule, division.trained, abstract.axes, model)
 
-    params = placed(abstract.shapes, shardings)
-    opt_shardings = optimizer_shardings(optimizer, trained, {path: shardings[path] for path in trained}, mesh)
-    state = TrainState({path: params[path] for path in trained}, {path: params[path] for path in sorted(frozen)},
-                       placed(jax.eval_shape(optimizer.init, trained), opt_shardings),
+    trained_shardings = {path: shardings[path] for path in division.trained}
+    frozen_shardings = {path: shardings[path] for path in division.frozen}
+    opt_shardings = optimizer_shardings(optimizer, division.trained, trained_shardings, mesh)
+    state = TrainState(placed(division.trained, trained_shardings), placed(division.frozen, frozen_shardings),
+                       placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
                        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)))
     train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
                                          config.compute.accumulation), donate_argnums=0,
                          out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
     eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
-    return Setup(mesh, model, abstract, shardings, frozen, optimizer, schedule, state, config.compute.remat,
+    return Setup(mesh, model, abstract, shardings, division, optimizer, schedule, state, config.compute.remat,
                  train_step, eval_step)

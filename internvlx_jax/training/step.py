@@ -15,6 +15,7 @@ from internvlx_jax.models.inputs import IGNORED
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import shift_left, weighted_loss
 from internvlx_jax.models.params import unflatten
+from internvlx_jax.training.freeze import join
 
 FlatParams = dict[str, jax.Array]
 
@@ -24,7 +25,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         trainable: float32 parameters that get gradients.
-        frozen: the others; never differentiated, no moments.
+        frozen: the others, in the dtype of the computation; never differentiated, no moments.
         opt_state: optax state of `trainable`.
         step: int32 scalar, updates done.
     """
@@ -35,7 +36,7 @@ class TrainState(NamedTuple):
     step: jax.Array
 
     def params(self) -> FlatParams:
-        return {**self.trainable, **self.frozen}
+        return join(self.trainable, self.frozen)
 
 
 class Metrics(NamedTuple):
@@ -65,7 +66,7 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
     scale = jnp.where(total_weight > 0, 1 / jnp.where(total_weight > 0, total_weight, 1.0), 0.0)
 
     def micro_loss(trainable, micro, key):
-        model: InternVLX = nnx.merge(graphdef, unflatten({**trainable, **frozen}))
+        model: InternVLX = nnx.merge(graphdef, unflatten(join(trainable, frozen)))
         ce, _ = model.token_losses(micro.inputs, micro.labels, drop_path_key=key)
         return weighted_loss(ce, micro.loss_weight)[0] * scale
 

@@ -19,7 +19,7 @@ from internvlx_jax.config import to_dict
 from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.config import OptimizerConfig
+from internvlx_jax.training.config import FreezeConfig, OptimizerConfig
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.sharding import MeshConfig
 
@@ -166,7 +166,8 @@ def test_wrong_checkpoint_is_one_report(straight):
 
 
 def test_init_from_a_run_and_freeze(straight, tiny_run):
-    config = tiny_run("second", model=None, init_from=straight.output_dir, freeze=("vision", "projector"), steps=2)
+    config = tiny_run("second", model=None, init_from=straight.output_dir, freeze=FreezeConfig(vit=True, projector=True),
+                      steps=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None))
     train(config)
     before, after = params(straight.output_dir), params(config.output_dir)

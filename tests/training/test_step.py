@@ -11,7 +11,7 @@ from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.inputs import Inputs
 from internvlx_jax.models.params import abstract_model
 from internvlx_jax.training.config import OptimizerConfig
-from internvlx_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from internvlx_jax.training.optimizer import make_optimizer, make_schedule
 from internvlx_jax.training.step import TrainState, count_answers, loss_and_grads, make_eval_step, make_train_step
 
 ROWS, LENGTH = 4, 24
@@ -77,7 +77,7 @@ def test_remat_and_bfloat16(tiny, model, batch):
     assert loss.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in grads.values())
 
 
-def test_update_and_frozen_parameters(model, batch):
+def test_update_and_frozen_parameters(tiny, model, batch):
     abstract, params = model
     frozen = {path: value for path, value in params.items() if path.startswith("vision.")}
     trainable = {path: value for path, value in params.items() if path not in frozen}
@@ -85,7 +85,7 @@ def test_update_and_frozen_parameters(model, batch):
     config = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
     schedule = make_schedule(config, 10)
     shapes = {path: abstract.shapes[path] for path in trainable}
-    optimizer = make_optimizer(config, schedule, decay_mask(config, shapes, abstract.axes))
+    optimizer = make_optimizer(config, schedule, shapes, abstract.axes, tiny)
     step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, seed=0, accumulation=1))
     state = TrainState(trainable, frozen, optimizer.init(trainable), jnp.int32(0))
     moments = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]]

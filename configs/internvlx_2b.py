@@ -1,0 +1,10 @@
+"""InternVL-X 2B, one tile an image, second fine-tune on own data: the release's settings."""
+
+from internvlx_jax.models.presets import internvlx_2b
+from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.recipes import x_2nd_finetune
+
+
+def get_config() -> TrainConfig:
+    return x_2nd_finetune(internvlx_2b(), name="internvlx_2b",
+                          init_from="checkpoints/InternVL-X-2B")
