@@ -49,6 +49,7 @@ class StepCounts(NamedTuple):
 
     samples: int
     tokens: int
+    supervised: int
     tiles: int
     images: int
     masked_rows: int
@@ -62,7 +63,7 @@ class LoadedStep(NamedTuple):
     Attributes:
         bucket: the shape of the step.
         sample_ids: "data set:line" of the samples in the rows, replacements included.
-        counts: of all rows of all processes.
+        counts, shapes: of all rows of all processes; int64[n, 2]: tokens and tiles of each sample as planned.
         read, faults: samples read of each data set by this process, and what was wrong with some of them.
     """
 
@@ -70,6 +71,7 @@ class LoadedStep(NamedTuple):
     batch: Batch
     sample_ids: tuple[str, ...]
     counts: StepCounts
+    shapes: np.ndarray
     read: dict[str, int]
     faults: tuple[Fault, ...]
 
@@ -204,7 +206,9 @@ class Loader:
         batch = collate(rows, planned.bucket, tile_size=processor.tiles.tile_size,
                         tokens_per_tile=processor.tokens_per_tile, pad_id=processor.tokenizer.pad_id,
                         lvtc=processor.lvtc)
-        return LoadedStep(planned.bucket, batch, tuple(names), self.counts(planned), dict(read), tuple(faults))
+        samples = [sample.sample for row in planned.rows for sample in row]
+        shapes = np.stack([self.table.length[samples], self.table.tiles[samples]], axis=1)
+        return LoadedStep(planned.bucket, batch, tuple(names), self.counts(planned), shapes, dict(read), tuple(faults))
 
     def _read(self, planned: PlannedStep, row: int, place: int, read: Counter, faults: list[Fault]) -> ReadSample | None:
         """The sample of one slot of the plan, or what takes its place; None leaves it empty."""
@@ -257,9 +261,17 @@ class Loader:
         samples = [sample.sample for row in planned.rows for sample in row]
         rows = len(planned.rows)
         return StepCounts(len(samples), *(int(column[samples].sum()) for column in
-                                          (self.table.length, self.table.tiles, self.table.images)),
+                                          (self.table.length, self.table.supervised, self.table.tiles, self.table.images)),
                           sum(not row for row in planned.rows), rows * planned.bucket.length,
                           rows * planned.bucket.tiles)
+
+    def planned_ids(self, step: int) -> list[list[str]]:
+        """"data set:line" of the samples in each row of a step of all processes, as planned: a bad one has been replaced."""
+        def name(sample: int) -> str:
+            dataset = int(self.table.dataset[sample])
+            return f"{self.entries[dataset].name}:{self.sources[dataset].lines[int(self.table.position[sample])]}"
+
+        return [[name(sample.sample) for sample in row] for row in self.plan.step(step).rows]
 
     def list_bad_samples(self, quarantine: Path) -> None:
         """Write the bad samples to this file; those of the index belong to the first process."""

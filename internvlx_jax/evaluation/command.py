@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
+from internvlx_jax import distributed
 from internvlx_jax.data.errors import SampleError, did_you_mean
 from internvlx_jax.data.tiles import TILE_RULES
 from internvlx_jax.errors import CheckpointError, ConfigError
@@ -82,11 +81,9 @@ def parser() -> argparse.ArgumentParser:
     add("--judge_cache", help="folder of its replies; judge_cache in the folder of the task by default")
     add("--allow_errors", action="store_true", help="exit with 0 although some questions failed")
     add("--list", action="store_true", help="show all tasks and whether their data are there")
-    add("--coordinator", help="host:port of the first process of a job on several hosts; auto on TPU pods")
-    add("--processes", type=int, help="processes of that job")
-    add("--process", type=int, help="number of this one, from 0")
     for axis in dataclasses.fields(MeshConfig):
         add(f"--mesh_{axis.name}", type=int, default=axis.default, help="devices along this mesh axis")
+    distributed.add_flags(parser)
     return parser
 
 
@@ -125,9 +122,8 @@ def _scored(args: dict) -> list[dict]:
     if "rescore" in args:
         chosen = {name: args[name] for name in ("data_root", "tsv_root", "compat") if name in args}
         return [rescore(args["rescore"], **chosen, judge=judge)]
-    if "coordinator" in args:
-        auto = args["coordinator"] == "auto"
-        jax.distributed.initialize(None if auto else args["coordinator"], args.get("processes"), args.get("process"))
+    if not ({"shard", "merge"} & args.keys()):  # these work without the other processes
+        distributed.start_from(argparse.Namespace(**args))
     mesh = MeshConfig(**{axis.name: args[f"mesh_{axis.name}"] for axis in dataclasses.fields(MeshConfig)})
     decoding = Decoding(sampling=Sampling(**take(Sampling)), **take(Decoding, stop_strings="stop_string"))
     decoding = dataclasses.replace(decoding, stop_strings=tuple(decoding.stop_strings))

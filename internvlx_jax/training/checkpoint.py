@@ -32,7 +32,7 @@ from internvlx_jax.models.params import AbstractModel
 # Settings that a resumed run may change: none of them touches what is computed.
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
               "train.keep_last", "train.compute.remat", "train.data.num_workers", "train.data.val_meta",
-              "train.data.index_dir", "train.data.faults.max_share", "train.evaluation"}
+              "train.data.index_dir", "train.data.faults.max_share", "train.evaluation", "train.stability"}
 
 # The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
 SHARED_WRITING = ocp.Context()
@@ -90,12 +90,10 @@ class CheckpointWriter:
         return loaded["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
 
 
-def saved_position(run: Path) -> dict[str, Any] | None:
-    """Where the newest checkpoint of a run stands in its data; None without a checkpoint, or when that has no data."""
+def saved_metadata(run: Path) -> dict[str, Any]:
+    """Of the newest checkpoint of a run: the position in its `data`, its `clocks`; empty without a checkpoint."""
     steps = [int(step.name) for step in (run / "checkpoints").glob("[0-9]*") if step.name.isdigit()]
-    if not steps:
-        return None
-    return ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata.get("data")
+    return dict(ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata) if steps else {}
 
 
 class RunFolder:

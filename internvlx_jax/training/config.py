@@ -121,6 +121,26 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """Bad steps: when a run stops, and what is reported.
+
+    max_consecutive_nonfinite, max_total_nonfinite: steps whose loss or gradient norm is not finite. spike_factor: a loss
+    over so many times the running median is reported.
+    """
+
+    max_consecutive_nonfinite: int = 5
+    max_total_nonfinite: int = 50
+    spike_factor: float = 3.0
+
+    def __post_init__(self):
+        for name in ("max_consecutive_nonfinite", "max_total_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stability.{name} is {getattr(self, name)}, it must be at least 1")
+        if self.spike_factor <= 1:
+            raise ConfigError(f"stability.spike_factor is {self.spike_factor}, it must be over 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run. Running it again in the same output_dir resumes it.
 
@@ -147,6 +167,7 @@ class TrainConfig:
     epochs: int = 1
     freeze: FreezeConfig = FreezeConfig()
     seed: int = 0
+    stability: StabilityConfig = StabilityConfig()
     evaluation: Selection | None = None
     log_every: int = 10
     eval_every: int = 200

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from internvlx_jax.config import to_dict
 from internvlx_jax.convert.source import open_checkpoint
 from internvlx_jax.convert.transfer import check_same_model, transfer
-from internvlx_jax.data.pipeline import LoadedStep, Loader
+from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import init_params
-from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_position
+from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_metadata
 from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.training.data import open_loaders, open_tokenizer
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.freeze import describe
-from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
+from internvlx_jax.training.metrics import Throughput
+from internvlx_jax.training.preemption import Preempted, Preemption
+from internvlx_jax.training.profiler import Profiler, Window
 from internvlx_jax.training.setup import prepare
-from internvlx_jax.training.sharding import batch_sharding, data_parallel_size, make_mesh, placed, row_share
+from internvlx_jax.training.sharding import batch_sharding, make_mesh, placed
+from internvlx_jax.training.starts import record_start
 from internvlx_jax.training.step import TrainState
+from internvlx_jax.training.watch import Watch
 
 QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
 
 
-def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, float]:
+def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window | None = None) -> dict[str, float]:
     """Run, or resume, the run in config.output_dir; returns the last validation (or training) metrics.
 
     stop_after: end after this many steps of this call, with a checkpoint; the same command goes on from there.
+    profile: steps to trace, to RUN/profile.
+
+    Raises ConfigError, CheckpointError or SampleError for input that cannot be used; Preempted after SIGTERM and
+    NonFiniteError after too many bad steps, both with the run saved.
     """
     run = Path(config.output_dir).absolute()  # orbax wants absolute paths
     speak = print if jax.process_index() == 0 else lambda *_: None
@@ -55,8 +57,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
         check_same_model(config.model, source.config, source.path)
 
     # --- data -----------------------------------------------------------------------------------------------------
-    tokenizer = _tokenizer(config, source, model_config)
-    loader, validation = _loaders(config, model_config, tokenizer, mesh, saved_position(run))
+    tokenizer, saved = open_tokenizer(config, source, model_config), saved_metadata(run)
+    loader, validation = open_loaders(config, model_config, tokenizer, mesh, saved.get("data"))
     steps = config.steps or loader.plan.total
     speak(f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
           f"{len(loader.plan.buckets)} buckets:")
@@ -79,9 +81,10 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
     resuming = prepare_run_folder(run, settings, tokenizer)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
-    started = time.perf_counter()
-    executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
-    speak(f"compiled the step of {len(executables)} buckets in {time.perf_counter() - started:.0f} s")
+    throughput = Throughput(saved.get("clocks"))
+    with throughput.paused("compile_s"):
+        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
+    speak(f"compiled the step of {len(executables)} buckets; {throughput.clocks['compile_s']:.0f} s in this run until now")
 
     # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
     checkpoints = CheckpointWriter(run, config.keep_last)
@@ -113,55 +116,50 @@ def train(config: TrainConfig, *, stop_after: int | None = None) -> dict[str, fl
         return {"eval/loss": loss / weight, "eval/exact": exact / answers}
 
     def save(step: int, state: TrainState) -> None:
-        checkpoints.save(step, state.params(), state.opt_state, {**settings, "data": loader.state(step)})
-
-    last = steps if stop_after is None else min(steps, first + stop_after)
-    writer = MetricsWriter(run, first) if jax.process_index() == 0 else None
-    latest: dict[str, float] = {}
-
-    def record(step: int, values: dict[str, float]) -> None:
-        latest.update(values)
-        if writer:
-            writer.write(step, values)
+        checkpoints.save(step, state.params(), state.opt_state,
+                         {**settings, "data": loader.state(step), "clocks": throughput.clocks})
 
     def report_validation(step: int) -> None:
-        scores = {} if validation is None else validate(state.params())
-        if benchmarks is not None:
-            scores |= benchmarks(step, state.params())
+        with throughput.paused("evaluation_s"):
+            scores = {} if validation is None else validate(state.params())
+            if benchmarks is not None:
+                scores |= benchmarks(step, state.params())
         speak(f"step {step}/{steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        record(step, scores)
+        watch.record(step, scores)
 
+    last = steps if stop_after is None else min(steps, first + stop_after)
+    watch = Watch(run, config, loader, throughput, first=first, steps=steps, speak=speak)
+    if jax.process_index() == 0:
+        record_start(run, first, mesh)
     evaluates = validation is not None or benchmarks is not None
     if evaluates and first == 0:
         report_validation(0)
-    throughput, window = Throughput(), []
-    # A checkpoint taken after step n holds the parameters after n updates and asks the data for step n next.
-    with checkpoints:
+    # A checkpoint taken after step n holds the parameters after n steps and asks the data for step n next.
+    with checkpoints, watch, Preemption() as preemption, Profiler(run / "profile", profile) as profiler:
         for step, loaded, batch in _ahead(throughput.waited(loader.steps(first, last)), put, first):
-            state, metrics = executables[loaded.bucket](state, batch)
-            throughput.add(loaded.counts)
-            window.append(metrics)
             done = step + 1
-            if done % config.log_every == 0 or done == last:
-                faults = _of_all_processes(loader.faults.totals())
-                loader.faults.judge(faults)  # by all processes alike, so that they stop together
-                values = window_means(jax.device_get(window)) | throughput.take()
-                values["bad_samples"] = int(faults[:, 1].sum())
-                values["executables"] = len(executables)
-                window.clear()
-                speak(progress_line(done, steps, values))
-                record(done, values)
-            paused = time.perf_counter()
-            if evaluates and (done % config.eval_every == 0 or done == last):
+            profiler.before(done)
+            with jax.transfer_guard_host_to_device("disallow"):  # the batch is there, and nothing else comes
+                state, metrics = executables[loaded.bucket](state, batch)
+            watch.add(done, loaded, metrics)
+            profiler.after(done, metrics.loss)
+            preempted = preemption.reached(done)
+            saves = done % config.save_every == 0 or done == last or preempted
+            ending = None
+            if saves or done % config.log_every == 0:  # what is saved has been looked at
+                ending = watch.log(done)
+            if evaluates and (done % config.eval_every == 0 or done == last) and not (ending or preempted):
                 report_validation(done)
-            if done % config.save_every == 0 or done == last:
-                save(done, state)
-            throughput.pause(time.perf_counter() - paused)
-    if writer:
-        writer.close()
+            if saves or ending:
+                with throughput.paused("checkpoint_s"):
+                    save(done, state)
+            if ending:
+                raise ending
+            if preempted and done < last:
+                raise Preempted(f"told to end by SIGTERM: saved at step {done}, the same command goes on from there")
     if loader.faults.reasons:
         speak(f"bad samples in this process: {loader.faults.summary()}")
-    return latest
+    return watch.latest
 
 
 def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, LoadedStep, Any]]:
@@ -176,41 +174,6 @@ def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, 
         yield waiting
 
 
-def _loaders(config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh,
-             position: Mapping[str, Any] | None) -> tuple[Loader, Loader | None]:
-    """Training and validation data; process 0 makes the indexes, the others find them. Raises ConfigError, on all
-    processes, when the processes see different data or when the rows of a saved position do not fit the devices."""
-    data, prompt = config.data, model_config.prompt
-    processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
-                          model_config.tokens_per_tile, data.special_text, model_config.lvtc, data.images)
-    shards = data_parallel_size(mesh) * config.compute.accumulation
-    row_quantum = (position or {}).get("row_quantum") or data.row_quantum or shards
-    if row_quantum % shards:
-        raise ConfigError(f"the rows of a step come in multiples of {row_quantum} (data.row_quantum), which {shards} parts "
-                          "(data-parallel devices * compute.accumulation) do not divide; use fewer devices, or begin the "
-                          "run with a larger data.row_quantum")
-    index, count = row_share(mesh)
-
-    def make() -> tuple[Loader, Loader | None]:
-        common = dict(process_index=index, process_count=count, progress=jax.process_index() == 0)
-        training = Loader(data.meta, data, processor, row_quantum=row_quantum, seed=config.seed, state=position,
-                          epochs=config.epochs if config.steps is None else None, **common)
-        if data.val_meta is None:
-            return training, None
-        return training, Loader(data.val_meta, data, processor, row_quantum=shards, seed=0, epochs=1, **common)
-
-    try:
-        made = make() if jax.process_index() == 0 else None
-    finally:
-        multihost_utils.sync_global_devices("index made")
-    loaders = made or make()
-    plans = np.array([int(loader.plan_hash[:7], 16) for loader in loaders if loader], np.int32)
-    if (multihost_utils.process_allgather(plans) != plans).any():
-        raise ConfigError("the processes see different training data, so their steps would differ; give all of them the "
-                          f"same files, tokenizer and versions of NumPy (this one: {loaders[0].plan_hash})")
-    return loaders
-
-
 def _describe_bucket(config: ModelConfig, bucket: Bucket, rows: int) -> str:
     """Its shape, and the work of its forward pass."""
     short = f" ({bucket.short_length} in the short frame)" if config.lvtc else ""
@@ -218,18 +181,3 @@ def _describe_bucket(config: ModelConfig, bucket: Bucket, rows: int) -> str:
                           short_lengths=[bucket.short_length] * rows)
     return (f"  {rows} rows of {bucket.tiles} tiles and {bucket.length} slots{short}: forward "
             f"{flops.total / 1e12:.3g} TFLOP")
-
-
-def _of_all_processes(counts: np.ndarray) -> np.ndarray:
-    return np.sum(multihost_utils.process_allgather(counts.astype(np.int32)), axis=0)
-
-
-def _tokenizer(config: TrainConfig, source, model_config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else source and source.tokenizer()
-    if tokenizer is None:
-        raise ConfigError("data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer to a "
-                          "folder with tokenizer.model")
-    if tokenizer.vocab_size > model_config.decoder.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, model.decoder.vocab_size is "
-                          f"{model_config.decoder.vocab_size}; give the model a row for each")
-    return tokenizer

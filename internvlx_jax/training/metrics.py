@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
+import jax.monitoring
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from internvlx_jax.data.pipeline import StepCounts
@@ -16,6 +22,8 @@ from internvlx_jax.files import write_text
 from internvlx_jax.training.step import Metrics
 
 T = TypeVar("T")
+
+CLOCKS = ("train_s", "compile_s", "checkpoint_s", "evaluation_s")
 
 
 class MetricsWriter:
@@ -44,10 +52,22 @@ class MetricsWriter:
 
 
 class Throughput:
-    """Rates over the log window. Time spent in compilation, evaluation and saving is taken out with `pause`."""
+    """Rates over the log window, and the clocks of the run.
 
-    def __init__(self) -> None:
-        self._reset()
+    clocks: those of the run until now, when it is resumed. Attributes:
+        clocks: seconds of training, and of what is not counted as training: compilation, checkpoints, evaluation.
+    """
+
+    def __init__(self, clocks: Mapping[str, float] | None = None) -> None:
+        self.clocks = dict.fromkeys(CLOCKS, 0.0) | dict(clocks or {})
+        self.start()
+
+    def start(self) -> None:
+        """Begin a window here."""
+        self._start = self._last = time.perf_counter()
+        self._paused, self._waiting = 0.0, 0.0
+        self._steps, self._totals = 0, StepCounts(*[0] * len(StepCounts._fields))
+        self._step_ms: list[float] = []
 
     def waited(self, steps: Iterable[T]) -> Iterator[T]:
         """The same steps; the time until each one comes counts as waiting for data."""
@@ -65,40 +85,107 @@ class Throughput:
         self._steps += 1
         self._totals = StepCounts(*map(sum, zip(self._totals, counts)))
 
-    def pause(self, seconds: float) -> None:
+    def wait(self, in_flight: deque[jax.Array], leave: int) -> None:
+        """Until at most `leave` of the steps that are on the devices are not done: one result of each, the oldest first.
+
+        Bounds how many batches wait in device memory, and tells how long a step takes, while the devices always have the
+        next one.
+        """
+        while len(in_flight) > leave:
+            jax.block_until_ready(in_flight.popleft())
+            now = time.perf_counter()
+            self._step_ms.append(1000 * (now - self._last))
+            self._last = now
+
+    @contextmanager
+    def paused(self, clock: str) -> Iterator[None]:
+        """Time that belongs to another clock, such as "evaluation_s"."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.clocks[clock] += seconds
         self._paused += seconds
+        self._last += seconds
 
     def take(self) -> dict[str, float]:
-        """Rates since the last call: real tokens, tiles and images a second, seconds a step, shares of real tokens and
-        tiles, rows without a sample, share of the time that the step waited for data."""
+        """Rates since the last call; token slots a second, real and supervised ones; real tiles, images and samples;
+        seconds a step, and milliseconds as they come; shares of real tokens and tiles; rows without a sample; share of the
+        time that the step waited for data; the clocks."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        self.clocks["train_s"] += seconds
+        totals = self._totals
         rates = {
-            "tokens_per_s": self._totals.tokens / seconds,
-            "tiles_per_s": self._totals.tiles / seconds,
-            "images_per_s": self._totals.images / seconds,
+            "tokens_per_s": totals.slots / seconds,
+            "useful_tokens_per_s": totals.tokens / seconds,
+            "supervised_tokens_per_s": totals.supervised / seconds,
+            "tiles_per_s": totals.tiles / seconds,
+            "images_per_s": totals.images / seconds,
+            "samples_per_s": totals.samples / seconds,
             "step_s": seconds / max(self._steps, 1),
-            "token_fill": self._totals.tokens / max(self._totals.slots, 1),
-            "tile_fill": self._totals.tiles / max(self._totals.tile_slots, 1),
-            "masked_rows": self._totals.masked_rows,
+            "token_fill": totals.tokens / max(totals.slots, 1),
+            "tile_fill": totals.tiles / max(totals.tile_slots, 1),
+            "masked_rows": totals.masked_rows,
             "data_wait_share": min(1.0, self._waiting / seconds),
         }
-        self._reset()
-        return rates
+        if self._step_ms:
+            rates |= {f"step_ms_p{p}": float(np.percentile(self._step_ms, p)) for p in (50, 95)}
+        self.start()
+        return rates | self.clocks
 
-    def _reset(self) -> None:
-        self._start, self._paused, self._waiting = time.perf_counter(), 0.0, 0.0
-        self._steps, self._totals = 0, StepCounts(*[0] * len(StepCounts._fields))
+
+class Compilations:
+    """How many programs XLA has compiled, or found in the persistent cache, for this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+COMPILATIONS = Compilations()  # one listener a process
+
+
+def hbm_peak_gib() -> dict[str, float]:
+    """{"hbm_peak_gib": of the fullest device of this process}; empty where the platform does not tell."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return {"hbm_peak_gib": max(peaks) / 2**30} if peaks and None not in peaks else {}
+
+
+def over_processes(values: Mapping[str, float], sums: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """The largest of each value, and the sum of the counts, over all processes."""
+    every, counts = multihost_utils.process_allgather((np.array(list(values.values()), np.float32),
+                                                       sums.astype(np.int32)))
+    return dict(zip(values, np.max(every, axis=0).tolist())), np.sum(counts, axis=0)
 
 
 def window_means(window: Sequence[Metrics]) -> dict[str, float]:
-    """Mean loss and gradient norm over the steps since the last line; the learning rate is that of the last step."""
-    means = {name: float(np.mean([getattr(metrics, name) for metrics in window])) for name in ("loss", "grad_norm")}
-    return means | {"learning_rate": float(window[-1].learning_rate)}
+    """Of the steps since the last line that made an update: the loss of all their tokens together, mean norms, and the
+    last learning rate. Without such a step, only the learning rate."""
+    rate = {"learning_rate": float(window[-1].learning_rate)}
+    window = [metrics for metrics in window if metrics.applied]
+    if not window:
+        return rate
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(metrics, name) for metrics in window]))
+
+    weights = [float(metrics.weight) for metrics in window]
+    return {
+        "loss": float(np.average([metrics.loss for metrics in window], weights=weights)),
+        "grad_norm": mean("grad_norm"),
+        **{f"grad_norm/{module}": float(np.mean([metrics.grad_norms[module] for metrics in window]))
+           for module in window[-1].grad_norms},
+        "param_norm": float(window[-1].param_norm),
+        "update_ratio": mean("update_norm") / float(window[-1].param_norm),
+        **rate,
+    }
 
 
-def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """One line for people."""
     remaining = int((steps - step) * values["step_s"])
-    return (f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values['grad_norm']:.2f}  {values['tokens_per_s']:,.0f} tokens/s  "
+    return (f"step {step}/{steps}  loss {values.get('loss', math.nan):.4f}  lr {values['learning_rate']:.2e}  "
+            f"grad {values.get('grad_norm', math.nan):.2f}  {values['useful_tokens_per_s']:,.0f} tokens/s  "
             f"{values['images_per_s']:.1f} images/s  eta {remaining // 60}:{remaining % 60:02d}")

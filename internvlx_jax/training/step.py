@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
         trainable: float32 parameters that get gradients.
         frozen: the others, in the dtype of the computation; never differentiated, no moments.
         opt_state: optax state of `trainable`.
-        step: int32 scalar, updates done.
+        step: int32 scalar, steps taken; those without an update count too.
     """
 
     trainable: FlatParams
@@ -40,11 +40,24 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """float32 scalars of one step; grad_norm is before clipping."""
+    """Scalars of one step, float32.
+
+    Attributes:
+        loss: of all micro-batches and devices; weight: the sum of loss weights it was divided by.
+        grad_norm: before clipping, of all and of each module.
+        param_norm, update_norm: of the trained parameters before the update, and of what is added to them.
+        learning_rate: of an update here.
+        applied: bool; False: nothing was supervised, or loss or gradient norm was not finite, so nothing changed.
+    """
 
     loss: jax.Array
+    weight: jax.Array
     grad_norm: jax.Array
+    grad_norms: dict[str, jax.Array]
+    param_norm: jax.Array
+    update_norm: jax.Array
     learning_rate: jax.Array
+    applied: jax.Array
 
 
 class EvalSums(NamedTuple):
@@ -86,17 +99,40 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
                     seed: int, accumulation: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function for jax.jit; randomness depends on (seed, step) alone."""
+    """A pure function for jax.jit; randomness depends on (seed, step) alone.
+
+    Where loss or gradient norm is not finite, or nothing is supervised, parameters, moments and the position in the
+    schedule stay as they were, on all devices, and only the step number moves on (training.md 6).
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation)
+        weight, grad_norm = jnp.sum(shift_left(batch.loss_weight, 0.0)), optax.tree.norm(grads)
+        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = Metrics(loss, optax.tree.norm(grads), jnp.float32(schedule(state.step)))
+        trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), (trainable, opt_state),
+                                            (state.trainable, state.opt_state))
+        metrics = Metrics(loss, weight, grad_norm, module_norms(grads), optax.tree.norm(state.trainable),
+                          jnp.where(applied, optax.tree.norm(updates), 0.0),
+                          jnp.float32(schedule(updates_done(state.opt_state))), applied)
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
 
     return train_step
+
+
+def module_norms(grads: FlatParams) -> dict[str, jax.Array]:
+    """L2 norm of the gradients of each module, the first component of their paths."""
+    modules: dict[str, list[jax.Array]] = {}
+    for path, grad in grads.items():
+        modules.setdefault(path.partition(".")[0], []).append(grad)
+    return {module: optax.tree.norm(leaves) for module, leaves in modules.items()}
+
+
+def updates_done(opt_state: optax.OptState) -> jax.Array:
+    """What AdamW has counted, int32 scalar: the position in the schedule."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], EvalSums]:

@@ -85,8 +85,8 @@ def test_two_processes_give_the_same_bytes(all_tasks, settings, configure, tmp_p
     flags = " --xla_force_host_platform_device_count=1"  # the last one counts
     args = ["--checkpoint", configure("o", **settings).checkpoint, "--tasks", settings["tasks"], "--data_root",
             settings["data_root"], "--no_dynamic", "--max_new_tokens", str(NEW_TOKENS), "--batch_size", "8", "--dtype",
-            "float32", "--out_dir", str(tmp_path / "out"), "--coordinator", f"localhost:{port}", "--processes", "2"]
-    processes = [subprocess.Popen([sys.executable, ROOT / "eval.py", *args, "--process", str(rank)], text=True,
+            "float32", "--out_dir", str(tmp_path / "out"), "--coordinator", f"localhost:{port}", "--num_processes", "2"]
+    processes = [subprocess.Popen([sys.executable, ROOT / "eval.py", *args, "--process_id", str(rank)], text=True,
                                   env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flags},
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]
     try:

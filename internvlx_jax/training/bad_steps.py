@@ -1,0 +1,121 @@
+"""Steps that went wrong: written down with their samples, and when a run stops (spec: training.md 4, 6).
+
+The step itself skips the update, on the devices (training/step.py). Here, on the host, its metrics are looked at when a
+window of them is read, so a run stops at most `log_every` steps after the limit; all of these are skipped as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.files import write_text
+from internvlx_jax.training.config import StabilityConfig
+from internvlx_jax.training.step import Metrics
+
+FILE = "bad_steps.jsonl"  # in the run folder
+KINDS = ("nonfinite", "unsupervised", "spike")
+MEDIAN_OVER = 100  # losses that a spike is held against
+MEDIAN_FROM = 20  # losses seen before there can be a spike
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps with a loss or gradient that is not finite; the run has been saved."""
+
+
+class BadSteps:
+    """Counts and writes down non-finite steps, steps without anything supervised, and loss spikes.
+
+    Every process looks at the same numbers and decides alike; the first one writes. A resumed run goes on from the lines
+    of the steps before `first`; the running median begins anew.
+
+    planned_ids: step, from 0 -> samples of each row.
+    Attributes:
+        counts: "nonfinite", "unsupervised" and "spike" -> steps of the whole run.
+    """
+
+    def __init__(self, run: Path, first: int, config: StabilityConfig, *, planned_ids: Callable[[int], list[list[str]]],
+                 writes: bool):
+        self._path, self._config, self._planned_ids, self._writes = run / FILE, config, planned_ids, writes
+        kept = [line for line in read_bad_steps(run) if line["step"] <= first]
+        self.counts = Counter(line["kind"] for line in kept)
+        self._consecutive = 0
+        self._losses: deque[float] = deque(maxlen=MEDIAN_OVER)
+        if writes and self._path.exists():
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def look(self, window: Sequence[tuple[int, Bucket, Metrics]]) -> list[str]:
+        """What is wrong with some of these steps (step from 1, bucket, metrics on the host), a line each."""
+        said = []
+        for step, bucket, metrics in window:
+            loss, kind = float(metrics.loss), None
+            finite = math.isfinite(loss) and math.isfinite(metrics.grad_norm)
+            self._consecutive = 0 if finite else self._consecutive + 1
+            if not finite:
+                kind, words = "nonfinite", "loss or gradient norm is not finite, update skipped"
+            elif not metrics.applied:
+                kind, words = "unsupervised", "nothing is supervised, update skipped"
+            else:
+                if len(self._losses) >= MEDIAN_FROM:
+                    median = statistics.median(self._losses)
+                    if loss > self._config.spike_factor * median:
+                        kind, words = "spike", f"loss {loss:.4f} is over {self._config.spike_factor:g} x the median {median:.4f}"
+                self._losses.append(loss)
+            if kind:
+                self.counts[kind] += 1
+                self._write(step, kind, bucket, metrics)
+                said.append(f"step {step}: {words}; samples in {FILE}")
+        return said
+
+    def verdict(self) -> str | None:
+        """Why the run has to stop, if it has to."""
+        limits = self._config
+        if self._consecutive >= limits.max_consecutive_nonfinite:
+            broken = f"{self._consecutive} steps in a row (max_consecutive_nonfinite = {limits.max_consecutive_nonfinite})"
+        elif self.counts["nonfinite"] >= limits.max_total_nonfinite:
+            broken = f"{self.counts['nonfinite']} steps in all (max_total_nonfinite = {limits.max_total_nonfinite})"
+        else:
+            return None
+        return (f"loss or gradient norm was not finite in {broken}. The run is saved; {self._path} names the samples, and "
+                "`python -m internvlx_jax.training.replay` runs one of the steps again")
+
+    def _write(self, step: int, kind: str, bucket: Bucket, metrics: Metrics) -> None:
+        if not self._writes:
+            return
+        norms = {"all": metrics.grad_norm, **metrics.grad_norms}
+        line = {"step": step, "kind": kind, "loss": _number(metrics.loss),
+                "grad_norm": {name: _number(norm) for name, norm in norms.items()},
+                "bucket": {"tiles": bucket.tiles, "length": bucket.length, "short_length": bucket.short_length},
+                "samples": self._planned_ids(step - 1)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_bad_steps(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's bad_steps.jsonl, in order; none without the file. A line that a killed run has not finished is
+    left out. Raises ConfigError naming a line that is none."""
+    path = run / FILE
+    lines = []
+    if path.exists():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                fields = json.loads(line)
+                fields["step"], fields["kind"], fields["samples"]
+            except (ValueError, TypeError, KeyError):
+                raise ConfigError(f'{path} line {number}: no "step", "kind" and "samples"; remove the line') from None
+            lines.append(fields)
+    return lines
+
+
+def _number(value: Any) -> float | str:
+    """JSON has no words for these: "nan", "inf"."""
+    return float(value) if math.isfinite(value) else str(float(value))
