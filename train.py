@@ -24,13 +24,15 @@ def main() -> int:
                         help="override fields, e.g. data.max_length=2048 mesh.fsdp=8")
     parser.add_argument("--stop_after", type=int, help="stop after this many steps, with a checkpoint to resume from")
     parser.add_argument("--profile", metavar="START:STOP", help="trace these steps to profile/ of the run folder")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="compile the step of every bucket, print memory, FLOPs and traffic, and end")
     distributed.add_flags(parser)
     args = parser.parse_args()
     try:
         config = override(load_config_file(args.config), args.settings)
         profile = args.profile and Window.parse(args.profile)
         distributed.start_from(args)
-        train(config, stop_after=args.stop_after, profile=profile)
+        train(config, stop_after=args.stop_after, profile=profile, dry_run=args.dry_run)
     except (ConfigError, CheckpointError, SampleError, NonFiniteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

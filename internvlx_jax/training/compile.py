@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections import defaultdict
@@ -28,8 +29,7 @@ from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.files import write_json
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import Flops, forward_flops, train_flops
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.executables import REMEDIES, compile_train_step
+from internvlx_jax.training.executables import REMEDIES, compile_train_step, peak_bytes
 from internvlx_jax.training.hlo import moved
 from internvlx_jax.training.setup import Setup, prepare
 from internvlx_jax.training.sharding import data_parallel_size, make_mesh
@@ -83,30 +83,15 @@ def bounding_buckets(data: DataConfig, model: ModelConfig) -> list[Bucket]:
     return [smallest_bucket(count, data.max_length, data.length_step, saved) for count in counts]
 
 
-def compile_report(config: TrainConfig, model: ModelConfig, where: Topology, mesh: Mesh,
-                   tiles: Sequence[int] | None = None) -> list[BucketReport]:
-    """mesh: of the devices of `where`; tiles: only the bounding buckets with so many tile slots.
-
-    Raises ConfigError for a bucket that a compiler refuses because it does not fit.
-    """
-    data = config.data
-    setup = prepare(config, model, mesh, STEPS)
-    row_quantum = data.row_quantum or data_parallel_size(mesh) * config.compute.accumulation
-    rule = BatchRule(row_quantum=row_quantum, samples=data.samples_per_step if data.batch_mode == "samples" else None,
-                     tokens=data.tokens_per_step, tiles=data.tiles_per_step)
-    buckets = [bucket for bucket in bounding_buckets(data, model) if tiles is None or bucket.tiles in tiles]
-    if not buckets:
-        raise ConfigError(f"--tiles {' '.join(map(str, tiles))}: the buckets have "
-                          f"{', '.join(str(b.tiles) for b in bounding_buckets(data, model))} tiles")
-
-    def report(bucket: Bucket) -> BucketReport:
+def compile_report(setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int], where: Topology) -> list[BucketReport]:
+    """The steps of all buckets, compiled side by side. Raises ConfigError when a compiler refuses one that does not fit."""
+    def report(bucket: Bucket, rows: int) -> BucketReport:
         started = time.perf_counter()
-        rows = rule.rows(bucket)
         compiled = compile_train_step(setup, bucket, rows)
         return describe_step(setup, bucket, rows, compiled, where, seconds=time.perf_counter() - started)
 
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(report, buckets))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        return list(threads.map(report, buckets, rows))
 
 
 def describe_step(setup: Setup, bucket: Bucket, rows: int, compiled: Any, where: Topology, *,
@@ -134,16 +119,9 @@ def describe_step(setup: Setup, bucket: Bucket, rows: int, compiled: Any, where:
     parts = {name: flops / count for name, flops in dataclasses.asdict(useful).items()}
     return BucketReport(
         **dataclasses.asdict(bucket), batch=rows, argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes, peak_hbm_bytes=_peak(memory),
+        temporary_bytes=memory.temp_size_in_bytes, peak_hbm_bytes=peak_bytes(compiled),
         flops={**parts, "total": useful.total / count}, memory_bytes=traffic.memory_bytes,
         collectives=dict(collectives), **times, compile_s=seconds)
-
-
-def _peak(memory: Any) -> int:
-    """Some compilers do not state it; then arguments, what does not alias them, and temporaries live at once."""
-    stated = memory.peak_memory_in_bytes
-    return stated or (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                      + memory.temp_size_in_bytes)
 
 
 def _recomputed(setup: Setup, forward: Flops) -> float:
@@ -158,22 +136,31 @@ def _recomputed(setup: Setup, forward: Flops) -> float:
 
 def table(reports: Sequence[BucketReport], where: Topology, mesh: Mesh) -> str:
     """For people, in Markdown."""
-    limit = f"{where.chip.memory / GIB:.2f} GiB a device" if where.chip else "memory of a device unknown"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    limit = "memory of a device unknown" if where.memory is None else f"{where.memory / GIB:.2f} GiB a device"
     lines = [f"{where.name}: {len(where.devices)} devices, {axes}; {limit}", "",
              "| tiles | slots | rows | peak GiB | arguments | temporaries | TFLOP: tower | projector | decoder | head | "
              "memory GB | collectives GB | compute ms | memory ms | network ms | roofline ms | MFU | compile s |",
              "|" + "---|" * 18]
     for r in reports:
         slots = f"{r.length}" + (f" ({r.short_length})" if r.short_length else "")
-        moved_gb = ", ".join(f"{kind} {each['bytes'] / 1e9:.2f}" for kind, each in sorted(r.collectives.items()))
+        received = ", ".join(f"{kind} {each['bytes'] / 1e9:.2f}" for kind, each in sorted(r.collectives.items()))
         gib = (f"{size / GIB:.2f}" for size in (r.peak_hbm_bytes, r.argument_bytes, r.temporary_bytes))
         flops = (f"{r.flops[part] / 1e12:.2f}" for part in ("tower", "projector", "decoder", "head"))
         times = ("-" if ms is None else f"{ms:.0f}" for ms in (r.compute_ms, r.memory_ms, r.network_ms, r.roofline_ms))
         mfu = "-" if r.roofline_mfu is None else f"{r.roofline_mfu:.1%}"
         lines.append("| " + " | ".join([str(r.tiles), slots, str(r.batch), *gib, *flops, f"{r.memory_bytes / 1e9:.1f}",
-                                        moved_gb or "none", *times, mfu, f"{r.compile_s:.0f}"]) + " |")
+                                        received or "none", *times, mfu, f"{r.compile_s:.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def check_fits(reports: Sequence[BucketReport], where: Topology) -> None:
+    """Raises ConfigError, with what to change, when a step needs more memory than a device has, as far as that is known."""
+    over = [r for r in reports if where.memory is not None and r.peak_hbm_bytes > where.memory]
+    if over:
+        listed = ", ".join(f"{r.tiles} tiles and {r.length} slots: {r.peak_hbm_bytes / GIB:.2f} GiB" for r in over)
+        raise ConfigError(f"{len(over)} of {len(reports)} buckets do not fit the {where.memory / GIB:.2f} GiB of a device "
+                          f"({listed}); change one of: {REMEDIES}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,24 +174,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the report there as JSON")
     args = parser.parse_args(argv)
     try:
-        config = override(load_config_file(args.config), args.settings)
-        model = config.model or open_checkpoint(config.init_from).config
-        where = topology(args.topology)
-        mesh = make_mesh(config.mesh, where.devices, rows=config.micro_batch)
-        reports = compile_report(config, model, where, mesh, args.tiles)
+        where, reports, mesh = report_config(args.config, args.settings, args.topology, args.tiles)
+        print(table(reports, where, mesh))
+        if args.out:
+            write_json(args.out, {"config": args.config, "settings": args.settings, "topology": where.name,
+                                  "devices": len(where.devices), "mesh": dict(mesh.shape),
+                                  "hbm_limit_bytes": int(where.memory),
+                                  "buckets": [dataclasses.asdict(report) for report in reports]})
+        check_fits(reports, where)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(reports, where, mesh))
-    if args.out:
-        write_json(args.out, {"config": args.config, "settings": args.settings, "topology": where.name,
-                              "devices": len(where.devices), "mesh": dict(mesh.shape), "hbm_limit_bytes": int(where.chip.memory),
-                              "buckets": [dataclasses.asdict(report) for report in reports]})
-    over = [report for report in reports if report.peak_hbm_bytes > where.chip.memory]
-    if over:
-        print(f"error: {len(over)} of {len(reports)} buckets do not fit the memory of a device; change one of: {REMEDIES}",
-              file=sys.stderr)
-    return 1 if over else 0
+    return 0
+
+
+def report_config(path: str | Path, settings: Sequence[str], topology_name: str,
+                  tiles: Sequence[int] | None = None) -> tuple[Topology, list[BucketReport], Mesh]:
+    """The bounding buckets of a config file for a topology. tiles: only those with so many tile slots."""
+    config = override(load_config_file(path), settings)
+    model, data = config.model or open_checkpoint(config.init_from).config, config.data
+    where = topology(topology_name)
+    mesh = make_mesh(config.mesh, where.devices, rows=config.micro_batch)
+    row_quantum = data.row_quantum or data_parallel_size(mesh) * config.compute.accumulation
+    rule = BatchRule(row_quantum=row_quantum, samples=data.samples_per_step if data.batch_mode == "samples" else None,
+                     tokens=data.tokens_per_step, tiles=data.tiles_per_step)
+    possible = bounding_buckets(data, model)
+    buckets = [bucket for bucket in possible if tiles is None or bucket.tiles in tiles]
+    if not buckets:
+        raise ConfigError(f"--tiles {' '.join(map(str, tiles))}: the buckets have "
+                          f"{', '.join(str(bucket.tiles) for bucket in possible)} tiles")
+    rows = [rule.rows(bucket) for bucket in buckets]
+    return where, compile_report(prepare(config, model, mesh, STEPS), buckets, rows, where), mesh
 
 
 if __name__ == "__main__":

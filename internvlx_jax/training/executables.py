@@ -20,10 +20,18 @@ REMEDIES = ("compute.remat=full, which keeps the least; fewer rows a device: a s
 
 
 def compile_train_steps(setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int]) -> dict[Bucket, jax.stages.Compiled]:
-    """The train step of each bucket, compiled side by side; see compile_train_step."""
+    """The train step of each bucket, compiled side by side for attached devices.
+
+    Raises ConfigError, with what to change, for a bucket that needs more memory than they have.
+    """
+    memory = device_memory(setup.mesh.devices.flat[0])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        compiled = threads.map(functools.partial(compile_train_step, setup), buckets, rows)
-        return dict(zip(buckets, compiled, strict=True))
+        compiled = dict(zip(buckets, threads.map(functools.partial(compile_train_step, setup), buckets, rows), strict=True))
+    for bucket, count in zip(buckets, rows):
+        needed = peak_bytes(compiled[bucket])
+        if memory is not None and needed > memory:
+            raise _does_not_fit(bucket, count, f"it needs {needed / 2**30:.2f} GiB of {memory / 2**30:.2f}")
+    return compiled
 
 
 def compile_train_step(setup: Setup, bucket: Bucket, rows: int) -> jax.stages.Compiled:
@@ -33,5 +41,23 @@ def compile_train_step(setup: Setup, bucket: Bucket, rows: int) -> jax.stages.Co
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        raise ConfigError(f"a step of {rows} rows with {bucket.tiles} tiles and {bucket.length} slots does not fit the "
-                          f"memory of a device; change one of: {REMEDIES}\n{error}") from error
+        raise _does_not_fit(bucket, rows, str(error)) from error
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory of a device that a step needs. Where the compiler does not state the peak: arguments, results that do not
+    alias them, and temporaries as if all lived at once."""
+    memory = compiled.memory_analysis()
+    return memory.peak_memory_in_bytes or (memory.argument_size_in_bytes + memory.output_size_in_bytes
+                                           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that programs may use on an attached device, where it tells."""
+    stats = device.memory_stats()
+    return stats and stats.get("bytes_limit")
+
+
+def _does_not_fit(bucket: Bucket, rows: int, reason: str) -> ConfigError:
+    return ConfigError(f"a step of {rows} rows with {bucket.tiles} tiles and {bucket.length} slots does not fit the memory "
+                       f"of a device; change one of: {REMEDIES}\n{reason}")

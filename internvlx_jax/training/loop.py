@@ -19,6 +19,7 @@ from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import init_params
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_metadata
+from internvlx_jax.training.compile import check_fits, compile_report, table
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.data import open_loaders, open_tokenizer
 from internvlx_jax.training.executables import compile_train_steps
@@ -30,16 +31,19 @@ from internvlx_jax.training.setup import prepare
 from internvlx_jax.training.sharding import batch_sharding, make_mesh, placed
 from internvlx_jax.training.starts import record_start
 from internvlx_jax.training.step import TrainState
+from internvlx_jax.training.topologies import local_topology
 from internvlx_jax.training.watch import Watch
 
 QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
 
 
-def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window | None = None) -> dict[str, float]:
+def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window | None = None,
+          dry_run: bool = False) -> dict[str, float]:
     """Run, or resume, the run in config.output_dir; returns the last validation (or training) metrics.
 
     stop_after: end after this many steps of this call, with a checkpoint; the same command goes on from there.
     profile: steps to trace, to RUN/profile.
+    dry_run: compile the step of every bucket, say what it takes, and end; no parameter is made, nothing is written.
 
     Raises ConfigError, CheckpointError or SampleError for input that cannot be used; Preempted after SIGTERM and
     NonFiniteError after too many bad steps, both with the run saved.
@@ -75,6 +79,13 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
     if config.evaluation is not None:
         benchmarks = InLoop(config.evaluation, run / "evaluation", model=model_config, abstract=abstract,
                             tokenizer=tokenizer, mesh=mesh)
+
+    if dry_run:
+        where = local_topology()
+        reports = compile_report(setup, loader.plan.buckets, loader.plan.rows, where)
+        speak(table(reports, where, mesh))
+        check_fits(reports, where)
+        return {}
 
     # --- run folder, one executable a bucket ----------------------------------------------------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.training.executables import device_memory
 
 GIB = 2**30
 
@@ -71,11 +72,13 @@ class Topology:
     """Attributes:
         name: as it was asked for.
         chip: None for devices that are not in CHIPS.
+        memory: bytes that a program may use on a device; None where that is unknown.
         devices: attached or not.
     """
 
     name: str
     chip: Chip | None
+    memory: float | None
     devices: Sequence[jax.Device]
 
     def bandwidth(self, group: Sequence[jax.Device]) -> float:
@@ -121,10 +124,11 @@ def topology(name: str) -> Topology:
         raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}; install the compiler with "
                           f"pip install 'internvlx-jax[{'tpu' if chip.platform == 'tpu' else 'cuda'}]' and check that "
                           "such a topology exists") from error
-    return Topology(name, chip, found.devices)
+    return Topology(name, chip, chip.memory, found.devices)
 
 
 def local_topology() -> Topology:
     """The attached devices."""
     devices = jax.devices()
-    return Topology(devices[0].device_kind, CHIPS.get(DEVICE_KINDS.get(devices[0].device_kind, "")), devices)
+    kind = devices[0].device_kind
+    return Topology(kind, CHIPS.get(DEVICE_KINDS.get(kind, "")), device_memory(devices[0]), devices)
