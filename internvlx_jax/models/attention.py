@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.splash import splash_attention
+from internvlx_jax.models.splash import PADDING, splash_attention
 
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
 OUTPUT = "attention_out"  # checkpoint name of what a policy has to save so that attention is not computed again
@@ -84,8 +84,17 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
     """As `xla_attention`. cuDNN knows no segments: they become a mask bool[B, 1, S, S], which all heads share."""
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    length = q.shape[1]
+    odd = length % 2  # JAX refuses the backward pass of odd lengths
+    mask = lengths = None
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (0, odd)), constant_values=PADDING)
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    elif odd:
+        lengths = jnp.full(q.shape[:1], length, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, query_seq_lengths=lengths,
+                                        key_value_seq_lengths=lengths, implementation="cudnn")[:, :length]
 
 
 def cudnn_problem(dtype: DTypeLike, head_dim: int) -> str | None:
@@ -93,8 +102,20 @@ def cudnn_problem(dtype: DTypeLike, head_dim: int) -> str | None:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype).name}, it takes bfloat16 or float16; set compute.dtype=bfloat16"
     if head_dim % 8 or head_dim > 128:
-        return f"head_dim is {head_dim}, it takes multiples of 8 up to 128"
+        return f"head_dim is {head_dim}, it takes multiples of 8 up to 128; set it to auto or xla"
+    if not _cudnn_is_installed():
+        return "cuDNN is not installed; install jax[cuda13], or set it to auto or xla"
     return None
+
+
+@functools.cache
+def _cudnn_is_installed() -> bool:
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(cudnn_attention, segments=None, causal=True), x, x, x)
+    except RuntimeError:  # what JAX raises when its CUDA plugin or the library is not there
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,41 +144,31 @@ class SelfAttention:
         return compute(q, k, v, segments)
 
     def check(self, dtype: DTypeLike, head_dims: Sequence[int]) -> None:
-        """Raises ConfigError when the backend cannot do what the model needs, as far as that is known before tracing."""
-        problem = None
+        """Raises ConfigError when the backend cannot compute in this dtype, with these head dims, on this mesh."""
+        platform, problem = self._platform(), None
+        fits = {"splash": (None, "tpu"), "cudnn": (None, *NVIDIA)}
         if self.backend not in get_args(Backend):
             problem = f"choose one of {', '.join(get_args(Backend))}"
-        elif self.backend == "splash" and self._platform() not in (None, "tpu"):
-            problem = f"the kernel is for TPUs and the devices are of the platform {self._platform()}; set it to auto or xla"
+        elif self.backend in fits and platform not in fits[self.backend]:
+            problem = f"it does not run on the devices of this mesh, which are of the platform {platform}; set it to auto or xla"
         elif self.backend == "cudnn":
-            if self._platform() not in (None, *NVIDIA):
-                problem = f"the devices are of the platform {self._platform()}; set it to auto or xla"
-            else:
-                problems = [cudnn_problem(dtype, head_dim) for head_dim in head_dims]
-                problem = next(filter(None, problems), None)
+            problem = next(filter(None, (cudnn_problem(dtype, head_dim) for head_dim in head_dims)), None)
         if problem is not None:
             raise ConfigError(f"compute.attention is {self.backend!r}: {problem}")
 
     def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
-        def of(implementation: Callable, **kwargs) -> Callable:
-            return functools.partial(implementation, causal=causal, **kwargs)
-
-        splash, platform = of(splash_attention, residuals=OUTPUT), self._platform()
-        choice = self.backend
-        if choice == "auto":
-            choice = {"tpu": "splash", "cpu": "xla"}.get(platform, "auto")
-        if choice == "splash":
-            return splash(q, k, v, segments)
-        if choice == "splash_interpret":
-            return splash(q, k, v, segments, interpret=True)
-        if choice == "cudnn":
-            return cudnn_attention(q, k, v, segments, causal=causal)
-        if choice == "xla":
-            return xla_attention(q, k, v, segments, causal=causal)
+        xla, cudnn, splash = (functools.partial(implementation, causal=causal) for implementation in
+                              (xla_attention, cudnn_attention, functools.partial(splash_attention, residuals=OUTPUT)))
+        named = {"xla": xla, "cudnn": cudnn, "splash": splash,
+                 "splash_interpret": functools.partial(splash, interpret=True)}
+        platform = self._platform()
+        backend = {"tpu": "splash", "cpu": "xla"}.get(platform, "auto") if self.backend == "auto" else self.backend
+        if backend != "auto":
+            return named[backend](q, k, v, segments)
         kernels = {} if platform in NVIDIA else {"tpu": splash}
-        if cudnn_problem(q.dtype, q.shape[-1]) is None and _cudnn_is_installed():
-            kernels["cuda"] = of(cudnn_attention)
-        return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=of(xla_attention))
+        if cudnn_problem(q.dtype, q.shape[-1]) is None:
+            kernels["cuda"] = cudnn
+        return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=xla)
 
     def _platform(self) -> str | None:
         """Of the mesh, which is what the program is compiled for, be it attached or not; None without a mesh."""
@@ -169,13 +180,3 @@ class SelfAttention:
         except ValueError:
             return self.rows
         return self.heads
-
-
-@functools.cache
-def _cudnn_is_installed() -> bool:
-    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
-    try:
-        jax.eval_shape(functools.partial(cudnn_attention, segments=None, causal=True), x, x, x)
-    except RuntimeError:
-        return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,49 +20,60 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
                      residuals: str, interpret: bool = False) -> jax.Array:
     """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H].
 
+    The kernel has no scale: q takes it, and is rounded once more where 1 / sqrt(H) is no power of two.
     residuals: checkpoint name of what the backward pass needs besides q, k and v: output and log-sum-exp.
     interpret: emulate the kernel, on any platform, slowly.
     """
-    length = q.shape[1]
-    padding = padded_length(length) - length
+    length, cut = q.shape[1], blocks(q.shape[1])
+    padding = cut.padded - length
     if padding:
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=PADDING)
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     q, k, v = (rearrange(x, "b s n h -> b n s h") for x in (q * q.shape[-1] ** -0.5, k, v))
-    kernel = _kernel(q.shape[1], q.shape[2], causal, residuals, interpret)
+    kernel = _kernel(q.shape[1], cut, causal, residuals, interpret)
     ids = None if segments is None else splash.SegmentIds(segments, segments)
     return rearrange(jax.vmap(kernel)(q, k, v, ids), "b n s h -> b s n h")[:, :length]
 
 
-def padded_length(length: int) -> int:
-    """The next multiple of 128 that is one block, or is cut in blocks of at least 256: small blocks are slow."""
-    padded = -(-length // LANES) * LANES
-    while padded > BLOCK and _divisor(padded, BLOCK) == LANES:
-        padded += LANES
-    return padded
+class Blocks(NamedTuple):
+    """How a sequence is cut.
+
+    Attributes:
+        padded: length that the blocks divide.
+        block: queries of a block, and keys of one product.
+        keys: keys of a block in the causal backward kernel, a multiple of `block`.
+    """
+
+    padded: int
+    block: int
+    keys: int
 
 
-def block_sizes(length: int, *, causal: bool) -> splash.BlockSizes:
-    """Blocks for a padded length. The fused backward kernel computes dq in as many parts, each as large as q, as there
-    are blocks of keys: so those grow with the length, and a tile, where no block is masked, is one."""
-    block = _divisor(length, BLOCK)
-    keys = _divisor(length, max(BLOCK, length // DQ_PARTS)) if causal else length
-    return splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block,
-                             block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=_divisor(keys, BLOCK),
-                             use_fused_bwd_kernel=True)
+def blocks(length: int) -> Blocks:
+    """Whatever fits into one block is one. Else the least padding with blocks that are not small, which are slow, and with
+    at most DQ_PARTS blocks of keys: the fused backward kernel writes dq in as many parts, each as large as q."""
+    if length <= BLOCK:
+        padded = _round_up(length, LANES)
+        return Blocks(padded, padded, padded)
+    scale = -(-length // (DQ_PARTS * BLOCK))
+    sizes = [block for block in (BLOCK, 384, 256) if -(-length // (block * scale)) <= DQ_PARTS]
+    block = min(sizes, key=lambda size: _round_up(length, size * scale))  # the larger one of equals
+    return Blocks(_round_up(length, block * scale), block, block * scale)
 
 
-def _divisor(length: int, most: int) -> int:
-    """The largest multiple of 128, at most `most`, that divides `length`."""
-    return next(size for size in range(min(most, length) // LANES * LANES, 0, -LANES) if length % size == 0)
+def _round_up(length: int, quantum: int) -> int:
+    return -(-length // quantum) * quantum
 
 
 @functools.cache
-def _kernel(heads: int, length: int, causal: bool, residuals: str, interpret: bool):
-    """One kernel a shape; what it precomputes about the mask is constants."""
-    mask = splash.CausalMask((length, length)) if causal else splash.FullMask((length, length))
+def _kernel(heads: int, cut: Blocks, causal: bool, residuals: str, interpret: bool):
+    """One kernel a shape; what it precomputes about the mask is constants. Without a causal mask no block is skipped, and
+    all keys of a sequence are one block in the backward kernel."""
+    mask = (splash.CausalMask if causal else splash.FullMask)((cut.padded, cut.padded))
+    sizes = splash.BlockSizes(block_q=cut.block, block_kv=cut.block, block_kv_compute=cut.block, block_q_dkv=cut.block,
+                              block_kv_dkv=cut.keys if causal else cut.padded, block_kv_dkv_compute=cut.block,
+                              use_fused_bwd_kernel=True)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(splash.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1,
-                                      block_sizes=block_sizes(length, causal=causal),
-                                      residual_checkpoint_name=residuals, interpret=interpret)
+                                      block_sizes=sizes, residual_checkpoint_name=residuals, interpret=interpret)
