@@ -25,10 +25,10 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.layers import ATTENTION_OUTPUT
 from internvlx_jax.models.splash import PADDING, splash_attention
 
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
-OUTPUT = "attention_out"  # checkpoint name of what a policy has to save so that attention is not computed again
 NVIDIA = ("gpu", "cuda")  # names of the platform of such devices
 CHUNK = 512               # most queries whose scores exist at a time in the xla backend
 
@@ -158,7 +158,7 @@ class SelfAttention:
 
     def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
         xla, cudnn, splash = (functools.partial(implementation, causal=causal) for implementation in
-                              (xla_attention, cudnn_attention, functools.partial(splash_attention, residuals=OUTPUT)))
+                              (xla_attention, cudnn_attention, functools.partial(splash_attention, residuals=ATTENTION_OUTPUT)))
         named = {"xla": xla, "cudnn": cudnn, "splash": splash,
                  "splash_interpret": functools.partial(splash, interpret=True)}
         platform = self._platform()

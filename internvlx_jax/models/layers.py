@@ -14,9 +14,14 @@ from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
 
+ATTENTION_OUTPUT = "attention_out"  # checkpoint name of what the attention kernel leaves for its backward pass
+
+# What of a layer is kept for the backward pass; the rest is computed again.
 REMAT_POLICIES = {
-    "full": None,
+    "full": None,  # nothing but the input
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -127,7 +132,8 @@ def drop_path(branch: jax.Array, key: jax.Array | None, rate: float | jax.Array,
 
 
 def rematerialise(body: Callable, policy: str) -> Callable:
-    """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `dots` keeps matmul outputs."""
+    """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `attention` keeps what the splash kernel
+    leaves, `dots` keeps matmul outputs, `offload` keeps those in the memory of the host."""
     if policy == "none":
         return body
     if policy not in REMAT_POLICIES:

@@ -125,9 +125,10 @@ def describe_step(setup: Setup, bucket: Bucket, rows: int, compiled: Any, where:
 
 
 def _recomputed(setup: Setup, forward: Flops) -> float:
-    """FLOPs that the backward pass does once more: logits always, with remat=full also the stacks that it crosses."""
+    """FLOPs that the backward pass does once more: logits always, and the stacks that it crosses where no products are
+    kept."""
     again = forward.head
-    if setup.remat == "full":
+    if setup.remat in ("full", "attention"):
         again += forward.decoder
         if any(path.startswith("vision.") for path in setup.state.trainable):
             again += forward.tower

@@ -115,7 +115,7 @@ class ComputeConfig:
     (models/attention.py), micro-batches."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal["none", "full", "attention", "dots", "offload"] = "full"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     accumulation: int = 1
 

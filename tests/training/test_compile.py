@@ -1,0 +1,121 @@
+"""Reports about steps that were only compiled: buckets, topologies, figures, and a gate on two presets (platform.md 2)."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.errors import ConfigError
+from internvlx_jax.models.flops import train_flops
+from internvlx_jax.models.presets import internvlx_2b
+from internvlx_jax.training.compile import bounding_buckets, check_fits, compile_report
+from internvlx_jax.training.config import ComputeConfig
+from internvlx_jax.training.loop import train
+from internvlx_jax.training.recipes import x_2nd_finetune, x_hd_2nd_finetune
+from internvlx_jax.training.setup import prepare
+from internvlx_jax.training.sharding import make_mesh
+from internvlx_jax.training.topologies import CHIPS, Topology, topology
+
+ROOT = Path(__file__).parents[2]
+GATE = Path(__file__).with_name("compile_gate.json")
+GROWTH = 1.05
+
+
+def test_bounding_buckets():
+    hd = x_hd_2nd_finetune(internvlx_2b(), name="", init_from="x")
+    assert bounding_buckets(hd.data, hd.model) == [Bucket(0, 4096), Bucket(1, 4096), Bucket(7, 4096)]
+    paper = x_hd_2nd_finetune(internvlx_2b("paper"), name="", init_from="x", max_length=8192)
+    assert bounding_buckets(paper.data, paper.model)[-1] == Bucket(7, 8192, 8192 - 7 * 768)
+    plain = x_2nd_finetune(internvlx_2b(), name="", init_from="x")
+    assert bounding_buckets(plain.data, plain.model) == [Bucket(0, 4096), Bucket(1, 4096)]
+    packed = dataclasses.replace(hd.data, batch_mode="pack", max_length=16384)
+    assert bounding_buckets(packed, hd.model) == [Bucket(64, 16384)]
+
+
+@pytest.mark.parametrize("name", ["v5e", "v7x:2x2", "v5e:2xb", "", "16x16"])
+def test_names_of_topologies(name):
+    with pytest.raises(ConfigError, match="expected CHIP:AxB"):
+        topology(name)
+
+
+@pytest.fixture(scope="module")
+def described(run_in, tmp_path_factory):
+    """The tiny run on eight CPU devices, told to be v5e chips."""
+    config = run_in(tmp_path_factory.mktemp("run"), compute=ComputeConfig(dtype="float32", remat="full"))
+    mesh = make_mesh(config.mesh)
+    where = FastNetwork("eight", CHIPS["v5e"], CHIPS["v5e"].memory, mesh.devices.flat)
+    setup, bucket = prepare(config, config.model, mesh, 10), Bucket(3, 128)
+    return setup, where, compile_report(setup, [bucket], [8], where)[0]
+
+
+class FastNetwork(Topology):
+    def bandwidth(self, group):
+        return 1e12
+
+
+def test_figures_of_a_report(described):
+    setup, _, report = described
+    assert (report.tiles, report.length, report.batch) == (3, 128, 8)
+    flops = train_flops(setup.model, {path: leaf.shape for path, leaf in setup.state.trainable.items()}, tiles=24,
+                        lengths=[128] * 8)
+    assert report.flops["total"] == pytest.approx(flops.total / 8)
+    assert sum(report.flops[part] for part in ("tower", "projector", "decoder", "head")) == pytest.approx(flops.total / 8)
+    assert {"all-gather", "all-reduce"} <= report.collectives.keys()
+    assert report.peak_hbm_bytes >= report.argument_bytes > 0
+    assert report.roofline_ms == max(report.compute_ms, report.memory_ms, report.network_ms)
+    assert report.roofline_mfu == pytest.approx(report.flops["total"] / 197e12 / (report.roofline_ms / 1e3))
+    assert report.compute_ms / 1e3 > report.flops["total"] / 197e12, "what remat computes again takes time, and is no use"
+
+
+def test_what_does_not_fit_says_what_to_change(described):
+    *_, where, report = described
+    small = dataclasses.replace(where, memory=report.peak_hbm_bytes - 1)
+    with pytest.raises(ConfigError, match=r"1 of 1 buckets do not fit.*compute\.remat.*fewer rows.*mesh\.fsdp"):
+        check_fits([report], small)
+    check_fits([report], dataclasses.replace(where, memory=report.peak_hbm_bytes))
+
+
+def test_a_run_that_does_not_fit_does_not_start(tiny_run, monkeypatch):
+    monkeypatch.setattr("internvlx_jax.training.executables.device_memory", lambda device: 1000)
+    config = tiny_run()
+    with pytest.raises(ConfigError, match=r"does not fit the memory of a device; change one of: compute\.remat"):
+        train(config)
+
+
+def test_dry_run_writes_nothing(tiny_run, capsys):
+    config = tiny_run()
+    assert train(config, dry_run=True) == {}
+    printed = capsys.readouterr().out
+    assert "peak GiB" in printed and "8 devices, data 2 x fsdp 2 x tensor 2" in printed
+    assert not Path(config.output_dir).exists()
+
+
+CASES = {"internvlx_2b_hd": "v5e:4x4", "internvlx_8b_hd_paper": "v6e:4x4"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_and_collectives_do_not_grow(name, tmp_path):
+    """Two presets for TPUs that are not there. After a wanted change, write what this prints into compile_gate.json.
+
+    The figures are the compiler's: its version is a part of the key.
+    """
+    assert (platform.system(), platform.machine()) == ("Linux", "x86_64"), "libtpu, the compiler, is for Linux on x86-64"
+    out = tmp_path / "report.json"
+    subprocess.run([sys.executable, "-m", "internvlx_jax.training.compile", "--config", f"configs/{name}.py", "--topology",
+                    CASES[name], "--set", "data.samples_per_step=16", "--tiles", "7", "--out", str(out)],
+                   check=True, cwd=ROOT)
+    (bucket,) = json.loads(out.read_text())["buckets"]
+    now = {"peak_hbm_bytes": bucket["peak_hbm_bytes"],
+           "collective_bytes": sum(each["bytes"] for each in bucket["collectives"].values())}
+    recorded = json.loads(GATE.read_text())
+    version = ".".join(jax.__version__.split(".")[:2])
+    allowed = recorded.get(version, recorded[max(recorded)])[name]
+    print(json.dumps({version: {name: now}}))
+    for figure, value in now.items():
+        assert value <= GROWTH * allowed[figure], f"{figure} {value:.4g}, recorded {allowed[figure]:.4g}"
