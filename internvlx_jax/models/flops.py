@@ -7,6 +7,7 @@ counted are recomputation, element-wise work, the embedding lookup and the optim
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def train_flops(config: ModelConfig, trained: Mapping[str, Sequence[int]], *, ti
     that gradients cross, nothing below everything trained; attention products cost twice wherever gradients go.
 
     trained: path -> shape of each trained parameter; of a stack whose first layers are frozen, the shape of the others.
-        Adapters (`.lora_a`, `.lora_b`) count as trained, their base as crossed. Other arguments as in `forward_flops`.
+        Adapters count as trained, their base as crossed. Other arguments as in `forward_flops`.
     """
     reached: set[str] = set()
 
@@ -69,9 +70,9 @@ class _Map(NamedTuple):
 
     def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
         """Where gradients go. Adapters, in both directions, are an addition to it."""
-        kernel = self.forward() * (2 if self.kernel in trained else 1)
-        adapter = trained.get(self.kernel.removesuffix("kernel") + "lora_a")
-        return kernel if adapter is None else kernel + 3 * 2 * self.vectors * adapter[-1] * (self.inputs + self.outputs)
+        adapters = self.kernel.removesuffix("kernel") + "lora_"
+        weights = sum(math.prod(shape[1:]) for path, shape in trained.items() if path.startswith(adapters))
+        return self.forward() * (2 if self.kernel in trained else 1) + 3 * 2 * self.vectors * weights
 
 
 class _Stage(NamedTuple):

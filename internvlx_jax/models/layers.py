@@ -72,6 +72,7 @@ class Linear(nnx.Module):
         is_output = [letter in self.output for letter in letters]
         fan_in = math.prod(n for n, out in zip(shape, is_output) if not out)
         self.spec = spec
+        self.addition, self.dropout_key = None, nnx.data(None)  # models/lora.py sets them
         self.bias_letters = "".join(letter for letter, out in zip(letters, is_output) if out)
         self.kernel = param(init or uniform_fan_in(fan_in), shape, axes, rngs=rngs, dtype=dtype)
         if bias:
@@ -87,7 +88,7 @@ class Linear(nnx.Module):
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape([y.shape[i] if letter in self.bias_letters else 1
                                   for i, letter in enumerate(self.output)])
-        return y
+        return y if self.addition is None else y + self.addition(self, x)
 
 
 class RMSNorm(nnx.Module):

@@ -39,19 +39,24 @@ class AbstractModel:
     axes: dict[str, tuple[str | None, ...]]
     inits: dict[str, str]
 
+    @classmethod
+    def of(cls, model: InternVLX) -> AbstractModel:
+        """model: with jax.ShapeDtypeStruct in place of arrays."""
+        graphdef, state = nnx.split(model)
+        variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
+        return cls(graphdef,
+                   {path: variable.get_value() for path, variable in variables.items()},
+                   {path: variable.get_metadata("axes") for path, variable in variables.items()},
+                   {path: variable.get_metadata("init") for path, variable in variables.items()})
+
 
 def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
                    remat: str = "none", attention: Backend = "auto",
                    shardings: ActivationShardings | None = None) -> AbstractModel:
     """Shapes and axes of a model without allocating it."""
-    model = jax.eval_shape(lambda: InternVLX(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype,
-                                             remat=remat, attention=attention, shardings=shardings))
-    graphdef, state = nnx.split(model)
-    variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
-    return AbstractModel(graphdef,
-                         {path: variable.get_value() for path, variable in variables.items()},
-                         {path: variable.get_metadata("axes") for path, variable in variables.items()},
-                         {path: variable.get_metadata("init") for path, variable in variables.items()})
+    return AbstractModel.of(jax.eval_shape(lambda: InternVLX(
+        config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention,
+        shardings=shardings)))
 
 
 def init_params(config: ModelConfig, seed: int, *, param_dtype: DTypeLike = "float32",

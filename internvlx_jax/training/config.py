@@ -9,6 +9,7 @@ from internvlx_jax.data.config import DataConfig
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.selection import Selection
 from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.lora import LoraConfig
 from internvlx_jax.training.sharding import MeshConfig
 
 
@@ -90,6 +91,7 @@ class FreezeConfig:
         vit, projector, llm: the tower; the projector and what LVTC adds to it; the decoder with embeddings and head.
         unfreeze_vit_last: with `vit`, the tower's last layers, as many as this says, are trained all the same.
         unfreeze_head: with `llm`, the output head is trained all the same.
+        train_lora_only: everything but adapters is frozen. None of the settings above freezes adapters.
         paths: regular expressions over parameter paths, matched from their beginning; frozen in any case.
         vit_mode: whether a tower that is frozen as a whole keeps its drop path (`train`, as the released scripts do).
     """
@@ -99,6 +101,7 @@ class FreezeConfig:
     llm: bool = False
     unfreeze_vit_last: int = 0
     unfreeze_head: bool = False
+    train_lora_only: bool = False
     paths: tuple[str, ...] = ()
     vit_mode: Literal["train", "eval"] = "eval"
 
@@ -152,6 +155,7 @@ class TrainConfig:
             parameters that it lacks are initialised and listed.
         steps: optimiser updates; None runs `epochs` passes over the data.
         freeze: what is not trained.
+        lora: adapters on the tower's and the decoder's layers; the layers under them have to be frozen.
         evaluation: benchmarks or a question file to score every `eval_every` steps, besides data.val_meta.
         keep_last: checkpoints kept besides the one being written.
     """
@@ -166,6 +170,7 @@ class TrainConfig:
     steps: int | None = None
     epochs: int = 1
     freeze: FreezeConfig = FreezeConfig()
+    lora: tuple[LoraConfig, ...] = ()
     seed: int = 0
     stability: StabilityConfig = StabilityConfig()
     evaluation: Selection | None = None

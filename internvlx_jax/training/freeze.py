@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel, unflatten
 from internvlx_jax.training.config import FreezeConfig
 
@@ -63,7 +64,10 @@ def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dty
     """
     beginnings = tuple(begin for module, begins in MODULES.items() if getattr(config, module) for begin in begins)
     listed, depth = _matched(shapes, config.paths), config.unfreeze_vit_last
-    still = {path for path in shapes if path.startswith(beginnings)}
+    adapted = {path.rpartition(".")[0] + ".kernel" for path in shapes if is_adapter(path)}
+    if config.train_lora_only and not adapted:
+        raise ConfigError("freeze.train_lora_only, but the model has no adapters; set lora")
+    still = {path for path in shapes if (config.train_lora_only or path.startswith(beginnings)) and not is_adapter(path)}
     if config.unfreeze_head:
         if HEAD not in shapes:
             raise ConfigError("freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve as one "
@@ -72,7 +76,8 @@ def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dty
 
     trained, frozen, frozen_layers = {}, {}, 0
     for path, leaf in shapes.items():
-        layers = leaf.shape[0] if depth and path.startswith(TOWER_LAYERS) and path not in listed else 0
+        in_tower = path.startswith(TOWER_LAYERS) and path not in listed and not is_adapter(path)
+        layers = leaf.shape[0] if depth and in_tower else 0
         if layers and depth > layers:
             raise ConfigError(f"freeze.unfreeze_vit_last is {depth}, the tower has {layers} layers")
         if layers:
@@ -86,6 +91,9 @@ def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dty
             trained[path] = leaf
     if not trained:
         raise ConfigError("freeze: every parameter is frozen, nothing is left to train")
+    if adapted & trained.keys():
+        raise ConfigError(f"lora: {min(adapted & trained.keys())} is trained, and so is its adapter; set freeze.vit, "
+                          "freeze.llm or freeze.train_lora_only")
     whole = {path: leaf if path in trained else frozen[path] for path, leaf in shapes.items()}
     return Division(whole, trained, frozen, frozen_layers)
 
@@ -128,10 +136,10 @@ def first_names(paths: Iterable[str]) -> str:
 
 
 def describe(division: Division) -> str:
-    """Trained and frozen parameter counts of each module."""
+    """Trained and frozen parameter counts of each module, and of the adapters."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, leaves in enumerate((division.trained, division.frozen)):
         for path, leaf in leaves.items():
-            counts[path.split(".")[0]][column] += leaf.size
+            counts["lora" if is_adapter(path) else path.split(".")[0]][column] += leaf.size
     return "\n".join(f"{module:10} {trained:>13,} trained  {still:>13,} frozen"
                      for module, (trained, still) in sorted(counts.items()))

@@ -17,6 +17,7 @@ from internvlx_jax.data.plan import Bucket
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
+from internvlx_jax.models.lora import init_adapters, without_adapters
 from internvlx_jax.models.params import init_params
 from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_metadata
 from internvlx_jax.training.compile import check_fits, compile_report, table
@@ -105,11 +106,14 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
                                              loader.state(first))
         speak(f"resuming {run} at step {first}")
     elif source is not None:
-        first, transferred = 0, transfer(source, model_config, abstract, mesh, seed=config.seed)
+        first, transferred = 0, transfer(source, model_config, without_adapters(abstract), mesh, seed=config.seed)
         params = transferred.params
         speak(*transferred.report, sep="\n")
     else:
-        first, params = 0, init_params(model_config, config.seed, shardings=shardings)
+        first, params = 0, init_params(model_config, config.seed, shardings=shardings,
+                                       paths=without_adapters(abstract).shapes)
+    if not resuming:
+        params |= init_adapters(abstract, config.seed, shardings)
     places = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     trainable, frozen = jax.device_put(setup.division.split(params), (places.trainable, places.frozen))
     if not resuming:
@@ -128,7 +132,8 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
 
     def save(step: int, state: TrainState) -> None:
         checkpoints.save(step, state.params(), state.opt_state,
-                         {**settings, "data": loader.state(step), "clocks": throughput.clocks})
+                         {**settings, "lora": to_dict(config.lora), "data": loader.state(step),
+                          "clocks": throughput.clocks})
 
     def report_validation(step: int) -> None:
         with throughput.paused("evaluation_s"):

@@ -15,6 +15,7 @@ from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.inputs import Inputs, ShortFrame
+from internvlx_jax.models.lora import with_adapters
 from internvlx_jax.models.params import AbstractModel, abstract_model
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.freeze import Division, as_trained, divide
@@ -68,6 +69,7 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> 
     match no parameter."""
     abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
                               attention=config.compute.attention, shardings=activation_shardings(mesh))
+    abstract = with_adapters(abstract, model, config.lora)
     division = divide(abstract.shapes, config.freeze, config.compute.dtype)
     abstract = as_trained(abstract, division, config.freeze.vit_mode)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)

@@ -13,6 +13,7 @@ from flax import nnx
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.inputs import IGNORED
 from internvlx_jax.models.internvlx import InternVLX
+from internvlx_jax.models.lora import draw_dropout
 from internvlx_jax.models.loss import shift_left, weighted_loss
 from internvlx_jax.models.params import unflatten
 from internvlx_jax.training.freeze import join
@@ -73,13 +74,16 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
                    key: jax.Array | None, accumulation: int = 1) -> tuple[jax.Array, FlatParams]:
     """Loss and its gradients; numerator and denominator are summed over all micro-batches before dividing.
 
-    key: drop-path randomness, None for none. Micro-batches interleave rows, so that every device keeps its own.
+    key: randomness of drop path and adapters, None for none. Micro-batches interleave rows, so that every device keeps
+    its own.
     """
     total_weight = jnp.sum(shift_left(batch.loss_weight, 0.0))
     scale = jnp.where(total_weight > 0, 1 / jnp.where(total_weight > 0, total_weight, 1.0), 0.0)
 
     def micro_loss(trainable, micro, key):
         model: InternVLX = nnx.merge(graphdef, unflatten(join(trainable, frozen)))
+        if key is not None:
+            draw_dropout(model, jax.random.fold_in(key, 2))  # the model splits the key into 0 and 1
         ce, _ = model.token_losses(micro.inputs, micro.labels, drop_path_key=key)
         return weighted_loss(ce, micro.loss_weight)[0] * scale
 

@@ -12,6 +12,7 @@ from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.flops import Flops, forward_flops, train_flops
 from internvlx_jax.models.inputs import Inputs, ShortFrame
+from internvlx_jax.models.lora import LoraConfig, is_adapter, with_adapters
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.models.presets import internvlx_2b, internvlx_8b, lvtc_preset
 
@@ -61,8 +62,8 @@ def test_backward_by_what_is_trained():
     assert partly.decoder == warm_up.decoder
 
     # Rank 16 on every linear map of the decoder: 983,040 weights a rank.
-    adapters = {path.replace("kernel", side): (16,) for path in shapes_of(model, "decoder.layers") if "kernel" in path
-                for side in ("lora_a", "lora_b")}
+    adapted = with_adapters(abstract_model(model, dtype="float32"), model, [LoraConfig(part="decoder", rank=16, alpha=32)])
+    adapters = {path: leaf.shape for path, leaf in adapted.shapes.items() if is_adapter(path)}
     lora = train_flops(model, adapters, **work)
     assert lora.decoder == pytest.approx(warm_up.decoder + 3 * 2 * 16 * 983_040 * 4096)
     assert (lora.tower, lora.projector, lora.head) == (forward.tower, forward.projector, warm_up.head)
