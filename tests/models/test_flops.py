@@ -1,5 +1,6 @@
 """Analytic FLOPs against the check values of training.md 8 and a walk of the traced model."""
 
+import functools
 import math
 
 import jax
@@ -12,9 +13,12 @@ from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.flops import Flops, forward_flops, train_flops
 from internvlx_jax.models.inputs import Inputs, ShortFrame
+from internvlx_jax.models.layers import separate_layers
 from internvlx_jax.models.lora import LoraConfig, is_adapter, with_adapters
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.models.presets import internvlx_2b, internvlx_8b, lvtc_preset
+from internvlx_jax.training.config import FreezeConfig
+from internvlx_jax.training.freeze import as_trained, divide, join
 
 
 @pytest.mark.parametrize("model, pvtc, token, row", [
@@ -30,10 +34,14 @@ def test_check_values(model, pvtc, token, row):
     assert forward_flops(model, tiles=0, lengths=[4096]).total / 1e12 == pytest.approx(row, rel=1e-3)
 
 
+@functools.cache
+def abstract(config):
+    return abstract_model(config, dtype="float32")
+
+
 def shapes_of(config, *beginnings):
     """Path -> shape of the parameters that begin so; all without one."""
-    shapes = abstract_model(config, dtype="float32").shapes
-    return {path: leaf.shape for path, leaf in shapes.items() if path.startswith(beginnings or ("",))}
+    return {path: leaf.shape for path, leaf in abstract(config).shapes.items() if path.startswith(beginnings or ("",))}
 
 
 def test_backward_by_what_is_trained():
@@ -62,7 +70,7 @@ def test_backward_by_what_is_trained():
     assert partly.decoder == warm_up.decoder
 
     # Rank 16 on every linear map of the decoder: 983,040 weights a rank.
-    adapted = with_adapters(abstract_model(model, dtype="float32"), model, [LoraConfig(part="decoder", rank=16, alpha=32)])
+    adapted = with_adapters(abstract(model), model, [LoraConfig(part="decoder", rank=16, alpha=32)])
     adapters = {path: leaf.shape for path, leaf in adapted.shapes.items() if is_adapter(path)}
     lora = train_flops(model, adapters, **work)
     assert lora.decoder == pytest.approx(warm_up.decoder + 3 * 2 * 16 * 983_040 * 4096)
@@ -104,7 +112,7 @@ def test_every_matrix_product_is_counted(lvtc):
     rows, tiles, length = 2, 3, 80
     saved = tiles * config.lvtc.saved_per_tile if config.lvtc else 0
     shapes = jax.eval_shape(lambda: short_batch(config, rows, tiles, length, length - saved))
-    abstract = abstract_model(config, dtype="float32")
+    abstract = abstract_model(config, dtype="float32", attention="xla")
 
     def logits(params, inputs):
         model = nnx.merge(abstract.graphdef, unflatten(params))
@@ -128,3 +136,46 @@ def short_batch(config, rows, tiles, length, short_length):
     size = config.vision.image_size
     return Inputs(ints(rows, length), ints(rows, length), ints(rows, length),
                   jnp.zeros((rows, tiles, size, size, 3), jnp.uint8), ints(rows, length), short)
+
+
+SMALL = ModelConfig(vision=VisionConfig(width=512, layers=4, heads=4, mlp_width=2048, image_size=224),
+                    decoder=DecoderConfig(vocab_size=2048, width=512, layers=3, heads=4, kv_heads=2, head_dim=128,
+                                          mlp_width=1536),
+                    prompt=PromptConfig(tiles=TileConfig(tile_size=224)))
+
+
+def count_of_xla(function, *args):
+    """Before anything is fused or removed. The body of a scan would count once, so there must be none."""
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("freeze", [
+    None, FreezeConfig(), FreezeConfig(vit=True), FreezeConfig(vit=True, llm=True),
+    FreezeConfig(vit=True, unfreeze_vit_last=1, projector=True, llm=True),
+], ids=["forward", "all", "projector and decoder", "projector", "a layer of the tower"])  # fmt: skip
+def test_the_count_of_xla(freeze):
+    """Of an unrolled model within 3 %. XLA counts element-wise work too, both halves of causal attention, and the logits
+    that the backward pass computes again."""
+    work = dict(tiles=4, lengths=[256, 256])
+    inputs = jax.eval_shape(lambda: short_batch(SMALL, 2, 2, 256, 256))
+    labels = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    abstract = abstract_model(SMALL, dtype="float32", attention="xla")
+    division = divide(abstract.shapes, freeze or FreezeConfig(), "float32")
+    abstract = as_trained(abstract, division, "eval")
+
+    def loss(trained, frozen, inputs, labels):
+        model = nnx.merge(abstract.graphdef, unflatten(join(trained, frozen)))
+        model.vision.layers = separate_layers(model.vision.layers, 4)
+        model.decoder.layers = separate_layers(model.decoder.layers, 3)
+        return jnp.sum(model.token_losses(inputs, labels)[0])
+
+    forward, causal_half = forward_flops(SMALL, **work), 3 * 2 * 2 * 256**2 * 512
+    args = (division.trained, division.frozen, inputs, labels)
+    if freeze is None:
+        counted, expected = count_of_xla(loss, *args), forward.total + causal_half
+    else:
+        shapes = {path: leaf.shape for path, leaf in division.trained.items()}
+        counted = count_of_xla(jax.grad(loss), *args)
+        expected = train_flops(SMALL, shapes, **work).total + 3 * causal_half + forward.head
+    print(f"counted / expected = {counted / expected:.4f}")
+    assert counted == pytest.approx(expected, rel=0.03)
