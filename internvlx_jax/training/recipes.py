@@ -15,6 +15,7 @@ import dataclasses
 from internvlx_jax.data.config import DataConfig, PackConfig
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.lora import LoraConfig
 from internvlx_jax.training.config import ComputeConfig, FreezeConfig, OptimizerConfig, TrainConfig
 from internvlx_jax.training.sharding import MeshConfig
 
@@ -73,6 +74,19 @@ def ivl2_2nd_full(model: ModelConfig, *, name: str, init_from: str) -> TrainConf
                 optimizer=_adamw(4e-5, decay_rule="all"), freeze=FreezeConfig(vit=True, vit_mode="train"))
 
 
+def ivl2_2nd_lora(model: ModelConfig, *, name: str, init_from: str) -> TrainConfig:
+    """Exact upstream: adapters of rank 16 on the decoder, 6 tiles, batch 16; no drop path."""
+    return _run(model, name, init_from, tiles=TILES_6, drop_path=0.0, data=_samples(16, 4096),
+                optimizer=_adamw(4e-5, decay_rule="all"), freeze=FreezeConfig(train_lora_only=True),
+                lora=(LoraConfig(part="decoder", rank=16, alpha=32.0),))
+
+
+def x_hd_2nd_lora(model: ModelConfig, *, name: str, init_from: str) -> TrainConfig:
+    """A choice: `ivl2_2nd_lora` with RVTC, as InternVL-X HD cuts its images."""
+    config = ivl2_2nd_lora(model, name=name, init_from=init_from)
+    return dataclasses.replace(config, model=_cut(config.model, RVTC))
+
+
 def ivl25_stage1(model: ModelConfig, *, name: str, init_from: str, weight_decay: float) -> TrainConfig:
     """Exact upstream: the projector, packed, 100,000 steps. weight_decay: 0.01 at 2B, 0.05 at 8B."""
     optimizer = _adamw(2e-4, warmup_steps=100, weight_decay=weight_decay, decay_rule="all")
@@ -94,13 +108,17 @@ def ivl25_stage2(model: ModelConfig, *, name: str, init_from: str, weight_decay:
 
 
 def _run(model: ModelConfig, name: str, init_from: str, *, tiles: TileConfig, drop_path: float, data: DataConfig,
-         optimizer: OptimizerConfig, freeze: FreezeConfig, steps: int | None = None) -> TrainConfig:
-    model = dataclasses.replace(
-        model, vision=dataclasses.replace(model.vision, drop_path=drop_path),
-        prompt=dataclasses.replace(model.prompt, tiles=dataclasses.replace(tiles, tile_size=model.vision.image_size)))
+         optimizer: OptimizerConfig, freeze: FreezeConfig, steps: int | None = None,
+         lora: tuple[LoraConfig, ...] = ()) -> TrainConfig:
+    model = dataclasses.replace(_cut(model, tiles), vision=dataclasses.replace(model.vision, drop_path=drop_path))
     return TrainConfig(output_dir=f"runs/{name}", model=model, init_from=init_from, data=data, optimizer=optimizer,
                        compute=ComputeConfig(dtype="bfloat16", remat="full"), mesh=MeshConfig(data=-1, fsdp=-1, tensor=-1),
-                       freeze=freeze, steps=steps)
+                       freeze=freeze, lora=lora, steps=steps)
+
+
+def _cut(model: ModelConfig, tiles: TileConfig) -> ModelConfig:
+    tiles = dataclasses.replace(tiles, tile_size=model.vision.image_size)
+    return dataclasses.replace(model, prompt=dataclasses.replace(model.prompt, tiles=tiles))
 
 
 def _adamw(learning_rate: float, *, warmup_steps: int | None = None, weight_decay: float = 0.01,

@@ -36,6 +36,15 @@ def test_the_table(recipe, trained, lr, warmup, batch, length, tiles, drop_path,
     assert (freeze.vit_mode == "train") == ("2nd" in recipe)
 
 
+@pytest.mark.parametrize("recipe, rule", [("ivl2_2nd_lora", "off"), ("x_hd_2nd_lora", "edge")])
+def test_the_lora_row_of_the_table(recipe, rule):
+    config = getattr(recipes, recipe)(internvlx_2b(), name="x", init_from="y")
+    assert config.freeze.train_lora_only and config.data.samples_per_step == 16
+    assert [(lora.part, lora.rank, lora.scale, lora.dropout) for lora in config.lora] == [("decoder", 16, 2.0, 0.05)]
+    assert (config.model.prompt.tiles.rule, config.model.prompt.tiles.max_num) == (rule, 6)
+    assert (config.model.vision.drop_path, config.optimizer.learning_rate) == (0.0, 4e-5)
+
+
 @pytest.mark.parametrize("recipe, trained, lr, warmup, drop_path, steps", [
     ("ivl25_stage1", (P,), 2e-4, 100, 0.0, 100_000),
     ("ivl25_stage1_5", (V, P), 1e-5, 100, 0.1, None),
@@ -71,6 +80,8 @@ def trained_modules(name):
     lvtc = {"lvtc"} if name.endswith(("paper", "fast")) else set()
     if name.endswith("pretrain"):
         return {P} | lvtc
+    if name.endswith("lora"):
+        return {L}
     if name.endswith("vit_projector"):
         return {V, P}
     second = name.startswith("internvlx") and not name.endswith("sft")
