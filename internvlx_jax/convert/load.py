@@ -35,7 +35,7 @@ class Pretrained:
 
 
 def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Mesh | None = None,
-                    lvtc: LvtcConfig | None = None) -> Pretrained:
+                    lvtc: LvtcConfig | None = None, ema: bool = False) -> Pretrained:
     """Read a Hugging Face folder or one of our run folders, straight into sharded arrays. torch is not needed.
 
     Args:
@@ -44,13 +44,14 @@ def load_pretrained(path: str | Path, *, dtype: DTypeLike = "bfloat16", mesh: Me
         mesh: devices to place the parameters on; one device if None.
         lvtc: in place of the checkpoint's own; None keeps that. What the checkpoint lacks is initialised with seed 0,
             see `Pretrained.report`.
+        ema: of a run folder, the average of the trained parameters in their place.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ConfigError: config.json asks for something that is not computed here.
+        ConfigError: config.json asks for something that is not computed here; a run kept no average.
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, ema=ema)
     config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
     abstract = abstract_model(config, dtype=dtype, param_dtype=dtype,
                               shardings=None if mesh is None else activation_shardings(mesh))

@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from internvlx_jax.convert.hf_folder import HFFolder
+from internvlx_jax.errors import ConfigError
 from internvlx_jax.training.checkpoint import RunFolder
 
 
-def open_checkpoint(path: str | Path) -> RunFolder | HFFolder:
-    """Both have `config`, `tokenizer()` and `load(abstract, shardings)`. Raises FileNotFoundError."""
+def open_checkpoint(path: str | Path, *, ema: bool = False) -> RunFolder | HFFolder:
+    """Both have `config`, `tokenizer()` and `load(abstract, shardings)`. Raises FileNotFoundError.
+
+    ema: load a run's average of its parameters. Raises ConfigError where there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give a Hugging Face checkpoint folder or a run folder of "
                                 "train.py")
-    return RunFolder(path) if RunFolder.is_one(path) else HFFolder(path)
+    if RunFolder.is_one(path):
+        return RunFolder(path, ema=ema)
+    if ema:
+        raise ConfigError(f"{path} is no run folder of train.py, so it holds no average of parameters (ema)")
+    return HFFolder(path)

@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int)
     add("--stop_string", action="append", help="text that ends an answer; may be given several times")
     add("--dtype", choices=("bfloat16", "float32"))
+    add("--ema", action="store_true", help="the average of a run's parameters (optimizer.ema_decay)")
     add("--compat", help=f"deviations of published scripts: {', '.join(COMPAT)}; {ACCEPTANCE} or none")
     add("--resume", action="store_true", help="go on with an interrupted job")
     add("--rescore", metavar="FILE", help="score a predictions.jsonl again, without the model")

@@ -67,6 +67,7 @@ class EvalConfig:
     """Settings of a job; None takes the checkpoint's own.
 
     Attributes:
+        ema: of a run folder, take the average of the trained parameters.
         tile_rule, max_num, dynamic: replace the checkpoint's tiling.
         resume: go on with an interrupted job; without it unfinished answers in out_dir are an error.
         shard: "i/n": answer only every n-th question from i on, on its own; `merge` joins the shards of a job.
@@ -75,6 +76,7 @@ class EvalConfig:
     checkpoint: str
     out_dir: str
     selection: Selection
+    ema: bool = False
     tile_rule: str | None = None
     max_num: int | None = None
     dynamic: bool | None = None
@@ -109,7 +111,8 @@ class EvalConfig:
     @property
     def model_name(self) -> str:
         path = Path(self.checkpoint).resolve()
-        return f"{path.parents[1].name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+        name = f"{path.parents[1].name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+        return f"{name}-ema" if self.ema else name
 
     def folder(self, unit: Unit) -> Path:
         out = Path(self.out_dir)
@@ -119,13 +122,15 @@ class EvalConfig:
 def run(config: EvalConfig) -> list[Summary]:
     """Answer and score; returns the summaries written, which with `shard` and on other processes than the first are
     none. Raises ConfigError, FileNotFoundError, CheckpointError or JudgeError."""
-    source = open_checkpoint(config.checkpoint)
+    source = open_checkpoint(config.checkpoint, ema=config.ema)
     prompt = source.config.prompt
     overrides = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
     tiles = dataclasses.replace(prompt.tiles, **{k: v for k, v in overrides.items() if v is not None})
     units = select(config.selection)
     stored = RunFolder(config.checkpoint).path if RunFolder.is_one(Path(config.checkpoint)) else Path(config.checkpoint)
     model = {"checkpoint": config.checkpoint, "checkpoint_hash": checkpoint_hash(stored), "dtype": config.dtype}
+    if config.ema:
+        model["ema"] = True
     desks = []
     for unit in units:
         asking, settings = asking_of(unit, config.selection, source.config, tiles, config.max_num, config.decoding)
@@ -136,7 +141,7 @@ def run(config: EvalConfig) -> list[Summary]:
     answerer = None
     if not config.merge and not all(desk.complete for desk in desks):
         mesh = make_mesh(config.mesh)
-        pretrained = load_pretrained(config.checkpoint, dtype=config.dtype, mesh=mesh)
+        pretrained = load_pretrained(config.checkpoint, dtype=config.dtype, mesh=mesh, ema=config.ema)
         if pretrained.tokenizer is None:
             raise ConfigError(f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it")
         processor = Processor(pretrained.tokenizer, get_template(prompt.template), prompt.system_message, tiles,

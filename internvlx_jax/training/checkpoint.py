@@ -97,9 +97,12 @@ def saved_metadata(run: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The newest step of a run folder, or one step given as RUN/checkpoints/STEP."""
+    """The newest step of a run folder, or one step given as RUN/checkpoints/STEP.
 
-    def __init__(self, path: str | Path):
+    ema: load the average of the trained parameters in their place. Raises ConfigError for a run that kept none.
+    """
+
+    def __init__(self, path: str | Path, *, ema: bool = False):
         path = Path(path).resolve()
         self.run = path.parents[1] if path.parent.name == "checkpoints" else path
         steps = sorted(int(step.name) for step in (self.run / "checkpoints").iterdir() if step.name.isdigit())
@@ -113,6 +116,11 @@ class RunFolder:
         self._stored = ocp.checkpointables_metadata(self.path)
         self.config = from_dict(ModelConfig, self._stored.custom_metadata["model"])
 
+        stored = self._stored.metadata.get("opt_state", {})
+        self._averages = {name.split("['")[1][:-2]: name for name in stored if ".ema['" in name} if ema else {}
+        if ema and not self._averages:
+            raise ConfigError(f"{self.path}: the run kept no average of its parameters (optimizer.ema_decay)")
+
     @staticmethod
     def is_one(path: Path) -> bool:
         return (path / "checkpoints").is_dir() or path.resolve().parent.name == "checkpoints"
@@ -124,7 +132,23 @@ class RunFolder:
         problems = _mismatches("params", self._stored.metadata["params"], leaves)
         if problems:
             raise CheckpointError(self.path, problems)
-        return ocp.load_checkpointables(self.path, {"params": leaves})["params"]
+        params = ocp.load_checkpointables(self.path, {"params": leaves})["params"]
+        return params | self._load_averages(params)
+
+    def _load_averages(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """In the place and dtype of `params`. Of a stack whose first layers are frozen, the others have an average."""
+        stored = self._stored.metadata["opt_state"] if self._averages else {}
+        leaves = {name: jax.ShapeDtypeStruct(stored[name].shape, params[path].dtype, sharding=params[path].sharding)
+                  for path, name in self._averages.items()}
+        if not leaves:
+            return {}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = ocp.load_checkpointables(self.path, {"opt_state": leaves})["opt_state"]
+        return {path: params[path].at[-stored[name].shape[0]:].set(loaded[name])
+                if params[path].shape != stored[name].shape else loaded[name]
+                for path, name in self._averages.items()}
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.run / "tokenizer")
