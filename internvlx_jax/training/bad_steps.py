@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.files import write_text
+from internvlx_jax.files import read_json_lines, write_text
 from internvlx_jax.training.config import StabilityConfig
 from internvlx_jax.training.step import Metrics
 
@@ -90,8 +89,8 @@ class BadSteps:
         if not self._writes:
             return
         norms = {"all": metrics.grad_norm, **metrics.grad_norms}
-        line = {"step": step, "kind": kind, "loss": _number(metrics.loss),
-                "grad_norm": {name: _number(norm) for name, norm in norms.items()},
+        line = {"step": step, "kind": kind, "loss": number(metrics.loss),
+                "grad_norm": {name: number(norm) for name, norm in norms.items()},
                 "bucket": {"tiles": bucket.tiles, "length": bucket.length, "short_length": bucket.short_length},
                 "samples": self._planned_ids(step - 1)}
         with self._path.open("a", encoding="utf-8") as file:
@@ -99,23 +98,10 @@ class BadSteps:
 
 
 def read_bad_steps(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's bad_steps.jsonl, in order; none without the file. A line that a killed run has not finished is
-    left out. Raises ConfigError naming a line that is none."""
-    path = run / FILE
-    lines = []
-    if path.exists():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                fields = json.loads(line)
-                fields["step"], fields["kind"], fields["samples"]
-            except (ValueError, TypeError, KeyError):
-                raise ConfigError(f'{path} line {number}: no "step", "kind" and "samples"; remove the line') from None
-            lines.append(fields)
-    return lines
+    """What a run has written down. Raises ConfigError naming a line that cannot be read."""
+    return read_json_lines(run / FILE, "step", "kind", "samples")
 
 
-def _number(value: Any) -> float | str:
+def number(value: Any) -> float | str:
     """JSON has no words for these: "nan", "inf"."""
     return float(value) if math.isfinite(value) else str(float(value))

@@ -115,12 +115,14 @@ class FreezeConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, attention backend
-    (models/attention.py), micro-batches."""
+    (models/attention.py), micro-batches. peak_tflops: of a device, which MFU is a share of; None: that of its kind, where
+    it is known (training/topologies.py)."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "attention", "dots", "offload"] = "full"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     accumulation: int = 1
+    peak_tflops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from internvlx_jax.training.data import open_loaders, open_tokenizer
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.freeze import describe
 from internvlx_jax.training.metrics import Throughput
+from internvlx_jax.training.mfu import Utilization, peak_flops
 from internvlx_jax.training.preemption import Preempted, Preemption
 from internvlx_jax.training.profiler import Profiler, Window
 from internvlx_jax.training.setup import prepare
@@ -90,7 +91,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
 
     # --- run folder, one executable a bucket ----------------------------------------------------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}
-    resuming = prepare_run_folder(run, settings, tokenizer, source)
+    resuming = prepare_run_folder(run, settings, tokenizer)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
     throughput = Throughput(saved.get("clocks"))
@@ -144,9 +145,10 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
         watch.record(step, scores)
 
     last = steps if stop_after is None else min(steps, first + stop_after)
-    watch = Watch(run, config, loader, throughput, first=first, steps=steps, speak=speak)
+    watch = Watch(run, config, loader, throughput, first=first, steps=steps, executables=len(executables),
+                  utilization=Utilization(setup, peak_flops(config.compute.peak_tflops)), speak=speak)
     if jax.process_index() == 0:
-        record_start(run, first, mesh)
+        record_start(run, first, mesh, dict(zip(loader.plan.buckets, loader.plan.rows)))
     evaluates = validation is not None or benchmarks is not None
     if evaluates and first == 0:
         report_validation(0)

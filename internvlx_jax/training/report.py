@@ -1,4 +1,4 @@
-"""Learning curves of a run: RUN/metrics.jsonl -> RUN/curves.png (spec: training.md 7). No import of jax.
+"""The report of a run: RUN/metrics.jsonl -> RUN/curves.png, and RUN/report.html (spec: training.md 7). No import of jax.
 
     python -m internvlx_jax.training.report RUN_DIR
 """
@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.files import written_aside
+from internvlx_jax.files import read_json_lines, written_aside
 
 Series = tuple[list[int], list[float]]
 
@@ -29,15 +28,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the output_dir of a run that has logged a step")
     series: dict[str, Series] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
-            problem = 'not a JSON object with a "step"; remove the line'
-            raise ConfigError(f"{path} line {number}: {problem}") from None
+    for row in read_json_lines(path, "step"):
+        step = row.pop("step")
         for name, value in row.items():
             steps, values = series.setdefault(name, ([], []))
             steps.append(step)
@@ -109,12 +101,16 @@ def _finish(axes: Any, title: str, unit: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m internvlx_jax.training.report",
-                                     description="Draw the learning curves of a run to RUN_DIR/curves.png.")
+                                     description="Draw the learning curves of a run to RUN_DIR/curves.png, and put all that is known "
+                                                 "of it on one page, RUN_DIR/report.html.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument("--chance", type=float, help="exact match without seeing the images, 0 to 1")
     args = parser.parse_args(argv)
     try:
+        from internvlx_jax.training.report_page import write_page  # which draws with the functions of this module
+
         print(f"wrote {draw_curves(args.run, chance=args.chance)}")
+        print(f"wrote {write_page(args.run)}")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

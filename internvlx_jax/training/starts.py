@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.files import read_json_lines
+
 FILE = "starts.jsonl"  # in the run folder
 LIBRARIES = ("internvlx-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
-def record_start(run: Path, step: int, mesh: Mesh) -> None:
-    """step: how many are done."""
+def record_start(run: Path, step: int, mesh: Mesh, buckets: Mapping[Bucket, int]) -> None:
+    """step: how many are done; buckets: the rows of each."""
     start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -25,6 +30,7 @@ def record_start(run: Path, step: int, mesh: Mesh) -> None:
         "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape),
+        "buckets": [{**dataclasses.asdict(bucket), "rows": rows} for bucket, rows in buckets.items()],
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
     }
@@ -34,9 +40,7 @@ def record_start(run: Path, step: int, mesh: Mesh) -> None:
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
     """In order; none of a run without the file."""
-    path = run / FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(run / FILE, "step", "time")
 
 
 def _git_state() -> str | None:

@@ -16,6 +16,7 @@ from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.metrics import (COMPILATIONS, MetricsWriter, Throughput, hbm_peak_gib, over_processes,
                                             progress_line, window_means)
+from internvlx_jax.training.mfu import Utilization
 from internvlx_jax.training.step import Metrics
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
@@ -24,17 +25,18 @@ IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 class Watch:
     """Takes the metrics of every step as they are on the devices, and reads them when a line is due.
 
-    first, steps: steps done at this start, and of the whole run. speak: prints, on one process. Close it (or use `with`).
+    first, steps: steps done at this start, and of the whole run. executables: how many there are of the step. speak: prints, on one process. Close it (or use `with`).
     Attributes:
         latest: the newest value of every metric.
     """
 
     def __init__(self, run: Path, config: TrainConfig, loader: Loader, throughput: Throughput, *, first: int, steps: int,
-                 speak: Callable[..., None]):
+                 executables: int, utilization: Utilization, speak: Callable[..., None]):
         alone = jax.process_index() == 0
         self._writer = MetricsWriter(run, first) if alone else None
         self._bad_steps = BadSteps(run, first, config.stability, planned_ids=loader.planned_ids, writes=alone)
-        self._loader, self._throughput, self._steps, self._speak = loader, throughput, steps, speak
+        self._loader, self._throughput, self._speak = loader, throughput, speak
+        self._steps, self._executables, self._utilization = steps, executables, utilization
         self._window: list[tuple[int, Bucket, Metrics]] = []
         self._in_flight: deque[jax.Array] = deque()
         self.latest: dict[str, float] = {}
@@ -58,6 +60,7 @@ class Watch:
         self._window.append((step, loaded.bucket, metrics))
         self._in_flight.append(metrics.loss)
         self._throughput.add(loaded.counts)
+        self._utilization.add(loaded)
         self._throughput.wait(self._in_flight, leave=IN_FLIGHT)
 
     def log(self, step: int) -> Exception | None:
@@ -68,10 +71,12 @@ class Watch:
         for line in self._bad_steps.look(seen):
             self._speak(line)
         values = window_means([metrics for *_, metrics in seen]) | self._throughput.take()
+        values |= self._utilization.take(len(seen) * values["step_s"])
         largest, faults = over_processes({"data_wait_share": values["data_wait_share"]} | hbm_peak_gib(),
                                          self._loader.faults.totals())
         values |= largest | {f"{kind}_steps": self._bad_steps.counts[kind] for kind in KINDS}
-        values |= {"bad_samples": int(faults[:, 1].sum()), "compile_count": COMPILATIONS.count}
+        values |= {"bad_samples": int(faults[:, 1].sum()), "executables": self._executables,
+                   "compile_count": COMPILATIONS.count}
         self._speak(progress_line(step, self._steps, values))
         self.record(step, values)
         try:

@@ -1,6 +1,8 @@
 """A run small enough to train inside a test: generated pages, one-layer stacks, float32."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +15,9 @@ from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorCon
 from internvlx_jax.models.params import init_params
 from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
 from internvlx_jax.training.sharding import MeshConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # tests of runs share kill.py with the benchmark
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,16 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from kill import finish, start, write_config
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.config import to_dict
 from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.checkpoint import RunFolder
@@ -64,33 +60,14 @@ def test_stop_and_resume_equal_a_straight_run(straight, tiny_run):
     assert len(metrics(straight)) == 6
 
 
-def in_two_processes(config, *args):
-    """Train on 2 processes x 4 devices -> their exit statuses and outputs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    file = Path(config.output_dir).with_suffix(".json")
-    file.write_text(json.dumps(to_dict(config)))
-    flags = " --xla_force_host_platform_device_count=4"  # the last one counts
-    processes = [subprocess.Popen([sys.executable, Path(__file__).with_name("process.py"), str(rank), "2", port, file, *args],
-                                  env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flags}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # a hung one ignores SIGTERM
-    return [process.returncode for process in processes], outputs
-
-
-def test_two_processes_begin_what_one_finishes(straight, tiny_run):
+def test_two_processes_begin_what_one_finishes(straight, tiny_run, tmp_path):
     """Each process reads its own rows and saves its own shards; both refuse together."""
     config = tiny_run("begun")
-    codes, outputs = in_two_processes(config, "3")
+    codes, outputs = finish(start(write_config(config, tmp_path), 4, "--stop_after", "3"))
     assert codes == [0, 0], "\n".join(outputs)
     assert "step 3/6" in outputs[0] and "step 3/6" not in outputs[1]
-    codes, outputs = in_two_processes(dataclasses.replace(config, seed=1))
-    assert all(codes) and all("train.seed: 0 -> 1" in output for output in outputs)
+    codes, outputs = finish(start(write_config(dataclasses.replace(config, seed=1), tmp_path), 4))
+    assert codes == [1, 1] and all("train.seed: 0 -> 1" in output for output in outputs)
 
     train(config)
     for ours, theirs in zip(metrics(config), metrics(straight), strict=True):

@@ -1,14 +1,17 @@
 """metrics.jsonl, TensorBoard events, rates and the progress line (spec: training.md 7)."""
 
 import json
+from collections import deque
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.training import metrics
-from internvlx_jax.training.metrics import MetricsWriter, Throughput, progress_line, window_means
+from internvlx_jax.training.metrics import MetricsWriter, Throughput, over_processes, progress_line, window_means
 from internvlx_jax.training.step import Metrics
 
 
@@ -74,47 +77,98 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     assert values == [(1, "loss", 0.1), (2, "loss", 0.2)]
 
 
-def test_rates_count_real_quantities_and_leave_pauses_out(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-    throughput = Throughput()
+@pytest.fixture
+def clock(monkeypatch):
+    """clock.now is what time.perf_counter tells."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_rates_count_real_quantities_and_leave_pauses_out(clock):
+    throughput = Throughput({"train_s": 50.0, "checkpoint_s": 1.0})
     for _ in range(2):
-        throughput.add(StepCounts(samples=3, tokens=300, tiles=10, images=4, masked_rows=1, slots=400, tile_slots=16))
-    throughput.pause(6.0)
-    now = 110.0
-    assert throughput.take() == {"tokens_per_s": 150.0, "tiles_per_s": 5.0, "images_per_s": 2.0, "step_s": 2.0,
-                                 "token_fill": 0.75, "tile_fill": 0.625, "masked_rows": 2,
-                                 "data_wait_share": 0.0}  # fmt: skip
-    now = 112.0
-    throughput.add(StepCounts(samples=1, tokens=100, tiles=0, images=0, masked_rows=0, slots=100, tile_slots=0))
-    assert throughput.take()["tokens_per_s"] == 50.0, "the next window begins anew"
+        throughput.add(StepCounts(samples=3, tokens=300, supervised=30, tiles=10, images=4, masked_rows=1, slots=400,
+                                  tile_slots=16))
+    with throughput.paused("evaluation_s"):
+        clock.now = 106.0
+    clock.now = 110.0
+    assert throughput.take() == {
+        "tokens_per_s": 200.0, "useful_tokens_per_s": 150.0, "supervised_tokens_per_s": 15.0, "tiles_per_s": 5.0,
+        "images_per_s": 2.0, "samples_per_s": 1.5, "step_s": 2.0, "token_fill": 0.75, "tile_fill": 0.625, "masked_rows": 2,
+        "data_wait_share": 0.0, "train_s": 54.0, "compile_s": 0.0, "checkpoint_s": 1.0, "evaluation_s": 6.0}  # fmt: skip
+    clock.now = 112.0
+    throughput.add(StepCounts(samples=1, tokens=100, supervised=1, tiles=0, images=0, masked_rows=0, slots=100, tile_slots=0))
+    assert throughput.take()["useful_tokens_per_s"] == 50.0, "the next window begins anew"
 
 
-def test_waiting_for_data_is_a_share_of_the_time(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-
+def test_waiting_for_data_is_a_share_of_the_time(clock):
     def slow():
-        nonlocal now
         for item in "ab":
-            now += 3.0
+            clock.now += 3.0
             yield item
 
     throughput, seen = Throughput(), []
     for item in throughput.waited(slow()):
-        now += 1.0
+        clock.now += 1.0
         seen.append(item)
     assert seen == ["a", "b"] and throughput.take()["data_wait_share"] == 6 / 8
 
 
-def test_a_window_shows_mean_loss_and_the_last_rate():
-    window = [Metrics(np.float32(loss), np.float32(norm), np.float32(rate))
-              for loss, norm, rate in ((1, 4, 0.5), (2, 6, 0.25), (6, 8, 0.125))]  # fmt: skip
-    assert window_means(window) == {"loss": 3.0, "grad_norm": 6.0, "learning_rate": 0.125}
+def test_step_times_are_those_of_the_devices(clock, monkeypatch):
+    """The host goes on until two steps are in flight; a pause belongs to no step."""
+    seconds, waited = iter([2.0, 3.0, 10.0]), []
+
+    def block(result):
+        waited.append(result)
+        clock.now += next(seconds)
+
+    monkeypatch.setattr(metrics.jax, "block_until_ready", block)
+    throughput, in_flight = Throughput(), deque(["a", "b"])
+    throughput.wait(in_flight, leave=2)
+    assert waited == []
+    in_flight.append("c")
+    throughput.wait(in_flight, leave=2)
+    with throughput.paused("checkpoint_s"):
+        clock.now += 100.0
+    throughput.wait(in_flight, leave=0)
+    assert waited == ["a", "b", "c"]
+    rates = throughput.take()
+    assert rates["step_ms_p50"] == 3000.0 and rates["step_ms_p95"] == pytest.approx(9300.0)
+    assert rates["checkpoint_s"] == 100.0 and rates["train_s"] == 15.0
+
+
+def step_metrics(loss, norm=1.0, weight=1.0, rate=1.0, applied=True):
+    return Metrics(*map(np.float32, (loss, weight, norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
+                   np.float32(rate), np.bool_(applied))
+
+
+def test_a_window_shows_the_loss_of_its_tokens_and_the_last_rate():
+    window = [step_metrics(1, 4, 3, 0.5), step_metrics(5, 6, 1, 0.25), step_metrics(np.nan, np.nan, 7, 0.125, False)]
+    assert window_means(window) == pytest.approx({"loss": 2.0, "grad_norm": 5.0, "grad_norm/decoder": 2.5, "param_norm": 10.0,
+                                                  "update_ratio": 0.01, "learning_rate": 0.125})
+    assert window_means(window[2:]) == {"learning_rate": 0.125}, "no number where no step made an update"
+
+
+def test_the_largest_of_all_processes_and_the_sum_of_counts(monkeypatch):
+    monkeypatch.setattr(metrics.multihost_utils, "process_allgather",
+                        lambda tree: jax.tree.map(lambda x: np.stack([x, 2 * x]), tree))
+    largest, faults = over_processes({"data_wait_share": 0.25}, np.array([[5, 1]]))
+    assert largest == {"data_wait_share": 0.5} and faults.tolist() == [[15, 3]]
+
+
+def test_device_memory_is_that_of_the_fullest(monkeypatch):
+    def devices(*stats):
+        monkeypatch.setattr(metrics.jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats])
+        return metrics.hbm_peak_gib()
+
+    assert devices({"peak_bytes_in_use": 2**30}, {"peak_bytes_in_use": 3 * 2**30}) == {"hbm_peak_gib": 3.0}
+    assert devices(None, None) == devices({}) == {}
 
 
 def test_the_progress_line():
-    values = {"loss": 1.23456, "learning_rate": 4e-5, "grad_norm": 0.987, "tokens_per_s": 12345.6, "images_per_s": 7.89,
+    values = {"loss": 1.23456, "learning_rate": 4e-5, "grad_norm": 0.987, "useful_tokens_per_s": 12345.6, "images_per_s": 7.89,
               "step_s": 2.5}  # fmt: skip
     assert progress_line(50, 100, values) == (
         "step 50/100  loss 1.2346  lr 4.00e-05  grad 0.99  12,346 tokens/s  7.9 images/s  eta 2:05")
+    assert "loss nan" in progress_line(50, 100, {name: values[name] for name in values if name not in ("loss", "grad_norm")})

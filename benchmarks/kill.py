@@ -1,0 +1,235 @@
+"""Kill -9 at random moments of a run in two processes: it ends with the parameters of an undisturbed one, bit for bit.
+
+    python benchmarks/kill.py --folder runs/kill --kills 10 --steps 200
+
+Trains a tiny model on generated texts, twice: once undisturbed, once killed again and again, at moments drawn
+with --seed: while it starts, at a step, and inside a save (as soon as orbax' temporary folder is there). Every start is
+the same command, on 2 processes x 4 simulated CPU devices. Prints a line a kill and one JSON object. Exit status 1 if
+parameters, optimiser state or metrics differ in a single bit, or if fewer than two kills of ten were inside a save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+
+CONFIG = '''import json
+from pathlib import Path
+from internvlx_jax.config import from_dict
+from internvlx_jax.training.config import TrainConfig
+
+def get_config():
+    return from_dict(TrainConfig, json.loads(Path(__file__).with_suffix(".json").read_text()))
+'''
+PATIENCE = 600  # seconds until something that has to happen must have happened
+UNFINISHED = "*orbax-checkpoint-tmp*"
+SAME = ("step", "loss", "grad_norm", "param_norm", "learning_rate")
+
+
+class Kill(NamedTuple):
+    """`start`: while it starts; `step`: when that step is logged; `save`: inside the save of that step."""
+
+    kind: str
+    step: int
+
+
+def plan_kills(kills: int, steps: int, save_every: int, generator: random.Random) -> list[Kill]:
+    """In order of their steps; about a third inside a save, one of ten while it starts."""
+    kinds = ["save"] * max(1, kills // 3) + ["start"] * (kills // 10)
+    kinds += ["step"] * (kills - len(kinds))
+    generator.shuffle(kinds)
+    moments = sorted(generator.sample(range(2, steps - 1), kills))
+    plan = []
+    for kind, step in zip(kinds, moments):
+        if kind == "save":
+            step = min(-(-step // save_every) * save_every, (steps - 1) // save_every * save_every)
+        plan.append(Kill(kind, step))
+    return sorted(plan, key=lambda kill: kill.step)
+
+
+def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[subprocess.Popen]:
+    """`train.py` with this config in several processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "NPROC": "16",
+        # Of several flags of a name the last one counts.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.parent / "cache"))
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    return [subprocess.Popen([sys.executable, ROOT / "train.py", "--config", config, "--coordinator", f"localhost:{port}",
+                              "--num_processes", str(processes), "--process_id", str(process), *flags],
+                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for process in range(processes)]
+
+
+def finish(processes: Sequence[subprocess.Popen], timeout: float = PATIENCE) -> tuple[list[int], list[str]]:
+    """Exit statuses and outputs; those that hang are killed."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # a hung one ignores SIGTERM
+    return [process.returncode for process in processes], outputs
+
+
+def write_config(config, folder: Path) -> Path:
+    """A file for `train.py --config`."""
+    from internvlx_jax.config import to_dict
+
+    file = folder / f"{Path(config.output_dir).name}.py"
+    file.write_text(CONFIG)
+    file.with_suffix(".json").write_text(json.dumps(to_dict(config)))
+    return file
+
+
+def logged(run: Path) -> list[dict]:
+    """Finished lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def starts(run: Path) -> int:
+    """How often the loop of a run has begun."""
+    path = run / "starts.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_at(run: Path, kill: Kill, processes: Sequence[subprocess.Popen], generator: random.Random) -> dict:
+    """Wait for the moment, kill all processes -> what was there then."""
+    end = time.monotonic() + PATIENCE
+    starts_before = starts(run)
+
+    def reached() -> bool:
+        if kill.kind == "save":
+            names = [path.name for path in (run / "checkpoints").glob(f"{kill.step}*")]
+            return str(kill.step) in names or any(name.startswith(f"{kill.step}.") for name in names)
+        # A start drops the metrics of the steps that it runs again, and then counts itself.
+        return starts(run) > starts_before and (rows := logged(run)) != [] and rows[-1]["step"] >= kill.step
+
+    if kill.kind == "start":
+        time.sleep(generator.uniform(1, 12))
+    else:
+        while not reached():
+            if time.monotonic() > end or any(process.poll() is not None for process in processes):
+                raise RuntimeError(f"{kill} did not come:\n" + "\n".join(finish(processes, timeout=1)[1]))
+            time.sleep(0.0005 if kill.kind == "save" else 0.01)
+        time.sleep(generator.uniform(0, 0.005 if kill.kind == "save" else 0.2))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    rows = logged(run)
+    return {"kind": kill.kind, "wanted": kill.step, "logged": rows[-1]["step"] if rows else 0,
+            "inside_a_save": any((run / "checkpoints").glob(UNFINISHED)),
+            "saved": max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)}
+
+
+def content(run: Path, step: int) -> dict[str, dict]:
+    """Everything of a checkpoint, by item and path, on one device."""
+    import jax
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    path = run / "checkpoints" / str(step)
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    shapes = ocp.checkpointables_metadata(path).metadata
+    wanted = {item: {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in shapes[item].items()}
+              for item in ("params", "opt_state")}
+    return ocp.load_checkpointables(path, wanted)
+
+
+def differences(one: Path, other: Path, step: int) -> list[str]:
+    """Paths of arrays that differ in a bit, and steps whose metrics differ."""
+    import numpy as np
+
+    first, second = content(one, step), content(other, step)
+    found = [f"{item} {path}" for item in first for path in first[item]
+             if np.asarray(first[item][path]).tobytes() != np.asarray(second[item][path]).tobytes()]
+    rows = [[tuple(row.get(name) for name in SAME) for row in logged(run)] for run in (one, other)]
+    found += [f"metrics of step {a[0]}" for a, b in zip(*rows) if a != b]
+    return found + (["number of metrics"] if len(rows[0]) != len(rows[1]) else [])
+
+
+def run_and_kill(config, folder: Path, kills: Sequence[Kill], generator: random.Random, devices: int,
+                 undisturbed: Path) -> dict:
+    """Run `config` through all kills to its end; `undisturbed`: the folder of the same run without any."""
+    run, file = Path(config.output_dir), write_config(config, folder)
+    happened = []
+    for kill in kills:
+        happened.append(kill_at(run, kill, start(file, devices), generator))
+        print(json.dumps(happened[-1]), flush=True)
+    codes, outputs = finish(start(file, devices))
+    if any(codes):
+        raise RuntimeError("\n".join(outputs))
+    return {"kills": happened, "inside_a_save": sum(kill["inside_a_save"] for kill in happened), "starts": starts(run),
+            "differences": differences(undisturbed, run, config.steps)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/kill"), help="is emptied before (%(default)s)")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--save_every", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder = args.folder.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    config = tiny_config(folder, args.steps, args.save_every)
+    codes, outputs = finish(start(write_config(config, folder), 4))
+    if any(codes):
+        print("\n".join(outputs), file=sys.stderr)
+        return 1
+    generator = random.Random(args.seed)
+    kills = plan_kills(args.kills, args.steps, args.save_every, generator)
+    killed = dataclasses.replace(config, output_dir=str(folder / "killed"))
+    result = run_and_kill(killed, folder, kills, generator, 4, folder / "straight")
+    result["seconds"] = round(time.perf_counter() - started)
+    print(json.dumps(result, indent=2))
+    return 1 if result["differences"] or result["inside_a_save"] < args.kills // 5 else 0
+
+
+def tiny_config(folder: Path, steps: int, save_every: int):
+    """A decoder of two layers that learns to copy and count, from texts alone: it compiles in seconds."""
+    from internvlx_jax.data.config import DataConfig
+    from internvlx_jax.data.synthetic import TOKENIZER_FOLDER, text_samples
+    from internvlx_jax.models.config import DecoderConfig, ModelConfig, VisionConfig
+    from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
+    from internvlx_jax.training.sharding import MeshConfig
+
+    lines = [{"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+             for question, answer in text_samples()]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = folder / "meta.json"
+    meta.write_text(json.dumps({"texts": {"root": str(folder), "annotation": str(folder / "texts.jsonl")}}))
+    model = ModelConfig(
+        vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32, image_size=56),
+        decoder=DecoderConfig(vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48))
+    return TrainConfig(
+        output_dir=str(folder / "straight"), model=model, freeze=("vision", "projector"),
+        data=DataConfig(meta=str(meta), tokenizer=str(TOKENIZER_FOLDER), max_length=128, tokens_per_step=1024,
+                        max_executables=1),
+        optimizer=OptimizerConfig(learning_rate=1e-3), compute=ComputeConfig(dtype="float32", remat="none"),
+        mesh=MeshConfig(data=4, fsdp=2), steps=steps, log_every=1, eval_every=10**6, save_every=save_every)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
