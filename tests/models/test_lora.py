@@ -12,7 +12,7 @@ from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters,
+from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, merge, with_adapters,
                                        without_adapters)
 from internvlx_jax.models.params import abstract_model, init_params, unflatten
 
@@ -69,7 +69,8 @@ def test_names_and_shapes(model):
         assert packed == {f"{module}lora_a": (2, 32, 4), f"{module}lora_b": (2, 4, 2, 4, 8)}
     else:
         assert {path: shape for path, shape in packed.items() if "lora_b" in path} == {
-            f"{module}lora_b_q": (2, 4, 2, 2, 8), f"{module}lora_b_k": (2, 4, 2, 1, 8), f"{module}lora_b_v": (2, 4, 2, 1, 8)}
+            f"{module}lora_b_q": (2, 4, 2, 2, 8), f"{module}lora_b_k": (2, 4, 2, 1, 8),
+            f"{module}lora_b_v": (2, 4, 2, 1, 8)}
         assert {packed[f"{module}lora_a_{x}"] for x in "qkv"} == {(2, 32, 4)}
 
 
@@ -85,7 +86,8 @@ def test_the_first_step_is_that_of_the_base(model, inputs):
         else:  # Kaiming with a = sqrt 5
             bound = np.prod(value.shape[1:-1]) ** -0.5
             assert 0.9 * bound < np.abs(value).max() <= bound, path
-    assert fresh(adapted, seed=1)["vision.layers.mlp.fc1.lora_a"][0, 0, 0] != adapters["vision.layers.mlp.fc1.lora_a"][0, 0, 0]
+    path = "vision.layers.mlp.fc1.lora_a"
+    assert np.any(fresh(adapted, seed=1)[path] != adapters[path])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,17 @@ def trained(model):
     rng = np.random.default_rng(1)
     return {**params, **{path: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
                          for path, leaf in adapted.shapes.items() if is_adapter(path)}}
+
+
+def test_merged_weights_compute_the_same(model, inputs, trained):
+    _, base, adapted, params = model
+    unmerged = np.asarray(hidden(adapted.graphdef, trained, inputs))
+    merged = merge(trained, LORAS)
+    assert merged.keys() == params.keys()
+    np.testing.assert_allclose(hidden(base.graphdef, merged, inputs), unmerged, atol=1e-4)
+    assert np.abs(unmerged - hidden(base.graphdef, params, inputs)).max() > 0.05
+    kept = merge({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, LORAS)
+    assert {value.dtype for value in kept.values()} == {jnp.bfloat16.dtype}
 
 
 def test_dropout_acts_in_training_only(model, inputs, trained):
