@@ -118,27 +118,6 @@ def init_adapters(abstract: AbstractModel, seed: int, shardings: Mapping[str, Sh
     return init()
 
 
-def merge(params: Mapping[str, jax.Array], loras: Sequence[LoraConfig]) -> dict[str, jax.Array]:
-    """Parameters and adapters by dotted path -> parameters with the adapters in them: summed in float32, then cast."""
-    merged = {path: value for path, value in params.items() if not is_adapter(path)}
-    scales = {lora.part: lora.scale for lora in loras}
-    for module in sorted({path.rpartition(".")[0] for path in params if is_adapter(path)}):
-        kernel = merged[f"{module}.kernel"]
-        ends = [end for end in ("", "_q", "_k", "_v") if f"{module}.lora_a{end}" in params]
-        deltas = [_product(params[f"{module}.lora_a{end}"], params[f"{module}.lora_b{end}"]) for end in ends]
-        delta = jnp.concatenate(deltas, axis=-2) if len(deltas) > 1 else deltas[0]  # [L, D, K, J + 2, H]
-        merged[f"{module}.kernel"] = (kernel + scales[module.split(".")[0]] * delta).astype(kernel.dtype)
-    return merged
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[L, *in, r], [L, r, *out] -> float32[L, *in, *out]."""
-    layers, rank = b.shape[:2]
-    product = jnp.einsum("lir,lro->lio", a.astype(jnp.float32).reshape(layers, -1, rank),
-                         b.astype(jnp.float32).reshape(layers, rank, -1), precision="highest")
-    return product.reshape(layers, *a.shape[1:-1], *b.shape[2:])
-
-
 def draw_dropout(model: InternVLX, key: jax.Array) -> None:
     """Give every adapter of a model the randomness of one step, a key a layer; `model` is changed."""
     adapted = [linear for part in ("vision", "decoder") for _, linear in _linears(model, part) if linear.addition]

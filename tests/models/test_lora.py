@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from internvlx_jax.convert.lora import merge_params
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, merge, with_adapters,
-                                       without_adapters)
+from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters, without_adapters)
 from internvlx_jax.models.params import abstract_model, init_params, unflatten
 
 LORAS = (LoraConfig(part="vision", rank=3, alpha=6.0), LoraConfig(part="decoder", rank=4, alpha=2.0, use_rslora=True))
@@ -100,13 +100,13 @@ def trained(model):
 
 
 def test_merged_weights_compute_the_same(model, inputs, trained):
-    _, base, adapted, params = model
+    config, base, adapted, params = model
     unmerged = np.asarray(hidden(adapted.graphdef, trained, inputs))
-    merged = merge(trained, LORAS)
+    merged = merge_params(trained, config, LORAS)
     assert merged.keys() == params.keys()
     np.testing.assert_allclose(hidden(base.graphdef, merged, inputs), unmerged, atol=1e-4)
     assert np.abs(unmerged - hidden(base.graphdef, params, inputs)).max() > 0.05
-    kept = merge({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, LORAS)
+    kept = merge_params({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, config, LORAS)
     assert {value.dtype for value in kept.values()} == {jnp.bfloat16.dtype}
 
 
