@@ -138,7 +138,8 @@ def kill_at(run: Path, kill: Kill, processes: Sequence[subprocess.Popen], genera
     rows = logged(run)
     return {"kind": kill.kind, "wanted": kill.step, "logged": rows[-1]["step"] if rows else 0,
             "inside_a_save": any((run / "checkpoints").glob(UNFINISHED)),
-            "saved": max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=0)}
+            "saved": max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()),
+                         default=0)}
 
 
 def content(run: Path, step: int) -> dict[str, dict]:
@@ -149,7 +150,8 @@ def content(run: Path, step: int) -> dict[str, dict]:
     path = run / "checkpoints" / str(step)
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     shapes = ocp.checkpointables_metadata(path).metadata
-    wanted = {item: {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in shapes[item].items()}
+    wanted = {item: {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+                     for name, leaf in shapes[item].items()}
               for item in ("params", "opt_state")}
     return ocp.load_checkpointables(path, wanted)
 
@@ -211,8 +213,9 @@ def tiny_config(folder: Path, steps: int, save_every: int):
     """A decoder of two layers that learns to copy and count, from texts alone: it compiles in seconds."""
     from internvlx_jax.data.config import DataConfig
     from internvlx_jax.data.synthetic import TOKENIZER_FOLDER, text_samples
-    from internvlx_jax.models.config import DecoderConfig, ModelConfig, VisionConfig
-    from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
+    from internvlx_jax.data.tiles import TileConfig
+    from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
+    from internvlx_jax.training.config import ComputeConfig, FreezeConfig, OptimizerConfig, TrainConfig
     from internvlx_jax.training.sharding import MeshConfig
 
     lines = [{"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
@@ -222,9 +225,10 @@ def tiny_config(folder: Path, steps: int, save_every: int):
     meta.write_text(json.dumps({"texts": {"root": str(folder), "annotation": str(folder / "texts.jsonl")}}))
     model = ModelConfig(
         vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32, image_size=56),
-        decoder=DecoderConfig(vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48))
+        decoder=DecoderConfig(vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48),
+        prompt=PromptConfig(tiles=TileConfig(tile_size=56)))
     return TrainConfig(
-        output_dir=str(folder / "straight"), model=model, freeze=("vision", "projector"),
+        output_dir=str(folder / "straight"), model=model, freeze=FreezeConfig(vit=True, projector=True),
         data=DataConfig(meta=str(meta), tokenizer=str(TOKENIZER_FOLDER), max_length=128, tokens_per_step=1024,
                         max_executables=1),
         optimizer=OptimizerConfig(learning_rate=1e-3), compute=ComputeConfig(dtype="float32", remat="none"),

@@ -266,7 +266,7 @@ class Loader:
                           rows * planned.bucket.tiles)
 
     def planned_ids(self, step: int) -> list[list[str]]:
-        """"data set:line" of the samples in each row of a step of all processes, as planned: a bad one has been replaced."""
+        """"data set:line" of the samples in each row of a step, of all processes, as planned: a bad one is replaced."""
         def name(sample: int) -> str:
             dataset = int(self.table.dataset[sample])
             return f"{self.entries[dataset].name}:{self.sources[dataset].lines[int(self.table.position[sample])]}"

@@ -32,16 +32,16 @@ class NonFiniteError(RuntimeError):
 class BadSteps:
     """Counts and writes down non-finite steps, steps without anything supervised, and loss spikes.
 
-    Every process looks at the same numbers and decides alike; the first one writes. A resumed run goes on from the lines
-    of the steps before `first`; the running median begins anew.
+    Every process looks at the same numbers and decides alike; the first one writes. A resumed run goes on from the
+    lines of the steps before `first`; the running median begins anew.
 
     planned_ids: step, from 0 -> samples of each row.
     Attributes:
         counts: "nonfinite", "unsupervised" and "spike" -> steps of the whole run.
     """
 
-    def __init__(self, run: Path, first: int, config: StabilityConfig, *, planned_ids: Callable[[int], list[list[str]]],
-                 writes: bool):
+    def __init__(self, run: Path, first: int, config: StabilityConfig, *,
+                 planned_ids: Callable[[int], list[list[str]]], writes: bool):
         self._path, self._config, self._planned_ids, self._writes = run / FILE, config, planned_ids, writes
         kept = [line for line in read_bad_steps(run) if line["step"] <= first]
         self.counts = Counter(line["kind"] for line in kept)
@@ -64,8 +64,9 @@ class BadSteps:
             else:
                 if len(self._losses) >= MEDIAN_FROM:
                     median = statistics.median(self._losses)
-                    if loss > self._config.spike_factor * median:
-                        kind, words = "spike", f"loss {loss:.4f} is over {self._config.spike_factor:g} x the median {median:.4f}"
+                    factor = self._config.spike_factor
+                    if loss > factor * median:
+                        kind, words = "spike", f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}"
                 self._losses.append(loss)
             if kind:
                 self.counts[kind] += 1
@@ -77,7 +78,8 @@ class BadSteps:
         """Why the run has to stop, if it has to."""
         limits = self._config
         if self._consecutive >= limits.max_consecutive_nonfinite:
-            broken = f"{self._consecutive} steps in a row (max_consecutive_nonfinite = {limits.max_consecutive_nonfinite})"
+            broken = (f"{self._consecutive} steps in a row (max_consecutive_nonfinite = "
+                      f"{limits.max_consecutive_nonfinite})")
         elif self.counts["nonfinite"] >= limits.max_total_nonfinite:
             broken = f"{self.counts['nonfinite']} steps in all (max_total_nonfinite = {limits.max_total_nonfinite})"
         else:

@@ -21,8 +21,8 @@ from internvlx_jax.training.sharding import data_parallel_size, row_share
 
 
 def open_tokenizer(config: TrainConfig, source, model_config: ModelConfig) -> Tokenizer:
-    """That of the config, else that of the checkpoint `source`. Raises ConfigError when there is none, or when the model has
-    fewer rows than it has ids."""
+    """That of the config, else that of the checkpoint `source`. Raises ConfigError when there is none, or when the
+    model has fewer rows than it has ids."""
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else source and source.tokenizer()
     if tokenizer is None:
         raise ConfigError("data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer to a "

@@ -45,7 +45,8 @@ def write_page(run: Path) -> Path:
     settings = json.loads((run / "config.json").read_text(encoding="utf-8")) if (run / "config.json").exists() else {}
     bad_steps = read_json_lines(run / "bad_steps.jsonl", "step", "kind", "samples")
     starts = read_json_lines(run / "starts.jsonl", "step", "time")
-    bad_samples = [row for path in sorted(run.glob("quarantine-*.jsonl")) for row in read_json_lines(path, "dataset", "line")]
+    bad_samples = [row for path in sorted(run.glob("quarantine-*.jsonl"))
+                   for row in read_json_lines(path, "dataset", "line")]
     evaluations = {name: values for name, values in series.items() if name.startswith("eval/")}
     title = f"Run {run.resolve().name}"
     parts = [
@@ -82,7 +83,8 @@ def _curves(series: Mapping[str, Series]) -> str:
         axes = figure.add_subplot(rows, 2, place)
         for name, color in zip(names, COLORS):
             points = len(series[name][0])
-            axes.plot(*series[name], color=color, linewidth=1.3, marker="o" if points < 30 else None, markersize=3, label=name)
+            axes.plot(*series[name], color=color, linewidth=1.3, marker="o" if points < 30 else None, markersize=3,
+                      label=name)
         axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -97,7 +99,10 @@ def _curves(series: Mapping[str, Series]) -> str:
 def _matching(series: Mapping[str, Series], names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
-        found += [each for each in series if each.startswith(name[:-1])] if name.endswith("*") else [name] * (name in series)
+        if name.endswith("*"):
+            found += [each for each in series if each.startswith(name[:-1])]
+        elif name in series:
+            found.append(name)
     return found
 
 

@@ -25,13 +25,15 @@ IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 class Watch:
     """Takes the metrics of every step as they are on the devices, and reads them when a line is due.
 
-    first, steps: steps done at this start, and of the whole run. executables: how many there are of the step. speak: prints, on one process. Close it (or use `with`).
+    first, steps: steps done at this start, and of the whole run. executables: how many there are of the step. speak:
+    prints, on one process. Close it (or use `with`).
+
     Attributes:
         latest: the newest value of every metric.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, loader: Loader, throughput: Throughput, *, first: int, steps: int,
-                 executables: int, utilization: Utilization, speak: Callable[..., None]):
+    def __init__(self, run: Path, config: TrainConfig, loader: Loader, throughput: Throughput, *, first: int,
+                 steps: int, executables: int, utilization: Utilization, speak: Callable[..., None]):
         alone = jax.process_index() == 0
         self._writer = MetricsWriter(run, first) if alone else None
         self._bad_steps = BadSteps(run, first, config.stability, planned_ids=loader.planned_ids, writes=alone)
@@ -64,7 +66,7 @@ class Watch:
         self._throughput.wait(self._in_flight, leave=IN_FLIGHT)
 
     def log(self, step: int) -> Exception | None:
-        """A line about the steps since the last one, by all processes together -> why the run has to end, if it has to."""
+        """A line about the steps since the last one, by all processes together -> why the run has to end, if so."""
         self._throughput.wait(self._in_flight, leave=0)
         seen = [(number, bucket, jax.device_get(metrics)) for number, bucket, metrics in self._window]
         self._window.clear()
