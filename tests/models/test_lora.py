@@ -13,7 +13,8 @@ from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters, without_adapters)
+from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters,
+                                       without_adapters)
 from internvlx_jax.models.params import abstract_model, init_params, unflatten
 
 LORAS = (LoraConfig(part="vision", rank=3, alpha=6.0), LoraConfig(part="decoder", rank=4, alpha=2.0, use_rslora=True))
