@@ -24,7 +24,7 @@ def compile_train_steps(setup: Setup, buckets: Sequence[Bucket], rows: Sequence[
 
     Raises ConfigError, with what to change, for a bucket that needs more memory than they have.
     """
-    memory = device_memory(setup.mesh.devices.flat[0])
+    memory = device_memory(setup.mesh.local_devices[0])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
         compiled = dict(zip(buckets, threads.map(functools.partial(compile_train_step, setup), buckets, rows), strict=True))
     for bucket, count in zip(buckets, rows):
