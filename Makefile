@@ -1,13 +1,15 @@
 # `make demo` and `make test` need nothing but Python >= 3.11: each creates .venv and installs into it.
+# `make test-torch` compares with PyTorch, in an environment of its own.
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH_VENV ?= .venv-torch
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test install clean
+.PHONY: demo test test-torch install clean
 
 install: $(STAMP)
 
@@ -23,5 +25,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadscope
 
+$(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
+	$(PYTHON) -m venv --clear $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --editable . --requirement requirements-torch.txt
+	touch $@
+
+test-torch: $(TORCH_VENV)/.installed
+	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TORCH_VENV) runs

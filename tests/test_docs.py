@@ -16,7 +16,8 @@ from PIL import Image
 from internvlx_jax.config import load_config_file, override
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/architecture.md", "docs/data.md", "docs/lvtc.md", "docs/runs.md", "docs/tpu.md", "docs/gpu.md")
+DOCS = ("README.md", "docs/architecture.md", "docs/conversion.md", "docs/data.md", "docs/gpu.md", "docs/lvtc.md",
+        "docs/recipes.md", "docs/runs.md", "docs/scaling.md", "docs/tpu.md")
 PACKAGES = ("data", "models", "training", "convert", "evaluation")
 GENERATED = ("runs/", ".venv", "verify.npz", "page.png", "metrics.jsonl", "predictions.jsonl", "summary.json",
              "run.json", "config.json", "quarantine-0.jsonl", "bad_steps.jsonl", "starts.jsonl",
@@ -28,11 +29,14 @@ PROGRAMS = {
     "train.py": ("train.py",),
     "eval.py": ("eval.py",),
     "-m internvlx_jax.chat": ("internvlx_jax/chat.py",),
-    "-m internvlx_jax.convert verify": ("internvlx_jax/convert/__main__.py", "verify"),
     "-m internvlx_jax.data check": ("internvlx_jax/data/__main__.py", "check"),
     "-m internvlx_jax.data show": ("internvlx_jax/data/__main__.py", "show"),
+    **{f"-m internvlx_jax.convert {command}": ("internvlx_jax/convert/__main__.py", command)
+       for command in ("import", "export", "inspect", "verify")},
     "-m internvlx_jax.data.synthetic": ("internvlx_jax/data/synthetic.py",),
     "-m internvlx_jax.training.report": ("internvlx_jax/training/report.py",),
+    "-m internvlx_jax.training.compile": ("internvlx_jax/training/compile.py",),
+    "benchmarks/convert.py": ("benchmarks/convert.py",),
 }
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -51,9 +55,10 @@ def blocks(doc, language):
     return [text for found, text in FENCE.findall((ROOT / doc).read_text()) if found == language]
 
 
-def commands():
-    """Every command line of the README as words, comments and line continuations resolved."""
-    lines = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
+def commands(*docs):
+    """Every command line of the documents (README) as words, comments and line continuations resolved."""
+    texts = [text for doc in docs or ("README.md",) for text in blocks(doc, "bash")]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -127,7 +132,7 @@ def test_named_functions_and_classes_exist():
 
 def test_commands_use_flags_of_their_program(flags):
     used = set()
-    for command in commands():
+    for command in commands("README.md", "docs/conversion.md"):
         line = shlex.join(command)
         program = next((known for known in flags if line.startswith(f"python {known} ")), None)
         assert program, f"no program of PROGRAMS: {line}"
@@ -153,9 +158,9 @@ def test_settings_of_the_commands_are_fields():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {span.split()[1] for doc in DOCS for span in spans(doc) if span.startswith("make ")}
-    assert named == {"demo", "test"} and named <= targets
+    assert named == {"demo", "test", "test-torch"} and named <= targets
 
 
 def test_python_example_runs(golden, tmp_path, monkeypatch):

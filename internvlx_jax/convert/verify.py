@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from internvlx_jax.convert.hf_folder import TorchCheckpoint
+from internvlx_jax.convert.tensors import difference
 from internvlx_jax.files import written_aside
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.frames import feature_index, short_frame, short_lengths
@@ -21,6 +23,8 @@ from internvlx_jax.models.generate import greedy
 from internvlx_jax.models.inputs import IGNORED, Inputs
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import token_losses, weighted_loss
+from internvlx_jax.models.params import abstract_model
+from internvlx_jax.training.checkpoint import RunFolder
 
 NEW_TOKENS = 8
 
@@ -175,6 +179,34 @@ def compare(outputs: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarra
         rows.append(Difference(name, value.shape, maximum if np.isfinite(maximum) else None,
                                "" if np.isfinite(maximum) else "not finite"))
     return rows
+
+
+def compare_checkpoints(one: RunFolder | TorchCheckpoint, other: RunFolder | TorchCheckpoint) -> tuple[int, list[str]]:
+    """Parameters of two opened checkpoints, of any kinds, bit for bit -> (how many are equal, what differs).
+
+    One parameter is in memory at a time, two where both are run folders.
+    """
+    problems = [f"config: {field}: {getattr(one.config, field)} against {getattr(other.config, field)}"
+                for field in ("vision", "projector", "decoder", "lvtc")
+                if getattr(one.config, field) != getattr(other.config, field)]
+    if problems:
+        return 0, problems
+    abstract = abstract_model(one.config, dtype="float32")
+    one.check(abstract)
+    other.check(abstract)
+    whole, parts = (one, other) if isinstance(other, TorchCheckpoint) else (other, one)
+    equal = 0
+    for path, array in whole.read_all(abstract.shapes):
+        if array.dtype != parts.dtype(path):
+            found = [f"{path}: {one.dtype(path)} against {other.dtype(path)}"]
+        elif isinstance(parts, TorchCheckpoint):
+            found = parts.differences(path, array)
+        else:
+            found = difference(path, np.asarray(array), parts.read(path))
+        problems += found
+        equal += not found
+        del array  # before the next one is read
+    return equal, problems
 
 
 def format_table(rows: list[Difference], atol: float) -> str:

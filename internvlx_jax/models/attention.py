@@ -34,19 +34,24 @@ CHUNK = 512               # most queries whose scores exist at a time in the xla
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | None = None,
-           kv_segments: jax.Array | None = None, q_start: jax.Array | int | None = None) -> jax.Array:
+           kv_segments: jax.Array | None = None, q_start: jax.Array | int | None = None,
+           window: int | None = None) -> jax.Array:
     """Softmax in float32, within equal segments, and causal by slot.
 
     q: [B, S, N, H], k, v: [B, Z, K, H], query head n belongs to key head n // (N / K)  ->  [B, S, N, H]
     q_segments: int32[B, S], kv_segments: int32[B, Z]; 0 marks padding, which sees padding only and so stays finite.
     None: one segment.
     q_start: slot of the first query among the keys (a traced scalar while decoding); None: not causal.
+    window: how many slots a causal query sees, its own included; None: all before it.
     """
     q = rearrange(q, "b s (k j) h -> b s k j h", k=k.shape[2])
     scores = jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     visible = True
     if q_start is not None:
-        visible = jnp.arange(k.shape[1]) <= (q_start + jnp.arange(q.shape[1]))[:, None]  # [S, Z]
+        slots, key_slots = (q_start + jnp.arange(q.shape[1]))[:, None], jnp.arange(k.shape[1])
+        visible = key_slots <= slots  # [S, Z]
+        if window is not None:
+            visible &= key_slots > slots - window
     if q_segments is not None:
         visible &= q_segments[:, None, None, :, None] == kv_segments[:, None, None, None, :]  # [B, 1, 1, S, Z]
     if visible is not True:
@@ -55,7 +60,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | 
     return rearrange(jnp.einsum("bkjsz,bzkh->bskjh", weights, v), "b s k j h -> b s (k j) h")
 
 
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
+                  window: int | None = None) -> jax.Array:
     """`attend` of a sequence to itself. Of a long one, the scores exist for one chunk of queries at a time, in the
     backward pass too, which computes them again.
 
@@ -64,7 +70,7 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array 
     length = q.shape[1]
     chunks = -(-length // CHUNK)
     if chunks == 1:
-        return attend(q, k, v, q_segments=segments, kv_segments=segments, q_start=0 if causal else None)
+        return attend(q, k, v, q_segments=segments, kv_segments=segments, q_start=0 if causal else None, window=window)
     size = -(-length // chunks)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -75,15 +81,20 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array 
     @jax.checkpoint
     def body(_, chunk):
         q, q_segments, start = chunk
-        return None, attend(q, k, v, q_segments=q_segments, kv_segments=segments, q_start=start if causal else None)
+        return None, attend(q, k, v, q_segments=q_segments, kv_segments=segments, q_start=start if causal else None,
+                            window=window)
 
     q_segments = None if segments is None else cut(segments)
     out = jax.lax.scan(body, None, (cut(q), q_segments, size * jnp.arange(chunks)))[1]
     return rearrange(out, "c b s n h -> b (c s) n h")[:, :length]
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
-    """As `xla_attention`. cuDNN knows no segments: they become a mask bool[B, 1, S, S], which all heads share."""
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
+                    window: int | None = None) -> jax.Array:
+    """As `xla_attention`. cuDNN knows no segments: they, and a window, become a mask bool[B, 1, S, S], which all heads
+    share."""
+    if segments is None and window is not None:
+        segments = jnp.ones(q.shape[:2], jnp.int32)
     length = q.shape[1]
     odd = length % 2  # JAX refuses the backward pass of odd lengths
     mask = lengths = None
@@ -91,6 +102,9 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, odd)), constant_values=PADDING)
         mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+        if window is not None:
+            slots = jnp.arange(q.shape[1])
+            mask &= slots > slots[:, None] - window
     elif odd:
         lengths = jnp.full(q.shape[:1], length, jnp.int32)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, query_seq_lengths=lengths,
@@ -134,9 +148,14 @@ class SelfAttention:
     heads: NamedSharding | None = None
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *,
-                 causal: bool) -> jax.Array:
-        """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S], 0 = padding, or None -> [B, S, N, H]."""
-        compute = functools.partial(self._compute, causal=causal)
+                 causal: bool, window: int | None = None) -> jax.Array:
+        """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S], 0 = padding, or None -> [B, S, N, H].
+
+        window: how many slots a causal query sees, its own included; None is all before it.
+        """
+        if window is not None and window >= q.shape[1]:
+            window = None
+        compute = functools.partial(self._compute, causal=causal, window=window)
         if self.rows is not None:
             rows, heads = self.rows.spec, self._dividing(k).spec
             compute = jax.shard_map(compute, mesh=self.rows.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads,
@@ -156,8 +175,9 @@ class SelfAttention:
         if problem is not None:
             raise ConfigError(f"compute.attention is {self.backend!r}: {problem}")
 
-    def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool) -> jax.Array:
-        xla, cudnn, splash = (functools.partial(implementation, causal=causal) for implementation in
+    def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
+                 window: int | None) -> jax.Array:
+        xla, cudnn, splash = (functools.partial(implementation, causal=causal, window=window) for implementation in
                               (xla_attention, cudnn_attention, functools.partial(splash_attention, residuals=ATTENTION_OUTPUT)))
         named = {"xla": xla, "cudnn": cudnn, "splash": splash,
                  "splash_interpret": functools.partial(splash, interpret=True)}

@@ -126,13 +126,26 @@ class LvtcConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8)."""
+    """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8).
+
+    `su` and `yarn` (Phi-3, model.md 9) stretch each frequency by its entry of `short_factor`, or of `long_factor`
+    once a call holds positions beyond `original_max_positions`; the factors have H/2 entries.
+    """
 
     theta: float = 1e4
     max_positions: int = 32768
-    scaling: Literal["none", "linear", "dynamic"] = "none"
+    scaling: Literal["none", "linear", "dynamic", "su", "yarn"] = "none"
     factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    original_max_positions: int = 0
     allow_longer: bool = False
+
+    def __post_init__(self):
+        if self.scaling in ("su", "yarn"):
+            _require(0 < len(self.short_factor) == len(self.long_factor) and self.original_max_positions > 0,
+                     f"decoder.rope.scaling {self.scaling!r} needs short_factor and long_factor of one length, and "
+                     "original_max_positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,9 +153,10 @@ class DecoderConfig:
     """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation.
 
     initializer_range: standard deviation of fresh weights; 0.02 suits a width near 2048.
+    sliding_window: a query sees that many slots, its own included; None is all of them.
     """
 
-    family: Literal["internlm2", "llama", "qwen2"] = "internlm2"
+    family: Literal["internlm2", "llama", "qwen2", "phi3"] = "internlm2"
     vocab_size: int
     width: int
     layers: int
@@ -154,6 +168,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     tie_embeddings: bool = False
+    sliding_window: int | None = None
     initializer_range: float = 0.02
     rope: RopeConfig = RopeConfig()
 

@@ -1,4 +1,4 @@
-"""The language model: one decoder for InternLM2, Llama and Qwen2 (spec: model.md 8, 9).
+"""The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (spec: model.md 8, 9).
 
 Positions and segments come with the call as a `Frame`, and a call runs any range of layers. That is the seam of
 LVTC: two ranges of one stack, each in its own frame.
@@ -64,6 +64,7 @@ class Attention(nnx.Module):
                           bias=config.qkv_bias, **kwargs)
         self.out = Linear("bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"),
                           bias=config.out_bias, **kwargs)
+        self.window = config.sliding_window
 
     def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None,
                  attention: SelfAttention) -> tuple[jax.Array, KeyValues]:
@@ -71,10 +72,10 @@ class Attention(nnx.Module):
         q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
         q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
         if past is None:
-            return self.out(attention(q, k, v, frame.segments, causal=True)), new
+            return self.out(attention(q, k, v, frame.segments, causal=True, window=self.window)), new
         k, v = (jax.lax.dynamic_update_slice_in_dim(cached, fresh.astype(cached.dtype), past.start, axis=1)
                 for cached, fresh in zip(past.cache, new))
-        y = attend(q, k, v, q_segments=frame.segments, kv_segments=past.segments, q_start=past.start)
+        y = attend(q, k, v, q_segments=frame.segments, kv_segments=past.segments, q_start=past.start, window=self.window)
         return self.out(y), new
 
 

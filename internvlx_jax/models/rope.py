@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -32,8 +33,23 @@ def rotation(config: RopeConfig, positions: jax.Array, head_dim: int, key_length
         growth = config.factor * key_length / config.max_positions - (config.factor - 1)
         theta = theta * growth ** (head_dim / (head_dim - 2))
     inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    scale = 1.0
+    if config.scaling in ("su", "yarn"):
+        is_long = jnp.max(positions) + 1 > config.original_max_positions
+        stretch = jnp.where(is_long, *(jnp.asarray(f, jnp.float32) for f in (config.long_factor, config.short_factor)))
+        scale = _attention_scale(config)
     angles = positions.astype(jnp.float32)[..., None] * inverse / stretch
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return Rotation(scale * jnp.cos(angles), scale * jnp.sin(angles))
+
+
+def _attention_scale(config: RopeConfig) -> float:
+    """What `su` and `yarn` multiply cos and sin by (model.md 9)."""
+    growth = config.max_positions / config.original_max_positions
+    if growth <= 1:
+        return 1.0
+    if config.scaling == "yarn":
+        return 0.1 * math.log(growth) + 1.0
+    return math.sqrt(1 + math.log(growth) / math.log(config.original_max_positions))
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:

@@ -17,10 +17,11 @@ PADDING = -1         # segment of the slots that fill the last block
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
-                     residuals: str, interpret: bool = False) -> jax.Array:
+                     residuals: str, window: int | None = None, interpret: bool = False) -> jax.Array:
     """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H].
 
     The kernel has no scale: q takes it, and is rounded once more where 1 / sqrt(H) is no power of two.
+    window: how many slots a causal query sees, its own included; None is all before it.
     residuals: checkpoint name of what the backward pass needs besides q, k and v: output and log-sum-exp.
     interpret: emulate the kernel, on any platform, slowly.
     """
@@ -31,7 +32,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=PADDING)
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     q, k, v = (rearrange(x, "b s n h -> b n s h") for x in (q * q.shape[-1] ** -0.5, k, v))
-    kernel = _kernel(q.shape[1], cut, causal, residuals, interpret)
+    kernel = _kernel(q.shape[1], cut, causal, window, residuals, interpret)
     ids = None if segments is None else splash.SegmentIds(segments, segments)
     return rearrange(jax.vmap(kernel)(q, k, v, ids), "b n s h -> b s n h")[:, :length]
 
@@ -67,10 +68,12 @@ def _round_up(length: int, quantum: int) -> int:
 
 
 @functools.cache
-def _kernel(heads: int, cut: Blocks, causal: bool, residuals: str, interpret: bool):
+def _kernel(heads: int, cut: Blocks, causal: bool, window: int | None, residuals: str, interpret: bool):
     """One kernel a shape; what it precomputes about the mask is constants. Without a causal mask no block is skipped, and
     all keys of a sequence are one block in the backward kernel."""
     mask = (splash.CausalMask if causal else splash.FullMask)((cut.padded, cut.padded))
+    if window is not None:
+        mask = splash.LocalMask((cut.padded, cut.padded), window_size=(window - 1, 0), offset=0)
     sizes = splash.BlockSizes(block_q=cut.block, block_kv=cut.block, block_kv_compute=cut.block, block_q_dkv=cut.block,
                               block_kv_dkv=cut.keys if causal else cut.padded, block_kv_dkv_compute=cut.block,
                               use_fused_bwd_kernel=True)

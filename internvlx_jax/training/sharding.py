@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -146,6 +147,22 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def spread_sharding(shape: tuple[int, ...]) -> NamedSharding:
+    """Equal parts of the leading dim over as many devices of this process as divide it."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if shape[0] % n == 0)
+    return NamedSharding(Mesh(np.array(devices[:count]), ("part",)), PartitionSpec("part"))
+
+
+def spread(array: np.ndarray) -> jax.Array:
+    """An array under its `spread_sharding`; no copy of aligned CPU memory."""
+    sharding = spread_sharding(array.shape)
+    devices = list(sharding.mesh.devices)
+    parts = [jax.device_put(part, device, may_alias=True)
+             for part, device in zip(np.split(array, len(devices)), devices, strict=True)]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def data_parallel_size(mesh: Mesh) -> int:

@@ -58,7 +58,7 @@ def test_output_is_tied_only_without_a_stored_one(config):
 
 @pytest.mark.parametrize("section, field, value, message", [
     (None, "model_type", "llava", "model_type is 'llava'"),
-    (None, "use_llm_lora", 16, "use_llm_lora = 16"),
+    (None, "pad2square", True, "pad2square = True"),
     ("vision_config", "dropout", 0.1, "vision_config.dropout = 0.1"),
     ("vision_config", "hidden_act", "relu", "vision_config.hidden_act 'relu'"),
     (None, "force_image_size", 112, "force_image_size 112 differs from vision_config.image_size 56"),
@@ -69,6 +69,23 @@ def test_output_is_tied_only_without_a_stored_one(config):
 def test_refusals_name_the_field(config, section, field, value, message):
     (config if section is None else config[section])[field] = value
     with pytest.raises(ValueError, match=message):
+        model_config(config, X)
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("attention_dropout", 0.1, "llm_config.attention_dropout = 0.1"),
+    ("partial_rotary_factor", 0.75, "partial_rotary_factor 0.75"),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "Phi-3 has su"),
+    ("rope_scaling", {"type": "su", "short_factor": [1.0]}, "long_factor is missing"),
+])
+def test_phi3(config, field, value, message):
+    config["llm_config"] |= {"architectures": ["Phi3ForCausalLM"], "sliding_window": 64, "rope_scaling": {
+        "type": "longrope", "short_factor": [1], "long_factor": [2], "original_max_position_embeddings": 128}}
+    decoder = model_config(config, X).decoder
+    assert (decoder.family, decoder.sliding_window, decoder.qkv_bias) == ("phi3", 64, False)
+    assert (decoder.rope.scaling, decoder.rope.long_factor, decoder.rope.original_max_positions) == ("su", (2.0,), 128)
+    config["llm_config"][field] = value
+    with pytest.raises(ConfigError, match=message):
         model_config(config, X)
 
 

@@ -11,9 +11,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
+from internvlx_jax.convert.hf_folder import HFFolder
 from internvlx_jax.errors import CheckpointError, ConfigError
-from internvlx_jax.models.params import flatten
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.models.params import abstract_model, flatten
+from internvlx_jax.training.sharding import MeshConfig, make_mesh, param_shardings
 
 
 @pytest.fixture
@@ -139,6 +140,60 @@ def test_missing_files(folder, tmp_path):
 
 def test_config_error_names_the_file(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "use_llm_lora": 8}))
-    with pytest.raises(ConfigError, match="config.json.*use_llm_lora = 8"):
+    (folder / "config.json").write_text(json.dumps({**config, "pad2square": True}))
+    with pytest.raises(ConfigError, match="config.json.*pad2square = True"):
         load_pretrained(folder)
+
+
+def test_a_process_reads_its_own_slices_only(folder, monkeypatch):
+    """Of 8 devices, 2 belong to this process: it reads a quarter of a sharded parameter, a replicated slice once."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    source = HFFolder(folder)
+    mine = set(jax.devices()[:2])
+
+    def local_part(shape, sharding, callback):
+        for device, index in sharding.devices_indices_map(shape).items():
+            if device in mine:
+                callback(index)
+        return np.zeros(shape)
+
+    read, sizes = source.read, {}
+
+    def counted(path, dtype, index):
+        array = read(path, dtype, index)
+        sizes[path] = sizes.get(path, 0) + array.size
+        return array
+
+    monkeypatch.setattr(source, "read", counted)
+    monkeypatch.setattr(jax, "make_array_from_callback", local_part)
+    abstract = abstract_model(source.config, dtype="float32")
+    source.load(abstract, param_shardings(abstract.shapes, abstract.axes, mesh))
+    gate = abstract.shapes["decoder.layers.mlp.gate.kernel"]  # over fsdp and tensor; devices 0 and 1 differ in tensor
+    assert sizes["decoder.layers.mlp.gate.kernel"] == gate.size // 2
+    assert sizes["decoder.norm.weight"] == abstract.shapes["decoder.norm.weight"].size
+    assert sum(sizes.values()) < 0.6 * sum(leaf.size for leaf in abstract.shapes.values())
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen2"])
+def test_a_slice_is_read_without_the_rest(golden, name, rewrite_tensors, tmp_path):
+    """Every slice equals that of the whole; values outside are not even looked at."""
+    folder = tmp_path / "model"
+    shutil.copytree(golden / name, folder)
+    source = HFFolder(folder)
+    for path in ("decoder.layers.attn.qkv.kernel", "decoder.layers.attn.out.kernel", "vision.layers.attn.qkv.kernel",
+                 "decoder.embedding", "decoder.head"):
+        whole = source.read(path)
+        index = tuple(slice(size // 2, size) for size in whole.shape)
+        np.testing.assert_array_equal(source.read(path, None, index), whole[index])
+    head = {"internlm2": "language_model.output.weight", "qwen2": "language_model.lm_head.weight"}[name]
+
+    def damage(tensors):
+        tensors[head][:, :8] = np.nan
+
+    rewrite_tensors(folder, damage)
+    source = HFFolder(folder)
+    source.read("decoder.head", None, (slice(8, None), slice(None)))
+    source.check_finite()
+    source.read("decoder.head", None, (slice(0, 16), slice(None)))
+    with pytest.raises(CheckpointError, match=f"{head} holds"):
+        source.check_finite()

@@ -2,12 +2,14 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from internvlx_jax.convert.hf_config import model_config
 from internvlx_jax.convert.hf_folder import expected_tensors
 from internvlx_jax.convert.names import name_table
+from internvlx_jax.convert.safetensors_writer import index_text, plan_files
 from internvlx_jax.models.params import abstract_model
 
 
@@ -22,7 +24,7 @@ def test_names_shapes_and_totals(golden, size):
     stored, config, model = abstract(golden, size)
     tensors = list(expected_tensors(name_table(config), model))
     assert len(tensors) == len(dict(tensors)) == stored["n_tensors"]
-    assert {name: list(shape) for name, shape in tensors} == {name: list(s) for name, s in stored["shapes"].items()}
+    assert [(name, list(shape)) for name, shape in tensors] == [(name, list(s)) for name, s in stored["shapes"].items()]
     total = sum(leaf.size for leaf in model.shapes.values())
     assert total == stored["parameters"]["total"]
     for module, ours in (("vision_model", "vision"), ("language_model", "decoder"), ("projector", "projector")):
@@ -51,8 +53,27 @@ def test_internvl2_baseline(golden, size, total, tensors):
     assert sum(leaf.size for leaf in model.shapes.values()) == total
     listed = dict(expected_tensors(name_table(config), model))
     assert len(listed) == tensors
+    assert len(dict(expected_tensors(name_table(config, "hf"), model))) == {517: 661, 573: 733}[tensors]
+    if size == "8b":
+        plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in listed.items()}
+        assert len(index_text(plan, plan_files(plan))) == 51_167  # bytes of the public file
     width = config.decoder.width
     assert listed["mlp1.1.weight"] == (width, 4096) and listed["mlp1.3.bias"] == (width,)
+
+
+def test_shards_of_the_public_files(golden):
+    """8B: tensors and bytes of each shard, and bytes of the index."""
+    stored, config, model = abstract(golden, "8b")
+    plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in expected_tensors(name_table(config), model)}
+    files = plan_files(plan)
+    tensors, sizes = {}, {}
+    for name, file in files.items():
+        tensors[file] = tensors.get(file, 0) + 1
+        sizes[file] = sizes.get(file, 0) + 2 * int(np.prod(plan[name][0]))
+    assert list(tensors.values()) == [399, 78, 78, 39]
+    assert list(sizes.values()) == [4_939_896_832, 4_915_904_512, 4_915_904_512, 2_438_115_328]
+    assert list(sizes)[0] == "model-00001-of-00004.safetensors"
+    assert len(index_text(plan, files)) == 52_892
 
 
 @pytest.mark.parametrize("name", ["internlm2", "internlm2_qknorm", "qwen2"])

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from internvlx_jax.models import attention
+from internvlx_jax.models.attention import SelfAttention, attend
 from internvlx_jax.models.config import DecoderConfig, RopeConfig
 from internvlx_jax.models.decoder import Decoder, Frame, KeyValues, Past
 from internvlx_jax.models.rope import rotation
@@ -128,3 +130,34 @@ def test_rope_scaling():
                                atol=1e-6)
     with pytest.raises(ValueError, match="40 key slots exceed.*allow_longer"):
         rotation(plain, positions, 8, 40)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_sliding_window(backend, monkeypatch):
+    """A query sees itself and the `window - 1` slots before it, in its segment: the same as without the other keys."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 9, 4, 8), (1, 9, 2, 8), (1, 9, 2, 8)))
+    segments = jnp.asarray([[1, 1, 1, 1, 1, 1, 2, 2, 2]], jnp.int32)
+    windowed = SelfAttention(backend)(q, k, v, segments, causal=True, window=3)
+    for slot in range(9):
+        first = max(0 if slot < 6 else 6, slot - 2)
+        alone = attend(q[:, slot : slot + 1], k[:, first : slot + 1], v[:, first : slot + 1], q_start=slot - first)
+        np.testing.assert_allclose(windowed[:, slot], alone[:, 0], atol=1e-5)
+        if slot >= 1:  # one step of decoding
+            step = attend(q[:, slot : slot + 1], k, v, q_segments=segments[:, slot : slot + 1], kv_segments=segments,
+                          q_start=slot, window=3)
+            np.testing.assert_allclose(step[:, 0], alone[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling, scale", [("su", (1 + np.log(4) / np.log(16)) ** 0.5), ("yarn", 0.1 * np.log(4) + 1)])
+def test_phi3_rope(scaling, scale):
+    """Frequencies are stretched by the short factors, by the long ones once a position is beyond the original range."""
+    short, long = (1.0, 1.5, 2.0, 2.5), (2.0, 3.0, 4.0, 5.0)
+    config = RopeConfig(theta=100.0, max_positions=64, scaling=scaling, short_factor=short, long_factor=long,
+                        original_max_positions=16)
+    for length, factors in ((16, short), (17, long)):
+        angles = np.arange(length)[:, None] / (np.asarray(factors) * 100.0 ** (np.arange(0, 8, 2) / 8))
+        ours = rotation(config, jnp.arange(length)[None], 8, length)
+        np.testing.assert_allclose(ours.cos[0], scale * np.cos(angles), atol=1e-5)
+        np.testing.assert_allclose(ours.sin[0], scale * np.sin(angles), atol=1e-5)
