@@ -2,32 +2,42 @@
 
     RUN/config.json            resolved run config and model config
     RUN/tokenizer/             tokenizer files, so that the folder stands alone
+    RUN/source/                small files of the PyTorch checkpoint that the run began with, for its export
     RUN/metrics.jsonl, tensorboard/
     RUN/checkpoints/STEP/      orbax: `params` and `opt_state` as separate items, by dotted path; its metadata holds
                                the configs again and the position in the data
 
-orbax writes a step aside and renames it, so a step that is there is complete.
+orbax writes a step aside and renames it, so a step that is there is complete. An imported checkpoint (convert/to_jax.py)
+is such a folder with one step, 0: parameters only, in orbax's item for a single tree.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-from collections.abc import Mapping
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from internvlx_jax.config import from_dict
+from internvlx_jax.convert.lora import merge_params
+from internvlx_jax.convert.side_files import replace_tokenizer, same_tokenizer
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.files import write_json
 from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.models.lora import LoraConfig, is_adapter
 from internvlx_jax.models.params import AbstractModel
+from internvlx_jax.training.sharding import spread, spread_sharding
 
 # Settings that a resumed run may change: none of them touches what is computed.
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
@@ -97,6 +107,79 @@ def saved_metadata(run: Path) -> dict[str, Any]:
     return dict(ocp.checkpointables_metadata(run / "checkpoints" / str(max(steps))).custom_metadata) if steps else {}
 
 
+GROUP_BYTES = 2**28  # small parameters are written and read together: each call of orbax takes tens of milliseconds
+
+
+def _collect(nbytes: int) -> None:
+    """Free what orbax leaves in reference cycles: the arrays of its last call. Takes long in a process with many objects."""
+    if nbytes > GROUP_BYTES // 16:
+        gc.collect()
+
+
+class ParamsWriter:
+    """Writes one step of parameters, a few at a time, so that they need not be in memory together.
+
+    What it needs beside the parameter in hand is small where the process has several CPU devices: orbax copies an array
+    as it writes, but no more than `write_concurrent_bytes` at once, counted in shards.
+
+    `finish` makes the step appear; without it there is none.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]):
+        self._path, self._metadata = path, dict(metadata)
+        self._waiting: dict[str, jax.Array] = {}
+        self._context = ocp.Context()
+        self._context.array.saving.storage_options.chunk_byte_size = 2**26  # so that a reader needs little more, too
+        self._context.array.saving.use_compression = False  # takes longer than the disk, and wins little
+
+    def add(self, path: str, array: np.ndarray | jax.Array) -> None:
+        """The array may be written later, and must not change."""
+        if array.nbytes + sum(each.nbytes for each in self._waiting.values()) > GROUP_BYTES:
+            self._flush()
+        large = array.nbytes > GROUP_BYTES
+        self._waiting[path] = spread(array) if large else jax.device_put(array, may_alias=True)
+        if large:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        with self._context:
+            ocp.partial.finalize(self._path)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        largest = max(shard.data.nbytes for array in self._waiting.values() for shard in array.addressable_shards)
+        self._context.memory.write_concurrent_bytes = max(largest + 1, GROUP_BYTES)  # orbax wants more than it needs
+        with self._context:
+            ocp.partial.save(self._path, self._waiting, custom_metadata=self._metadata)
+        nbytes = sum(array.nbytes for array in self._waiting.values())
+        self._waiting = {}
+        _collect(nbytes)
+
+
+class SplitArray:
+    """An array on the host in parts of its leading dim, which it gives row by row; np.asarray joins (and copies) them.
+
+    Large parameters are read so: orbax holds every part twice for a moment, and joining would double the whole.
+    """
+
+    def __init__(self, array: jax.Array):
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        self._parts = [np.asarray(shard.data) for shard in shards]
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        part, rest = divmod(row, len(self._parts[0]))
+        return self._parts[part][rest]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
+
+
 class RunFolder:
     """The newest step of a run folder, or one step given as RUN/checkpoints/STEP.
 
@@ -115,7 +198,11 @@ class RunFolder:
         self.step = int(path.name) if path != self.run else steps[-1]
         self.path = self.run / "checkpoints" / str(self.step)
         self._stored = ocp.checkpointables_metadata(self.path)
-        self.config = from_dict(ModelConfig, self._stored.custom_metadata["model"])
+        self._item = "params" if "params" in self._stored.metadata else "state"
+        self.shapes: Mapping[str, Any] = self._stored.metadata[self._item]
+        self.metadata: Mapping[str, Any] = self._stored.custom_metadata
+        self.config = from_dict(ModelConfig, self.metadata["model"])
+        self.lora = tuple(from_dict(LoraConfig, each) for each in self.metadata.get("lora", ()))
 
         stored = self._stored.metadata.get("opt_state", {})
         self._averages = {name.split("['")[1][:-2]: name for name in stored if ".ema['" in name} if ema else {}
@@ -127,14 +214,31 @@ class RunFolder:
         return (path / "checkpoints").is_dir() or path.resolve().parent.name == "checkpoints"
 
     def load(self, abstract: AbstractModel, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
-        """Parameters by dotted path, cast to the dtypes of `abstract`. Raises CheckpointError with every mismatch."""
+        """Parameters by dotted path, cast to the dtypes of `abstract`. Raises CheckpointError with every mismatch.
+
+        Adapters that an import has kept beside the weights are merged into them.
+        """
         leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
                   for path, leaf in abstract.shapes.items()}
-        problems = _mismatches("params", self._stored.metadata["params"], leaves)
+        self.check(abstract)
+        for path in self._adapters():
+            whole = NamedSharding(next(iter(shardings.values())).mesh, PartitionSpec())
+            leaves[path] = jax.ShapeDtypeStruct(self.shape(path), np.float32, sharding=whole)
+        params = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
+        params |= self._load_averages(params)
+        if not self._adapters():
+            return params
+        merge = jax.jit(lambda params: merge_params(params, self.config, self.lora), donate_argnums=0,
+                        out_shardings={path: shardings[path] for path in abstract.shapes})
+        return merge(params)
+
+    def check(self, abstract: AbstractModel) -> None:
+        """Raises CheckpointError with every parameter whose name or shape is not the model's."""
+        adapters = self._adapters()
+        stored = {path: leaf for path, leaf in self.shapes.items() if path not in adapters}
+        problems = _mismatches("params", stored, abstract.shapes)
         if problems:
             raise CheckpointError(self.path, problems)
-        params = ocp.load_checkpointables(self.path, {"params": leaves})["params"]
-        return params | self._load_averages(params)
 
     def _load_averages(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """In the place and dtype of `params`. Of a stack whose first layers are frozen, the others have an average."""
@@ -151,12 +255,82 @@ class RunFolder:
                 if params[path].shape != stored[name].shape else loaded[name]
                 for path, name in self._averages.items()}
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.run / "tokenizer")
+    def _adapters(self) -> set[str]:
+        return {path for path in self.shapes if self.lora and is_adapter(path)}
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter as it is stored."""
+        ((_, array),) = self.read_all([path])
+        return np.asarray(array)
+
+    def read_all(self, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | SplitArray]]:
+        """(path, parameter as it is stored) in the given order; large ones one at a time, as a SplitArray.
+
+        Raises CheckpointError when a file is damaged.
+        """
+        group: list[str] = []
+        size = 0
+        for path in [*paths, None]:
+            nbytes = 0 if path is None else math.prod(self.shape(path)) * self.dtype(path).itemsize
+            if group and (path is None or size + nbytes > GROUP_BYTES):
+                arrays = self._read_group(group)
+                while group:  # the caller may be done with one array before it takes the next
+                    path_read = group.pop(0)
+                    yield path_read, arrays.pop(path_read)
+                size = 0
+            if path is not None:
+                group.append(path)
+                size += nbytes
+
+    def _read_group(self, paths: list[str]) -> dict[str, np.ndarray | SplitArray]:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        large = {path for path in paths if math.prod(self.shape(path)) * self.dtype(path).itemsize > GROUP_BYTES}
+        leaves = {path: jax.ShapeDtypeStruct(self.shape(path), self.dtype(path), sharding=(
+            spread_sharding(self.shape(path)) if path in large else sharding)) for path in paths}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves.values()]
+        context.memory.read_concurrent_bytes = max(*shards, GROUP_BYTES) + 1
+        _collect(sum(shards))
+        try:
+            with context:
+                loaded = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
+        except (ValueError, OSError) as error:
+            raise CheckpointError(self.path, [f"{', '.join(paths)} cannot be read ({error}); restore the folder"]) from error
+        return {path: (SplitArray if path in large else np.asarray)(loaded.pop(path)) for path in paths}
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return tuple(self.shapes[path].shape)
+
+    def dtype(self, path: str) -> np.dtype:
+        return np.dtype(self.shapes[path].dtype)
+
+    @property
+    def fields(self) -> dict[str, Any] | None:
+        """config.json of the PyTorch checkpoint that this one began with, if it did."""
+        file = self.run / "source" / "config.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write_side_files(self, folder: Path) -> list[str]:
+        """The small files of that PyTorch checkpoint, and this run's tokenizer, into `folder`."""
+        source, tokenizer = self.run / "source", self.run / "tokenizer"
+        if source.is_dir():
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        if not same_tokenizer(source, tokenizer):
+            replace_tokenizer(tokenizer, folder)
+        return []
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The run's tokenizer, or None where an imported checkpoint had none."""
+        folder = self.run / "tokenizer"
+        return Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
 
 
-def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer,
+                       source: Any | None = None) -> bool:
     """Create a run folder, or check that an existing one belongs to the same run -> whether there is a step to resume.
+
+    source: the checkpoint that the run begins with; its side files are kept for the export.
 
     Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
     """
@@ -175,6 +349,8 @@ def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokeni
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run / "tokenizer")
+        if source is not None:
+            source.write_side_files(run / "source")
         write_json(saved, settings)
     return resuming
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from internvlx_jax.config import load_config_file, override
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiles", nargs="*", type=int, help="only the buckets with so many tile slots")
     parser.add_argument("--out", type=Path, help="write the report there as JSON")
     args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no device is to be taken from a job
     try:
         where, reports, mesh = report_config(args.config, args.settings, args.topology, args.tiles)
         print(table(reports, where, mesh))

@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
 
     # --- run folder, one executable a bucket ----------------------------------------------------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}
-    resuming = prepare_run_folder(run, settings, tokenizer)
+    resuming = prepare_run_folder(run, settings, tokenizer, source)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
     throughput = Throughput(saved.get("clocks"))
