@@ -97,6 +97,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--layout", required=True, choices=("internvl-x", "internvl", "hf", "vit", "projector", "peft"))
     flags.add_argument("--dtype", choices=("keep", "float32", "bfloat16"), default="bfloat16")
     flags.add_argument("--image_token_id", type=int, help="for the hf config, where no tokenizer says it")
+    flags.add_argument("--ema", action="store_true", help="of a run: the average of its parameters")
     flags.add_argument("--drop_lvtc", action="store_true", help="leave LVTC's parameters out")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
@@ -134,7 +135,7 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
 
 
 def run_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    report = export_checkpoint(open_checkpoint(args.source), args.to, layout=args.layout, dtype=args.dtype,
+    report = export_checkpoint(open_checkpoint(args.source, ema=args.ema), args.to, layout=args.layout, dtype=args.dtype,
                                verify=args.verify, image_token_id=args.image_token_id, drop_lvtc=args.drop_lvtc)
     return _finish(report, args)
 

@@ -297,7 +297,25 @@ class RunFolder:
                 loaded = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
         except (ValueError, OSError) as error:
             raise CheckpointError(self.path, [f"{', '.join(paths)} cannot be read ({error}); restore the folder"]) from error
-        return {path: (SplitArray if path in large else np.asarray)(loaded.pop(path)) for path in paths}
+        arrays = {path: (SplitArray if path in large else np.asarray)(loaded.pop(path)) for path in paths}
+        return arrays | self._read_averages(arrays)
+
+    def _read_averages(self, arrays: Mapping[str, np.ndarray | SplitArray]) -> dict[str, np.ndarray]:
+        """On the host; see _load_averages."""
+        stored = self._stored.metadata.get("opt_state", {})
+        names = {path: self._averages[path] for path in arrays if path in self._averages}
+        if not names:
+            return {}
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        leaves = {name: jax.ShapeDtypeStruct(stored[name].shape, self.dtype(path), sharding=sharding)
+                  for path, name in names.items()}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = ocp.load_checkpointables(self.path, {"opt_state": leaves})["opt_state"]
+        return {path: np.concatenate([np.asarray(arrays[path])[: -len(loaded[name])], loaded[name]])
+                if arrays[path].shape != loaded[name].shape else np.asarray(loaded[name])
+                for path, name in names.items()}
 
     def shape(self, path: str) -> tuple[int, ...]:
         return tuple(self.shapes[path].shape)

@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 from internvlx_jax import load_pretrained
+from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.convert.to_hf import export_checkpoint
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.lora import LoraConfig, is_adapter
 from internvlx_jax.models.params import flatten
@@ -59,6 +61,17 @@ def test_adapters_only(partial_run, tiny_params):
     moments = [path for path in expected["opt_state"] if ".mu" in path]
     assert len(moments) == len(adapters) and all(is_adapter(path) for path in moments)
 
+    merged = weights(straight)  # what evaluation computes with
+    assert merged.keys() == tiny_params.keys()
+    kernel = "decoder.layers.mlp.up.kernel"
+    delta = np.einsum("lir,lro->lio", params["decoder.layers.mlp.up.lora_a"], params["decoder.layers.mlp.up.lora_b"])
+    base = np.asarray(params[kernel], np.float32)
+    np.testing.assert_allclose(merged[kernel] - base, 2 * delta, atol=1e-6)
+    folder = Path(straight.output_dir).with_name("adapters")
+    export_checkpoint(open_checkpoint(straight.output_dir), folder, layout="peft")
+    written = {each.name for each in folder.rglob("adapter_config.json")}
+    assert written == {"adapter_config.json"} and len(list(folder.rglob("adapter_model*.safetensors"))) == 2, "one a part"
+
 
 def weights(config, **options):
     return {path: np.asarray(value) for path, value in flatten(nnx.to_pure_dict(nnx.state(
@@ -82,6 +95,12 @@ def test_the_last_layers_of_the_tower_and_an_average(partial_run, tiny_params):
             np.testing.assert_array_equal(mean[path], frozen, err_msg=path)
         else:
             assert np.any(after[path] != value) and np.any(mean[path] != after[path]), path
+    folder = Path(config.output_dir).with_name("exported")
+    export_checkpoint(open_checkpoint(config.output_dir, ema=True), folder, layout="internvl-x", dtype="keep")
+    exported = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(
+        load_pretrained(folder, dtype="float32").model))).items()}
+    for path, value in mean.items():
+        np.testing.assert_array_equal(exported[path], value, err_msg=path)
     moments = stored(config)["opt_state"]
     assert moments["[1].mu['vision.layers.ls1']"].shape == (1, 16)
 
