@@ -18,7 +18,7 @@ from internvlx_jax.models.internvlx import ActivationShardings
 from internvlx_jax.models.loss import LossShardings
 
 BATCH_AXES = ("data", "fsdp")
-FSDP_WIDTH = 64  # thinner shards of a 2,048 wide model fill no tile of a TPU: 256 doubles the bytes of gradients
+FSDP_WIDTH = 64  # over all 256 chips of a pod XLA sums whole gradients in place of their shards (docs/scaling.md)
 RULES = {
     "layers": None,
     "embed": "fsdp",

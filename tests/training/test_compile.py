@@ -96,10 +96,10 @@ def test_dry_run_writes_nothing(tiny_run, capsys):
     assert not Path(config.output_dir).exists()
 
 
-CASES = {"internvlx_2b_hd": "v5e:4x4", "internvlx_8b_hd_paper": "v6e:4x4"}
+GATED = ("internvlx_2b_hd", "internvlx_8b_hd_paper")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GATED)
 def test_memory_and_collectives_do_not_grow(name, tmp_path):
     """Two presets for TPUs that are not there. After a wanted change, write what this prints into compile_gate.json.
 
@@ -108,7 +108,7 @@ def test_memory_and_collectives_do_not_grow(name, tmp_path):
     assert (platform.system(), platform.machine()) == ("Linux", "x86_64"), "libtpu, the compiler, is for Linux on x86-64"
     out = tmp_path / "report.json"
     subprocess.run([sys.executable, "-m", "internvlx_jax.training.compile", "--config", f"configs/{name}.py", "--topology",
-                    CASES[name], "--set", "data.samples_per_step=16", "--tiles", "7", "--out", str(out)],
+                    "v5e:8x8", "--set", "data.samples_per_step=64", "--tiles", "7", "--out", str(out)],
                    check=True, cwd=ROOT)
     (bucket,) = json.loads(out.read_text())["buckets"]
     now = {"peak_hbm_bytes": bucket["peak_hbm_bytes"],
