@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 
 from internvlx_jax.config import from_dict
 from internvlx_jax.convert.lora import merge_params
@@ -37,7 +37,7 @@ from internvlx_jax.files import write_json
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.lora import LoraConfig, is_adapter
 from internvlx_jax.models.params import AbstractModel
-from internvlx_jax.training.sharding import spread, spread_sharding
+from internvlx_jax.training.sharding import replicated, spread, spread_sharding
 
 # Settings that a resumed run may change: none of them touches what is computed.
 MAY_CHANGE = {"train.output_dir", "train.mesh", "train.log_every", "train.eval_every", "train.save_every",
@@ -222,7 +222,7 @@ class RunFolder:
                   for path, leaf in abstract.shapes.items()}
         self.check(abstract)
         for path in self._adapters():
-            whole = NamedSharding(next(iter(shardings.values())).mesh, PartitionSpec())
+            whole = replicated(next(iter(shardings.values())).mesh)
             leaves[path] = jax.ShapeDtypeStruct(self.shape(path), np.float32, sharding=whole)
         params = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
         params |= self._load_averages(params)

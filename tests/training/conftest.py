@@ -45,7 +45,7 @@ def run_in(pages, tiny):
         config = TrainConfig(
             output_dir=str(folder), model=tiny,
             data=DataConfig(meta=str(pages / FILES["meta_train"]), tokenizer=str(TOKENIZER_FOLDER), max_length=256,
-                            tokens_per_step=1024, max_executables=3),
+                            tokens_per_step=1024, max_executables=2),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.2),
             compute=ComputeConfig(dtype="float32", remat="none"), mesh=MeshConfig(data=2, fsdp=2, tensor=2),
             steps=6, log_every=1, eval_every=100, save_every=100)

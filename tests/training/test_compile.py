@@ -81,19 +81,23 @@ def test_what_does_not_fit_says_what_to_change(described):
     check_fits([report], dataclasses.replace(where, memory=report.peak_hbm_bytes))
 
 
-def test_a_run_that_does_not_fit_does_not_start(tiny_run, monkeypatch):
+@pytest.fixture
+def one_bucket(tiny_run):
+    config = tiny_run()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_executables=1))
+
+
+def test_a_run_that_does_not_fit_does_not_start(one_bucket, monkeypatch):
     monkeypatch.setattr("internvlx_jax.training.executables.device_memory", lambda device: 1000)
-    config = tiny_run()
     with pytest.raises(ConfigError, match=r"does not fit the memory of a device; change one of: compute\.remat"):
-        train(config)
+        train(one_bucket)
 
 
-def test_dry_run_writes_nothing(tiny_run, capsys):
-    config = tiny_run()
-    assert train(config, dry_run=True) == {}
+def test_dry_run_writes_nothing(one_bucket, capsys):
+    assert train(one_bucket, dry_run=True) == {}
     printed = capsys.readouterr().out
     assert "peak GiB" in printed and "8 devices, data 2 x fsdp 2 x tensor 2" in printed
-    assert not Path(config.output_dir).exists()
+    assert not Path(one_bucket.output_dir).exists()
 
 
 GATED = ("internvlx_2b_hd", "internvlx_8b_hd_paper")

@@ -145,7 +145,7 @@ def test_wrong_checkpoint_is_one_report(straight):
 def test_init_from_a_run_and_freeze(straight, tiny_run):
     config = tiny_run("second", model=None, init_from=straight.output_dir, freeze=FreezeConfig(vit=True, projector=True),
                       steps=2)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None, max_executables=1))
     train(config)
     before, after = params(straight.output_dir), params(config.output_dir)
     for path in before:
@@ -164,7 +164,8 @@ def test_init_from_a_hugging_face_folder(golden, tiny_run):
 
 def test_validation_reaches_the_metrics_file(tiny_run, pages):
     config = tiny_run("validated", eval_every=3)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_meta=str(pages / "meta_val.json")))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_meta=str(pages / "meta_val.json"),
+                                                                   max_executables=1))
     final = train(config)
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]

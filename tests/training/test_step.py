@@ -30,7 +30,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def model(tiny, tiny_params):
-    return abstract_model(tiny, dtype="float32"), tiny_params
+    return abstract_model(tiny, attention="xla", dtype="float32"), tiny_params
 
 
 def grads_of(abstract, params, batch, key=None, accumulation=1, frozen=None):
@@ -68,11 +68,11 @@ def test_nothing_supervised_is_zero(model, batch):
 def test_remat_and_bfloat16(tiny, model, batch):
     abstract, params = model
     plain, plain_grads = grads_of(abstract, params, batch)
-    remat, remat_grads = grads_of(abstract_model(tiny, dtype="float32", remat="full"), params, batch)
+    remat, remat_grads = grads_of(abstract_model(tiny, attention="xla", dtype="float32", remat="full"), params, batch)
     np.testing.assert_allclose(remat, plain, rtol=1e-6)
     for path in params:
         np.testing.assert_allclose(remat_grads[path], plain_grads[path], atol=2e-6, err_msg=path)
-    loss, grads = grads_of(abstract_model(tiny, dtype="bfloat16"), params, batch)
+    loss, grads = grads_of(abstract_model(tiny, attention="xla", dtype="bfloat16"), params, batch)
     np.testing.assert_allclose(loss, plain, rtol=2e-2)
     assert loss.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in grads.values())
 
