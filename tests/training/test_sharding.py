@@ -12,6 +12,7 @@ from internvlx_jax.convert.hf_folder import HFFolder
 from internvlx_jax.convert.verify import inputs_from_flat
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.params import abstract_model, init_params
+from internvlx_jax.models.presets import internvlx_2b, internvlx_8b
 from internvlx_jax.training.sharding import (MeshConfig, batch_sharding, make_mesh, mesh_sizes, param_shardings, replicated)
 from internvlx_jax.training.step import loss_and_grads
 
@@ -20,11 +21,24 @@ from internvlx_jax.training.step import loss_and_grads
 def test_golden_partition(golden, size):
     """Regenerate after a wanted change: print(table) into tests/golden/partition-SIZE.txt."""
     stored = json.loads((golden / f"shapes-{size}.json").read_text())
-    abstract = abstract_model(model_config(stored["config"], stored["shapes"]), dtype="bfloat16")
+    config = model_config(stored["config"], stored["shapes"])
+    assert partition_table(config) == (golden / f"partition-{size}.txt").read_text()
+
+
+@pytest.mark.parametrize("preset", ["paper_inject", "fast_inject"])
+@pytest.mark.parametrize("size, model", [("2b", internvlx_2b), ("8b", internvlx_8b)])
+def test_golden_partition_of_lvtc(golden, size, model, preset):
+    """What LVTC adds, injections included; `paper` and `fast` have a part of it."""
+    added = [line for line in partition_table(model(preset)).splitlines(keepends=True) if line.startswith("lvtc.")]
+    assert "".join(added) == (golden / f"partition-{size}-{preset}.txt").read_text()
+
+
+def partition_table(config):
+    """Path, shape, dtype and partition of every parameter on a 2 x 2 x 2 mesh."""
+    abstract = abstract_model(config, dtype="bfloat16")
     shardings = param_shardings(abstract.shapes, abstract.axes, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    table = "".join(f"{path} {list(leaf.shape)} {leaf.dtype} {list(shardings[path].spec)}\n"
-                    for path, leaf in sorted(abstract.shapes.items()))
-    assert table == (golden / f"partition-{size}.txt").read_text()
+    return "".join(f"{path} {list(leaf.shape)} {leaf.dtype} {list(shardings[path].spec)}\n"
+                   for path, leaf in sorted(abstract.shapes.items()))
 
 
 def test_large_parameters_are_divided(golden):
