@@ -119,7 +119,8 @@ def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int,
                    length_step: int = LENGTH_STEP, saved_per_tile: int = 0) -> tuple[list[Bucket], np.ndarray]:
     """Buckets in order, and the position in them of every sample's bucket, from its tile count and token length.
 
-    tiles, lengths: int[n] -> int64[n]; saved_per_tile: see `smallest_bucket`. The rarest bucket merges into the cheapest union until `max_executables` remain.
+    tiles, lengths: int[n] -> int64[n]; saved_per_tile: see `smallest_bucket`. The rarest bucket merges into
+    the cheapest union until `max_executables` remain.
     """
     pairs, inverse, frequency = np.unique(
         np.stack([np.asarray(tiles), round_up(np.asarray(lengths), length_step)], axis=1), axis=0,

@@ -113,7 +113,8 @@ def describe_step(setup: Setup, bucket: Bucket, rows: int, compiled: Any, where:
             network += each.times * each.received / where.bandwidth([devices[number] for number in each.group])
     times = dict(compute_ms=None, memory_ms=None, network_ms=None, roofline_ms=None, roofline_mfu=None)
     if chip:
-        seconds_of = ((useful.total + again) / count / chip.peak_flops, traffic.memory_bytes / chip.memory_bandwidth, network)
+        seconds_of = ((useful.total + again) / count / chip.peak_flops,
+                      traffic.memory_bytes / chip.memory_bandwidth, network)
         times = dict(zip(("compute_ms", "memory_ms", "network_ms"), (1e3 * s for s in seconds_of)))
         times |= dict(roofline_ms=1e3 * max(seconds_of),
                       roofline_mfu=useful.total / count / chip.peak_flops / max(seconds_of))

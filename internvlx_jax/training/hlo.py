@@ -23,6 +23,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _REFERENCE = re.compile(r"%([\w.\-]+)")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? *"
+                          r"\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _first_group(rest: str, devices: int) -> tuple[int, ...]:
         groups, dims, order = map(_integers, iota.groups())
         numbers = np.arange(math.prod(dims)).reshape(dims)
         return tuple(numbers.transpose(order).reshape(groups)[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? *\{([^}]*)\}", rest):
+    if mesh := _MESH_GROUPS.search(rest):
         axes, dims, order, names = mesh.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
         members = np.arange(math.prod(sizes.values()))
