@@ -12,7 +12,7 @@ from internvlx_jax.evaluation.selection import Selection
 from internvlx_jax.training import loop
 from internvlx_jax.training.checkpoint import RunFolder
 from internvlx_jax.training.config import ComputeConfig, TrainConfig
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.training.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_tasks_are_scored_while_training(pages, checkpoint, configure, run_on, d
                         batch_mode="samples", samples_per_step=2, max_executables=1),
         compute=ComputeConfig(dtype="float32", remat="none"), evaluation=selection)
     assert from_dict(TrainConfig, to_dict(config)) == config
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    monkeypatch.setattr(loop, "make_mesh", lambda mesh, rows: make_mesh(mesh, devices=jax.devices()[:1], rows=rows))
     latest = loop.train(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scored = [row for row in rows if "eval/mme" in row]
