@@ -1,5 +1,5 @@
 # `make demo` and `make test` need nothing but Python >= 3.11: each creates .venv and installs into it.
-# `make test-torch` compares with PyTorch, in an environment of its own.
+# `make test-torch` compares with PyTorch, in an environment of its own; `make test-gpu` tries what an NVIDIA GPU alone runs.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH_VENV ?= .venv-torch
@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % s
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test test-torch install clean
+.PHONY: demo test test-torch test-gpu install clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 
 test-torch: $(TORCH_VENV)/.installed
 	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py
+
+test-gpu: $(STAMP)
+	$(RUN) -m pip install --quiet --editable '.[cuda]'
+	$(RUN) benchmarks/attention.py --backend cudnn --check
 
 clean:
 	rm -rf $(VENV) $(TORCH_VENV) runs

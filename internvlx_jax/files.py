@@ -53,6 +53,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object; an empty one without the file. Raises ConfigError naming the file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object; fetch it again")
+    return value
+
+
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     """Objects of a file that a run appends to, in order; none without the file.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from internvlx_jax.convert.tensors import (Changed, Tensors, View, aligned_empty
 from internvlx_jax.convert.torch_bin import BinFolder
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import CheckpointError, ConfigError
-from internvlx_jax.files import write_json
+from internvlx_jax.files import read_json_object, write_json
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.lora import LoraConfig
 from internvlx_jax.models.params import AbstractModel, init_params
@@ -294,13 +293,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: a Hugging Face checkpoint folder has one")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file} holds no JSON object; fetch it again")
-    return config
+    return read_json_object(file)
 
 
 def open_tensors(path: Path, stem: str = "model") -> SafetensorsFolder | BinFolder:

@@ -17,7 +17,6 @@ and parameters without adapters with `merge_params`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from internvlx_jax.convert.names import Entry, Part, name_table
 from internvlx_jax.convert.safetensors_writer import SafetensorsWriter
 from internvlx_jax.convert.tensors import Tensors, View
 from internvlx_jax.errors import CheckpointError, ConfigError
-from internvlx_jax.files import write_json
+from internvlx_jax.files import read_json_object, write_json
 from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.lora import LoraConfig, is_adapter
 
@@ -183,12 +182,9 @@ def merge_params(params: Mapping[str, Any], config: ModelConfig, loras: Sequence
 def read_adapter_config(folder: Path, part: str) -> LoraConfig:
     """adapter_config.json of peft. Raises ConfigError naming what is not supported."""
     file = folder / "adapter_config.json"
-    try:
-        stored = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing: a LoRA folder of peft has one") from None
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error})") from error
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing: a LoRA folder of peft has one")
+    stored = read_json_object(file)
     if stored.get("peft_type") != "LORA":
         raise ConfigError(f"{file}: peft_type is {stored.get('peft_type')!r}; only 'LORA' is supported")
     for field in REFUSED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from internvlx_jax.convert.side_files import copy_side_files
 from internvlx_jax.convert.tensors import Changed, Tensors, View
 from internvlx_jax.convert.torch_bin import BinFolder
 from internvlx_jax.errors import CheckpointError, ConfigError
-from internvlx_jax.files import write_json
+from internvlx_jax.files import read_json_object, write_json
 
 NEW_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 TEMPLATES_OF = {"internlm2": "internlm2-chat", "qwen2": "internvl2_5", "phi3": "phi3-chat"}
@@ -120,11 +119,11 @@ class _Tokens:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._config = _object(folder / "tokenizer_config.json")
-        self._fast = _object(folder / "tokenizer.json")
+        self._config = read_json_object(folder / "tokenizer_config.json")
+        self._fast = read_json_object(folder / "tokenizer.json")
         self._added = {entry["content"]: int(id) for id, entry in self._config.get("added_tokens_decoder", {}).items()}
         self._added |= {entry["content"]: entry["id"] for entry in self._fast.get("added_tokens", ())}
-        self._added |= _object(folder / "added_tokens.json")
+        self._added |= read_json_object(folder / "added_tokens.json")
         base = self._base_size()
         if base == 0:
             raise ConfigError(f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image tokens "
@@ -139,7 +138,7 @@ class _Tokens:
         if (self.folder / "tokenizer.model").is_file():
             path = str(self.folder / "tokenizer.model")
             return sentencepiece.SentencePieceProcessor(model_file=path).get_piece_size()
-        vocabulary = self._fast.get("model", {}).get("vocab") or _object(self.folder / "vocab.json")
+        vocabulary = self._fast.get("model", {}).get("vocab") or read_json_object(self.folder / "vocab.json")
         return max(vocabulary.values()) + 1 if vocabulary else 0
 
     def write(self, folder: Path) -> None:
@@ -147,7 +146,7 @@ class _Tokens:
         if not self.new:
             return
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        write_json(folder / "added_tokens.json", _object(folder / "added_tokens.json") | self.new)
+        write_json(folder / "added_tokens.json", read_json_object(folder / "added_tokens.json") | self.new)
         decoder = dict(self._config.get("added_tokens_decoder", {}))
         decoder |= {str(id): {"content": token, **flags} for token, id in self.new.items()}
         special = [*self._config.get("additional_special_tokens", ()), *self.new]
@@ -157,18 +156,9 @@ class _Tokens:
             added = [*self._fast.get("added_tokens", ()),
                      *({"id": id, "content": token, **flags} for token, id in self.new.items())]
             write_json(folder / "tokenizer.json", {**self._fast, "added_tokens": added})
-        if special_map := _object(folder / "special_tokens_map.json"):
+        if special_map := read_json_object(folder / "special_tokens_map.json"):
             listed = [*special_map.get("additional_special_tokens", ()), *self.new]
             write_json(folder / "special_tokens_map.json", {**special_map, "additional_special_tokens": listed})
-
-
-def _object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); fetch it again") from error
 
 
 def _expect(folder: Path, found: str | None, known: tuple[str, ...]) -> None:

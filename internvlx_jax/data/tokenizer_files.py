@@ -10,7 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.files import written_aside
+from internvlx_jax.files import read_json_object, written_aside
 
 INTERNLM2_PIECES = 92_544
 
@@ -87,9 +87,9 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
     gaps. Raises FileNotFoundError for another model without these files, ValueError if they contradict.
     """
     config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    config = _read_object(config_path)
+    config = read_json_object(config_path)
     added = {entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()}
-    for text, id in _read_object(added_path).items():
+    for text, id in read_json_object(added_path).items():
         if added.setdefault(text, id) != id:
             raise ConfigError(
                 f'"{text}" has id {id} in {added_path}, but {added[text]} in {config_path}. Correct one.'
@@ -108,18 +108,6 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
     swallowing = frozenset(entry["content"] for entry in config.get("added_tokens_decoder", {}).values()
                            if entry.get("rstrip"))
     return AddedTokens(added, config.get("add_bos_token", True), config.get("legacy", True), swallowing)
-
-
-def _read_object(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}). Fetch it again.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object. Fetch it again.")
-    return value
 
 
 def write_tokenizer_files(

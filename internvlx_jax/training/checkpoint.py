@@ -228,9 +228,10 @@ class RunFolder:
         params |= self._load_averages(params)
         if not self._adapters():
             return params
-        merge = jax.jit(lambda params: merge_params(params, self.config, self.lora), donate_argnums=0,
-                        out_shardings={path: shardings[path] for path in abstract.shapes})
-        return merge(params)
+        adapters = {path: params.pop(path) for path in self._adapters()}
+        merge = jax.jit(lambda params, adapters: merge_params(params | adapters, self.config, self.lora), donate_argnums=0,
+                        out_shardings={path: shardings[path] for path in params})
+        return merge(params, adapters)
 
     def check(self, abstract: AbstractModel) -> None:
         """Raises CheckpointError with every parameter whose name or shape is not the model's."""
