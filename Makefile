@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(RUN) -m internvlx_jax.demo
 
 test: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist loadscope
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 	$(PYTHON) -m venv --clear $(TORCH_VENV)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("NPROC", "16")  # a bigger XLA thread pool: 8 devices on 2 cores deadlock otherwise
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
                            " --xla_backend_optimization_level=0")
+if version("jaxlib").startswith("0.10."):  # later ones do not know it
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 from pathlib import Path
 

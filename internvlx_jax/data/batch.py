@@ -22,6 +22,7 @@ class Row(NamedTuple):
         tiles: uint8[t, Y, X, 3].
         segments: lengths of the samples in the row; None: it is one sample.
         loss_weight: float32[n], weight of the label in the same slot where there is one; None: 1.
+        dataset: number of the sample's data set, or of each segment's.
     """
 
     tokens: np.ndarray
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     tiles: np.ndarray
     segments: tuple[int, ...] | None = None
     loss_weight: np.ndarray | None = None
+    dataset: int | tuple[int, ...] = 0
 
 
 class Batch(NamedTuple):
@@ -37,11 +39,13 @@ class Batch(NamedTuple):
         inputs: what the model reads.
         labels: int32[B, S], unshifted; -100 is ignored.
         loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked rows.
+        dataset: int32[B, S], number of the data set that the slot's sample is from; 0 on padding.
     """
 
     inputs: Inputs
     labels: np.ndarray
     loss_weight: np.ndarray
+    dataset: np.ndarray
 
 
 def join_rows(rows: Sequence[Row]) -> Row:
@@ -54,7 +58,8 @@ def join_rows(rows: Sequence[Row]) -> Row:
                for row, n in zip(rows, lengths)]
     return Row(np.concatenate([row.tokens for row in rows]), np.concatenate([row.labels for row in rows]),
                np.concatenate([row.tile_start + offset for row, offset in zip(rows, offsets)]).astype(np.int32),
-               np.concatenate([row.tiles for row in rows]), tuple(lengths), np.concatenate(weights))
+               np.concatenate([row.tiles for row in rows]), tuple(lengths), np.concatenate(weights),
+               tuple(row.dataset for row in rows))
 
 
 def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, tokens_per_tile: int,
@@ -64,7 +69,7 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
     tokens = np.full(shape, pad_id, np.int32)
     labels = np.full(shape, IGNORED, np.int32)
     weights = np.zeros(shape, np.float32)
-    positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    positions, segment_ids, dataset = (np.zeros(shape, np.int32) for _ in range(3))
     tiles = np.zeros((len(rows), bucket.tiles, tile_size, tile_size, 3), np.uint8)
     tile_start = np.full((len(rows), bucket.tiles), bucket.length, np.int32)
     for b, row in enumerate(rows):
@@ -75,6 +80,7 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
             raise ValueError(f"a sample of {n} tokens and {t} tiles does not fit {bucket}")
         tokens[b, :n], labels[b, :n] = row.tokens, row.labels
         weights[b, :n] = 1 if row.loss_weight is None else row.loss_weight
+        dataset[b, :n] = np.repeat(row.dataset, row.segments or n)
         first = 0
         for segment, length in enumerate(row.segments or (n,), start=1):
             slots = slice(first, first + length)
@@ -86,4 +92,4 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
     short = None if lvtc is None else short_frame(segment_ids, tile_start, bucket.short_length, lvtc)
     inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile),
                     short)
-    return Batch(inputs, labels, weights)
+    return Batch(inputs, labels, weights, dataset)

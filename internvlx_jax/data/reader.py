@@ -64,7 +64,7 @@ class SampleReader:
         if entry.data_augment:
             cut = [_reencode(tiles, generator) for tiles in cut]
         row = Row(fitted.encoded.tokens, fitted.encoded.labels, fitted.encoded.tile_start, processor.concatenate(cut),
-                  loss_weight=self._loss_weight(fitted.encoded.labels))
+                  loss_weight=self._loss_weight(fitted.encoded.labels), dataset=dataset)
         return ReadSample(row, sample.name, tuple(sorted({reason for image in images
                                                           for reason in image.info["counted"]})))
 

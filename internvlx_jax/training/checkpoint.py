@@ -216,27 +216,28 @@ class RunFolder:
     def load(self, abstract: AbstractModel, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
         """Parameters by dotted path, cast to the dtypes of `abstract`. Raises CheckpointError with every mismatch.
 
-        Adapters that an import has kept beside the weights are merged into them.
+        Adapters that `abstract` has no place for are merged into the weights.
         """
         leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
                   for path, leaf in abstract.shapes.items()}
         self.check(abstract)
-        for path in self._adapters():
+        merged = self._merged(abstract)
+        for path in merged:
             whole = replicated(next(iter(shardings.values())).mesh)
             leaves[path] = jax.ShapeDtypeStruct(self.shape(path), np.float32, sharding=whole)
         params = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
         params |= self._load_averages(params)
-        if not self._adapters():
+        if not merged:
             return params
-        adapters = {path: params.pop(path) for path in self._adapters()}
+        adapters = {path: params.pop(path) for path in merged}
         merge = jax.jit(lambda params, adapters: merge_params(params | adapters, self.config, self.lora), donate_argnums=0,
                         out_shardings={path: shardings[path] for path in params})
         return merge(params, adapters)
 
     def check(self, abstract: AbstractModel) -> None:
         """Raises CheckpointError with every parameter whose name or shape is not the model's."""
-        adapters = self._adapters()
-        stored = {path: leaf for path, leaf in self.shapes.items() if path not in adapters}
+        merged = self._merged(abstract)
+        stored = {path: leaf for path, leaf in self.shapes.items() if path not in merged}
         problems = _mismatches("params", stored, abstract.shapes)
         if problems:
             raise CheckpointError(self.path, problems)
@@ -256,8 +257,8 @@ class RunFolder:
                 if params[path].shape != stored[name].shape else loaded[name]
                 for path, name in self._averages.items()}
 
-    def _adapters(self) -> set[str]:
-        return {path for path in self.shapes if self.lora and is_adapter(path)}
+    def _merged(self, abstract: AbstractModel) -> set[str]:
+        return {path for path in self.shapes if self.lora and is_adapter(path) and path not in abstract.shapes}
 
     def read(self, path: str) -> np.ndarray:
         """One parameter as it is stored."""
@@ -345,15 +346,11 @@ class RunFolder:
         return Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
 
 
-def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer,
-                       source: Any | None = None) -> bool:
-    """Create a run folder, or check that an existing one belongs to the same run -> whether there is a step to resume.
-
-    source: the checkpoint that the run begins with; its side files are kept for the export.
+def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a step to resume. Every process looks, so that all refuse together; nothing is written.
 
     Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
     """
-    # Every process looks, so that all refuse together; then one writes.
     steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
     resuming = any(step.name.isdigit() for step in steps)
     saved = run / "config.json"
@@ -364,14 +361,21 @@ def prepare_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokeni
                               "saved ones or choose another output_dir:\n  " + "\n  ".join(differences))
     elif run.exists() and any(run.iterdir()):
         raise ConfigError(f"output_dir {run} is not empty and holds no run (no config.json); choose another folder")
+    return resuming
+
+
+def write_run_folder(run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, source: Any | None = None) -> None:
+    """Settings and tokenizer, by the first process once all have checked the folder.
+
+    source: the checkpoint that the run begins with; its side files are kept for the export.
+    """
     multihost_utils.sync_global_devices("run folder checked")
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(run / "tokenizer")
         if source is not None:
             source.write_side_files(run / "source")
-        write_json(saved, settings)
-    return resuming
+        write_json(run / "config.json", settings)
 
 
 def _differences(saved: Any, now: Any, path: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.lora import init_adapters, without_adapters
 from internvlx_jax.models.params import init_params
-from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder, saved_metadata
+from internvlx_jax.training.checkpoint import CheckpointWriter, check_run_folder, saved_metadata, write_run_folder
 from internvlx_jax.training.compile import check_fits, compile_report, table
 from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.data import open_loaders, open_tokenizer
@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
         speak(f"left out, see {QUARANTINE.format(0)} in the run folder: {loader.index_faults.summary()}")
 
     # --- structure, optimiser, steps: no arrays yet -----------------------------------------------------------------
-    setup = prepare(config, model_config, mesh, steps)
+    setup = prepare(config, model_config, mesh, steps, len(loader.entries))
     abstract, shardings = setup.abstract, setup.shardings
     speak(describe(setup.division))
     benchmarks = None
@@ -89,14 +89,15 @@ def train(config: TrainConfig, *, stop_after: int | None = None, profile: Window
         check_fits(reports, where)
         return {}
 
-    # --- run folder, one executable a bucket ----------------------------------------------------------------------
+    # --- one executable a bucket, run folder: what does not fit the devices leaves none ----------------------------
     settings = {"train": to_dict(config), "model": to_dict(model_config)}
-    resuming = prepare_run_folder(run, settings, tokenizer, source)
-    for each in filter(None, (loader, validation)):
-        each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
+    resuming = check_run_folder(run, settings)
     throughput = Throughput(saved.get("clocks"))
     with throughput.paused("compile_s"):
         executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
+    write_run_folder(run, settings, tokenizer, source)
+    for each in filter(None, (loader, validation)):
+        each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
     speak(f"compiled the step of {len(executables)} buckets; {throughput.clocks['compile_s']:.0f} s in this run until now")
 
     # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------

@@ -160,9 +160,9 @@ def over_processes(values: Mapping[str, float], sums: np.ndarray) -> tuple[dict[
     return dict(zip(values, np.max(every, axis=0).tolist())), np.sum(counts, axis=0)
 
 
-def window_means(window: Sequence[Metrics]) -> dict[str, float]:
-    """Of the steps since the last line that made an update: the loss of all their tokens together, mean norms, and the
-    last learning rate. Without such a step, only the learning rate."""
+def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str, float]:
+    """Of the steps since the last line that made an update: the loss of all their tokens together, and of each data set
+    that had some; mean norms, and the last learning rate. Without such a step, only the learning rate."""
     rate = {"learning_rate": float(window[-1].learning_rate)}
     window = [metrics for metrics in window if metrics.applied]
     if not window:
@@ -172,8 +172,11 @@ def window_means(window: Sequence[Metrics]) -> dict[str, float]:
         return float(np.mean([getattr(metrics, name) for metrics in window]))
 
     weights = [float(metrics.weight) for metrics in window]
+    sums, parts = (np.sum([getattr(metrics, name) for metrics in window], axis=0, dtype=np.float64)
+                   for name in ("loss_sums", "weight_sums"))
     return {
         "loss": float(np.average([metrics.loss for metrics in window], weights=weights)),
+        **{f"loss_by_dataset/{name}": float(total / part) for name, total, part in zip(datasets, sums, parts) if part > 0},
         "grad_norm": mean("grad_norm"),
         **{f"grad_norm/{module}": float(np.mean([metrics.grad_norms[module] for metrics in window]))
            for module in window[-1].grad_norms},

@@ -94,9 +94,14 @@ def relative_rates(config: OptimizerConfig, trained: Mapping[str, jax.ShapeDtype
     rates: dict[str, float | np.ndarray] = {}
     for path, leaf in trained.items():
         group = groups.get(path, GroupConfig(params=path))
-        own = 1.0 if group.learning_rate is None else group.learning_rate / config.learning_rate
-        rates[path] = own * group.multiplier * _layer_decay(config.vit_layer_decay, path, leaf, model.vision.layers)
+        rates[path] = group_rate(config, group) * _layer_decay(config.vit_layer_decay, path, leaf, model.vision.layers)
     return rates
+
+
+def group_rate(config: OptimizerConfig, group: GroupConfig) -> float:
+    """Learning rate of a group as a share of the optimiser's."""
+    own = 1.0 if group.learning_rate is None else group.learning_rate / config.learning_rate
+    return own * group.multiplier
 
 
 def _layer_decay(decay: float, path: str, leaf: jax.ShapeDtypeStruct, depth: int) -> float | np.ndarray:

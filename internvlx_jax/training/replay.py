@@ -73,7 +73,7 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
     def measure(trained, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
         graphdef = setup.abstract.graphdef
-        loss, grads = loss_and_grads(graphdef, trained, frozen, batch, key, config.compute.accumulation)
+        (loss, _), grads = loss_and_grads(graphdef, trained, frozen, batch, key, config.compute.accumulation)
         model = nnx.merge(graphdef, unflatten(join(trained, frozen)))
         ce, _ = model.token_losses(batch.inputs, batch.labels)  # without drop path: what each row is like
         weight = shift_left(batch.loss_weight, 0.0)

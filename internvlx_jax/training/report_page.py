@@ -17,7 +17,8 @@ from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_clas
 # Panels: title, unit, metrics; one without any of its metrics is left out.
 PANELS = (
     ("loss", "cross entropy a token", ("loss", "eval/loss")),
-    ("learning rate", "", ("learning_rate",)),
+    ("loss by data set", "cross entropy a token", ("loss_by_dataset/*",)),
+    ("learning rate", "", ("learning_rate", "learning_rate/*")),
     ("gradient norm", "before clipping", ("grad_norm", "grad_norm/*")),
     ("update", "of the parameters' norm", ("update_ratio",)),
     ("tokens", "a second", ("useful_tokens_per_s", "supervised_tokens_per_s")),

@@ -61,12 +61,12 @@ class Setup:
 
         short = None if model.lvtc is None else ShortFrame(leaf(r), leaf(s), leaf(t), leaf(r))
         inputs = Inputs(leaf(s), leaf(s), leaf(s), leaf(t, size, size, 3, dtype=jnp.uint8), leaf(s), short)
-        return Batch(inputs, leaf(s), leaf(s, dtype=jnp.float32))
+        return Batch(inputs, leaf(s), leaf(s, dtype=jnp.float32), leaf(s))
 
 
-def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> Setup:
-    """steps: updates of the whole run, which the schedule is stretched over. Raises ConfigError for expressions that
-    match no parameter."""
+def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, datasets: int = 1) -> Setup:
+    """steps: updates of the whole run, which the schedule is stretched over. datasets: whose losses are told apart.
+    Raises ConfigError for expressions that match no parameter."""
     abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
                               attention=config.compute.attention, shardings=activation_shardings(mesh))
     abstract = with_adapters(abstract, model, config.lora)
@@ -83,7 +83,7 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int) -> 
                        placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
                        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)))
     train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
-                                         config.compute.accumulation), donate_argnums=0,
+                                         config.compute.accumulation, datasets), donate_argnums=0,
                          out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
     eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
     return Setup(mesh, model, abstract, shardings, division, optimizer, schedule, state, config.compute.remat,

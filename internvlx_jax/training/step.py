@@ -41,10 +41,11 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Scalars of one step, float32.
+    """Of one step, float32; scalars where nothing else is said.
 
     Attributes:
         loss: of all micro-batches and devices; weight: the sum of loss weights it was divided by.
+        loss_sums, weight_sums: [K], of each data set: weighted losses, and the weights to divide by.
         grad_norm: before clipping, of all and of each module.
         param_norm, update_norm: of the trained parameters before the update, and of what is added to them.
         learning_rate: of an update here.
@@ -53,6 +54,8 @@ class Metrics(NamedTuple):
 
     loss: jax.Array
     weight: jax.Array
+    loss_sums: jax.Array
+    weight_sums: jax.Array
     grad_norm: jax.Array
     grad_norms: dict[str, jax.Array]
     param_norm: jax.Array
@@ -71,8 +74,10 @@ class EvalSums(NamedTuple):
 
 
 def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatParams, batch: Batch,
-                   key: jax.Array | None, accumulation: int = 1) -> tuple[jax.Array, FlatParams]:
-    """Loss and its gradients; numerator and denominator are summed over all micro-batches before dividing.
+                   key: jax.Array | None, accumulation: int = 1,
+                   datasets: int = 1) -> tuple[tuple[jax.Array, jax.Array], FlatParams]:
+    """(loss, weighted losses of each data set [K]) and the gradients of the loss, whose numerator and denominator are
+    summed over all micro-batches before dividing.
 
     key: randomness of drop path and adapters, None for none. Micro-batches interleave rows, so that every device keeps
     its own.
@@ -85,9 +90,10 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
         if key is not None:
             draw_dropout(model, jax.random.fold_in(key, 2))  # the model splits the key into 0 and 1
         ce, _ = model.token_losses(micro.inputs, micro.labels, drop_path_key=key)
-        return weighted_loss(ce, micro.loss_weight)[0] * scale
+        weighted = shift_left(micro.loss_weight, 0.0) * ce
+        return jnp.sum(weighted) * scale, sums_by_dataset(weighted, micro.dataset, datasets)
 
-    grad = jax.value_and_grad(micro_loss)
+    grad = jax.value_and_grad(micro_loss, has_aux=True)
     if accumulation == 1:
         return grad(trainable, batch, key)
 
@@ -97,12 +103,17 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
 
     micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
     keys = None if key is None else jax.random.split(key, accumulation)
-    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    zeros = (jnp.float32(0), jnp.zeros(datasets)), jax.tree.map(jnp.zeros_like, trainable)
     return jax.lax.scan(body, zeros, (micros, keys))[0]
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
-                    seed: int, accumulation: int) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def sums_by_dataset(values: jax.Array, dataset: jax.Array, count: int) -> jax.Array:
+    """values: float32[B, S], dataset: int32[B, S] -> float32[count]"""
+    return jnp.sum(jnp.where(dataset == jnp.arange(count)[:, None, None], values, 0.0), axis=(1, 2))
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int,
+                    accumulation: int, datasets: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function for jax.jit; randomness depends on (seed, step) alone.
 
     Where loss or gradient norm is not finite, or nothing is supervised, parameters, moments and the position in the
@@ -111,14 +122,17 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation)
-        weight, grad_norm = jnp.sum(shift_left(batch.loss_weight, 0.0)), optax.tree.norm(grads)
+        (loss, loss_sums), grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation,
+                                                  datasets)
+        weights = shift_left(batch.loss_weight, 0.0)
+        weight, grad_norm = jnp.sum(weights), optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), (trainable, opt_state),
                                             (state.trainable, state.opt_state))
-        metrics = Metrics(loss, weight, grad_norm, module_norms(grads), optax.tree.norm(state.trainable),
+        metrics = Metrics(loss, weight, loss_sums, sums_by_dataset(weights, batch.dataset, datasets), grad_norm,
+                          module_norms(grads), optax.tree.norm(state.trainable),
                           jnp.where(applied, optax.tree.norm(updates), 0.0),
                           jnp.float32(schedule(updates_done(state.opt_state))), applied)
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics

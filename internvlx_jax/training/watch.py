@@ -17,6 +17,7 @@ from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.metrics import (COMPILATIONS, MetricsWriter, Throughput, hbm_peak_gib, over_processes,
                                             progress_line, window_means)
 from internvlx_jax.training.mfu import Utilization
+from internvlx_jax.training.optimizer import group_rate
 from internvlx_jax.training.step import Metrics
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
@@ -39,6 +40,8 @@ class Watch:
         self._bad_steps = BadSteps(run, first, config.stability, planned_ids=loader.planned_ids, writes=alone)
         self._loader, self._throughput, self._speak = loader, throughput, speak
         self._steps, self._executables, self._utilization = steps, executables, utilization
+        self._optimizer = config.optimizer
+        self._datasets = [entry.name for entry in loader.entries]
         self._window: list[tuple[int, Bucket, Metrics]] = []
         self._in_flight: deque[jax.Array] = deque()
         self.latest: dict[str, float] = {}
@@ -72,7 +75,9 @@ class Watch:
         self._window.clear()
         for line in self._bad_steps.look(seen):
             self._speak(line)
-        values = window_means([metrics for *_, metrics in seen]) | self._throughput.take()
+        values = window_means([metrics for *_, metrics in seen], self._datasets) | self._throughput.take()
+        values |= {f"learning_rate/{group.params}": values["learning_rate"] * group_rate(self._optimizer, group)
+                   for group in self._optimizer.groups}
         values |= self._utilization.take(len(seen) * values["step_s"])
         largest, faults = over_processes({"data_wait_share": values["data_wait_share"]} | hbm_peak_gib(),
                                          self._loader.faults.totals())

@@ -37,18 +37,19 @@ def rows():
 
 
 def test_shapes_and_types_are_those_of_the_bucket(rows):
-    inputs, labels, loss_weight = place(rows)
-    shapes = {name: (value.shape, value.dtype.name) for name, value in
-              (inputs._asdict() | {"labels": labels, "loss_weight": loss_weight}).items() if value is not None}
+    inputs, labels, loss_weight, dataset = place(rows)
+    arrays = inputs._asdict() | {"labels": labels, "loss_weight": loss_weight, "dataset": dataset}
+    shapes = {name: (value.shape, value.dtype.name) for name, value in arrays.items() if value is not None}
     assert shapes == {
         "tokens": ((5, 64), "int32"), "positions": ((5, 64), "int32"), "segment_ids": ((5, 64), "int32"),
         "tiles": ((5, 5, SIDE, SIDE, 3), "uint8"), "feature_index": ((5, 64), "int32"),
-        "labels": ((5, 64), "int32"), "loss_weight": ((5, 64), "float32"),
+        "labels": ((5, 64), "int32"), "loss_weight": ((5, 64), "float32"), "dataset": ((5, 64), "int32"),
     }  # fmt: skip
 
 
 def test_rows_stand_on_the_left_and_padding_has_no_segment(rows):
-    inputs, labels, loss_weight = place(rows)
+    rows = [row and row._replace(dataset=b) for b, row in enumerate(rows)]
+    inputs, labels, loss_weight, dataset = place(rows)
     for b, row in enumerate(rows):
         n = 0 if row is None else len(row.tokens)
         if row is not None:
@@ -58,6 +59,7 @@ def test_rows_stand_on_the_left_and_padding_has_no_segment(rows):
         assert inputs.segment_ids[b].tolist() == [1] * n + [0] * (64 - n)
         assert inputs.positions[b].tolist() == [*range(n)] + [0] * (64 - n)
         np.testing.assert_array_equal(loss_weight[b], labels[b] != IGNORED)
+        assert dataset[b].tolist() == [b] * n + [0] * (64 - n)
     assert loss_weight[2].sum() == 0, "a masked row"
     assert loss_weight.sum() == 6 * 4
 
@@ -111,7 +113,7 @@ def test_a_row_that_does_not_fit_is_an_error(images, bucket):
 def test_the_first_token_is_never_a_label():
     tokens = np.arange(10, 15, dtype=np.int32)
     row = Row(tokens, tokens, np.zeros(0, np.int32), np.zeros((0, SIDE, SIDE, 3), np.uint8))
-    _, labels, loss_weight = place([row])
+    _, labels, loss_weight, _ = place([row])
     assert labels[0, :5].tolist() == [IGNORED, 11, 12, 13, 14]
     assert loss_weight[0, :6].tolist() == [0, 1, 1, 1, 1, 0]
     assert row.labels[0] == 10, "the row itself stays"

@@ -244,7 +244,9 @@ def test_packed_rows_hold_whole_samples(make_loader, epoch):
             first_tile = 0
             for segment in range(1, inputs.segment_ids[row].max() + 1):
                 slots = np.flatnonzero(inputs.segment_ids[row] == segment)
-                tokens, labels, tiles, visual = alone[next(names)]
+                tokens, labels, tiles, visual = alone[name := next(names)]
+                number = [entry.name for entry in loader.entries].index(name.rpartition(":")[0])
+                assert (step.batch.dataset[row, slots] == number).all()
                 np.testing.assert_array_equal(inputs.tokens[row, slots], tokens)
                 np.testing.assert_array_equal(step.batch.labels[row, slots], labels)
                 assert labels[0] == -100 and inputs.positions[row, slots].tolist() == [*range(len(slots))]

@@ -19,7 +19,7 @@ from internvlx_jax.evaluation.job import EvalConfig
 from internvlx_jax.evaluation.selection import Selection
 from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, RopeConfig, VisionConfig
 from internvlx_jax.models.params import abstract_model
-from internvlx_jax.training.checkpoint import CheckpointWriter, prepare_run_folder
+from internvlx_jax.training.checkpoint import CheckpointWriter, write_run_folder
 from internvlx_jax.training.sharding import make_mesh
 
 MODEL = ModelConfig(
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory) -> Path:
     params = {path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in shapes.items()}
     params["decoder.head"][:, tokenizer.token_id("<|im_end|>")] *= 3
     settings = {"train": {}, "model": to_dict(MODEL)}
-    prepare_run_folder(run, settings, tokenizer)
+    write_run_folder(run, settings, tokenizer)
     with CheckpointWriter(run, keep_last=1) as writer:
         writer.save(1, jax.tree.map(jax.numpy.asarray, params), {"count": jax.numpy.int32(1)}, settings)
     return run

@@ -80,7 +80,10 @@ def test_the_first_step_is_that_of_the_base(model, inputs):
     adapters = fresh(adapted)
     expected = hidden(base.graphdef, params, inputs)
     np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs), expected)
-    np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0)), expected)
+    dropping = hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0))
+    nothing = hidden(adapted.graphdef, params | jax.tree.map(jnp.zeros_like, adapters), inputs, jax.random.key(0))
+    np.testing.assert_array_equal(dropping, nothing)
+    np.testing.assert_allclose(dropping, expected, atol=1e-5)  # compiled with other fusions, which round differently
     for path, value in adapters.items():
         if ".lora_b" in path:
             assert not np.any(value), path

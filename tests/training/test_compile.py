@@ -11,11 +11,13 @@ import jax
 import pytest
 
 from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.models.presets import internvlx_2b
 from internvlx_jax.training.compile import bounding_buckets, check_fits, compile_report
 from internvlx_jax.training.config import ComputeConfig
+from internvlx_jax.training.data import open_loaders
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.recipes import x_2nd_finetune, x_hd_2nd_finetune
 from internvlx_jax.training.setup import prepare
@@ -45,13 +47,20 @@ def test_names_of_topologies(name):
 
 
 @pytest.fixture(scope="module")
-def described(run_in, tmp_path_factory):
-    """The tiny run on eight CPU devices, told to be v5e chips."""
-    config = run_in(tmp_path_factory.mktemp("run"), compute=ComputeConfig(dtype="float32", remat="full"))
-    mesh = make_mesh(config.mesh)
+def one_bucket(run_in, tmp_path_factory):
+    """The tiny run in one bucket; all tests compile the same step."""
+    config = run_in(tmp_path_factory.mktemp("one") / "run", compute=ComputeConfig(dtype="float32", remat="full"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_executables=1))
+
+
+@pytest.fixture(scope="module")
+def described(one_bucket):
+    """Its report on eight CPU devices, told to be v5e chips."""
+    config, mesh = one_bucket, make_mesh(one_bucket.mesh)
     where = FastNetwork("eight", CHIPS["v5e"], CHIPS["v5e"].memory, mesh.devices.flat)
-    setup, bucket = prepare(config, config.model, mesh, 10), Bucket(3, 128)
-    return setup, where, compile_report(setup, [bucket], [8], where)[0]
+    plan = open_loaders(config, config.model, Tokenizer.load(config.data.tokenizer), mesh, None)[0].plan
+    setup = prepare(config, config.model, mesh, config.steps)
+    return setup, where, *plan.buckets, *plan.rows, *compile_report(setup, plan.buckets, plan.rows, where)
 
 
 class FastNetwork(Topology):
@@ -60,10 +69,10 @@ class FastNetwork(Topology):
 
 
 def test_figures_of_a_report(described):
-    setup, _, report = described
-    assert (report.tiles, report.length, report.batch) == (3, 128, 8)
-    flops = train_flops(setup.model, {path: leaf.shape for path, leaf in setup.state.trainable.items()}, tiles=24,
-                        lengths=[128] * 8)
+    setup, _, bucket, rows, report = described
+    assert (report.tiles, report.length, report.batch) == (bucket.tiles, bucket.length, rows) and rows >= 8
+    flops = train_flops(setup.model, {path: leaf.shape for path, leaf in setup.state.trainable.items()},
+                        tiles=rows * bucket.tiles, lengths=[bucket.length] * rows)
     assert report.flops["total"] == pytest.approx(flops.total / 8)
     assert sum(report.flops[part] for part in ("tower", "projector", "decoder", "head")) == pytest.approx(flops.total / 8)
     assert {"all-gather", "all-reduce"} <= report.collectives.keys()
@@ -74,23 +83,18 @@ def test_figures_of_a_report(described):
 
 
 def test_what_does_not_fit_says_what_to_change(described):
-    *_, where, report = described
+    _, where, *_, report = described
     small = dataclasses.replace(where, memory=report.peak_hbm_bytes - 1)
     with pytest.raises(ConfigError, match=r"1 of 1 buckets do not fit.*compute\.remat.*fewer rows.*mesh\.fsdp"):
         check_fits([report], small)
     check_fits([report], dataclasses.replace(where, memory=report.peak_hbm_bytes))
 
 
-@pytest.fixture
-def one_bucket(tiny_run):
-    config = tiny_run()
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_executables=1))
-
-
 def test_a_run_that_does_not_fit_does_not_start(one_bucket, monkeypatch):
     monkeypatch.setattr("internvlx_jax.training.executables.device_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match=r"does not fit the memory of a device; change one of: compute\.remat"):
         train(one_bucket)
+    assert not Path(one_bucket.output_dir).exists(), "another try is free to change the settings"
 
 
 def test_dry_run_writes_nothing(one_bucket, capsys):

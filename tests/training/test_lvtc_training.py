@@ -46,7 +46,8 @@ def program(config, mesh):
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
 
     def gradients(params, batch):
-        return loss_and_grads(abstract.graphdef, params, {}, batch, None)
+        (loss, _), grads = loss_and_grads(abstract.graphdef, params, {}, batch, None)
+        return loss, grads
 
     jitted = jax.jit(gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(None, shardings))
     return jitted, placed(abstract.shapes, shardings)

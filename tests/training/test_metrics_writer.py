@@ -139,15 +139,15 @@ def test_step_times_are_those_of_the_devices(clock, monkeypatch):
 
 
 def step_metrics(loss, norm=1.0, weight=1.0, rate=1.0, applied=True):
-    return Metrics(*map(np.float32, (loss, weight, norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
+    return Metrics(*map(np.float32, (loss, weight, (loss * weight, 0), (weight, 0), norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
                    np.float32(rate), np.bool_(applied))
 
 
 def test_a_window_shows_the_loss_of_its_tokens_and_the_last_rate():
     window = [step_metrics(1, 4, 3, 0.5), step_metrics(5, 6, 1, 0.25), step_metrics(np.nan, np.nan, 7, 0.125, False)]
-    assert window_means(window) == pytest.approx({"loss": 2.0, "grad_norm": 5.0, "grad_norm/decoder": 2.5, "param_norm": 10.0,
+    assert window_means(window, ("a", "b")) == pytest.approx({"loss": 2.0, "loss_by_dataset/a": 2.0, "grad_norm": 5.0, "grad_norm/decoder": 2.5, "param_norm": 10.0,
                                                   "update_ratio": 0.01, "learning_rate": 0.125})
-    assert window_means(window[2:]) == {"learning_rate": 0.125}, "no number where no step made an update"
+    assert window_means(window[2:], ("a", "b")) == {"learning_rate": 0.125}, "no number where no step made an update"
 
 
 def test_the_largest_of_all_processes_and_the_sum_of_counts(monkeypatch):

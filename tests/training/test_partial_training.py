@@ -17,6 +17,7 @@ from internvlx_jax.models.lora import LoraConfig, is_adapter
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.config import ComputeConfig, FreezeConfig, OptimizerConfig
 from internvlx_jax.training.loop import train
+from internvlx_jax.training.replay import replay
 
 STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
@@ -60,6 +61,10 @@ def test_adapters_only(partial_run, tiny_params):
     assert all(np.any(params[path]) and params[path].dtype == np.float32 for path in adapters)
     moments = [path for path in expected["opt_state"] if ".mu" in path]
     assert len(moments) == len(adapters) and all(is_adapter(path) for path in moments)
+
+    again = replay(straight.output_dir, STEPS, [])  # from the last checkpoint, with the adapters beside the base
+    assert again["parameters_of_step"] == STEPS and again["grad_norm"].keys() == {"all", "vision", "decoder"}
+    assert all(np.isfinite(row["loss"]) for row in again["rows"])
 
     merged = weights(straight)  # what evaluation computes with
     assert merged.keys() == tiny_params.keys()

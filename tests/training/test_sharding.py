@@ -79,7 +79,7 @@ def golden_batch(golden):
     model_inputs = inputs_from_flat(source.config, 7, inputs["input_ids"], inputs["pixel_values"][flags],
                                     inputs["attention_mask"])
     labels = inputs["labels"].astype(np.int32)
-    batch = Batch(model_inputs, labels, (labels != -100).astype(np.float32))
+    batch = Batch(model_inputs, labels, (labels != -100).astype(np.float32), np.zeros_like(labels))
     # Eight rows, so that every device of data x fsdp holds some: the three golden ones and repeats of them.
     return source, jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), batch)
 
@@ -97,8 +97,8 @@ def test_one_device_equals_eight(golden, mesh_config):
         with jax.default_matmul_precision("highest"):
             return step(params, jax.device_put(batch, batch_sharding(mesh)))
 
-    loss, grads = run(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    sharded_loss, sharded_grads = run(make_mesh(mesh_config))
+    (loss, _), grads = run(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    (sharded_loss, _), sharded_grads = run(make_mesh(mesh_config))
     np.testing.assert_allclose(sharded_loss, loss, atol=2e-6)
     for path in grads:
         np.testing.assert_allclose(sharded_grads[path], grads[path], atol=3e-6, err_msg=path)

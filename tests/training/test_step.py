@@ -14,7 +14,7 @@ from internvlx_jax.training.config import OptimizerConfig
 from internvlx_jax.training.optimizer import make_optimizer, make_schedule
 from internvlx_jax.training.step import TrainState, count_answers, loss_and_grads, make_eval_step, make_train_step
 
-ROWS, LENGTH = 4, 24
+ROWS, LENGTH, DATASETS = 4, 24, 4
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,12 @@ def batch():
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 600, (ROWS, LENGTH)).astype(np.int32)
     labels = np.where(rng.random((ROWS, LENGTH)) < 0.4, tokens, -100).astype(np.int32)
+    labels[:, 0] = -100
     index = np.where(np.arange(LENGTH) < 4, np.arange(LENGTH), 4)[None].repeat(ROWS, 0).astype(np.int32)
     inputs = Inputs(tokens, np.arange(LENGTH, dtype=np.int32)[None].repeat(ROWS, 0), np.ones_like(tokens),
                     rng.integers(0, 256, (ROWS, 1, 56, 56, 3), np.uint8), index)
-    return Batch(inputs, labels, (labels != -100).astype(np.float32))
+    dataset = np.repeat(np.int32([[1], [0], [1], [3]]), LENGTH, axis=1)
+    return Batch(inputs, labels, (labels != -100).astype(np.float32), dataset)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,9 @@ def model(tiny, tiny_params):
 
 
 def grads_of(abstract, params, batch, key=None, accumulation=1, frozen=None):
-    return jax.jit(loss_and_grads, static_argnums=(0, 5))(abstract.graphdef, params, frozen or {}, batch, key, accumulation)
+    (loss, _), grads = jax.jit(loss_and_grads, static_argnums=(0, 5))(abstract.graphdef, params, frozen or {}, batch, key,
+                                                                      accumulation)
+    return loss, grads
 
 
 def test_accumulation_equals_one_large_step(model, batch):
@@ -45,6 +49,17 @@ def test_accumulation_equals_one_large_step(model, batch):
         np.testing.assert_allclose(loss_a, loss, rtol=1e-6)
         for path in grads:
             np.testing.assert_allclose(grads_a[path], grads[path], atol=2e-6, err_msg=path)
+
+
+def test_the_loss_of_a_data_set_is_that_of_its_rows(model, batch):
+    abstract, params = model
+    grouped = jax.jit(loss_and_grads, static_argnums=(0, 5, 6))
+    (_, sums), _ = grouped(abstract.graphdef, params, {}, batch, None, 2, DATASETS)
+    eval_step = jax.jit(make_eval_step(abstract.graphdef))
+    for dataset, total in enumerate(sums):
+        alone = batch._replace(loss_weight=batch.loss_weight * (batch.dataset == dataset))
+        np.testing.assert_allclose(total, eval_step(params, alone).loss, rtol=1e-6)
+    assert sums[2] == 0 and all(sums[np.array([0, 1, 3])] > 0)
 
 
 def test_masked_rows_change_nothing(model, batch):
@@ -86,13 +101,16 @@ def test_update_and_frozen_parameters(tiny, model, batch):
     schedule = make_schedule(config, 10)
     shapes = {path: abstract.shapes[path] for path in trainable}
     optimizer = make_optimizer(config, schedule, shapes, abstract.axes, tiny)
-    step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, seed=0, accumulation=1))
+    step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, seed=0, accumulation=1, datasets=DATASETS))
     state = TrainState(trainable, frozen, optimizer.init(trainable), jnp.int32(0))
     moments = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]]
     assert not any("vision" in jax.tree_util.keystr(path) for path in moments)
     new, metrics = step(state, batch)
     assert int(new.step) == 1 and float(metrics.learning_rate) == pytest.approx(1e-2)
     assert float(metrics.grad_norm) > 0
+    np.testing.assert_allclose(sum(metrics.loss_sums), metrics.loss * metrics.weight, rtol=1e-6)
+    supervised = (batch.labels != -100).sum(axis=1)
+    assert metrics.weight_sums.tolist() == [supervised[1], supervised[0] + supervised[2], 0, supervised[3]]
     for path, value in new.frozen.items():
         np.testing.assert_array_equal(value, before[path])
     moved = {path for path, value in new.trainable.items() if np.any(np.asarray(value) != before[path])}

@@ -14,7 +14,7 @@ from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.errors import ConfigError
 from internvlx_jax.training.bad_steps import NonFiniteError, read_bad_steps
 from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.config import StabilityConfig
+from internvlx_jax.training.config import GroupConfig, StabilityConfig
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.preemption import Preempted
 from internvlx_jax.training.profiler import Window
@@ -24,13 +24,15 @@ from internvlx_jax.training.starts import read_starts
 
 STEPS = 8
 NAN_STEP, EMPTY_STEP = 3, 5
+HEAD = "decoder.head"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Text alone, so that it compiles in seconds."""
     config = tiny_config(tmp_path_factory.mktemp("watch"), STEPS, save_every=4)
-    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, peak_tflops=1e-3))
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, peak_tflops=1e-3),
+                               optimizer=dataclasses.replace(config.optimizer, groups=(GroupConfig(params=HEAD, multiplier=0.5),)))
 
 
 def spoil(patch, steps):
@@ -81,6 +83,8 @@ def test_every_metric_is_there(watched):
             "useful_tokens_per_s", "supervised_tokens_per_s", "tiles_per_s", "images_per_s", "samples_per_s", "mfu_padded",
             "mfu_useful", "token_fill", "tile_fill", "masked_rows", "bad_samples", "data_wait_share", "step_ms_p50",
             "step_ms_p95", "compile_count", "compile_s", "train_s", "checkpoint_s", "evaluation_s"} <= row.keys()
+    assert row["loss_by_dataset/texts"] == pytest.approx(row["loss"])
+    assert row[f"learning_rate/{HEAD}"] == 0.5 * row["learning_rate"]
     assert 0 < row["mfu_useful"] < row["mfu_padded"] and "hbm_peak_gib" not in row, "a CPU does not tell"
     assert row["grad_norm/decoder"] == pytest.approx(row["grad_norm"]), "the rest is frozen"
     assert 0 < row["supervised_tokens_per_s"] < row["useful_tokens_per_s"] < row["tokens_per_s"]
