@@ -96,7 +96,7 @@ def with_adapters(abstract: AbstractModel, config: ModelConfig, loras: Sequence[
         raise ConfigError(f"lora: {', '.join(parts)} name a part twice; give one entry a part")
     model: InternVLX = nnx.merge(abstract.graphdef, unflatten(abstract.shapes))
     for lora in loras:
-        apart = lora.part == "decoder" and config.decoder.family != "internlm2"
+        apart = lora.part == "decoder" and config.decoder.family in ("llama", "qwen2")
         sizes = (("_q", config.decoder.group), ("_k", 1), ("_v", 1))
         for name, linear in _linears(model, lora.part):
             _add(linear, lora, sizes if apart and name == "attn.qkv" else (("", None),))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from internvlx_jax.convert.lora import merge_params
+from internvlx_jax.convert.lora import merge_params, stored_adapters
 from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
+from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
 from internvlx_jax.models.inputs import Inputs
 from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters,
                                        without_adapters)
@@ -73,6 +73,24 @@ def test_names_and_shapes(model):
             f"{module}lora_b_q": (2, 4, 2, 2, 8), f"{module}lora_b_k": (2, 4, 2, 1, 8),
             f"{module}lora_b_v": (2, 4, 2, 1, 8)}
         assert {packed[f"{module}lora_a_{x}"] for x in "qkv"} == {(2, 32, 4)}
+
+
+@pytest.mark.parametrize("family", ["internlm2", "llama", "qwen2", "phi3"])
+def test_checkpoints_of_every_family_know_the_names(family):
+    """Where gate and up are one tensor of a checkpoint (Phi-3), they still have two adapters here."""
+    config = ModelConfig(vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
+                         projector=ProjectorConfig(kind="mlp1"),
+                         decoder=DecoderConfig(family=family, vocab_size=99, width=32, layers=2, heads=4, kv_heads=2,
+                                               head_dim=8, mlp_width=48),
+                         prompt=PromptConfig(tiles=TileConfig(tile_size=56)))
+    adapted = with_adapters(abstract_model(config, dtype="float32", attention="xla"), config, LORAS)
+    for lora in LORAS:
+        found = stored_adapters(config, lora.part, adapted.shapes)
+        assert len({adapter.base.target for adapter in found}) == {"vision": 4, "decoder": 5}[lora.part]
+        for adapter in found:
+            for pair in adapter.pairs:
+                a, b = (adapted.shapes[entry.target].shape for entry in pair)
+                assert a[-1] == b[1] == lora.rank
 
 
 def test_the_first_step_is_that_of_the_base(model, inputs):
