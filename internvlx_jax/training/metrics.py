@@ -171,11 +171,10 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
     def mean(name: str) -> float:
         return float(np.mean([getattr(metrics, name) for metrics in window]))
 
-    weights = [float(metrics.weight) for metrics in window]
     sums, parts = (np.sum([getattr(metrics, name) for metrics in window], axis=0, dtype=np.float64)
                    for name in ("loss_sums", "weight_sums"))
     return {
-        "loss": float(np.average([metrics.loss for metrics in window], weights=weights)),
+        "loss": float(sums.sum() / parts.sum()),
         **{f"loss_by_dataset/{name}": float(total / part) for name, total, part in zip(datasets, sums, parts) if part > 0},
         "grad_norm": mean("grad_norm"),
         **{f"grad_norm/{module}": float(np.mean([metrics.grad_norms[module] for metrics in window]))

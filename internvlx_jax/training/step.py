@@ -44,7 +44,7 @@ class Metrics(NamedTuple):
     """Of one step, float32; scalars where nothing else is said.
 
     Attributes:
-        loss: of all micro-batches and devices; weight: the sum of loss weights it was divided by.
+        loss: of all micro-batches and devices.
         loss_sums, weight_sums: [K], of each data set: weighted losses, and the weights to divide by.
         grad_norm: before clipping, of all and of each module.
         param_norm, update_norm: of the trained parameters before the update, and of what is added to them.
@@ -53,7 +53,6 @@ class Metrics(NamedTuple):
     """
 
     loss: jax.Array
-    weight: jax.Array
     loss_sums: jax.Array
     weight_sums: jax.Array
     grad_norm: jax.Array
@@ -124,15 +123,14 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, loss_sums), grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation,
                                                   datasets)
-        weights = shift_left(batch.loss_weight, 0.0)
-        weight, grad_norm = jnp.sum(weights), optax.tree.norm(grads)
-        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight > 0)
+        weight_sums = sums_by_dataset(shift_left(batch.loss_weight, 0.0), batch.dataset, datasets)
+        grad_norm = optax.tree.norm(grads)
+        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (jnp.sum(weight_sums) > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), (trainable, opt_state),
                                             (state.trainable, state.opt_state))
-        metrics = Metrics(loss, weight, loss_sums, sums_by_dataset(weights, batch.dataset, datasets), grad_norm,
-                          module_norms(grads), optax.tree.norm(state.trainable),
+        metrics = Metrics(loss, loss_sums, weight_sums, grad_norm, module_norms(grads), optax.tree.norm(state.trainable),
                           jnp.where(applied, optax.tree.norm(updates), 0.0),
                           jnp.float32(schedule(updates_done(state.opt_state))), applied)
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics

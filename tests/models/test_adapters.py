@@ -46,7 +46,7 @@ def fresh(adapted, seed=0):
     return init_adapters(adapted, seed, dict.fromkeys(adapted.shapes, here))
 
 
-@jax.jit(static_argnums=0)
+@jax.jit(static_argnums=0, compiler_options={"xla_backend_optimization_level": 3})  # as a run is: bits are compared
 def hidden(graphdef, params, inputs, key=None):
     model = nnx.merge(graphdef, unflatten(params))
     if key is not None:
@@ -98,10 +98,7 @@ def test_the_first_step_is_that_of_the_base(model, inputs):
     adapters = fresh(adapted)
     expected = hidden(base.graphdef, params, inputs)
     np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs), expected)
-    dropping = hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0))
-    nothing = hidden(adapted.graphdef, params | jax.tree.map(jnp.zeros_like, adapters), inputs, jax.random.key(0))
-    np.testing.assert_array_equal(dropping, nothing)
-    np.testing.assert_allclose(dropping, expected, atol=1e-5)  # compiled with other fusions, which round differently
+    np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0)), expected)
     for path, value in adapters.items():
         if ".lora_b" in path:
             assert not np.any(value), path

@@ -16,8 +16,8 @@ NAN, INF = float("nan"), float("inf")
 
 def step(loss, norm=1.0, weight=1.0):
     applied = np.isfinite(loss) and np.isfinite(norm) and weight > 0
-    of_the_data_sets = (np.float32([loss]), np.float32([weight]))
-    return Metrics(np.float32(loss), np.float32(weight), *of_the_data_sets, np.float32(norm), {"vision": np.float32(0.5), "decoder": np.float32(norm)}, *map(np.float32, (1, 1, 1)),
+    norms = {"vision": np.float32(0.5), "decoder": np.float32(norm)}
+    return Metrics(*map(np.float32, (loss, [loss * weight], [weight], norm)), norms, *map(np.float32, (1, 1, 1)),
                    np.bool_(applied))
 
 

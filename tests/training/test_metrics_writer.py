@@ -139,7 +139,7 @@ def test_step_times_are_those_of_the_devices(clock, monkeypatch):
 
 
 def step_metrics(loss, norm=1.0, weight=1.0, rate=1.0, applied=True):
-    return Metrics(*map(np.float32, (loss, weight, (loss * weight, 0), (weight, 0), norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
+    return Metrics(*map(np.float32, (loss, (loss * weight, 0), (weight, 0), norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
                    np.float32(rate), np.bool_(applied))
 
 

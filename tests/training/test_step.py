@@ -108,7 +108,7 @@ def test_update_and_frozen_parameters(tiny, model, batch):
     new, metrics = step(state, batch)
     assert int(new.step) == 1 and float(metrics.learning_rate) == pytest.approx(1e-2)
     assert float(metrics.grad_norm) > 0
-    np.testing.assert_allclose(sum(metrics.loss_sums), metrics.loss * metrics.weight, rtol=1e-6)
+    np.testing.assert_allclose(sum(metrics.loss_sums), metrics.loss * sum(metrics.weight_sums), rtol=1e-6)
     supervised = (batch.labels != -100).sum(axis=1)
     assert metrics.weight_sums.tolist() == [supervised[1], supervised[0] + supervised[2], 0, supervised[3]]
     for path, value in new.frozen.items():

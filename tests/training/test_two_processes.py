@@ -41,12 +41,12 @@ def test_the_first_process_speaks(straight):
 
 
 def test_kill_9_changes_no_bit(straight):
-    """Inside a save; benchmarks/kill.py kills ten times over 200 steps, also at its start and between saves."""
+    """At a step, and inside saves; benchmarks/kill.py does this ten times over 200 steps, and while it starts."""
     config, _ = straight
-    kills = [Kill("save", 8)]
+    kills = [Kill("save", 4), Kill("step", 7), Kill("save", 12)]
     killed = beside(config, "killed")
     result = run_and_kill(killed, Path(config.output_dir).parent, kills, random.Random(0), 4, Path(config.output_dir))
-    assert result["differences"] == [] and result["starts"] == 2
+    assert result["differences"] == [] and result["starts"] >= 3
     assert any(happened["inside_a_save"] for happened in result["kills"]), result
 
 
