@@ -133,7 +133,11 @@ def _ask_all(place: Place, timeout: float) -> Problem:
         server = open_sockets.enter_context(_listen(place.address[1]))
         here: dict[int, socket.socket] = {}
         answered: list[socket.socket] = []
-        while problem is None and len(here) < place.processes - 1 and (left := deadline - time.monotonic()) > 0:
+        while problem is None and (left := deadline - time.monotonic()) > 0:
+            if len(here) == place.processes - 1:
+                here = {process: peer for process, peer in here.items() if _is_open(peer)}  # others have died waiting
+                if len(here) == place.processes - 1:
+                    break
             server.settimeout(left)
             try:
                 peer = open_sockets.enter_context(server.accept()[0])
