@@ -20,8 +20,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from internvlx_jax.convert.safetensors_folder import CHECKSUMS, SafetensorsFolder
-from internvlx_jax.convert.safetensors_writer import SafetensorsWriter
+from internvlx_jax.checkpoints.safetensors_folder import CHECKSUMS, SafetensorsFolder
+from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,15 +50,25 @@ def digest(array: np.ndarray) -> str:
 def timed(*arguments: object) -> tuple[float, float]:
     """Run a command of the converter -> (seconds, peak resident GB of the largest of them so far)."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "internvlx_jax.convert", *map(str, arguments)], check=True, cwd=ROOT)
-    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    subprocess.run(
+        [sys.executable, "-m", "internvlx_jax.convert", *map(str, arguments)], check=True, cwd=ROOT
+    )
+    return time.perf_counter() - started, resource.getrusage(
+        resource.RUSAGE_CHILDREN
+    ).ru_maxrss * 1024 / 1e9
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=("2b", "8b"), default="8b")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the files; must not exist")
-    parser.add_argument("--verify", action="store_true", help="have both steps read back what they wrote")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the files; must not exist"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="have both steps read back what they wrote"
+    )
     args = parser.parse_args()
     work, verify = args.work.absolute(), ["--verify"] if args.verify else []
     if work.exists():
@@ -67,7 +77,10 @@ def main() -> int:
 
     def report(command: str, *arguments: object) -> None:
         seconds, peak = timed(command, *arguments)
-        print(f"{command}: {seconds:.0f} s, {nbytes / 1e9 / seconds:.2f} GB/s, peak resident {peak:.2f} GB", flush=True)
+        print(
+            f"{command}: {seconds:.0f} s, {nbytes / 1e9 / seconds:.2f} GB/s, peak resident {peak:.2f} GB",
+            flush=True,
+        )
 
     try:
         sums = make(source, args.size)
@@ -79,8 +92,11 @@ def main() -> int:
         written = SafetensorsFolder(back)
         same = [digest(written.read(name)) == expected for name, expected in sums.items()]
         equal = set(written.names()) == sums.keys() and (back / CHECKSUMS).read_text() == files
-        print(f"{sum(same)} of {len(same)} tensors and {files.count(chr(10)) if equal else 'not all'} files byte-equal to "
-              "what was made", flush=True)
+        print(
+            f"{sum(same)} of {len(same)} tensors and {files.count(chr(10)) if equal else 'not all'} files byte-equal to "
+            "what was made",
+            flush=True,
+        )
         report("verify", "--checkpoint", imported, "--against", back)  # JAX -> PyTorch -> JAX
         return 0 if all(same) and equal else 1
     finally:

@@ -19,12 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.generate import (Sampling, Vocabulary, advance, decode_step, for_decoding, prefill, row_keys,
-                                           start)
-from internvlx_jax.models.inputs import Inputs
+from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.presets import internvlx_2b
+from internvlx_jax.models.generation import (
+    Sampling,
+    Vocabulary,
+    advance,
+    decode_step,
+    for_decoding,
+    prefill,
+    row_keys,
+    start,
+)
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.presets import internvlx_2b
 
 DECODE_LIMIT, PREFILL_LIMIT = 1.5, 1.3
 
@@ -42,7 +50,11 @@ def main() -> int:
     inputs = prompt(args.prompt, model.config.decoder.vocab_size)
     weights = read_weights(model)
     options = dict(sampling=Sampling(), vocabulary=Vocabulary(stop_ids=(), pad_id=2, bos_id=1))
-    begin = jax.jit(lambda model, inputs: start(model, inputs, row_keys(0, [0]), 0, room=args.new_tokens, **options))
+    begin = jax.jit(
+        lambda model, inputs: start(
+            model, inputs, row_keys(0, [0]), 0, room=args.new_tokens, **options
+        )
+    )
     go = jax.jit(lambda model, state: advance(model, state, args.new_tokens, 0, **options))
     state = begin(model, inputs)
 
@@ -77,7 +89,12 @@ def main() -> int:
         "prefill_over_products": round(best["prefill"] / best["products"], 2), "prefill_limit": PREFILL_LIMIT,
     }  # fmt: skip
     print(json.dumps(result, indent=2))
-    return 0 if result["decode_over_pass"] <= DECODE_LIMIT and result["prefill_over_products"] <= PREFILL_LIMIT else 1
+    return (
+        0
+        if result["decode_over_pass"] <= DECODE_LIMIT
+        and result["prefill_over_products"] <= PREFILL_LIMIT
+        else 1
+    )
 
 
 def random_model(layers: int) -> InternVLX:
@@ -92,23 +109,37 @@ def random_model(layers: int) -> InternVLX:
 def prompt(length: int, words: int) -> Inputs:
     tokens = np.random.default_rng(0).integers(3, words, (1, length)).astype(np.int32)
     positions = np.arange(length, dtype=np.int32)[None]
-    return Inputs(tokens, positions, np.ones_like(tokens), np.zeros((1, 0, 448, 448, 3), np.uint8),
-                  np.zeros_like(tokens))
+    return Inputs(
+        tokens,
+        positions,
+        np.ones_like(tokens),
+        np.zeros((1, 0, 448, 448, 3), np.uint8),
+        np.zeros_like(tokens),
+    )
 
 
 def read_weights(model: InternVLX) -> list[jax.Array]:
     """What one decoded token needs: all layers, the norm and the head, but one row of the embedding."""
-    return jax.tree.leaves([nnx.state(model.decoder.layers), nnx.state(model.decoder.norm), model.decoder.head[...]])
+    return jax.tree.leaves(
+        [nnx.state(model.decoder.layers), nnx.state(model.decoder.norm), model.decoder.head[...]]
+    )
 
 
 def matrix_products(model: InternVLX, length: int):
     """(function, arguments): the products of all layers with nothing between them."""
-    kernels = [leaf.reshape(leaf.shape[0], -1) if leaf.shape[0] in (model.config.decoder.width,
-                                                                   model.config.decoder.mlp_width)
-               else leaf.reshape(-1, leaf.shape[-1])
-               for leaf in jax.tree.leaves(nnx.state(model.decoder.layers)) if leaf.ndim > 1]
+    kernels = [
+        leaf.reshape(leaf.shape[0], -1)
+        if leaf.shape[0] in (model.config.decoder.width, model.config.decoder.mlp_width)
+        else leaf.reshape(-1, leaf.shape[-1])
+        for leaf in jax.tree.leaves(nnx.state(model.decoder.layers))
+        if leaf.ndim > 1
+    ]
     inputs = {rows: jnp.ones((length, rows)) for rows in {kernel.shape[0] for kernel in kernels}}
-    return jax.jit(lambda inputs, kernels: [inputs[kernel.shape[0]] @ kernel for kernel in kernels]), inputs, kernels
+    return (
+        jax.jit(lambda inputs, kernels: [inputs[kernel.shape[0]] @ kernel for kernel in kernels]),
+        inputs,
+        kernels,
+    )
 
 
 def seconds(function, *args) -> float:

@@ -27,14 +27,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
-CONFIG = '''import json
+CONFIG = """import json
 from pathlib import Path
 from internvlx_jax.config import from_dict
 from internvlx_jax.training.config import TrainConfig
 
 def get_config():
     return from_dict(TrainConfig, json.loads(Path(__file__).with_suffix(".json").read_text()))
-'''
+"""
 PATIENCE = 600  # seconds until something that has to happen must have happened
 UNFINISHED = "*orbax-checkpoint-tmp*"
 SAME = ("step", "loss", "grad_norm", "param_norm", "learning_rate")
@@ -67,18 +67,41 @@ def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[s
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "NPROC": "16",
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "16",
         # Of several flags of a name the last one counts.
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"}
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+        + f" --xla_force_host_platform_device_count={devices}",
+    }
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.parent / "cache"))
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    return [subprocess.Popen([sys.executable, ROOT / "train.py", "--config", config, "--coordinator", f"localhost:{port}",
-                              "--num_processes", str(processes), "--process_id", str(process), *flags],
-                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for process in range(processes)]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "train.py",
+                "--config",
+                config,
+                "--coordinator",
+                f"localhost:{port}",
+                "--num_processes",
+                str(processes),
+                "--process_id",
+                str(process),
+                *flags,
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(processes)
+    ]
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = PATIENCE) -> tuple[list[int], list[str]]:
+def finish(
+    processes: Sequence[subprocess.Popen], timeout: float = PATIENCE
+) -> tuple[list[int], list[str]]:
     """Exit statuses and outputs; those that hang are killed."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -90,7 +113,7 @@ def finish(processes: Sequence[subprocess.Popen], timeout: float = PATIENCE) -> 
 
 def write_config(config, folder: Path) -> Path:
     """A file for `train.py --config`."""
-    from internvlx_jax.config import to_dict
+    from internvlx_jax.core.overrides import to_dict
 
     file = folder / f"{Path(config.output_dir).name}.py"
     file.write_text(CONFIG)
@@ -111,7 +134,9 @@ def starts(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def kill_at(run: Path, kill: Kill, processes: Sequence[subprocess.Popen], generator: random.Random) -> dict:
+def kill_at(
+    run: Path, kill: Kill, processes: Sequence[subprocess.Popen], generator: random.Random
+) -> dict:
     """Wait for the moment, kill all processes -> what was there then."""
     end = time.monotonic() + PATIENCE
     starts_before = starts(run)
@@ -119,16 +144,24 @@ def kill_at(run: Path, kill: Kill, processes: Sequence[subprocess.Popen], genera
     def reached() -> bool:
         if kill.kind == "save":
             names = [path.name for path in (run / "checkpoints").glob(f"{kill.step}*")]
-            return str(kill.step) in names or any(name.startswith(f"{kill.step}.") for name in names)
+            return str(kill.step) in names or any(
+                name.startswith(f"{kill.step}.") for name in names
+            )
         # A start drops the metrics of the steps that it runs again, and then counts itself.
-        return starts(run) > starts_before and (rows := logged(run)) != [] and rows[-1]["step"] >= kill.step
+        return (
+            starts(run) > starts_before
+            and (rows := logged(run)) != []
+            and rows[-1]["step"] >= kill.step
+        )
 
     if kill.kind == "start":
         time.sleep(generator.uniform(1, 12))
     else:
         while not reached():
             if time.monotonic() > end or any(process.poll() is not None for process in processes):
-                raise RuntimeError(f"{kill} did not come:\n" + "\n".join(finish(processes, timeout=1)[1]))
+                raise RuntimeError(
+                    f"{kill} did not come:\n" + "\n".join(finish(processes, timeout=1)[1])
+                )
             time.sleep(0.0005 if kill.kind == "save" else 0.01)
         time.sleep(generator.uniform(0, 0.005 if kill.kind == "save" else 0.2))
     for process in processes:
@@ -136,10 +169,20 @@ def kill_at(run: Path, kill: Kill, processes: Sequence[subprocess.Popen], genera
     for process in processes:
         process.communicate()
     rows = logged(run)
-    return {"kind": kill.kind, "wanted": kill.step, "logged": rows[-1]["step"] if rows else 0,
-            "inside_a_save": any((run / "checkpoints").glob(UNFINISHED)),
-            "saved": max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()),
-                         default=0)}
+    return {
+        "kind": kill.kind,
+        "wanted": kill.step,
+        "logged": rows[-1]["step"] if rows else 0,
+        "inside_a_save": any((run / "checkpoints").glob(UNFINISHED)),
+        "saved": max(
+            (
+                int(path.name)
+                for path in (run / "checkpoints").glob("[0-9]*")
+                if path.name.isdigit()
+            ),
+            default=0,
+        ),
+    }
 
 
 def content(run: Path, step: int) -> dict[str, dict]:
@@ -150,9 +193,13 @@ def content(run: Path, step: int) -> dict[str, dict]:
     path = run / "checkpoints" / str(step)
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     shapes = ocp.checkpointables_metadata(path).metadata
-    wanted = {item: {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-                     for name, leaf in shapes[item].items()}
-              for item in ("params", "opt_state")}
+    wanted = {
+        item: {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for name, leaf in shapes[item].items()
+        }
+        for item in ("params", "opt_state")
+    }
     return ocp.load_checkpointables(path, wanted)
 
 
@@ -161,15 +208,25 @@ def differences(one: Path, other: Path, step: int) -> list[str]:
     import numpy as np
 
     first, second = content(one, step), content(other, step)
-    found = [f"{item} {path}" for item in first for path in first[item]
-             if np.asarray(first[item][path]).tobytes() != np.asarray(second[item][path]).tobytes()]
+    found = [
+        f"{item} {path}"
+        for item in first
+        for path in first[item]
+        if np.asarray(first[item][path]).tobytes() != np.asarray(second[item][path]).tobytes()
+    ]
     rows = [[tuple(row.get(name) for name in SAME) for row in logged(run)] for run in (one, other)]
     found += [f"metrics of step {a[0]}" for a, b in zip(*rows) if a != b]
     return found + (["number of metrics"] if len(rows[0]) != len(rows[1]) else [])
 
 
-def run_and_kill(config, folder: Path, kills: Sequence[Kill], generator: random.Random, devices: int,
-                 undisturbed: Path) -> dict:
+def run_and_kill(
+    config,
+    folder: Path,
+    kills: Sequence[Kill],
+    generator: random.Random,
+    devices: int,
+    undisturbed: Path,
+) -> dict:
     """Run `config` through all kills to its end; `undisturbed`: the folder of the same run without any."""
     run, file = Path(config.output_dir), write_config(config, folder)
     happened = []
@@ -179,13 +236,21 @@ def run_and_kill(config, folder: Path, kills: Sequence[Kill], generator: random.
     codes, outputs = finish(start(file, devices))
     if any(codes):
         raise RuntimeError("\n".join(outputs))
-    return {"kills": happened, "inside_a_save": sum(kill["inside_a_save"] for kill in happened), "starts": starts(run),
-            "differences": differences(undisturbed, run, config.steps)}
+    return {
+        "kills": happened,
+        "inside_a_save": sum(kill["inside_a_save"] for kill in happened),
+        "starts": starts(run),
+        "differences": differences(undisturbed, run, config.steps),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/kill"), help="is emptied before (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/kill"), help="is emptied before (%(default)s)"
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save_every", type=int, default=10)
@@ -211,28 +276,58 @@ def main() -> int:
 
 def tiny_config(folder: Path, steps: int, save_every: int):
     """A decoder of two layers that learns to copy and count, from texts alone: it compiles in seconds."""
-    from internvlx_jax.data.config import DataConfig
+    from internvlx_jax.core.data_config import DataConfig
+    from internvlx_jax.core.model_config import (
+        DecoderConfig,
+        ModelConfig,
+        PromptConfig,
+        VisionConfig,
+    )
+    from internvlx_jax.core.run_config import (
+        ComputeConfig,
+        FreezeConfig,
+        MeshConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+    from internvlx_jax.core.tile_config import TileConfig
     from internvlx_jax.data.synthetic import TOKENIZER_FOLDER, text_samples
-    from internvlx_jax.data.tiles import TileConfig
-    from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, VisionConfig
-    from internvlx_jax.training.config import ComputeConfig, FreezeConfig, OptimizerConfig, TrainConfig
-    from internvlx_jax.training.sharding import MeshConfig
 
-    lines = [{"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-             for question, answer in text_samples()]
+    lines = [
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        for question, answer in text_samples()
+    ]
     (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     meta = folder / "meta.json"
-    meta.write_text(json.dumps({"texts": {"root": str(folder), "annotation": str(folder / "texts.jsonl")}}))
+    meta.write_text(
+        json.dumps({"texts": {"root": str(folder), "annotation": str(folder / "texts.jsonl")}})
+    )
     model = ModelConfig(
         vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32, image_size=56),
-        decoder=DecoderConfig(vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48),
-        prompt=PromptConfig(tiles=TileConfig(tile_size=56)))
+        decoder=DecoderConfig(
+            vocab_size=656, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48
+        ),
+        prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
+    )
     return TrainConfig(
-        output_dir=str(folder / "straight"), model=model, freeze=FreezeConfig(vit=True, projector=True),
-        data=DataConfig(meta=str(meta), tokenizer=str(TOKENIZER_FOLDER), max_length=128, tokens_per_step=1024,
-                        max_executables=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3), compute=ComputeConfig(dtype="float32", remat="none"),
-        mesh=MeshConfig(data=4, fsdp=2), steps=steps, log_every=1, eval_every=10**6, save_every=save_every)
+        output_dir=str(folder / "straight"),
+        model=model,
+        freeze=FreezeConfig(vit=True, projector=True),
+        data=DataConfig(
+            meta=str(meta),
+            tokenizer=str(TOKENIZER_FOLDER),
+            max_length=128,
+            tokens_per_step=1024,
+            max_executables=1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        compute=ComputeConfig(dtype="float32", remat="none"),
+        mesh=MeshConfig(data=4, fsdp=2),
+        steps=steps,
+        log_every=1,
+        eval_every=10**6,
+        save_every=save_every,
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ STOP_AFTER = 30
 
 def main() -> int:
     if not QUESTIONS.is_file():
-        print(f"error: {QUESTIONS} not found; this benchmark needs the sample data beside the checkout", file=sys.stderr)
+        print(
+            f"error: {QUESTIONS} not found; this benchmark needs the sample data beside the checkout",
+            file=sys.stderr,
+        )
         return 1
     shutil.rmtree(RUN, ignore_errors=True)
     started = time.perf_counter()
@@ -31,11 +34,30 @@ def main() -> int:
     python(*train, "--stop_after", str(STOP_AFTER))
     python(*train)
     trained = time.perf_counter()
-    python("eval.py", "--checkpoint", str(RUN), "--data", str(QUESTIONS), "--metric", "anls", "--prompt", PROMPT,
-           "--out_dir", str(RUN / "eval"), "--dtype", "float32", "--batch_size", "8", "--max_new_tokens", "24")
+    python(
+        "eval.py",
+        "--checkpoint",
+        str(RUN),
+        "--data",
+        str(QUESTIONS),
+        "--metric",
+        "anls",
+        "--prompt",
+        PROMPT,
+        "--out_dir",
+        str(RUN / "eval"),
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "8",
+        "--max_new_tokens",
+        "24",
+    )
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
-    summary, how = (json.loads((RUN / "eval" / name).read_text()) for name in ("summary.json", "run.json"))
+    summary, how = (
+        json.loads((RUN / "eval" / name).read_text()) for name in ("summary.json", "run.json")
+    )
     result = {
         "steps": rows[-1]["step"],
         "stopped_and_resumed_at": STOP_AFTER,

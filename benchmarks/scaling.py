@@ -20,9 +20,9 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.training.compile import check_fits, report_config
-from internvlx_jax.training.topologies import GIB
+from internvlx_jax.aot.compile_report import check_fits, report_config
+from internvlx_jax.core.chips import GIB
+from internvlx_jax.core.errors import ConfigError
 
 MODELS = ("2b", "8b")
 PRESETS = ("off", "paper", "fast")
@@ -30,8 +30,10 @@ TOPOLOGIES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16")
 TILES = 7
 CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
-HEAD = ("| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | collectives GB | "
-        "compute ms | memory ms | network ms | roofline MFU | compile s |\n" + "|" + "---|" * 14)
+HEAD = (
+    "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | collectives GB | "
+    "compute ms | memory ms | network ms | roofline MFU | compile s |\n" + "|" + "---|" * 14
+)
 
 
 def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[str, dict]:
@@ -40,17 +42,36 @@ def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[st
     check_fits([report], where)
     received = sum(each["bytes"] for each in report.collectives.values())
     slots = f"{report.length}" + (f" ({report.short_length})" if report.short_length else "")
-    cells = [model.upper(), preset, topology, " x ".join(map(str, mesh.shape.values())), report.batch, slots,
-             f"{report.peak_hbm_bytes / GIB:.2f} of {where.memory / GIB:.2f}", f"{report.flops['total'] / 1e12:.1f}",
-             f"{received / 1e9:.1f}", *(f"{ms:.0f}" for ms in (report.compute_ms, report.memory_ms, report.network_ms)),
-             f"{report.roofline_mfu:.0%}", f"{report.compile_s:.0f}"]
-    return ("| " + " | ".join(map(str, cells)) + " |",
-            {"config": name, "topology": topology, "mesh": dict(mesh.shape), "hbm_limit_bytes": where.memory,
-             **dataclasses.asdict(report)})
+    cells = [
+        model.upper(),
+        preset,
+        topology,
+        " x ".join(map(str, mesh.shape.values())),
+        report.batch,
+        slots,
+        f"{report.peak_hbm_bytes / GIB:.2f} of {where.memory / GIB:.2f}",
+        f"{report.flops['total'] / 1e12:.1f}",
+        f"{received / 1e9:.1f}",
+        *(f"{ms:.0f}" for ms in (report.compute_ms, report.memory_ms, report.network_ms)),
+        f"{report.roofline_mfu:.0%}",
+        f"{report.compile_s:.0f}",
+    ]
+    return (
+        "| " + " | ".join(map(str, cells)) + " |",
+        {
+            "config": name,
+            "topology": topology,
+            "mesh": dict(mesh.shape),
+            "hbm_limit_bytes": where.memory,
+            **dataclasses.asdict(report),
+        },
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--presets", nargs="*", default=PRESETS)
     parser.add_argument("--topologies", nargs="*", default=TOPOLOGIES)

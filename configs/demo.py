@@ -4,29 +4,54 @@ Patches of 28 px make a PVTC region (2 x 2 patches) as large as a field of the p
 are enough. Fresh weights are wider than a large model's, for a width of 96.
 """
 
-from internvlx_jax.data.config import DataConfig
-from internvlx_jax.data.tiles import TileConfig
-from internvlx_jax.models.config import (DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, RopeConfig,
-                                         VisionConfig)
-from internvlx_jax.training.config import ComputeConfig, OptimizerConfig, TrainConfig
+from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    RopeConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.run_config import ComputeConfig, OptimizerConfig, TrainConfig
+from internvlx_jax.core.tile_config import TileConfig
 
 TILE = 112
 
 
 def get_config() -> TrainConfig:
     model = ModelConfig(
-        vision=VisionConfig(width=128, layers=2, heads=4, mlp_width=256, image_size=TILE, patch_size=28),
+        vision=VisionConfig(
+            width=128, layers=2, heads=4, mlp_width=256, image_size=TILE, patch_size=28
+        ),
         projector=ProjectorConfig(kind="pvtc", drop_path=0.0),
-        decoder=DecoderConfig(vocab_size=656, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, mlp_width=256,
-                              initializer_range=0.1, rope=RopeConfig(theta=1e4, max_positions=2048)),
-        prompt=PromptConfig(template="internlm2-chat", tiles=TileConfig(tile_size=TILE, rule="edge", max_num=6)),
+        decoder=DecoderConfig(
+            vocab_size=656,
+            width=96,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=24,
+            mlp_width=256,
+            initializer_range=0.1,
+            rope=RopeConfig(theta=1e4, max_positions=2048),
+        ),
+        prompt=PromptConfig(
+            template="internlm2-chat", tiles=TileConfig(tile_size=TILE, rule="edge", max_num=6)
+        ),
     )
     return TrainConfig(
         output_dir="runs/demo/train",
         model=model,
-        data=DataConfig(meta="runs/demo/data/meta_train.json", val_meta="runs/demo/data/meta_val.json",
-                        tokenizer="internvlx_jax/data/assets/synthetic_tokenizer", max_length=288, length_step=96,
-                        tokens_per_step=960, max_executables=2),
+        data=DataConfig(
+            meta="runs/demo/data/meta_train.json",
+            val_meta="runs/demo/data/meta_val.json",
+            tokenizer="internvlx_jax/data/assets/synthetic_tokenizer",
+            max_length=288,
+            length_step=96,
+            tokens_per_step=960,
+            max_executables=2,
+        ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, b2=0.95, weight_decay=0.05),
         compute=ComputeConfig(dtype="float32", remat="none"),
         steps=1000,

@@ -6,9 +6,9 @@ The pages are those of `make demo`.
 import dataclasses
 from pathlib import Path
 
-from internvlx_jax.config import load_config_file
-from internvlx_jax.models.presets import lvtc_preset
-from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.core.overrides import load_config_file
+from internvlx_jax.core.presets import lvtc_preset
+from internvlx_jax.core.run_config import TrainConfig
 
 
 def get_config() -> TrainConfig:

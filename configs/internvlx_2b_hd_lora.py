@@ -1,10 +1,11 @@
 """InternVL-X 2B with RVTC, adapters of rank 16 on the decoder, second fine-tune on own data."""
 
-from internvlx_jax.models.presets import internvlx_2b
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import x_hd_2nd_lora
+from internvlx_jax.core.presets import internvlx_2b
+from internvlx_jax.core.recipes import x_hd_2nd_lora
+from internvlx_jax.core.run_config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return x_hd_2nd_lora(internvlx_2b(), name="internvlx_2b_hd_lora",
-                         init_from="checkpoints/InternVL-X-2B-HD")
+    return x_hd_2nd_lora(
+        internvlx_2b(), name="internvlx_2b_hd_lora", init_from="checkpoints/InternVL-X-2B-HD"
+    )

@@ -1,10 +1,11 @@
 """InternVL-X 8B, one tile an image, second fine-tune on own data: the release's settings."""
 
-from internvlx_jax.models.presets import internvlx_8b
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import x_2nd_finetune
+from internvlx_jax.core.presets import internvlx_8b
+from internvlx_jax.core.recipes import x_2nd_finetune
+from internvlx_jax.core.run_config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return x_2nd_finetune(internvlx_8b(), name="internvlx_8b",
-                          init_from="checkpoints/InternVL-X-8B")
+    return x_2nd_finetune(
+        internvlx_8b(), name="internvlx_8b", init_from="checkpoints/InternVL-X-8B"
+    )

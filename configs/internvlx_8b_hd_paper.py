@@ -1,13 +1,17 @@
 """InternVL-X 8B HD with LVTC `paper`: 256 tokens a tile in the shallow layers, 1,024 in the deep ones.
 
-Slots of the long frame count: seven tiles fill 7,168.
+Slots of the long layout count: seven tiles fill 7,168.
 """
 
-from internvlx_jax.models.presets import internvlx_8b
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import x_hd_2nd_finetune
+from internvlx_jax.core.presets import internvlx_8b
+from internvlx_jax.core.recipes import x_hd_2nd_finetune
+from internvlx_jax.core.run_config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return x_hd_2nd_finetune(internvlx_8b("paper"), name="internvlx_8b_hd_paper",
-                              init_from="checkpoints/InternVL-X-8B-HD", max_length=8192)
+    return x_hd_2nd_finetune(
+        internvlx_8b("paper"),
+        name="internvlx_8b_hd_paper",
+        init_from="checkpoints/InternVL-X-8B-HD",
+        max_length=8192,
+    )

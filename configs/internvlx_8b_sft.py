@@ -1,10 +1,11 @@
 """InternVL-X 8B, stage 3: everything, one tile an image. Not the paper's recipe, which is not public."""
 
-from internvlx_jax.models.presets import internvlx_8b
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.recipes import x_sft
+from internvlx_jax.core.presets import internvlx_8b
+from internvlx_jax.core.recipes import x_sft
+from internvlx_jax.core.run_config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return x_sft(internvlx_8b(), name="internvlx_8b_sft",
-                 init_from="runs/internvlx_8b_vit_projector")
+    return x_sft(
+        internvlx_8b(), name="internvlx_8b_sft", init_from="runs/internvlx_8b_vit_projector"
+    )

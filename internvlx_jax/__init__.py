@@ -7,7 +7,7 @@ __all__ = ["load_pretrained"]
 def __getattr__(name):
     # Lazy, so that data workers import this package without importing jax.
     if name == "load_pretrained":
-        from internvlx_jax.convert.load import load_pretrained
+        from internvlx_jax.inference.loading import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

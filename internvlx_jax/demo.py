@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.gallery import write_gallery
 from internvlx_jax.training.report import draw_curves, figure_class
 
@@ -78,8 +78,23 @@ def run_demo() -> None:
 
 def evaluate(questions: Path, out: Path) -> float:
     """Exact match of the trained model, as eval.py writes it."""
-    python("eval.py", "--checkpoint", str(TRAIN), "--data", str(questions), "--metric", "exact",
-           "--out_dir", str(out), "--dtype", "float32", "--max_new_tokens", "8", "--batch_size", "32")
+    python(
+        "eval.py",
+        "--checkpoint",
+        str(TRAIN),
+        "--data",
+        str(questions),
+        "--metric",
+        "exact",
+        "--out_dir",
+        str(out),
+        "--dtype",
+        "float32",
+        "--max_new_tokens",
+        "8",
+        "--batch_size",
+        "32",
+    )
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))["score"]
 
 

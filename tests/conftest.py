@@ -4,7 +4,9 @@ import os
 import tempfile
 from importlib.metadata import version
 
-os.environ.setdefault("NPROC", "16")  # a bigger XLA thread pool: 8 devices on 2 cores deadlock otherwise
+os.environ.setdefault(
+    "NPROC", "16"
+)  # a bigger XLA thread pool: 8 devices on 2 cores deadlock otherwise
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation: compile cheaply, and each program once a session, subprocesses included.
 os.environ["JAX_OPTIMIZATION_LEVEL"] = "O0"
@@ -12,8 +14,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process 
     CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                           " --xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+)
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 

@@ -10,15 +10,21 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from internvlx_jax import chat as chat_module
-from internvlx_jax.chat import Chat
-from internvlx_jax.convert.load import Pretrained
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    ModelConfig,
+    PromptConfig,
+    RopeConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.encode import encode_prompt
-from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, RopeConfig, VisionConfig
+from internvlx_jax.inference import chat as chat_module
+from internvlx_jax.inference.chat import Chat
+from internvlx_jax.inference.loading import Pretrained
 from internvlx_jax.models.params import abstract_model, unflatten
 
 NEW_TOKENS = 12
@@ -29,11 +35,22 @@ def pretrained() -> Pretrained:
     """A random model whose every token counts."""
     config = ModelConfig(
         vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
-        decoder=DecoderConfig(vocab_size=655, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32,
-                              rope=RopeConfig(max_positions=512)),
-        prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, dynamic=False)))
+        decoder=DecoderConfig(
+            vocab_size=655,
+            width=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            mlp_width=32,
+            rope=RopeConfig(max_positions=512),
+        ),
+        prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, dynamic=False)),
+    )
     abstract, rng = abstract_model(config, dtype="float32"), np.random.default_rng(3)
-    params = {path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in abstract.shapes.items()}
+    params = {
+        path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in abstract.shapes.items()
+    }
     model = nnx.merge(abstract.graphdef, unflatten(jax.tree.map(jax.numpy.asarray, params)))
     return Pretrained(model, config, Tokenizer.load(TOKENIZER_FOLDER))
 
@@ -62,7 +79,10 @@ def test_pieces_add_up_and_turns_are_remembered(fresh, image):
     first = "".join(pieces)
     assert fresh.history == [("<image>\nWhat is it?", first)] and len(fresh.tiles) == 1
     second = "".join(fresh.ask("And now?", [image]))
-    assert [question for question, _ in fresh.history] == ["<image>\nWhat is it?", "<image>\nAnd now?"]
+    assert [question for question, _ in fresh.history] == [
+        "<image>\nWhat is it?",
+        "<image>\nAnd now?",
+    ]
     fresh.reset()
     alone = "".join(fresh.ask("And now?", [image]))
     assert second != alone, "the second answer knows the first turn"
@@ -73,8 +93,11 @@ def test_a_bad_turn_changes_nothing(fresh, image, tmp_path):
     list(fresh.ask("Hello"))
     before = (list(fresh.history), list(fresh.tiles))
     gone = str(tmp_path / "gone.png")
-    for question, images, problem in (("<image> and <image>?", [image], '1 image but 2 "<image>"'),
-                                      ("What?", [gone], "gone.png"), ("a" * 999, [], "512 positions")):
+    for question, images, problem in (
+        ("<image> and <image>?", [image], '1 image but 2 "<image>"'),
+        ("What?", [gone], "gone.png"),
+        ("a" * 999, [], "512 positions"),
+    ):
         with pytest.raises(SampleError, match=problem):
             list(fresh.ask(question, images))
     assert (fresh.history, fresh.tiles) == before
@@ -102,8 +125,15 @@ def test_the_prompt_is_that_of_the_template_with_history(fresh, image):
     list(fresh.ask("One", [image]))
     tokens = fresh._inputs("Two", fresh.tiles).tokens[0]
     processor = fresh.processor
-    expected = encode_prompt("Two", history=fresh.history, system="", template=processor.template,
-                             tokenizer=processor.tokenizer, tiles_per_image=[1], tokens_per_tile=4).tokens
+    expected = encode_prompt(
+        "Two",
+        history=fresh.history,
+        system="",
+        template=processor.template,
+        tokenizer=processor.tokenizer,
+        tiles_per_image=[1],
+        tokens_per_tile=4,
+    ).tokens
     assert tokens[: len(expected)].tolist() == expected.tolist()
 
 
@@ -111,13 +141,20 @@ def test_the_terminal(pretrained, image, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(chat_module, "load_pretrained", lambda path, dtype: pretrained)
     lines = f"What?\n/image {tmp_path / 'gone.png'}\nWhat?\n/reset\nWhat?\n\nnot read"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert chat_module.main(["--checkpoint", "x", "--image", image, "--max_new_tokens", str(NEW_TOKENS)]) == 0
+    assert (
+        chat_module.main(
+            ["--checkpoint", "x", "--image", image, "--max_new_tokens", str(NEW_TOKENS)]
+        )
+        == 0
+    )
     out, error = capsys.readouterr()
     chat = Chat(pretrained, max_new_tokens=NEW_TOKENS)
     first = "".join(chat.ask("What?", [image]))
     chat.reset()
     alone = "".join(chat.ask("What?"))
-    assert out == f"> {first}\n> > > > {alone}\n> ", "the second question has no answer, the third stands alone"
+    assert out == f"> {first}\n> > > > {alone}\n> ", (
+        "the second question has no answer, the third stands alone"
+    )
     assert first and alone and first != alone
     assert "gone.png" in error
     assert chat_module.main(["--checkpoint", "x", "--top_p", "2"]) == 1

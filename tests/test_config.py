@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from internvlx_jax.config import from_dict, load_config_file, override, to_dict
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.overrides import from_dict, load_config_file, override, to_dict
+from internvlx_jax.core.run_config import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -89,7 +89,9 @@ def test_override_sets_a_field_of_every_kind(setting, expected):
 
 
 def test_later_settings_win_and_the_config_itself_stays():
-    assert override(OUTER, ["steps=1", "inner.width=4", "steps=2"]) == changed(steps=2, inner=Inner(width=4))
+    assert override(OUTER, ["steps=1", "inner.width=4", "steps=2"]) == changed(
+        steps=2, inner=Inner(width=4)
+    )
     assert OUTER == Outer(name="x")
 
 
@@ -130,8 +132,11 @@ def test_a_wrong_setting_is_an_error_that_names_it(setting, message):
 
 
 def test_unknown_fields_of_a_real_config_are_named_at_any_depth(demo):
-    for setting, hint in [("optimiser.b1=0.8", "did you mean optimizer?"), ("model.vision.widht=3", "mean width?"),
-                          ("model.decoder.rope.thta=1e6", "mean theta?")]:
+    for setting, hint in [
+        ("optimiser.b1=0.8", "did you mean optimizer?"),
+        ("model.vision.widht=3", "mean width?"),
+        ("model.decoder.rope.thta=1e6", "mean theta?"),
+    ]:
         with pytest.raises(ConfigError, match=hint):
             override(demo, [setting])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from internvlx_jax import demo
-from internvlx_jax.config import load_config_file
+from internvlx_jax.core.overrides import load_config_file
 from internvlx_jax.data.synthetic import FILES, SyntheticConfig
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from internvlx_jax import distributed
-from internvlx_jax.distributed import Place, call_roll, find_place
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.training import distributed
+from internvlx_jax.training.distributed import Place, find_place, wait_for_peers
 
 
 @pytest.fixture
@@ -27,7 +27,10 @@ def roll(port, *process_ids, processes=3, timeout=1.0):
 
     def one(process):
         try:
-            call_roll(Place(coordinator=f"localhost:{port}", processes=processes, process=process), timeout)
+            wait_for_peers(
+                Place(coordinator=f"localhost:{port}", processes=processes, process=process),
+                timeout,
+            )
         except (ConfigError, OSError) as error:
             return error
 
@@ -50,7 +53,9 @@ def test_missing_processes_are_named_by_those_who_are_there(port):
 
 def test_a_missing_first_process_is_named(port):
     (error,) = roll(port, 1)
-    assert isinstance(error, TimeoutError) and f"process 0 does not answer at localhost:{port}" in str(error)
+    assert isinstance(
+        error, TimeoutError
+    ) and f"process 0 does not answer at localhost:{port}" in str(error)
 
 
 def test_contradictions_are_told_to_all(port):
@@ -58,8 +63,10 @@ def test_contradictions_are_told_to_all(port):
     assert all("two processes were started as process 1" in str(error) for error in errors)
 
     def other():
-        with pytest.raises(ConfigError, match="process 1 was started with 4 processes, process 0 with 3"):
-            call_roll(Place(coordinator=f"localhost:{port}", processes=4, process=1), 20)
+        with pytest.raises(
+            ConfigError, match="process 1 was started with 4 processes, process 0 with 3"
+        ):
+            wait_for_peers(Place(coordinator=f"localhost:{port}", processes=4, process=1), 20)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -72,7 +79,10 @@ def test_strangers_and_restarted_processes_do_not_disturb(port):
     """A connection that says nothing sensible, and a process that was killed while it waited and comes again."""
     with ThreadPoolExecutor() as pool:
         all_three = pool.submit(roll, port, 0, processes=3, timeout=20)
-        for words in (b"PRI * HTTP/2.0\r\n", json.dumps({"process": 1, "processes": 3}).encode() + b"\n"):
+        for words in (
+            b"PRI * HTTP/2.0\r\n",
+            json.dumps({"process": 1, "processes": 3}).encode() + b"\n",
+        ):
             while True:
                 try:
                     stranger = socket.create_connection(("localhost", port))
@@ -96,25 +106,49 @@ def place(*flags):
     parser = argparse.ArgumentParser()
     distributed.add_flags(parser)
     args = parser.parse_args(flags)
-    return find_place(args.coordinator, args.port, args.num_processes, args.process_id, args.timeout)
+    return find_place(
+        args.coordinator, args.port, args.num_processes, args.process_id, args.timeout
+    )
 
 
 def test_explicit_flags():
     expected = Place(coordinator="host:1234", processes=4, process=3)
-    assert place("--coordinator", "host:1234", "--num_processes", "4", "--process_id", "3") == expected
-    assert place("--coordinator", "host", "--port", "1234", "--num_processes", "4", "--process_id", "3") == expected
+    assert (
+        place("--coordinator", "host:1234", "--num_processes", "4", "--process_id", "3") == expected
+    )
+    assert (
+        place(
+            "--coordinator", "host", "--port", "1234", "--num_processes", "4", "--process_id", "3"
+        )
+        == expected
+    )
     assert Place(coordinator="[::1]:80", processes=1, process=0).address == ("::1", 80)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--num_processes", "2"], "need --coordinator HOST:PORT"),
-    (["--process_id", "1"], "need --coordinator HOST:PORT"),
-    (["--coordinator", "host:1"], "needs --num_processes and --process_id"),
-    (["--coordinator", "host", "--num_processes", "2", "--process_id", "0"], "has no port"),
-    (["--coordinator", "host:1", "--port", "2", "--num_processes", "2", "--process_id", "0"], "different ports"),
-    (["--coordinator", "host:1", "--num_processes", "2", "--process_id", "2"], "not in 0 to 1"),
-    (["--coordinator", "auto"], "neither SLURM .* nor Cloud TPU"),
-], ids=["count alone", "number alone", "incomplete", "no port", "two ports", "number too large", "no cluster"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_processes", "2"], "need --coordinator HOST:PORT"),
+        (["--process_id", "1"], "need --coordinator HOST:PORT"),
+        (["--coordinator", "host:1"], "needs --num_processes and --process_id"),
+        (["--coordinator", "host", "--num_processes", "2", "--process_id", "0"], "has no port"),
+        (
+            ["--coordinator", "host:1", "--port", "2", "--num_processes", "2", "--process_id", "0"],
+            "different ports",
+        ),
+        (["--coordinator", "host:1", "--num_processes", "2", "--process_id", "2"], "not in 0 to 1"),
+        (["--coordinator", "auto"], "neither SLURM .* nor Cloud TPU"),
+    ],
+    ids=[
+        "count alone",
+        "number alone",
+        "incomplete",
+        "no port",
+        "two ports",
+        "number too large",
+        "no cluster",
+    ],
+)
 def test_flags_that_make_no_job(flags, message):
     with pytest.raises(ConfigError, match=message):
         place(*flags)
@@ -123,8 +157,13 @@ def test_flags_that_make_no_job(flags, message):
 def test_slurm_is_found(monkeypatch):
     """Inside srun; the same variables in a job of one process start nothing."""
     assert place() is None
-    for name, value in {"JOB_ID": "4097", "STEP_NODELIST": "gpu[007-008],x3", "NTASKS": "16", "PROCID": "9",
-                        "LOCALID": "1"}.items():
+    for name, value in {
+        "JOB_ID": "4097",
+        "STEP_NODELIST": "gpu[007-008],x3",
+        "NTASKS": "16",
+        "PROCID": "9",
+        "LOCALID": "1",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     found = place()
     assert (found.processes, found.process, found.devices) == (16, 9, [1])
@@ -138,7 +177,12 @@ def test_slurm_is_found(monkeypatch):
 def test_cloud_tpu_slices_are_found(monkeypatch):
     """As GKE describes them: the second host of the second slice of two."""
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    for name, value in {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
-                        "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080"}.items():
+    for name, value in {
+        "TPU_WORKER_HOSTNAMES": "a,b",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    }.items():
         monkeypatch.setenv(name, value)
     assert place() == Place(coordinator="localhost:8482", processes=4, process=3)

@@ -13,16 +13,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from internvlx_jax.config import load_config_file, override
+from internvlx_jax.core.overrides import load_config_file, override
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/architecture.md", "docs/conversion.md", "docs/data.md", "docs/gpu.md", "docs/lvtc.md",
-        "docs/recipes.md", "docs/runs.md", "docs/scaling.md", "docs/tpu.md")
+DOCS = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/conversion.md",
+    "docs/data.md",
+    "docs/gpu.md",
+    "docs/lvtc.md",
+    "docs/recipes.md",
+    "docs/runs.md",
+    "docs/scaling.md",
+    "docs/tpu.md",
+)
 PACKAGES = ("data", "models", "training", "convert", "evaluation")
 GENERATED = ("runs/", ".venv", "verify.npz", "page.png", "metrics.jsonl", "predictions.jsonl", "summary.json",
              "run.json", "config.json", "quarantine-0.jsonl", "bad_steps.jsonl", "starts.jsonl",
              "report.html", "curves.png", "profile/")  # fmt: skip
-FILE = re.compile(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+(/|\.(py|md|json|jsonl|npz|png|toml))|\.venv|LICENSE|Makefile")
+FILE = re.compile(
+    r"[\w.-]+(/[\w.-]+)+/?|[\w-]+(/|\.(py|md|json|jsonl|npz|png|toml))|\.venv|LICENSE|Makefile"
+)
 NAME = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+){{2,}}")
 # A program as a user starts it, and its file with the subcommand.
 PROGRAMS = {
@@ -31,8 +43,10 @@ PROGRAMS = {
     "-m internvlx_jax.chat": ("internvlx_jax/chat.py",),
     "-m internvlx_jax.data check": ("internvlx_jax/data/__main__.py", "check"),
     "-m internvlx_jax.data show": ("internvlx_jax/data/__main__.py", "show"),
-    **{f"-m internvlx_jax.convert {command}": ("internvlx_jax/convert/__main__.py", command)
-       for command in ("import", "export", "inspect", "verify")},
+    **{
+        f"-m internvlx_jax.convert {command}": ("internvlx_jax/convert/__main__.py", command)
+        for command in ("import", "export", "inspect", "verify")
+    },
     "-m internvlx_jax.data.synthetic": ("internvlx_jax/data/synthetic.py",),
     "-m internvlx_jax.training.report": ("internvlx_jax/training/report.py",),
     "-m internvlx_jax.training.compile": ("internvlx_jax/training/compile.py",),
@@ -65,8 +79,11 @@ def commands(*docs):
 def paths(doc):
     """Files and folders that a document names, in spans, commands and links."""
     # A table row that begins with a folder lists the files in it.
-    words = [folder + name for folder, row in re.findall(r"^\| `(\w+/)` \|(.*)", prose(doc), re.MULTILINE)
-             for name in re.findall(r"`(\w+\.py)`", row)]
+    words = [
+        folder + name
+        for folder, row in re.findall(r"^\| `(\w+/)` \|(.*)", prose(doc), re.MULTILINE)
+        for name in re.findall(r"`(\w+\.py)`", row)
+    ]
     listed = {word.rpartition("/")[2] for word in words}
     words += [word for span in spans(doc) for word in span.split() if word not in listed]
     words += re.findall(r"\]\(([^)#:]+)\)", prose(doc))
@@ -77,8 +94,11 @@ def paths(doc):
 
 def exists(doc, path):
     """README names files from the root, docs/architecture.md mostly from the package; links count from the document."""
-    return ((ROOT / path).exists() or ((ROOT / doc).parent / path).exists()
-            or (doc != "README.md" and (ROOT / "internvlx_jax" / path).exists()))
+    return (
+        (ROOT / path).exists()
+        or ((ROOT / doc).parent / path).exists()
+        or (doc != "README.md" and (ROOT / "internvlx_jax" / path).exists())
+    )
 
 
 def help_of(file, *command):
@@ -99,7 +119,10 @@ def flags_in(help_text):
 @pytest.fixture(scope="module")
 def flags():
     """The flags of each program of the README."""
-    return {program: flags_in(help_of(*file_and_command)) for program, file_and_command in PROGRAMS.items()}
+    return {
+        program: flags_in(help_of(*file_and_command))
+        for program, file_and_command in PROGRAMS.items()
+    }
 
 
 @pytest.mark.parametrize("doc", DOCS)
@@ -110,7 +133,9 @@ def test_named_files_exist(doc):
 
 
 def test_files_in_the_picture_exist():
-    named = re.findall(r'class="file"[^>]*>([^<]+)<', (ROOT / "docs" / "architecture.svg").read_text())
+    named = re.findall(
+        r'class="file"[^>]*>([^<]+)<', (ROOT / "docs" / "architecture.svg").read_text()
+    )
     assert len(named) > 5
     assert not [name for name in named if not (ROOT / "internvlx_jax" / name).is_file()]
 
@@ -144,14 +169,22 @@ def test_commands_use_flags_of_their_program(flags):
 
 def test_flags_in_the_text_exist(flags):
     known = set().union(*flags.values())
-    named = {word for doc in DOCS for span in spans(doc) for word in span.split() if word.startswith("--")}
+    named = {
+        word
+        for doc in DOCS
+        for span in spans(doc)
+        for word in span.split()
+        if word.startswith("--")
+    }
     assert len(named) > 5
     assert not sorted(named - known)
 
 
 def test_settings_of_the_commands_are_fields():
     config = load_config_file(ROOT / "configs" / "demo.py")
-    settings = [[word for word in command if re.match(r"[a-z_.]+=", word)] for command in commands()]
+    settings = [
+        [word for word in command if re.match(r"[a-z_.]+=", word)] for command in commands()
+    ]
     assert sum(map(bool, settings)) == 3
     for together in settings:
         override(config, together)

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from internvlx_jax.convert.hf_folder import TorchCheckpoint
-from internvlx_jax.convert.tensors import difference
-from internvlx_jax.files import written_aside
-from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.frames import feature_index, short_frame, short_lengths
-from internvlx_jax.models.generate import greedy
-from internvlx_jax.models.inputs import IGNORED, Inputs
+from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.tensors import difference
+from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.inputs import IGNORED, Inputs
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.token_layout import feature_index, short_layout, short_lengths
+from internvlx_jax.models.generation import greedy
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import token_losses, weighted_loss
 from internvlx_jax.models.params import abstract_model
-from internvlx_jax.training.checkpoint import RunFolder
 
 NEW_TOKENS = 8
 
@@ -33,8 +33,14 @@ class InputsError(ValueError):
     """An inputs.npz that does not fit the model; the message names the array."""
 
 
-def inputs_from_flat(config: ModelConfig, image_token_id: int, input_ids: np.ndarray, tiles: np.ndarray,
-                     mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> Inputs:
+def inputs_from_flat(
+    config: ModelConfig,
+    image_token_id: int,
+    input_ids: np.ndarray,
+    tiles: np.ndarray,
+    mask: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+) -> Inputs:
     """Flat tiles in slot order -> our row-wise layout.
 
     input_ids, mask: int[B, S]; tiles: float32[I, 3, Y, X], in the order of their slots over the batch
@@ -43,8 +49,10 @@ def inputs_from_flat(config: ModelConfig, image_token_id: int, input_ids: np.nda
     per_tile = config.tokens_per_tile
     counts = (input_ids == image_token_id).sum(axis=1)
     if (counts % per_tile).any() or counts.sum() != len(tiles) * per_tile:
-        raise InputsError(f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); {len(tiles)} "
-                          f"tiles of {per_tile} tokens are given. Check --image_token_id and the tiles")
+        raise InputsError(
+            f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); {len(tiles)} "
+            f"tiles of {per_tile} tokens are given. Check --image_token_id and the tiles"
+        )
     tiles_per_row = counts // per_tile
     slots = int(tiles_per_row.max())
     size = config.vision.image_size
@@ -60,12 +68,20 @@ def inputs_from_flat(config: ModelConfig, image_token_id: int, input_ids: np.nda
         positions = np.broadcast_to(np.arange(length), input_ids.shape)
     short = None
     if config.lvtc is not None:
-        short = short_frame(mask, tile_start, int(short_lengths(mask, tile_start, config.lvtc).max()), config.lvtc)
-    return Inputs(*(np.asarray(x, np.int32) for x in (input_ids, positions, mask)), row_tiles,
-                  feature_index(tile_start, length, per_tile), short)
+        short = short_layout(
+            mask, tile_start, int(short_lengths(mask, tile_start, config.lvtc).max()), config.lvtc
+        )
+    return Inputs(
+        *(np.asarray(x, np.int32) for x in (input_ids, positions, mask)),
+        row_tiles,
+        feature_index(tile_start, length, per_tile),
+        short,
+    )
 
 
-def compute_outputs(model: InternVLX, arrays: Mapping[str, np.ndarray], image_token_id: int) -> dict[str, np.ndarray]:
+def compute_outputs(
+    model: InternVLX, arrays: Mapping[str, np.ndarray], image_token_id: int
+) -> dict[str, np.ndarray]:
     """Every output whose inputs are present, in float32 at the highest matmul precision."""
     config = model.config
     # The release runs past max_positions without being asked to; here that takes this flag.
@@ -98,7 +114,9 @@ def compute_outputs(model: InternVLX, arrays: Mapping[str, np.ndarray], image_to
         return jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(model, inputs)
 
     def batch():
-        return inputs_from_flat(config, image_token_id, arrays["input_ids"], used, arrays["attention_mask"])
+        return inputs_from_flat(
+            config, image_token_id, arrays["input_ids"], used, arrays["attention_mask"]
+        )
 
     def loss():
         labels = np.asarray(arrays["labels"], np.int32)
@@ -117,7 +135,8 @@ def compute_outputs(model: InternVLX, arrays: Mapping[str, np.ndarray], image_to
         inputs = inputs_from_flat(config, image_token_id, ids, tiles, mask, positions)
         prompt = config.prompt
         tokens, steps = jax.jit(greedy, static_argnames=("max_new_tokens", "stop_ids", "pad_id"))(
-            model, inputs, max_new_tokens=NEW_TOKENS, stop_ids=prompt.eos_ids, pad_id=prompt.pad_id)
+            model, inputs, max_new_tokens=NEW_TOKENS, stop_ids=prompt.eos_ids, pad_id=prompt.pad_id
+        )
         return np.asarray(tokens, np.int64)[:, : int(steps)]
 
     jobs: dict[str, tuple[tuple[str, ...], Callable[[], jax.Array]]] = {
@@ -125,17 +144,31 @@ def compute_outputs(model: InternVLX, arrays: Mapping[str, np.ndarray], image_to
         "extract_feature": (("pixel_values",), features),
         "proj_out_v2": (("proj_in",), projector_v2),
         "llm_logits": (("llm_input_ids",), decoder),
-        "llm_logits_mask_left_pos": (("llm_input_ids", "llm_mask_left", "llm_position_ids_left"), lambda: decoder(
-            arrays["llm_mask_left"], arrays["llm_position_ids_left"])),
+        "llm_logits_mask_left_pos": (
+            ("llm_input_ids", "llm_mask_left", "llm_position_ids_left"),
+            lambda: decoder(arrays["llm_mask_left"], arrays["llm_position_ids_left"]),
+        ),
         "logits": (("pixel_values", "input_ids", "attention_mask"), lambda: whole(batch())),
         "loss": (("pixel_values", "input_ids", "attention_mask", "labels"), loss),
-        "gen1_new_tokens": (("pixel_values", "gen1_input_ids"), lambda: generate("gen1", pixels[:2])),
-        "gen2_new_tokens": (("pixel_values", "gen2_input_ids"), lambda: generate("gen2", pixels[:3])),
-        "gen_text_new_tokens": (("gen_text_input_ids",), lambda: generate("gen_text", np.zeros((0, 3, 1, 1)))),
+        "gen1_new_tokens": (
+            ("pixel_values", "gen1_input_ids"),
+            lambda: generate("gen1", pixels[:2]),
+        ),
+        "gen2_new_tokens": (
+            ("pixel_values", "gen2_input_ids"),
+            lambda: generate("gen2", pixels[:3]),
+        ),
+        "gen_text_new_tokens": (
+            ("gen_text_input_ids",),
+            lambda: generate("gen_text", np.zeros((0, 3, 1, 1))),
+        ),
     }
     with jax.default_matmul_precision("highest"):
-        return {name: np.asarray(compute()) for name, (needs, compute) in jobs.items()
-                if all(need in arrays for need in needs)}
+        return {
+            name: np.asarray(compute())
+            for name, (needs, compute) in jobs.items()
+            if all(need in arrays for need in needs)
+        }
 
 
 def variant(module: nnx.Module, **changes) -> nnx.Module:
@@ -161,8 +194,11 @@ class Difference:
 MASKS = {"llm_logits_mask_left_pos": "llm_mask_left", "logits": "attention_mask"}
 
 
-def compare(outputs: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray],
-            arrays: Mapping[str, np.ndarray]) -> list[Difference]:
+def compare(
+    outputs: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+) -> list[Difference]:
     """Largest absolute difference of every output the reference has; padded rows are compared where the mask is 1."""
     rows = []
     for name, value in outputs.items():
@@ -170,25 +206,37 @@ def compare(outputs: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarra
             continue
         expected = reference[name]
         if value.shape != expected.shape:
-            rows.append(Difference(name, value.shape, None, f"reference has shape {expected.shape}"))
+            rows.append(
+                Difference(name, value.shape, None, f"reference has shape {expected.shape}")
+            )
             continue
         difference = np.abs(value.astype(np.float64) - expected)
         if name in MASKS:
             difference = difference[np.asarray(arrays[MASKS[name]]) == 1]
         maximum = float(difference.max(initial=0.0))
-        rows.append(Difference(name, value.shape, maximum if np.isfinite(maximum) else None,
-                               "" if np.isfinite(maximum) else "not finite"))
+        rows.append(
+            Difference(
+                name,
+                value.shape,
+                maximum if np.isfinite(maximum) else None,
+                "" if np.isfinite(maximum) else "not finite",
+            )
+        )
     return rows
 
 
-def compare_checkpoints(one: RunFolder | TorchCheckpoint, other: RunFolder | TorchCheckpoint) -> tuple[int, list[str]]:
+def compare_checkpoints(
+    one: RunFolder | TorchCheckpoint, other: RunFolder | TorchCheckpoint
+) -> tuple[int, list[str]]:
     """Parameters of two opened checkpoints, of any kinds, bit for bit -> (how many are equal, what differs).
 
     One parameter is in memory at a time, two where both are run folders.
     """
-    problems = [f"config: {field}: {getattr(one.config, field)} against {getattr(other.config, field)}"
-                for field in ("vision", "projector", "decoder", "lvtc")
-                if getattr(one.config, field) != getattr(other.config, field)]
+    problems = [
+        f"config: {field}: {getattr(one.config, field)} against {getattr(other.config, field)}"
+        for field in ("vision", "projector", "decoder", "lvtc")
+        if getattr(one.config, field) != getattr(other.config, field)
+    ]
     if problems:
         return 0, problems
     abstract = abstract_model(one.config, dtype="float32")
@@ -215,7 +263,9 @@ def format_table(rows: list[Difference], atol: float) -> str:
     for row in rows:
         maximum = "-" if row.maximum is None else f"{row.maximum:.3g}"
         verdict = "ok" if row.passes(atol) else "FAIL"
-        lines.append(f"{row.name:{width}}  {maximum:>16}  {list(row.shape)} {verdict} {row.note}".rstrip())
+        lines.append(
+            f"{row.name:{width}}  {maximum:>16}  {list(row.shape)} {verdict} {row.note}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from internvlx_jax.core.inputs import IGNORED, Inputs
+from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.token_layout import feature_index, short_layout
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.models.config import LvtcConfig
-from internvlx_jax.models.frames import feature_index, short_frame
-from internvlx_jax.models.inputs import IGNORED, Inputs
 
 
 class Row(NamedTuple):
@@ -22,7 +22,7 @@ class Row(NamedTuple):
         tiles: uint8[t, Y, X, 3].
         segments: lengths of the samples in the row; None: it is one sample.
         loss_weight: float32[n], weight of the label in the same slot where there is one; None: 1.
-        dataset: number of the sample's data set, or of each segment's.
+        dataset: number of the sample's dataset, or of each segment's.
     """
 
     tokens: np.ndarray
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
 class Batch(NamedTuple):
     """Attributes:
-        inputs: what the model reads.
-        labels: int32[B, S], unshifted; -100 is ignored.
-        loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked rows.
-        dataset: int32[B, S], number of the data set that the slot's sample is from; 0 on padding.
+    inputs: what the model reads.
+    labels: int32[B, S], unshifted; -100 is ignored.
+    loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked rows.
+    dataset: int32[B, S], number of the dataset that the slot's sample is from; 0 on padding.
     """
 
     inputs: Inputs
@@ -54,16 +54,32 @@ def join_rows(rows: Sequence[Row]) -> Row:
         return rows[0]
     lengths = [len(row.tokens) for row in rows]
     offsets = np.cumsum([0, *lengths[:-1]])
-    weights = [np.ones(n, np.float32) if row.loss_weight is None else row.loss_weight
-               for row, n in zip(rows, lengths)]
-    return Row(np.concatenate([row.tokens for row in rows]), np.concatenate([row.labels for row in rows]),
-               np.concatenate([row.tile_start + offset for row, offset in zip(rows, offsets)]).astype(np.int32),
-               np.concatenate([row.tiles for row in rows]), tuple(lengths), np.concatenate(weights),
-               tuple(row.dataset for row in rows))
+    weights = [
+        np.ones(n, np.float32) if row.loss_weight is None else row.loss_weight
+        for row, n in zip(rows, lengths)
+    ]
+    return Row(
+        np.concatenate([row.tokens for row in rows]),
+        np.concatenate([row.labels for row in rows]),
+        np.concatenate([row.tile_start + offset for row, offset in zip(rows, offsets)]).astype(
+            np.int32
+        ),
+        np.concatenate([row.tiles for row in rows]),
+        tuple(lengths),
+        np.concatenate(weights),
+        tuple(row.dataset for row in rows),
+    )
 
 
-def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, tokens_per_tile: int,
-            pad_id: int, lvtc: LvtcConfig | None = None) -> Batch:
+def collate(
+    rows: Sequence[Row | None],
+    bucket: Bucket,
+    *,
+    tile_size: int,
+    tokens_per_tile: int,
+    pad_id: int,
+    lvtc: LvtcConfig | None = None,
+) -> Batch:
     """Right-padded rows of one bucket; None is a masked row. Raises ValueError when a row does not fit."""
     shape = (len(rows), bucket.length)
     tokens = np.full(shape, pad_id, np.int32)
@@ -89,7 +105,15 @@ def collate(rows: Sequence[Row | None], bucket: Bucket, *, tile_size: int, token
             first += length
         tiles[b, :t], tile_start[b, :t] = row.tiles, row.tile_start
     weights[labels == IGNORED] = 0
-    short = None if lvtc is None else short_frame(segment_ids, tile_start, bucket.short_length, lvtc)
-    inputs = Inputs(tokens, positions, segment_ids, tiles, feature_index(tile_start, bucket.length, tokens_per_tile),
-                    short)
+    short = (
+        None if lvtc is None else short_layout(segment_ids, tile_start, bucket.short_length, lvtc)
+    )
+    inputs = Inputs(
+        tokens,
+        positions,
+        segment_ids,
+        tiles,
+        feature_index(tile_start, bucket.length, tokens_per_tile),
+        short,
+    )
     return Batch(inputs, labels, weights, dataset)

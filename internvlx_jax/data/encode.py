@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from internvlx_jax.data.errors import SampleError, placeholder_mismatch
+from internvlx_jax.core.errors import SampleError, placeholder_mismatch
+from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, Part, Template, Turn, render
 from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
-from internvlx_jax.models.inputs import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,9 @@ def encode_sample(
     parts = list(render(template, turns, system=system, strip=template.strip_values))
     encoded = _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
     if (encoded.labels == IGNORED).all():
-        raise SampleError("no_supervision", "no answer to learn from.", "Give at least one gpt turn a text.")
+        raise SampleError(
+            "no_supervision", "no answer to learn from.", "Give at least one gpt turn a text."
+        )
     return encoded
 
 
@@ -125,7 +127,12 @@ class _Writer:
                 continue
             if i > 0:  # cut by split, so not to be joined with what came before
                 self.flush()
-            if self.tokens and self.tokens[-1] in self.tokenizer.swallowing and not self.head and not self.tail:
+            if (
+                self.tokens
+                and self.tokens[-1] in self.tokenizer.swallowing
+                and not self.head
+                and not self.tail
+            ):
                 atom = atom.lstrip()
             if supervised:
                 self.tail += atom

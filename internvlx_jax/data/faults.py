@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvlx_jax.data.config import FaultConfig
-from internvlx_jax.data.errors import SampleError
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.data_config import FaultConfig
+from internvlx_jax.core.errors import ConfigError, SampleError
 
-JUDGED_FROM = 100  # a smaller data set, or fewer samples read, is judged as if it were so many
+JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
 TRIES = 3  # replacements that are tried before a slot stays empty
 
 
@@ -27,14 +26,20 @@ class Fault(NamedTuple):
     error: SampleError | None
 
 
-def replacements(generator: np.random.Generator, same_dataset: np.ndarray, bucket: np.ndarray) -> list[int]:
-    """Samples to try for a bad one: first others of its data set, then any others of its bucket."""
+def replacements(
+    generator: np.random.Generator, same_dataset: np.ndarray, bucket: np.ndarray
+) -> list[int]:
+    """Samples to try for a bad one: first others of its dataset, then any others of its bucket."""
     tries = [same_dataset] * (TRIES - 1) + [bucket]
-    return [int(generator.choice(pool if len(pool) else bucket)) for pool in tries if len(pool) or len(bucket)]
+    return [
+        int(generator.choice(pool if len(pool) else bucket))
+        for pool in tries
+        if len(pool) or len(bucket)
+    ]
 
 
 class FaultCounts:
-    """Faults of a run on one process: counted by data set and reason, each sample written once to a quarantine file.
+    """Faults of a run on one process: counted by dataset and reason, each sample written once to a quarantine file.
 
     datasets: names in order. The counts of several processes are added before they are judged.
     """
@@ -52,7 +57,9 @@ class FaultCounts:
         self._quarantine = quarantine
         there = read_quarantine([quarantine]) if quarantine.is_file() else set()
         self._listed |= there
-        self._unwritten = [fault for fault in self._unwritten if (fault.dataset, fault.line) not in there]
+        self._unwritten = [
+            fault for fault in self._unwritten if (fault.dataset, fault.line) not in there
+        ]
         self._write()
 
     def _write(self) -> None:
@@ -60,12 +67,22 @@ class FaultCounts:
             return
         with self._quarantine.open("a", encoding="utf-8") as file:
             for fault in self._unwritten:
-                file.write(json.dumps({"dataset": fault.dataset, "line": fault.line, "reason": fault.reason,
-                                       "error": str(fault.error)}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "dataset": fault.dataset,
+                            "line": fault.line,
+                            "reason": fault.reason,
+                            "error": str(fault.error),
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
         self._unwritten.clear()
 
     def add(self, read: Mapping[str, int], faults: Sequence[Fault]) -> None:
-        """Samples read of each data set, bad ones included, and what was wrong with some of them.
+        """Samples read of each dataset, bad ones included, and what was wrong with some of them.
 
         Raises the first error when `on_bad` is `fail`.
         """
@@ -88,24 +105,37 @@ class FaultCounts:
         return np.array([(self._read[name], self._bad[name]) for name in self.datasets], np.int64)
 
     def judge(self, totals: np.ndarray) -> None:
-        """Raises ConfigError when too large a share of a data set is bad; `totals` may be those of all processes."""
+        """Raises ConfigError when too large a share of a dataset is bad; `totals` may be those of all processes."""
         for name, (read, bad) in zip(self.datasets, totals.tolist()):
             if bad > self.config.max_share * max(read, JUDGED_FROM):
-                reasons = {reason: count for (dataset, reason), count in self.reasons.items() if dataset == name}
+                reasons = {
+                    reason: count
+                    for (dataset, reason), count in self.reasons.items()
+                    if dataset == name
+                }
                 raise ConfigError(
                     f'dataset "{name}": {bad} of {read} samples are bad, more than data.faults.max_share = '
                     f"{self.config.max_share} ({', '.join(f'{r} {n}' for r, n in sorted(reasons.items()))}). Correct "
-                    f"them{f', see {self._quarantine}' if self._quarantine else ''}, or raise the limit.")
+                    f"them{f', see {self._quarantine}' if self._quarantine else ''}, or raise the limit."
+                )
 
     def summary(self) -> str:
         """'receipts: json 2, unreadable 1; ...', empty without faults."""
-        by_dataset = {name: [f"{reason} {count}" for (dataset, reason), count in sorted(self.reasons.items())
-                             if dataset == name] for name in self.datasets}
-        return "; ".join(f"{name}: {', '.join(found)}" for name, found in by_dataset.items() if found)
+        by_dataset = {
+            name: [
+                f"{reason} {count}"
+                for (dataset, reason), count in sorted(self.reasons.items())
+                if dataset == name
+            ]
+            for name in self.datasets
+        }
+        return "; ".join(
+            f"{name}: {', '.join(found)}" for name, found in by_dataset.items() if found
+        )
 
 
 def read_quarantine(paths: Collection[str | Path]) -> set[tuple[str, int]]:
-    """(data set, line) of the samples that quarantine files list. Raises ConfigError naming file and line."""
+    """(dataset, line) of the samples that quarantine files list. Raises ConfigError naming file and line."""
     listed = set()
     for path in paths:
         try:
@@ -119,5 +149,7 @@ def read_quarantine(paths: Collection[str | Path]) -> set[tuple[str, int]]:
                 fields = json.loads(line)
                 listed.add((fields["dataset"], fields["line"]))
             except (ValueError, TypeError, KeyError):
-                raise ConfigError(f'{path} line {number}: no quarantined sample; it needs "dataset" and "line"') from None
+                raise ConfigError(
+                    f'{path} line {number}: no quarantined sample; it needs "dataset" and "line"'
+                ) from None
     return listed

@@ -8,18 +8,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvlx_jax.data.chat import ChatSample, Size
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.inputs import IGNORED
+from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.encode import Encoded
-from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
-from internvlx_jax.models.inputs import IGNORED
 
-CHANGES = ("", "fewer_tiles", "dropped_turns", "cut_answer")  # what fit_sample may have done, the last one wins
+CHANGES = (
+    "",
+    "fewer_tiles",
+    "dropped_turns",
+    "cut_answer",
+)  # what fit_sample may have done, the last one wins
 
 
 class Room(NamedTuple):
-    """Slots that one sample may take: tokens, tiles (None: any number), tokens of the short frame (with LVTC)."""
+    """Slots that one sample may take: tokens, tiles (None: any number), tokens of the short layout (with LVTC)."""
 
     length: int
     tiles: int | None = None
@@ -28,10 +33,10 @@ class Room(NamedTuple):
 
 class Fitted(NamedTuple):
     """Attributes:
-        encoded: tokens and labels, at most `room.length`.
-        tiles: of each image that is kept, the first ones of the sample.
-        limit: largest grid of an image.
-        change: one of CHANGES.
+    encoded: tokens and labels, at most `room.length`.
+    tiles: of each image that is kept, the first ones of the sample.
+    limit: largest grid of an image.
+    change: one of CHANGES.
     """
 
     encoded: Encoded
@@ -40,7 +45,9 @@ class Fitted(NamedTuple):
     change: str
 
 
-def fit_sample(processor: Processor, sample: ChatSample, sizes: Sequence[Size], room: Room) -> Fitted:
+def fit_sample(
+    processor: Processor, sample: ChatSample, sizes: Sequence[Size], room: Room
+) -> Fitted:
     """Encode a sample so that it fits: as it is, else with fewer tiles, else without its last questions and answers,
     else without the end of its answer. Image tokens are never cut.
 
@@ -61,7 +68,9 @@ def fit_sample(processor: Processor, sample: ChatSample, sizes: Sequence[Size], 
 
     while not _fits(len(encoded.tokens), sum(tiles), room) and len(sample.turns) > 2:
         turns = sample.turns[: len(sample.turns) - (1 if sample.turns[-1][0] == "human" else 2)]
-        kept = tiles[: sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")]
+        kept = tiles[
+            : sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
+        ]
         if tiles and not kept:
             break  # without an image it would become a text sample, whose "<image>" is text
         try:
@@ -89,12 +98,17 @@ def _cut_answer(encoded: Encoded, length: int, tokens_per_tile: int) -> Encoded 
     return Encoded(encoded.tokens[:length], encoded.labels[:length], encoded.tile_start)
 
 
-def _too_long(processor: Processor, sample: ChatSample, length: int, tiles: int, room: Room) -> SampleError:
+def _too_long(
+    processor: Processor, sample: ChatSample, length: int, tiles: int, room: Room
+) -> SampleError:
     slots = "" if room.tiles is None else f" and {room.tiles} tile slots"
     return SampleError(
-        "too_long", f"{length} tokens, {tiles * processor.tokens_per_tile} of them image tokens of {tiles} tiles, do "
+        "too_long",
+        f"{length} tokens, {tiles * processor.tokens_per_tile} of them image tokens of {tiles} tiles, do "
         f"not fit into data.max_length = {room.length}{slots}; image tokens are never cut.",
-        "Raise data.max_length, lower model.prompt.tiles.max_num, or shorten the conversation.", sample.where)
+        "Raise data.max_length, lower model.prompt.tiles.max_num, or shorten the conversation.",
+        sample.where,
+    )
 
 
 def supervised_tokens(labels: np.ndarray) -> int:

@@ -16,11 +16,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from internvlx_jax.core.data_config import MAX_PIXELS
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.errors import SampleError
-from internvlx_jax.errors import ConfigError
-
-MAX_PIXELS = 178_956_970
 
 _LOCK = threading.Lock()
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -32,7 +30,9 @@ class StoredImage(Protocol):
     def open(self) -> BinaryIO: ...
 
 
-ImageSource = str | os.PathLike | bytes | StoredImage  # a path or URL, the encoded file itself, or where it is stored
+ImageSource = (
+    str | os.PathLike | bytes | StoredImage
+)  # a path or URL, the encoded file itself, or where it is stored
 
 
 def open_image(source: ImageSource) -> BinaryIO:
@@ -49,8 +49,13 @@ def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, i
         return image.size[::-1] if turned else image.size
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, apply_exif: bool = False,
-               use_truncated: bool = True) -> Image.Image:
+def load_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    apply_exif: bool = False,
+    use_truncated: bool = True,
+) -> Image.Image:
     """First frame of an image file as an RGB image; alpha is dropped, EXIF orientation ignored unless asked for.
 
     `info["counted"]` of the result names what deserves a counter: "truncated" (a damaged file, decoded as far
@@ -67,8 +72,12 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, apply_exif:
         image = _decode(source, max_pixels, apply_exif, tolerant=True)
         if use_truncated:
             return image
-        raise SampleError("truncated", "the file is damaged; only a part of it can be decoded.",
-                          'Replace the file, or set data.images.truncated="use".', _name(source)) from error
+        raise SampleError(
+            "truncated",
+            "the file is damaged; only a part of it can be decoded.",
+            'Replace the file, or set data.images.truncated="use".',
+            _name(source),
+        ) from error
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) -> None:
@@ -85,7 +94,9 @@ def _name(source: ImageSource) -> str:
     return "the encoded image" if isinstance(source, bytes) else str(source)
 
 
-def _decode(source: ImageSource, max_pixels: int, apply_exif: bool, *, tolerant: bool) -> Image.Image:
+def _decode(
+    source: ImageSource, max_pixels: int, apply_exif: bool, *, tolerant: bool
+) -> Image.Image:
     counted = ("truncated",) if tolerant else ()
     with _opened(source) as image:
         check_pixels(image.size, max_pixels, source)

@@ -1,4 +1,4 @@
-"""Size index: shape of every sample of a data set, known without decoding a pixel (spec: data.md 10).
+"""Size index: shape of every sample of a dataset, known without decoding a pixel (spec: data.md 10).
 
 The index of a source lies beside it (or in `data.index_dir`) and is named by the hash of all that decides it: the records,
 the tokenizer, the template, the tiling, the room. What is slow, reading image headers, is kept apart by chunks of
@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from internvlx_jax.data.chat import ChatSample, Size
-from internvlx_jax.data.config import DataConfig
-from internvlx_jax.data.errors import REASONS, SampleError
+from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.errors import REASONS, SampleError
+from internvlx_jax.core.files import written_aside
+from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.fit import CHANGES, Room, fit_sample, supervised_tokens
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import Source, cache_name, read_sample
 from internvlx_jax.data.video import frame_separator, list_frames, with_frames
-from internvlx_jax.files import written_aside
 
 VERSION = 1
 CHUNK = 1024  # records between two saves of a header scan; so many encoded images are in memory
@@ -74,30 +74,63 @@ class SizeIndex:
     def load(cls, path: Path) -> SizeIndex:
         with np.load(path) as stored:
             bad = json.loads(stored["bad"].tobytes())
-            return cls(**{name: stored[name] for name in _ARRAYS},
-                       bad=tuple((position, SampleError(*error)) for position, *error in bad))
+            return cls(
+                **{name: stored[name] for name in _ARRAYS},
+                bad=tuple((position, SampleError(*error)) for position, *error in bad),
+            )
 
 
-_ARRAYS = {"status": np.uint8, "change": np.uint8, "tiles": np.int32, "length": np.int32, "supervised": np.int32,
-           "images": np.int32, "off_tiles": np.int32, "frames": np.int32}
+_ARRAYS = {
+    "status": np.uint8,
+    "change": np.uint8,
+    "tiles": np.int32,
+    "length": np.int32,
+    "supervised": np.int32,
+    "images": np.int32,
+    "off_tiles": np.int32,
+    "frames": np.int32,
+}
 
 
 def frame_tokens(processor: Processor, template: str, max_frames: int) -> np.ndarray:
     """int32[max_frames]: tokens that 1, 2, ... frames have more than one frame."""
-    separators = [len(processor.tokenizer.encode(frame_separator(template, number))) + 2 + processor.tokens_per_tile
-                  for number in range(2, max_frames + 1)]
+    separators = [
+        len(processor.tokenizer.encode(frame_separator(template, number)))
+        + 2
+        + processor.tokens_per_tile
+        for number in range(2, max_frames + 1)
+    ]
     return np.cumsum([0, *separators], dtype=np.int32)
 
 
-def load_index(source: Source, entry: DatasetEntry, processor: Processor, config: DataConfig, room: Room,
-               *, progress: bool = False) -> SizeIndex:
+def load_index(
+    source: Source,
+    entry: DatasetEntry,
+    processor: Processor,
+    config: DataConfig,
+    room: Room,
+    *,
+    progress: bool = False,
+) -> SizeIndex:
     """The cached index, or a new one, which is then cached. A folder that cannot be written to is a warning."""
     count = len(source) if entry.repeat_time >= 1 else int(len(source) * entry.repeat_time)
     folder = Path(config.index_dir) if config.index_dir else Path(source.beside).parent
     name = cache_name(source)
-    sizes_key = _digest(VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images))
-    key = _digest(sizes_key, count, processor.tokenizer.fingerprint(), processor.template, processor.system_message,
-                  processor.tiles, processor.tokens_per_tile, processor.special_text, room, config.video)
+    sizes_key = _digest(
+        VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images)
+    )
+    key = _digest(
+        sizes_key,
+        count,
+        processor.tokenizer.fingerprint(),
+        processor.template,
+        processor.system_message,
+        processor.tiles,
+        processor.tokens_per_tile,
+        processor.special_text,
+        room,
+        config.video,
+    )
     path = folder / f"{name}.index-{key}.npz"
     if path.is_file():
         return SizeIndex.load(path)
@@ -107,8 +140,11 @@ def load_index(source: Source, entry: DatasetEntry, processor: Processor, config
     except OSError:
         writable = False
     if not writable:
-        warnings.warn(f"{folder} cannot be written to, so the size index of {source.path} is made again at every start; "
-                      "set data.index_dir to a folder of your own.", stacklevel=2)
+        warnings.warn(
+            f"{folder} cannot be written to, so the size index of {source.path} is made again at every start; "
+            "set data.index_dir to a folder of your own.",
+            stacklevel=2,
+        )
     headers = folder / f"{name}.sizes-{sizes_key}" if writable else None
     index = _build(source, entry, processor, config, room, count, headers, progress)
     if writable:
@@ -120,8 +156,16 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _build(source: Source, entry: DatasetEntry, processor: Processor, config: DataConfig, room: Room, count: int,
-           headers: Path | None, progress: bool) -> SizeIndex:
+def _build(
+    source: Source,
+    entry: DatasetEntry,
+    processor: Processor,
+    config: DataConfig,
+    room: Room,
+    count: int,
+    headers: Path | None,
+    progress: bool,
+) -> SizeIndex:
     rows = {name: np.zeros(count, dtype) for name, dtype in _ARRAYS.items()}
     bad: list[tuple[int, SampleError]] = []
     tokens = frame_tokens(processor, config.video.template, config.video.max_frames)
@@ -151,8 +195,12 @@ def _build(source: Source, entry: DatasetEntry, processor: Processor, config: Da
     return SizeIndex(**rows, bad=tuple(bad))
 
 
-def _chunk_sizes(samples: dict[int, ChatSample], processor: Processor, pool: ThreadPoolExecutor,
-                 cached: Path | None) -> dict[int, list[Size] | SampleError]:
+def _chunk_sizes(
+    samples: dict[int, ChatSample],
+    processor: Processor,
+    pool: ThreadPoolExecutor,
+    cached: Path | None,
+) -> dict[int, list[Size] | SampleError]:
     """Sizes of the images of each sample; only those without stated ones are read, in threads."""
 
     def sizes_of(sample: ChatSample) -> list[Size] | SampleError:
@@ -162,20 +210,31 @@ def _chunk_sizes(samples: dict[int, ChatSample], processor: Processor, pool: Thr
             return error
 
     stated = processor.images.trust_sizes
-    unknown = {position: sample for position, sample in samples.items()
-               if sample.images and not (stated and all(sample.sizes))}
-    known = {position: sizes_of(sample) for position, sample in samples.items() if position not in unknown}
+    unknown = {
+        position: sample
+        for position, sample in samples.items()
+        if sample.images and not (stated and all(sample.sizes))
+    }
+    known = {
+        position: sizes_of(sample)
+        for position, sample in samples.items()
+        if position not in unknown
+    }
     if not unknown:
         return known
     if cached is not None and cached.is_file():
-        scanned = {int(position): [tuple(size) for size in found] for position, found in
-                   json.loads(cached.read_bytes()).items()}
+        scanned = {
+            int(position): [tuple(size) for size in found]
+            for position, found in json.loads(cached.read_bytes()).items()
+        }
     else:
         scanned = {}
     # A file that could not be read may be there by now: only sizes are remembered.
     missing = {position: sample for position, sample in unknown.items() if position not in scanned}
     found = dict(zip(missing, pool.map(sizes_of, missing.values())))
-    new = {position: sizes for position, sizes in found.items() if not isinstance(sizes, SampleError)}
+    new = {
+        position: sizes for position, sizes in found.items() if not isinstance(sizes, SampleError)
+    }
     if cached is not None and new:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(cached) as aside:
@@ -183,8 +242,14 @@ def _chunk_sizes(samples: dict[int, ChatSample], processor: Processor, pool: Thr
     return known | scanned | found
 
 
-def _index(sample: ChatSample, sizes: list[Size] | SampleError, processor: Processor, config: DataConfig, room: Room,
-           tokens: np.ndarray) -> dict[str, int]:
+def _index(
+    sample: ChatSample,
+    sizes: list[Size] | SampleError,
+    processor: Processor,
+    config: DataConfig,
+    room: Room,
+    tokens: np.ndarray,
+) -> dict[str, int]:
     if isinstance(sizes, SampleError):
         raise sizes
     frames = 0
@@ -197,6 +262,12 @@ def _index(sample: ChatSample, sizes: list[Size] | SampleError, processor: Proce
         fitting = (tokens <= room.length - len(encoded.tokens)).sum()
         frames = min(frames, int(fitting), len(tokens) if room.tiles is None else room.tiles)
     off = dataclasses.replace(processor, tiles=dataclasses.replace(processor.tiles, rule="off"))
-    return {"change": CHANGES.index(change), "tiles": sum(tiles), "length": len(encoded.tokens),
-            "supervised": supervised_tokens(encoded.labels), "images": len(tiles), "off_tiles": sum(off.tiles_per_image(sizes)),
-            "frames": frames}
+    return {
+        "change": CHANGES.index(change),
+        "tiles": sum(tiles),
+        "length": len(encoded.tokens),
+        "supervised": supervised_tokens(encoded.labels),
+        "images": len(tiles),
+        "off_tiles": sum(off.tiles_per_image(sizes)),
+        "frames": frames,
+    }

@@ -7,11 +7,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from internvlx_jax.core.errors import ConfigError, did_you_mean
+from internvlx_jax.core.tile_config import TILE_RULES
 from internvlx_jax.data import storage
-from internvlx_jax.data.errors import did_you_mean
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TILE_RULES
-from internvlx_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class DatasetEntry:
       root: folder that image paths are joined with.
       annotation: a JSONL chat file.
       array_record: a path or pattern of ArrayRecord files.
-      tfds, split, data_dir, builder: a prepared TFDS data set, "name/config:version", where it lies, and the
+      tfds, split, data_dir, builder: a prepared TFDS dataset, "name/config:version", where it lies, and the
         "module:function" that maps one of its examples to a sample.
       repeat_time: below 1 the fraction of lines that is used, above 1 how often the list is repeated.
       weight: share of the samples in the mixture `weight`.
@@ -49,7 +48,9 @@ class DatasetEntry:
     data_augment: bool = False
 
 
-_FIELDS = {field.name: field.type for field in dataclasses.fields(DatasetEntry) if field.name != "name"}
+_FIELDS = {
+    field.name: field.type for field in dataclasses.fields(DatasetEntry) if field.name != "name"
+}
 _SOURCES = ("annotation", "array_record", "tfds")
 
 
@@ -68,14 +69,20 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
     except ValueError as error:
         raise ConfigError(f"meta file {path} is not JSON: {error}. Correct it there.") from error
     if not isinstance(meta, dict) or not all(isinstance(fields, dict) for fields in meta.values()):
-        raise ConfigError(f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.')
+        raise ConfigError(
+            f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.'
+        )
     folder = os.path.dirname(path)
-    return [_entry(folder, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()]
+    return [
+        _entry(folder, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()
+    ]
 
 
 def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
     for key in sorted(fields.keys() - _FIELDS.keys()):
-        warnings.warn(f'{where}: unknown field "{key}" is ignored.{did_you_mean(key, _FIELDS)}', stacklevel=3)
+        warnings.warn(
+            f'{where}: unknown field "{key}" is ignored.{did_you_mean(key, _FIELDS)}', stacklevel=3
+        )
     fields = {key: fields[key] for key in _FIELDS if fields.get(key) is not None}
     for key in fields:
         if _FIELDS[key] in (str, str | None) and not isinstance(fields[key], str):
@@ -85,22 +92,30 @@ def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
         fields["root"] = _resolve(folder, where, "root", fields["root"], storage.is_folder)
     repeat = fields.get("repeat_time", 1)
     if not _is_number(repeat) or repeat < 0 or (repeat > 1 and repeat != int(repeat)):
-        raise ConfigError(f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.')
+        raise ConfigError(
+            f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.'
+        )
     weight = fields.get("weight", 1)
     if not _is_number(weight) or weight <= 0:
         raise ConfigError(f'{where}: "weight" must be a number above 0, got {weight!r}.')
     limit = fields.get("max_dynamic_patch", 1)
     if not isinstance(limit, int) or limit < 1:
-        raise ConfigError(f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.')
+        raise ConfigError(
+            f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.'
+        )
     rule = fields.get("tile_rule", "edge")
     if rule not in TILE_RULES:
-        raise ConfigError(f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {rule!r}.')
+        raise ConfigError(
+            f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {rule!r}.'
+        )
     try:
         get_template(fields.get("conv_style", "internlm2-chat"))
     except ValueError as error:
         raise ConfigError(f'{where}: "conv_style": {error}') from error
     if not isinstance(fields.get("data_augment", False), bool):
-        raise ConfigError(f'{where}: "data_augment" must be true or false, got {fields["data_augment"]!r}.')
+        raise ConfigError(
+            f'{where}: "data_augment" must be true or false, got {fields["data_augment"]!r}.'
+        )
     return DatasetEntry(name=name, **fields)
 
 
@@ -108,25 +123,38 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
     """Resolve the paths of the one source of a dataset, in place."""
     given = [key for key in _SOURCES if key in fields]
     if len(given) > 1:
-        raise ConfigError(f'{where}: has {" and ".join(given)}; keep one of them.')
+        raise ConfigError(f"{where}: has {' and '.join(given)}; keep one of them.")
     if given == ["array_record"]:
+
         def exists(pattern: str) -> bool:
             return bool(storage.matching(pattern))
 
         if storage.is_url(fields["array_record"]):
-            raise ConfigError(f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy them to '
-                              "a disk.")
-        fields["array_record"] = _resolve(folder, where, "array_record", fields["array_record"], exists)
+            raise ConfigError(
+                f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy them to '
+                "a disk."
+            )
+        fields["array_record"] = _resolve(
+            folder, where, "array_record", fields["array_record"], exists
+        )
     elif given == ["tfds"]:
         if "builder" not in fields or fields["builder"].count(":") != 1:
-            raise ConfigError(f'{where}: "tfds" needs "builder": "module:function", which maps an example to a sample; '
-                              f'got {fields.get("builder")!r}.')
+            raise ConfigError(
+                f'{where}: "tfds" needs "builder": "module:function", which maps an example to a sample; '
+                f"got {fields.get('builder')!r}."
+            )
         if "data_dir" in fields:
-            fields["data_dir"] = _resolve(folder, where, "data_dir", fields["data_dir"], storage.is_folder)
+            fields["data_dir"] = _resolve(
+                folder, where, "data_dir", fields["data_dir"], storage.is_folder
+            )
     else:
         if not fields.get("annotation", "").endswith("jsonl"):
-            raise ConfigError(f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.')
-        fields["annotation"] = _resolve(folder, where, "annotation", fields["annotation"], storage.is_file)
+            raise ConfigError(
+                f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.'
+            )
+        fields["annotation"] = _resolve(
+            folder, where, "annotation", fields["annotation"], storage.is_file
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -135,7 +163,9 @@ def _is_number(value: object) -> bool:
 
 def _resolve(folder: str, where: str, key: str, value: str, exists: Callable[[str], bool]) -> str:
     if value.startswith("s3://"):
-        raise ConfigError(f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.')
+        raise ConfigError(
+            f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.'
+        )
     candidates = list(dict.fromkeys([value, storage.join(folder, value)]))
     for candidate in candidates:
         if exists(candidate):

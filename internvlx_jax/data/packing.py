@@ -8,13 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def best_fit(lengths: np.ndarray, max_length: int, *, also: Sequence[tuple[np.ndarray, int]] = (),
-             open_rows: int) -> np.ndarray:
+def best_fit(
+    lengths: np.ndarray,
+    max_length: int,
+    *,
+    also: Sequence[tuple[np.ndarray, int]] = (),
+    open_rows: int,
+) -> np.ndarray:
     """The row of each sample, rows numbered in the order they are opened.
 
     lengths: int[n] -> int64[n]. A sample goes to the open row that it leaves with the fewest free tokens (the oldest of
     equals); when it fits none, a row is opened, and the fullest is closed if `open_rows` are open already.
-    also: further needs of the samples, int[n], each with the budget of a row: tiles, slots of the short frame.
+    also: further needs of the samples, int[n], each with the budget of a row: tiles, slots of the short layout.
     """
     rows = np.empty(len(lengths), np.int64)
     by_space: list[tuple[int, int]] = []  # (free tokens, row) of the open rows, sorted

@@ -20,12 +20,18 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.packing import best_fit
-from internvlx_jax.errors import ConfigError
 
 LENGTH_STEP = 128
 TILE_COST = 256  # token slots that cost what a tile slot costs: 724 GFLOP of tower against 3.4 a token at 2B
-TILE_BUCKETS = (0, 1, *range(3, 14), 16, 24)  # one image of at most 12 tiles has 1, 3, ..., 13 with thumbnail
+TILE_BUCKETS = (
+    0,
+    1,
+    *range(3, 14),
+    16,
+    24,
+)  # one image of at most 12 tiles has 1, 3, ..., 13 with thumbnail
 
 # First words of the seeds, so that no two kinds of draws share a generator.
 _CYCLE, _EPOCH, _STEPS = 0, 1, 2
@@ -48,8 +54,11 @@ class Bucket:
         return self.length + TILE_COST * self.tiles
 
     def union(self, other: Bucket) -> Bucket:
-        return Bucket(max(self.tiles, other.tiles), max(self.length, other.length),
-                      max(self.short_length, other.short_length))
+        return Bucket(
+            max(self.tiles, other.tiles),
+            max(self.length, other.length),
+            max(self.short_length, other.short_length),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +74,10 @@ class BatchRule:
     def rows(self, bucket: Bucket) -> int:
         if self.samples is not None:
             if self.samples % self.row_quantum:
-                raise ConfigError(f"data.samples_per_step {self.samples} is not a multiple of {self.row_quantum} "
-                                  "(data-parallel devices * compute.accumulation)")
+                raise ConfigError(
+                    f"data.samples_per_step {self.samples} is not a multiple of {self.row_quantum} "
+                    "(data-parallel devices * compute.accumulation)"
+                )
             return self.samples
         groups = max(1, self.tokens // (bucket.length * self.row_quantum))
         if self.tiles is not None and bucket.tiles:
@@ -93,10 +104,12 @@ class PlannedStep:
 # --- buckets ------------------------------------------------------------------------------------------------------
 
 
-def smallest_bucket(tiles: int, length: int, length_step: int = LENGTH_STEP, saved_per_tile: int = 0) -> Bucket:
+def smallest_bucket(
+    tiles: int, length: int, length_step: int = LENGTH_STEP, saved_per_tile: int = 0
+) -> Bucket:
     """The bucket of one sample on its own; lengths are multiples of `length_step`.
 
-    saved_per_tile: slots by which LVTC makes a tile shorter in the short frame. The short length is that of the fewest
+    saved_per_tile: slots by which LVTC makes a tile shorter in the short layout. The short length is that of the fewest
     tiles which have these tile slots, so that it follows from the other two.
     """
     if tiles <= TILE_BUCKETS[-1]:
@@ -108,38 +121,54 @@ def smallest_bucket(tiles: int, length: int, length_step: int = LENGTH_STEP, sav
     bucket = Bucket(slots, round_up(length, length_step))
     if not saved_per_tile:
         return bucket
-    return dataclasses.replace(bucket, short_length=round_up(bucket.length - fewest * saved_per_tile, length_step))
+    return dataclasses.replace(
+        bucket, short_length=round_up(bucket.length - fewest * saved_per_tile, length_step)
+    )
 
 
 def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def assign_buckets(tiles: np.ndarray, lengths: np.ndarray, max_executables: int,
-                   length_step: int = LENGTH_STEP, saved_per_tile: int = 0) -> tuple[list[Bucket], np.ndarray]:
+def assign_buckets(
+    tiles: np.ndarray,
+    lengths: np.ndarray,
+    max_executables: int,
+    length_step: int = LENGTH_STEP,
+    saved_per_tile: int = 0,
+) -> tuple[list[Bucket], np.ndarray]:
     """Buckets in order, and the position in them of every sample's bucket, from its tile count and token length.
 
     tiles, lengths: int[n] -> int64[n]; saved_per_tile: see `smallest_bucket`. The rarest bucket merges into
     the cheapest union until `max_executables` remain.
     """
     pairs, inverse, frequency = np.unique(
-        np.stack([np.asarray(tiles), round_up(np.asarray(lengths), length_step)], axis=1), axis=0,
-        return_inverse=True, return_counts=True)
+        np.stack([np.asarray(tiles), round_up(np.asarray(lengths), length_step)], axis=1),
+        axis=0,
+        return_inverse=True,
+        return_counts=True,
+    )
     smallest = [smallest_bucket(*pair, length_step, saved_per_tile) for pair in pairs.tolist()]
     counts = Counter()
     for bucket, count in zip(smallest, frequency.tolist()):
         counts[bucket] += count
-    members = {bucket: [bucket] for bucket in counts}  # the smallest buckets behind each one that remains
+    members = {
+        bucket: [bucket] for bucket in counts
+    }  # the smallest buckets behind each one that remains
     while len(counts) > max_executables:
         rarest = min(counts, key=lambda bucket: (counts[bucket], bucket))
         rows = counts.pop(rarest)
 
         def padding(other: Bucket) -> tuple[int, Bucket]:
             union = rarest.union(other)
-            return rows * (union.cost - rarest.cost) + counts[other] * (union.cost - other.cost), other
+            return rows * (union.cost - rarest.cost) + counts[other] * (
+                union.cost - other.cost
+            ), other
 
         partner = min(counts, key=padding)
-        union = rarest.union(partner)  # a new bucket or one of the two: merging with a third would have been cheaper
+        union = rarest.union(
+            partner
+        )  # a new bucket or one of the two: merging with a third would have been cheaper
         counts[union] = rows + counts.pop(partner)
         members[union] = members.pop(rarest) + members.pop(partner)
     buckets = sorted(counts)
@@ -162,7 +191,9 @@ class Rows(NamedTuple):
 
     def slice(self, low: int, high: int) -> Rows:
         start = self.start[low : high + 1]
-        return Rows(self.sample[start[0] : start[-1]], self.cycle[start[0] : start[-1]], start - start[0])
+        return Rows(
+            self.sample[start[0] : start[-1]], self.cycle[start[0] : start[-1]], start - start[0]
+        )
 
     def row(self, index: int) -> tuple[Sample, ...]:
         entries = slice(self.start[index], self.start[index + 1])
@@ -172,8 +203,11 @@ class Rows(NamedTuple):
     def join(parts: Sequence[Rows]) -> Rows:
         offsets = np.cumsum([0, *(part.start[-1] for part in parts)])
         start = [part.start[:-1] + offset for part, offset in zip(parts, offsets)]
-        return Rows(np.concatenate([part.sample for part in parts]), np.concatenate([part.cycle for part in parts]),
-                    np.concatenate([*start, offsets[-1:]]))
+        return Rows(
+            np.concatenate([part.sample for part in parts]),
+            np.concatenate([part.cycle for part in parts]),
+            np.concatenate([*start, offsets[-1:]]),
+        )
 
 
 class RowStream(Protocol):
@@ -187,13 +221,15 @@ class RowStream(Protocol):
 
 
 class EntryStream:
-    """Samples of one bucket, one a row. Every data set gives its `rate` of its samples an epoch, each of its samples
+    """Samples of one bucket, one a row. Every dataset gives its `rate` of its samples an epoch, each of its samples
     equally often: it goes through them in a new order every time (a cycle), and an epoch ends wherever it ends.
 
-    members: for each data set, the samples of this bucket; rates: how often each comes an epoch.
+    members: for each dataset, the samples of this bucket; rates: how often each comes an epoch.
     """
 
-    def __init__(self, seed: int, code: int, members: dict[int, np.ndarray], rates: Sequence[Fraction]):
+    def __init__(
+        self, seed: int, code: int, members: dict[int, np.ndarray], rates: Sequence[Fraction]
+    ):
         self.seed, self.code, self.members, self.rates = seed, code, members, rates
 
     def before(self, epoch: int) -> int:
@@ -203,18 +239,22 @@ class EntryStream:
         return math.floor(epoch * self.rates[dataset] * len(self.members[dataset]))
 
     def rows(self, epoch: int) -> Rows:
-        parts = [self._span(dataset, self._taken(dataset, epoch), self._taken(dataset, epoch + 1))
-                 for dataset in self.members]
+        parts = [
+            self._span(dataset, self._taken(dataset, epoch), self._taken(dataset, epoch + 1))
+            for dataset in self.members
+        ]
         sample, cycle = (np.concatenate(column) for column in zip(*parts))
         order = _generator(self.seed, _EPOCH, epoch, self.code).permutation(len(sample))
         return Rows(sample[order], cycle[order], np.arange(len(sample) + 1))
 
     def _span(self, dataset: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and cycles of the positions low .. high - 1 of a data set's endless order."""
+        """Samples and cycles of the positions low .. high - 1 of a dataset's endless order."""
         members = self.members[dataset]
         samples, cycles = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for cycle in range(low // len(members), -(-high // len(members))):
-            order = _generator(self.seed, _CYCLE, cycle, self.code, dataset).permutation(len(members))
+            order = _generator(self.seed, _CYCLE, cycle, self.code, dataset).permutation(
+                len(members)
+            )
             first = cycle * len(members)
             samples.append(members[order[max(0, low - first) : high - first]])
             cycles.append(np.full(len(samples[-1]), cycle))
@@ -224,13 +264,27 @@ class EntryStream:
 class PackedStream:
     """The same with several samples a row. How many rows an epoch has is known once it is packed.
 
-    `saved_per_tile`: see `smallest_bucket`; rows then also fit the short frame. `known` is an epoch and the rows before
+    `saved_per_tile`: see `smallest_bucket`; rows then also fit the short layout. `known` is an epoch and the rows before
     it, from which a resumed run counts on.
     """
 
-    def __init__(self, entries: EntryStream, tiles: np.ndarray, lengths: np.ndarray, *, bucket: Bucket, open_rows: int,
-                 saved_per_tile: int = 0, known: tuple[int, int] = (0, 0)):
-        self.entries, self.tiles, self.lengths, self.saved_per_tile = entries, tiles, lengths, saved_per_tile
+    def __init__(
+        self,
+        entries: EntryStream,
+        tiles: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        bucket: Bucket,
+        open_rows: int,
+        saved_per_tile: int = 0,
+        known: tuple[int, int] = (0, 0),
+    ):
+        self.entries, self.tiles, self.lengths, self.saved_per_tile = (
+            entries,
+            tiles,
+            lengths,
+            saved_per_tile,
+        )
         self.bucket, self.open_rows = bucket, open_rows
         self._before = {0: 0} | dict([known])
         self._packed: dict[int, Rows] = {}
@@ -285,8 +339,16 @@ class Plan:
     `near` is an epoch to look for steps from: that of a resumed run.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], rows: Sequence[int], streams: Sequence[RowStream], *, seed: int,
-                 epochs: int | None = None, near: int = 0):
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        rows: Sequence[int],
+        streams: Sequence[RowStream],
+        *,
+        seed: int,
+        epochs: int | None = None,
+        near: int = 0,
+    ):
         self.buckets, self.rows, self.streams = list(buckets), list(rows), list(streams)
         self.seed, self.epochs = seed, epochs
         self._near = near
@@ -318,12 +380,18 @@ class Plan:
         with _LOCK:
             epoch = self.epoch_of(number)
             if epoch not in self._steps:
-                self._steps = dict(list(self._steps.items())[-1:]) | {epoch: self._epoch_steps(epoch)}
+                self._steps = dict(list(self._steps.items())[-1:]) | {
+                    epoch: self._epoch_steps(epoch)
+                }
             steps = self._steps[epoch]
         code, first = steps.places[number - self.first_step(epoch)]
         rows = steps.rows[code]
-        found = [rows.row(row) for row in range(first, min(first + self.rows[code], len(rows.start) - 1))]
-        return PlannedStep(number, self.buckets[code], (*found, *[()] * (self.rows[code] - len(found))))
+        found = [
+            rows.row(row) for row in range(first, min(first + self.rows[code], len(rows.start) - 1))
+        ]
+        return PlannedStep(
+            number, self.buckets[code], (*found, *[()] * (self.rows[code] - len(found)))
+        )
 
     def _epoch_steps(self, epoch: int) -> _EpochSteps:
         if epoch == self.epochs:
@@ -337,8 +405,11 @@ class Plan:
         return _EpochSteps(rows, [places[place] for place in order])
 
     def _remainders(self) -> list[int]:
-        return [code for code, (stream, size) in enumerate(zip(self.streams, self.rows))
-                if stream.before(self.epochs) % size]
+        return [
+            code
+            for code, (stream, size) in enumerate(zip(self.streams, self.rows))
+            if stream.before(self.epochs) % size
+        ]
 
     def _remainder_steps(self) -> _EpochSteps:
         rows = []
@@ -364,7 +435,11 @@ def _span(stream: RowStream, low: int, high: int, epoch: int) -> Rows:
             parts.insert(0, stream.rows(epoch).slice(max(0, low - first), high - first))
             high = max(low, first)
         epoch -= 1
-    return Rows.join(parts) if parts else Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    return (
+        Rows.join(parts)
+        if parts
+        else Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    )
 
 
 def digest(*parts: object) -> str:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
-from internvlx_jax.data.chat import ChatSample, Image, Size
-from internvlx_jax.data.config import ImageConfig
+from internvlx_jax.core.data_config import ImageConfig
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.conversations import ChatSample, Image, Size
 from internvlx_jax.data.encode import Encoded, encode_sample
-from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.images import check_pixels, image_size, load_image
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.templates import Template, get_template
-from internvlx_jax.data.tiles import TileConfig, cut_tiles, per_image_limit, tile_count
+from internvlx_jax.data.tiles import cut_tiles, per_image_limit, tile_count
 from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
-from internvlx_jax.models.config import LvtcConfig
 
 # What load_image counts, and what to do about it.
 DECODED_ANYWAY = {
@@ -36,7 +37,7 @@ class Processor:
         tiles: how its images are cut.
         tokens_per_tile: visual tokens of a tile.
         special_text: policy for reserved text inside turns.
-        lvtc: the model's; its batches have a short frame too.
+        lvtc: the model's; its batches have a short layout too.
         images: how image files are read.
     """
 
@@ -51,7 +52,7 @@ class Processor:
 
     @property
     def saved_per_tile(self) -> int:
-        """Slots by which a tile is shorter in the short frame of LVTC."""
+        """Slots by which a tile is shorter in the short layout of LVTC."""
         return 0 if self.lvtc is None else self.lvtc.saved_per_tile
 
     def for_dataset(self, entry: DatasetEntry) -> Processor:
@@ -77,12 +78,16 @@ class Processor:
         limit = self.image_limit(len(sizes)) if limit is None else limit
         return tuple(tile_count(self.tiles, width, height, limit) for width, height in sizes)
 
-    def sizes(self, images: Sequence[Image], where: str, stated: Sequence[Size | None] = ()) -> list[Size]:
+    def sizes(
+        self, images: Sequence[Image], where: str, stated: Sequence[Size | None] = ()
+    ) -> list[Size]:
         """Sizes as stated, else from the image headers; raises SampleError naming file and line."""
         stated = stated if stated and self.images.trust_sizes else [None] * len(images)
         try:
-            sizes = [size or image_size(image, apply_exif=self.images.exif == "apply")
-                     for image, size in zip(images, stated, strict=True)]
+            sizes = [
+                size or image_size(image, apply_exif=self.images.exif == "apply")
+                for image, size in zip(images, stated, strict=True)
+            ]
             for image, size in zip(images, sizes):
                 check_pixels(size, self.images.max_pixels, image)
             return sizes
@@ -93,9 +98,15 @@ class Processor:
         """Tokens and labels; raises SampleError naming file and line."""
         system = self.system_message if sample.system is None else sample.system
         try:
-            return encode_sample(sample.turns, system=system, template=self.template, tokenizer=self.tokenizer,
-                                 tiles_per_image=tiles_per_image, tokens_per_tile=self.tokens_per_tile,
-                                 special_text=self.special_text)
+            return encode_sample(
+                sample.turns,
+                system=system,
+                template=self.template,
+                tokenizer=self.tokenizer,
+                tiles_per_image=tiles_per_image,
+                tokens_per_tile=self.tokens_per_tile,
+                special_text=self.special_text,
+            )
         except SampleError as error:
             raise error.at(sample.where) from None
 
@@ -103,8 +114,15 @@ class Processor:
         """Each image decoded once; raises SampleError naming file and line."""
         config = self.images
         try:
-            return [load_image(image, max_pixels=config.max_pixels, apply_exif=config.exif == "apply",
-                               use_truncated=config.truncated == "use") for image in images]
+            return [
+                load_image(
+                    image,
+                    max_pixels=config.max_pixels,
+                    apply_exif=config.exif == "apply",
+                    use_truncated=config.truncated == "use",
+                )
+                for image in images
+            ]
         except SampleError as error:
             raise error.at(where) from None
 

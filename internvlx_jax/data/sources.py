@@ -1,4 +1,4 @@
-"""Where sample records come from: JSONL files, ArrayRecord files, prepared TFDS data sets (spec: data.md 2 and 16).
+"""Where sample records come from: JSONL files, ArrayRecord files, prepared TFDS datasets (spec: data.md 2 and 16).
 
 Every source has random access by position, so that a plan can be read in any order. A source is picklable: a copy in a
 worker opens its files on first use.
@@ -19,21 +19,22 @@ from typing import Any, Protocol
 import msgpack
 import numpy as np
 
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.chat import ChatSample, parse_sample
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.conversations import ChatSample, parse_sample
 from internvlx_jax.data.meta import DatasetEntry
-from internvlx_jax.errors import ConfigError
 
-TAIL = 2**20  # bytes at the end of an ArrayRecord file that are hashed: they hold its index of records
+TAIL = (
+    2**20
+)  # bytes at the end of an ArrayRecord file that are hashed: they hold its index of records
 
 
 class Source(Protocol):
     """Attributes:
-        path: what messages call the source.
-        beside: local path that a cache may lie beside.
-        content_key: changes when the records do; equal for equal content, wherever and whenever it was copied.
-        lines: the numbers that people find the records by, counted from 1.
+    path: what messages call the source.
+    beside: local path that a cache may lie beside.
+    content_key: changes when the records do; equal for equal content, wherever and whenever it was copied.
+    lines: the numbers that people find the records by, counted from 1.
     """
 
     path: str
@@ -130,8 +131,11 @@ class ArrayRecords:
         try:
             return msgpack.unpackb(self._reader[position])
         except Exception as error:  # damaged files: errors of the reader, of msgpack, of UTF-8
-            raise SampleError("json", f"not a msgpack map ({type(error).__name__}: {error}).",
-                              "Write the file again with internvlx_jax.data.sources.write_array_record.") from error
+            raise SampleError(
+                "json",
+                f"not a msgpack map ({type(error).__name__}: {error}).",
+                "Write the file again with internvlx_jax.data.sources.write_array_record.",
+            ) from error
 
 
 def write_array_record(path: str | os.PathLike, samples: Iterable[Mapping[str, Any]]) -> int:
@@ -149,7 +153,7 @@ def write_array_record(path: str | os.PathLike, samples: Iterable[Mapping[str, A
 
 
 class TfdsRecords:
-    """A prepared TFDS data set in ArrayRecord format, read without TensorFlow. Images stay encoded."""
+    """A prepared TFDS dataset in ArrayRecord format, read without TensorFlow. Images stay encoded."""
 
     def __init__(self, entry: DatasetEntry):
         self.path = f"{entry.tfds} {entry.split}"
@@ -158,8 +162,10 @@ class TfdsRecords:
         try:
             self._convert = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f'dataset "{entry.name}": "builder" {entry.builder} cannot be imported ({error}); give '
-                              '"module:function" of a module on the Python path') from error
+            raise ConfigError(
+                f'dataset "{entry.name}": "builder" {entry.builder} cannot be imported ({error}); give '
+                '"module:function" of a module on the Python path'
+            ) from error
         folder = Path(self._builder.data_dir)
         self.beside = str(folder / entry.split)
         digest = hashlib.sha256(inspect.getsource(self._convert).encode())
@@ -174,21 +180,30 @@ class TfdsRecords:
         try:
             return tfds.builder(self._entry.tfds, data_dir=self._entry.data_dir)
         except Exception as error:
-            raise ConfigError(f'dataset "{self._entry.name}": TFDS has no {self._entry.tfds} in '
-                              f"{self._entry.data_dir or 'its default folder'} ({error}); prepare it there with "
-                              'file_format="array_record"') from error
+            raise ConfigError(
+                f'dataset "{self._entry.name}": TFDS has no {self._entry.tfds} in '
+                f"{self._entry.data_dir or 'its default folder'} ({error}); prepare it there with "
+                'file_format="array_record"'
+            ) from error
 
     @functools.cached_property
     def _examples(self):
         import tensorflow_datasets as tfds
 
-        images = [name for name, feature in self._builder.info.features.items()
-                  if isinstance(feature, tfds.features.Image)]
+        images = [
+            name
+            for name, feature in self._builder.info.features.items()
+            if isinstance(feature, tfds.features.Image)
+        ]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
         return self._builder.as_data_source(split=self._entry.split, decoders=decoders)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_builder", "_examples")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_builder", "_examples")
+        }
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -201,8 +216,12 @@ class TfdsRecords:
         try:
             return self._convert(self._examples[position])
         except Exception as error:  # of the user's function, too
-            raise SampleError("json", f"{self._entry.builder} cannot make a sample of it ({type(error).__name__}: "
-                              f"{error}).", "Correct the function, or leave the example out.") from error
+            raise SampleError(
+                "json",
+                f"{self._entry.builder} cannot make a sample of it ({type(error).__name__}: "
+                f"{error}).",
+                "Correct the function, or leave the example out.",
+            ) from error
 
 
 def cache_name(source: Source) -> str:

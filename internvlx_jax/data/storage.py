@@ -8,7 +8,7 @@ from typing import IO
 
 import fsspec
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 
 
 def is_url(path: str) -> bool:
@@ -40,7 +40,10 @@ def names_in(folder: str) -> list[str]:
     """Names of the files in a folder, sorted."""
     if not is_url(folder):
         return sorted(os.listdir(folder))
-    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in _filesystem(folder).ls(folder, detail=False))
+    return sorted(
+        entry.rstrip("/").rpartition("/")[2]
+        for entry in _filesystem(folder).ls(folder, detail=False)
+    )
 
 
 def matching(pattern: str) -> list[str]:
@@ -53,7 +56,9 @@ def local_copy(path: str, cache: str) -> str:
     if not is_url(path):
         return path
     _filesystem(path)  # names the missing package
-    return fsspec.open_local(f"filecache::{path}", filecache={"cache_storage": cache, "check_files": True})
+    return fsspec.open_local(
+        f"filecache::{path}", filecache={"cache_storage": cache, "check_files": True}
+    )
 
 
 def _filesystem(path: str) -> fsspec.AbstractFileSystem:

@@ -1,4 +1,4 @@
-"""Generated data set on which a tiny model learns to read pages from scratch (spec: data.md 1, 2).
+"""Generated dataset on which a tiny model learns to read pages from scratch (spec: data.md 1, 2).
 
     python -m internvlx_jax.data.synthetic --out runs/synthetic
 
@@ -11,7 +11,7 @@
 A conversation asks once about every field of its page, or about three fields of its two pages. Every value is
 uniform and independent of everything else on the page, so an answerer that does not see the image is right
 about one time in nine. The blank questions are the validation questions on empty pages of the same sizes.
-Sample i of a split depends on (seed, split, i) only: a longer data set begins with the shorter one.
+Sample i of a split depends on (seed, split, i) only: a longer dataset begins with the shorter one.
 """
 
 import argparse
@@ -29,9 +29,19 @@ from PIL import Image
 
 from internvlx_jax.data.synthetic_pages import KINDS, Page, make_page
 
-__all__ = ["FILES", "TOKENIZER_FOLDER", "SyntheticConfig", "chance", "generate", "make_page", "text_samples"]
+__all__ = [
+    "FILES",
+    "TOKENIZER_FOLDER",
+    "SyntheticConfig",
+    "chance",
+    "generate",
+    "make_page",
+    "text_samples",
+]
 
-TOKENIZER_FOLDER = Path(__file__).parent / "assets" / "synthetic_tokenizer"  # made by synthetic_tokenizer.py
+TOKENIZER_FOLDER = (
+    Path(__file__).parent / "assets" / "synthetic_tokenizer"
+)  # made by synthetic_tokenizer.py
 
 VERSION = 3  # raise it with every change that alters a page or a sample, so that old folders are not reused
 PAGES = "synthetic_pages"
@@ -68,7 +78,10 @@ class SyntheticConfig:
         for name in ("train_samples", "val_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if min(self.two_page_share, self.text_share) < 0 or self.two_page_share + self.text_share > 1:
+        if (
+            min(self.two_page_share, self.text_share) < 0
+            or self.two_page_share + self.text_share > 1
+        ):
             raise ValueError(
                 f"two_page_share={self.two_page_share} and text_share={self.text_share} must be at least 0 "
                 "and at most 1 together."
@@ -94,7 +107,9 @@ def _turns(questions: Iterable[tuple[str, str]], head: str) -> list[dict[str, st
 def _ask(page: Page, rng: np.random.Generator, prefix: str = "") -> list[tuple[str, str]]:
     """One question about each field, in random order and wording."""
     fields = [page.fields[i] for i in rng.permutation(len(page.fields))]
-    return [(prefix + str(rng.choice(KINDS[field.kind].questions)), field.value) for field in fields]
+    return [
+        (prefix + str(rng.choice(KINDS[field.kind].questions)), field.value) for field in fields
+    ]
 
 
 def _sample(config: SyntheticConfig, split: str, index: int) -> tuple[dict[str, Any], list[Page]]:
@@ -126,7 +141,9 @@ def _sample(config: SyntheticConfig, split: str, index: int) -> tuple[dict[str, 
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -165,7 +182,12 @@ def _vqa_rows(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         texts = [turn["value"].removeprefix("<image>\n") for turn in sample["conversations"]]
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
-            row = {"question_id": len(rows), "image": sample["image"], "question": question, "answer": answer}
+            row = {
+                "question_id": len(rows),
+                "image": sample["image"],
+                "question": question,
+                "answer": answer,
+            }
             rows.append(row | {"field": kinds[question]})
     return rows
 
@@ -185,7 +207,9 @@ def _write_vqa(root: Path, samples: list[dict[str, Any]]) -> list[dict[str, Any]
             page = Image.new("RGB", (sample["width"], sample["height"]), "white")
             blank[sample["image"]] = _save(page, root, sample["image"].replace("/val/", "/blank/"))
     _write_jsonl(root / "val_vqa.jsonl", rows)
-    _write_jsonl(root / "val_blank_vqa.jsonl", [row | {"image": blank[row["image"]]} for row in rows])
+    _write_jsonl(
+        root / "val_blank_vqa.jsonl", [row | {"image": blank[row["image"]]} for row in rows]
+    )
     return rows
 
 
@@ -207,12 +231,14 @@ def chance(known: Iterable[Mapping[str, str]], rows: Iterable[Mapping[str, str]]
 
 
 def _read_summary(folder: Path, config: SyntheticConfig) -> dict[str, Any] | None:
-    """The summary of a finished data set in `folder`, None where nothing is there yet."""
+    """The summary of a finished dataset in `folder`, None where nothing is there yet."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     path = folder / SUMMARY
     if not path.is_file():
-        raise FileExistsError(f"{folder} is not empty and holds no {SUMMARY}. Choose another folder.")
+        raise FileExistsError(
+            f"{folder} is not empty and holds no {SUMMARY}. Choose another folder."
+        )
     summary = json.loads(path.read_text(encoding="utf-8"))
     want = {"version": VERSION, **dataclasses.asdict(config)}
     have = {"version": summary.get("version"), **summary.get("config", {})}
@@ -220,13 +246,13 @@ def _read_summary(folder: Path, config: SyntheticConfig) -> dict[str, Any] | Non
     changes = [f"{key}: {have.get(key)} there, {want[key]} wanted" for key in keys]
     if changes:
         raise FileExistsError(
-            f"{folder} holds another data set ({'; '.join(changes)}). Choose another folder, or delete it."
+            f"{folder} holds another dataset ({'; '.join(changes)}). Choose another folder, or delete it."
         )
     return summary
 
 
 def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[str, Any]:
-    """Write the data set, or reuse it where the folder holds it already.
+    """Write the dataset, or reuse it where the folder holds it already.
 
     The files are written into a sibling folder, which is renamed at the end: `folder` is complete or absent.
 
@@ -257,7 +283,11 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
                 "images": sum(1 for _ in (partial / PAGES / "images" / split).iterdir()),
                 "questions": sum(len(sample["conversations"]) // 2 for sample in samples),
             }
-            entry = {"root": f"{PAGES}/", "annotation": f"{PAGES}/{split}.jsonl", "data_augment": False}
+            entry = {
+                "root": f"{PAGES}/",
+                "annotation": f"{PAGES}/{split}.jsonl",
+                "data_augment": False,
+            }
             _write_json(
                 partial / FILES[f"meta_{split}"],
                 {"synthetic": entry | {"repeat_time": 1, "length": len(samples)}},
@@ -270,10 +300,14 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the generated data set.")
-    parser.add_argument("--out", required=True, help="folder to write; reused if it holds the same data set")
+    parser = argparse.ArgumentParser(description="Write the generated dataset.")
+    parser.add_argument(
+        "--out", required=True, help="folder to write; reused if it holds the same dataset"
+    )
     for field in dataclasses.fields(SyntheticConfig):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="%(default)s")
+        parser.add_argument(
+            f"--{field.name}", type=field.type, default=field.default, help="%(default)s"
+        )
     options = vars(parser.parse_args())
     print(json.dumps(generate(options.pop("out"), SyntheticConfig(**options)), indent=1))
 

@@ -1,4 +1,4 @@
-"""Drawn pages in the spirit of receipts and forms: the images of the generated data set (see synthetic.py).
+"""Drawn pages in the spirit of receipts and forms: the images of the generated dataset (see synthetic.py).
 
 A page is cut into cells of half a tile. One or two cells hold a field, the others are empty or hold grey
 lines that stand for small print. A field is a box with a coloured band, a printed label in the band and one
@@ -34,8 +34,14 @@ GRIDS: dict[tuple[int, int], float] = {
     (2, 2): 0.03,
     (2, 3): 0.01, (3, 2): 0.01,
 }  # fmt: skip
-SIDES = (99, 112)  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
-FIELDS = (1, 2)  # fields a page, inclusive; pages with one field make the first steps of learning easy
+SIDES = (
+    99,
+    112,
+)  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
+FIELDS = (
+    1,
+    2,
+)  # fields a page, inclusive; pages with one field make the first steps of learning easy
 BAND = 13  # px, height of the label band
 LABEL_SIZE = 11  # px, font size of the printed labels where they fit
 TILT = 280.0  # degrees times pixels: the largest rotation moves a page's edge by about 2.4 px at every size
@@ -111,7 +117,9 @@ _COLORS: dict[str, Color] = {
 }
 
 
-def _draw_swatch(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+def _draw_swatch(
+    canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color
+) -> None:
     left, top, right, bottom = area
     canvas.rectangle((left + 5, top + 4, right - 6, bottom - 5), fill=_COLORS[value], outline=ink)
 
@@ -144,7 +152,9 @@ _OUTLINES: dict[str, np.ndarray] = {
 _SHAPES = ("circle", "ring", "moon", *_OUTLINES)
 
 
-def _draw_shape(canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color) -> None:
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color
+) -> None:
     x, y = _center(area)
     r = min(area[2] - area[0], area[3] - area[1]) * 0.42
 
@@ -180,7 +190,9 @@ def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
     canvas.rectangle((left, top, right - 1, bottom - 1), fill=paper, outline=kind.band)
     canvas.rectangle((left, top, right - 1, top + BAND - 1), fill=kind.band)
     font = _fitting_font(kind.label, right - left - 4, LABEL_SIZE - 3)
-    canvas.text(((left + right) / 2, top + BAND / 2), kind.label, fill="white", font=font, anchor="mm")
+    canvas.text(
+        ((left + right) / 2, top + BAND / 2), kind.label, fill="white", font=font, anchor="mm"
+    )
     kind.draw(canvas, (left, top + BAND, right, bottom), field.value, ink, paper)
 
 
@@ -206,7 +218,9 @@ def _scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.I
     tilt = rng.uniform(-TILT, TILT) / max(width, height)
     image = image.rotate(tilt, resample=Image.Resampling.BILINEAR, fillcolor=paper)
     slope_x, slope_y = rng.uniform(-10, 10, size=2)
-    light = np.add.outer(np.linspace(-slope_y, slope_y, height), np.linspace(-slope_x, slope_x, width))
+    light = np.add.outer(
+        np.linspace(-slope_y, slope_y, height), np.linspace(-slope_x, slope_x, width)
+    )
     grain = rng.integers(-3, 4, size=(height, width), dtype=np.int16) + light.astype(np.int16)
     pixels = np.asarray(image).astype(np.int16) + grain[:, :, None]
     specks = rng.integers(0, width * height, size=width * height // 300)
@@ -232,7 +246,12 @@ def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> 
     width, height = grid[0] * side_x, grid[1] * side_y
     kinds = rng.permutation(list(KINDS))[: rng.integers(FIELDS[0], FIELDS[1] + 1)].tolist()
     cells = [
-        (width * x // columns, height * y // rows, width * (x + 1) // columns, height * (y + 1) // rows)
+        (
+            width * x // columns,
+            height * y // rows,
+            width * (x + 1) // columns,
+            height * (y + 1) // rows,
+        )
         for y in range(rows)
         for x in range(columns)
     ]

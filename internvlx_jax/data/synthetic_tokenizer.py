@@ -1,9 +1,9 @@
-"""Trains the small SentencePiece tokenizer that ships with the generated data set (spec: data.md 5).
+"""Trains the small SentencePiece tokenizer that ships with the generated dataset (spec: data.md 5).
 
     python -m internvlx_jax.data.synthetic_tokenizer --out DIR
 
 It has the traits of InternLM2's: byte fallback, no text normalisation, no dummy prefix, spaces kept, the chat
-and image tokens appended after the pieces. Every answer of the data set is one piece after the answer header,
+and image tokens appended after the pieces. Every answer of the dataset is one piece after the answer header,
 and the default system texts take few pieces.
 """
 
@@ -24,7 +24,9 @@ ADDED_TOKENS = (
     "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
-SYSTEM_TEXTS = tuple(get_template(name).system_message for name in ("internlm2-chat", "internvl2_5"))
+SYSTEM_TEXTS = tuple(
+    get_template(name).system_message for name in ("internlm2-chat", "internvl2_5")
+)
 
 
 def _training_lines() -> list[str]:
@@ -32,7 +34,11 @@ def _training_lines() -> list[str]:
     questions = [question for kind in KINDS.values() for question in kind.questions]
     # Repeated, so that merges go to these texts first.
     lines = 20 * [*SYSTEM_TEXTS, "system", "user", "assistant", *sorted(values)]
-    lines += [where + question for where in ("", "First page: ", "Second page: ") for question in questions]
+    lines += [
+        where + question
+        for where in ("", "First page: ", "Second page: ")
+        for question in questions
+    ]
     return lines + [question for question, _ in text_samples()] + ["Image-1: ", "Image-2: "]
 
 
@@ -58,11 +64,13 @@ def train_tokenizer(folder: Path) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2} | {token: PIECES + i for i, token in enumerate(ADDED_TOKENS)}
+    tokens = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        token: PIECES + i for i, token in enumerate(ADDED_TOKENS)
+    }
     write_tokenizer_files(folder, model.getvalue(), tokens, add_bos=True, pieces=PIECES)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the tokenizer of the generated data set.")
+    parser = argparse.ArgumentParser(description="Train the tokenizer of the generated dataset.")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     train_tokenizer(parser.parse_args().out)

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from internvlx_jax.data.errors import did_you_mean
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError, did_you_mean
 
 IMAGE_PLACEHOLDER = "<image>"  # stands for one image in the text of a human turn
 VIDEO_PLACEHOLDER = "<video>"  # becomes a line with an "<image>" for each frame

@@ -3,53 +3,14 @@
 Dims: n tiles of s x s pixels, the thumbnail (if any) last. A grid is (columns, rows).
 """
 
-import dataclasses
 import functools
 import math
 
 import numpy as np
 from PIL import Image
 
-from internvlx_jax.data.errors import did_you_mean
-
-TILE_RULES = ("edge", "area", "off")
-
-# kind -> (mean, std) of the RGB channels on the scale 0..1 (spec: data.md 8.4)
-NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """How images become tiles.
-
-    Attributes
-      tile_size: s, side of a tile in pixels.
-      rule: what bounds the number of grid cells: "edge" (the released RVTC), "area", "off" (plain InternVL).
-      max_num, min_num: bounds of columns * rows, the thumbnail not counted.
-      use_thumbnail: a grid of several cells is followed by the whole image squashed to one tile.
-      dynamic: False squashes every image into one tile, without grid and thumbnail (non-HD models).
-    """
-
-    tile_size: int = 448
-    rule: str = "edge"
-    max_num: int = 6
-    min_num: int = 1
-    use_thumbnail: bool = True
-    dynamic: bool = True
-
-    def __post_init__(self):
-        if self.rule not in TILE_RULES:
-            raise ValueError(
-                f'tile rule "{self.rule}" is unknown.{did_you_mean(self.rule, TILE_RULES)} '
-                f"Use one of {', '.join(TILE_RULES)}."
-            )
-        for name in ("tile_size", "max_num", "min_num"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+from internvlx_jax.core.errors import did_you_mean
+from internvlx_jax.core.tile_config import NORMALIZATIONS, TileConfig
 
 
 def per_image_limit(max_num: int, n_images: int) -> int:
@@ -73,11 +34,15 @@ def tile_limit(config: TileConfig, width: int, height: int, max_num: int | None 
 
 @functools.cache
 def _candidates(min_num: int, limit: int) -> list[tuple[int, int]]:
-    grids = [(c, r) for c in range(1, limit + 1) for r in range(1, limit // c + 1) if c * r >= min_num]
+    grids = [
+        (c, r) for c in range(1, limit + 1) for r in range(1, limit // c + 1) if c * r >= min_num
+    ]
     return sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
 
 
-def choose_grid(config: TileConfig, width: int, height: int, max_num: int | None = None) -> tuple[int, int]:
+def choose_grid(
+    config: TileConfig, width: int, height: int, max_num: int | None = None
+) -> tuple[int, int]:
     """(columns, rows) whose aspect ratio is nearest to that of the image (spec: data.md 8.2).
 
     Ties go to the larger grid if the image has more than half of its pixels. (1, 1) without candidates.
@@ -108,11 +73,17 @@ def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None
     Pillow 13's antialiased BICUBIC on uint8 defines the pixels. Raises ValueError on another mode than RGB.
     """
     if image.mode != "RGB":
-        raise ValueError(f"tiles are cut from RGB images, got {image.mode}. Open images with load_image.")
+        raise ValueError(
+            f"tiles are cut from RGB images, got {image.mode}. Open images with load_image."
+        )
     s = config.tile_size
     columns, rows = grid = choose_grid(config, *image.size, max_num)
     canvas = np.asarray(_resize(image, columns * s, rows * s))
-    tiles = [canvas[r * s : (r + 1) * s, c * s : (c + 1) * s] for r in range(rows) for c in range(columns)]
+    tiles = [
+        canvas[r * s : (r + 1) * s, c * s : (c + 1) * s]
+        for r in range(rows)
+        for c in range(columns)
+    ]
     if _has_thumbnail(config, grid):
         tiles.append(np.asarray(_resize(image, s, s)))
     return np.stack(tiles)

@@ -11,17 +11,18 @@ from typing import Literal
 
 import sentencepiece
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.tokenizer_files import (
     find_model,
     open_model,
     read_added_tokens,
     write_tokenizer_files,
 )
-from internvlx_jax.errors import ConfigError
 
 SpecialText = Literal["allow", "reject", "escape"]
-Prefix = Literal["none", "every", "first"]  # where a model of the Llama family puts a space before a text
+Prefix = Literal[
+    "none", "every", "first"
+]  # where a model of the Llama family puts a space before a text
 
 # Added tokens that users may write: references and boxes of grounding data.
 _GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
@@ -58,7 +59,9 @@ class Tokenizer:
         self._pieces = model.get_piece_size()
         self.vocab_size = max(self._pieces, *(id + 1 for id in self.added.values()))
         self._texts = {id: text for text, id in self.added.items()}
-        literals = map(re.escape, sorted(self.added, key=len, reverse=True))  # the longest match wins
+        literals = map(
+            re.escape, sorted(self.added, key=len, reverse=True)
+        )  # the longest match wins
         self._added_pattern = re.compile("|".join(literals))
         self._user_pattern = re.compile(f"{self._added_pattern.pattern}|{_UNUSED_PIECE}")
         self.bos_id, self.eos_id = self.token_id("<s>"), self.token_id("</s>")
@@ -103,9 +106,13 @@ class Tokenizer:
         which have no reserved id.
         """
         if special not in ("allow", "reject", "escape"):
-            raise ValueError(f'special text policy "{special}" is unknown. Use allow, reject or escape.')
+            raise ValueError(
+                f'special text policy "{special}" is unknown. Use allow, reject or escape.'
+            )
         atoms, start = [], 0
-        for match in (self._added_pattern if special == "allow" else self._user_pattern).finditer(text):
+        for match in (self._added_pattern if special == "allow" else self._user_pattern).finditer(
+            text
+        ):
             literal = match.group()
             before = text[start : match.start()]
             start = match.end()
@@ -135,7 +142,11 @@ class Tokenizer:
         return ids, head_ids
 
     def _byte_length(self, id: int) -> int:
-        return 1 if self._model.is_byte(id) else len(self._model.id_to_piece(id).replace("▁", " ").encode())
+        return (
+            1
+            if self._model.is_byte(id)
+            else len(self._model.id_to_piece(id).replace("▁", " ").encode())
+        )
 
     def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
         """Ids of text, without bos and eos. `special` as in split."""
@@ -168,11 +179,20 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the ids: the model file, the added tokens, the bos rule."""
-        rest = json.dumps([sorted(self.added.items()), self.add_bos, self.prefix, sorted(self.swallowing)])
+        rest = json.dumps(
+            [sorted(self.added.items()), self.add_bos, self.prefix, sorted(self.swallowing)]
+        )
         return hashlib.sha256(self.path.read_bytes() + rest.encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files that `load` needs, so that the folder stands alone."""
         model = self.path.read_bytes()
-        write_tokenizer_files(folder, model, self.added, add_bos=self.add_bos, legacy=self.prefix != "first",
-                              swallowing=[self._texts[id] for id in self.swallowing], pieces=self._pieces)
+        write_tokenizer_files(
+            folder,
+            model,
+            self.added,
+            add_bos=self.add_bos,
+            legacy=self.prefix != "first",
+            swallowing=[self._texts[id] for id in self.swallowing],
+            pieces=self._pieces,
+        )

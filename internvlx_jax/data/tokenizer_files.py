@@ -9,8 +9,8 @@ from typing import NamedTuple
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.files import read_json_object, written_aside
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.files import read_json_object, written_aside
 
 INTERNLM2_PIECES = 92_544
 
@@ -20,9 +20,13 @@ _INTERNLM2_ADDED = {
     text: id
     for id, text in [
         *enumerate(("<unk>", "<s>", "</s>")),
-        *enumerate(("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"), start=92_538),
+        *enumerate(
+            ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"), start=92_538
+        ),
         *enumerate(("<|im_end|>", "<|im_start|>"), start=92_542),
-        *enumerate(("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"), start=INTERNLM2_PIECES),
+        *enumerate(
+            ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"), start=INTERNLM2_PIECES
+        ),
         *enumerate(("<ref>", "</ref>", "<box>", "</box>"), start=92_549),
     ]
 }
@@ -43,7 +47,9 @@ def find_model(path: str | os.PathLike) -> Path:
                 f"{path}: no tokenizer.model, but {name}: a byte-level BPE tokenizer (Qwen2), which is not "
                 "supported yet. Use a checkpoint with an InternLM2 decoder (InternVL2-2B/8B, InternVL-X)."
             )
-    raise FileNotFoundError(f"{model} does not exist. Name a folder with tokenizer.model, or that file.")
+    raise FileNotFoundError(
+        f"{model} does not exist. Name a folder with tokenizer.model, or that file."
+    )
 
 
 def open_model(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, bool]:
@@ -88,7 +94,9 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
     """
     config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     config = read_json_object(config_path)
-    added = {entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()}
+    added = {
+        entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()
+    }
     for text, id in read_json_object(added_path).items():
         if added.setdefault(text, id) != id:
             raise ConfigError(
@@ -104,21 +112,40 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
         )
     ids = list(added.values())
     if twice := [text for text, id in added.items() if ids.count(id) > 1]:
-        raise ConfigError(f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json.")
-    swallowing = frozenset(entry["content"] for entry in config.get("added_tokens_decoder", {}).values()
-                           if entry.get("rstrip"))
-    return AddedTokens(added, config.get("add_bos_token", True), config.get("legacy", True), swallowing)
+        raise ConfigError(
+            f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json."
+        )
+    swallowing = frozenset(
+        entry["content"]
+        for entry in config.get("added_tokens_decoder", {}).values()
+        if entry.get("rstrip")
+    )
+    return AddedTokens(
+        added, config.get("add_bos_token", True), config.get("legacy", True), swallowing
+    )
 
 
 def write_tokenizer_files(
-    folder: str | os.PathLike, model: bytes, added: Mapping[str, int], *, add_bos: bool, pieces: int,
-    legacy: bool = True, swallowing: Collection[str] = ()
+    folder: str | os.PathLike,
+    model: bytes,
+    added: Mapping[str, int],
+    *,
+    add_bos: bool,
+    pieces: int,
+    legacy: bool = True,
+    swallowing: Collection[str] = (),
 ) -> None:
     """Writes the three files, each aside and then renamed, so that a reader never meets half a file.
 
     added_tokens.json lists the tokens beyond tokenizer.model, tokenizer_config.json all of them.
     """
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    flags = {
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+        "special": True,
+    }
     by_id = sorted(added.items(), key=lambda item: item[1])
     config = {
         "add_bos_token": add_bos,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.chat import ChatSample, Image
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.data.conversations import ChatSample, Image
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 # template -> (text in front of frame i, text after its image, text after the last one)
@@ -32,12 +32,22 @@ def list_frames(sample: ChatSample) -> tuple[Image, ...]:
     try:
         names = storage.names_in(sample.video)
     except OSError as error:
-        raise SampleError("unreadable", f"{sample.video} is no folder of frames ({type(error).__name__}).",
-                          'Name a folder of images, or list the frames, under "video".', sample.where) from None
-    names = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp"))]
+        raise SampleError(
+            "unreadable",
+            f"{sample.video} is no folder of frames ({type(error).__name__}).",
+            'Name a folder of images, or list the frames, under "video".',
+            sample.where,
+        ) from None
+    names = [
+        name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+    ]
     if not names:
-        raise SampleError("unreadable", f"{sample.video} holds no frames.",
-                          "Frames are .jpg, .png, .webp or .bmp files.", sample.where)
+        raise SampleError(
+            "unreadable",
+            f"{sample.video} holds no frames.",
+            "Frames are .jpg, .png, .webp or .bmp files.",
+            sample.where,
+        )
     return tuple(storage.join(sample.video, name) for name in sorted(names, key=_frame_number))
 
 
@@ -56,11 +66,18 @@ def choose_frames(available: int, count: int, generator: np.random.Generator | N
 def with_frames(sample: ChatSample, frames: Sequence[Image], template: str) -> ChatSample:
     """A video sample -> a sample with the chosen frames as its images, announced in the first turn."""
     before, between, end = _FRAME_TEXT[template]
-    text = between.join(f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, len(frames) + 1)) + end
+    text = (
+        between.join(f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, len(frames) + 1))
+        + end
+    )
     (role, first), *rest = sample.turns
-    placeholder = f"{VIDEO_PLACEHOLDER}\n" if f"{VIDEO_PLACEHOLDER}\n" in first else VIDEO_PLACEHOLDER
+    placeholder = (
+        f"{VIDEO_PLACEHOLDER}\n" if f"{VIDEO_PLACEHOLDER}\n" in first else VIDEO_PLACEHOLDER
+    )
     turns = ((role, first.replace(placeholder, text)), *rest)
-    return dataclasses.replace(sample, images=tuple(frames), sizes=(None,) * len(frames), turns=turns)
+    return dataclasses.replace(
+        sample, images=tuple(frames), sizes=(None,) * len(frames), turns=turns
+    )
 
 
 def frame_separator(template: str, number: int) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.files import written_aside
 from internvlx_jax.data.images import load_image
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation.parts import read_rows
-from internvlx_jax.files import written_aside
+from internvlx_jax.evaluation.prediction_shards import read_rows
 
 COLUMNS = 4
 MAX_PAGES = 4  # of one question; the others are left out
@@ -35,14 +34,18 @@ def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
     shown = [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
     columns = min(COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
-    size = (2 * MARGIN + columns * CARD[0] + (columns - 1) * GAP,
-            HEADER + MARGIN + lines * CARD[1] + (lines - 1) * GAP)
+    size = (
+        2 * MARGIN + columns * CARD[0] + (columns - 1) * GAP,
+        HEADER + MARGIN + lines * CARD[1] + (lines - 1) * GAP,
+    )
     picture = Image.new("RGB", size, PAPER)
     header = f"{len(shown)} of {len(rows)} answers; mean score of all {score:.2f}"
     ImageDraw.Draw(picture).text((MARGIN, HEADER / 2), header, INK, _font(16), anchor="lm")
     for i, row in enumerate(shown):
         line, column = divmod(i, columns)
-        picture.paste(_card(row), (MARGIN + column * (CARD[0] + GAP), HEADER + line * (CARD[1] + GAP)))
+        picture.paste(
+            _card(row), (MARGIN + column * (CARD[0] + GAP), HEADER + line * (CARD[1] + GAP))
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(out) as aside:
         picture.save(aside, format="PNG")
@@ -53,7 +56,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         missing = {"prompt", "images", "prediction", "answer", "score", "error"} - row.keys()
         if missing:
-            raise ConfigError(f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again")
+            raise ConfigError(
+                f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again"
+            )
     if not rows:
         raise ConfigError(f"{path}: no predictions in it; run eval.py again")
     return rows
@@ -103,11 +108,20 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, right: bool) -> None:
         draw.line([(x + 16, y + 3), (x + 2, y + 17)], WRONG, 4)
 
 
-def _write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, style: tuple[int, int],
-           lines: int) -> float:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    text: str,
+    color: str,
+    style: tuple[int, int],
+    lines: int,
+) -> float:
     """At most `lines` wrapped lines of text with their top at y; returns the top of the line below them."""
     size, characters = style
-    for line in textwrap.wrap(text, characters - round(x / size), max_lines=lines, placeholder=" ..."):
+    for line in textwrap.wrap(
+        text, characters - round(x / size), max_lines=lines, placeholder=" ..."
+    ):
         draw.text((x, y), line, color, _font(size))
         y += size + 6
     return y

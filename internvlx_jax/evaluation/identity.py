@@ -32,7 +32,9 @@ def file_hashes(paths: Iterable[Path]) -> tuple[dict[str, str], list[str]]:
         hashes[f"{path.parent.name}/{path.name}"] = sha.hexdigest()
         published = TSV_MD5.get(path.stem) if path.suffix == ".tsv" else None
         if published and not md5.hexdigest().startswith(published):
-            notes.append(f"{path.name} is not the published file (md5 {md5.hexdigest()[:8]}, expected {published})")
+            notes.append(
+                f"{path.name} is not the published file (md5 {md5.hexdigest()[:8]}, expected {published})"
+            )
     return hashes, notes
 
 
@@ -52,4 +54,6 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def settings_hash(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:16]

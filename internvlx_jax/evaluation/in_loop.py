@@ -8,13 +8,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.evaluation.answering import Answerer
-from internvlx_jax.evaluation.job import Desk
-from internvlx_jax.evaluation.selection import Decoding, Selection, asking_of, select
-from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.evaluation.job import TaskRun
+from internvlx_jax.evaluation.selection import Decoding, generation_spec, select
+from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.models.params import AbstractModel, unflatten
 
 ROWS = 16
@@ -26,28 +27,45 @@ class InLoop:
     Files of step n lie in FOLDER/step-n/TASK, as eval.py writes them.
     """
 
-    def __init__(self, selection: Selection, folder: Path, *, model: ModelConfig, abstract: AbstractModel,
-                 tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(
+        self,
+        selection: EvaluationConfig,
+        folder: Path,
+        *,
+        model: ModelConfig,
+        abstract: AbstractModel,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+    ):
         self.folder, self.abstract, self.mesh = folder, abstract, mesh
         prompt = model.prompt
-        self.processor = Processor(tokenizer, get_template(prompt.template), prompt.system_message, prompt.tiles,
-                                   model.tokens_per_tile, special_text="escape", lvtc=model.lvtc)
-        self.units = [(unit, *asking_of(unit, selection, model, prompt.tiles, None, Decoding()))
-                      for unit in select(selection)]
-        self.answerer: Answerer | None = None
+        self.processor = Processor(
+            tokenizer,
+            get_template(prompt.template),
+            prompt.system_message,
+            prompt.tiles,
+            model.tokens_per_tile,
+            special_text="escape",
+            lvtc=model.lvtc,
+        )
+        self.units = [
+            (unit, *generation_spec(unit, selection, model, prompt.tiles, None, Decoding()))
+            for unit in select(selection)
+        ]
+        self.answerer: BatchGenerator | None = None
 
     def __call__(self, step: int, params: dict[str, jax.Array]) -> dict[str, float]:
         """{"eval/TASK": score} after `step` updates, without tasks that wait for a judge; empty on other processes than
         the first."""
         model = nnx.merge(self.abstract.graphdef, unflatten(params))
         if self.answerer is None:
-            self.answerer = Answerer(model, self.processor, self.mesh, batch_size=ROWS)
+            self.answerer = BatchGenerator(model, self.processor, self.mesh, batch_size=ROWS)
         else:
             self.answerer.use(model)
         scores = {}
         for unit, asking, settings in self.units:
             folder = self.folder / f"step-{step}" / unit.task.name
-            desk = Desk(unit, folder, f"step-{step}", settings | {"step": step}, asking)
+            desk = TaskRun(unit, folder, f"step-{step}", settings | {"step": step}, asking)
             desk.answer(self.answerer)
             if jax.process_index() == 0:
                 score = desk.finish()["score"]

@@ -24,25 +24,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from internvlx_jax.config import to_dict
-from internvlx_jax.convert.load import load_pretrained
-from internvlx_jax.convert.source import open_checkpoint
+from internvlx_jax.checkpoints.opening import open_checkpoint
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.files import write_json
+from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation.answering import Answer, Answerer, Asking
 from internvlx_jax.evaluation.identity import checkpoint_hash, settings_hash
 from internvlx_jax.evaluation.judge import EndpointJudge, Judge, JudgeError, NoJudge
-from internvlx_jax.evaluation.parts import Parts, Row, read_rows, write_rows
+from internvlx_jax.evaluation.prediction_shards import Parts, Row, read_rows, write_rows
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.report import write_report
+from internvlx_jax.evaluation.score_table import write_report
 from internvlx_jax.evaluation.scoring import Answered, Context, Result
-from internvlx_jax.evaluation.selection import GENERIC, Decoding, Selection, Unit, asking_of, select
+from internvlx_jax.evaluation.selection import GENERIC, Decoding, TaskSpec, generation_spec, select
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tables import write_table
-from internvlx_jax.files import write_json
-from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.inference.batch_generator import Answer, BatchGenerator, GenerationSpec
+from internvlx_jax.inference.loading import load_pretrained
+from internvlx_jax.models.sharding import make_mesh
 
 LIBRARIES = ("internvlx-jax", "jax", "flax", "numpy", "pillow", "sentencepiece")
 
@@ -59,7 +61,9 @@ class JudgeConfig:
 
     def __post_init__(self):
         if (self.url is None) != (self.model is None):
-            raise ConfigError("judge_url and judge_model belong together: the endpoint and the model to ask there")
+            raise ConfigError(
+                "judge_url and judge_model belong together: the endpoint and the model to ask there"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class EvalConfig:
 
     checkpoint: str
     out_dir: str
-    selection: Selection
+    selection: EvaluationConfig
     ema: bool = False
     tile_rule: str | None = None
     max_num: int | None = None
@@ -111,10 +115,14 @@ class EvalConfig:
     @property
     def model_name(self) -> str:
         path = Path(self.checkpoint).resolve()
-        name = f"{path.parents[1].name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+        name = (
+            f"{path.parents[1].name}-{path.name}"
+            if path.parent.name == "checkpoints"
+            else path.name
+        )
         return f"{name}-ema" if self.ema else name
 
-    def folder(self, unit: Unit) -> Path:
+    def folder(self, unit: TaskSpec) -> Path:
         out = Path(self.out_dir)
         return out if unit.generic else out / self.model_name / unit.task.name
 
@@ -125,28 +133,53 @@ def run(config: EvalConfig) -> list[Summary]:
     source = open_checkpoint(config.checkpoint, ema=config.ema)
     prompt = source.config.prompt
     overrides = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
-    tiles = dataclasses.replace(prompt.tiles, **{k: v for k, v in overrides.items() if v is not None})
+    tiles = dataclasses.replace(
+        prompt.tiles, **{k: v for k, v in overrides.items() if v is not None}
+    )
     units = select(config.selection)
-    stored = RunFolder(config.checkpoint).path if RunFolder.is_one(Path(config.checkpoint)) else Path(config.checkpoint)
-    model = {"checkpoint": config.checkpoint, "checkpoint_hash": checkpoint_hash(stored), "dtype": config.dtype}
+    stored = (
+        RunFolder(config.checkpoint).path
+        if RunFolder.is_one(Path(config.checkpoint))
+        else Path(config.checkpoint)
+    )
+    model = {
+        "checkpoint": config.checkpoint,
+        "checkpoint_hash": checkpoint_hash(stored),
+        "dtype": config.dtype,
+    }
     if config.ema:
         model["ema"] = True
     desks = []
     for unit in units:
-        asking, settings = asking_of(unit, config.selection, source.config, tiles, config.max_num, config.decoding)
-        desks.append(Desk(unit, config.folder(unit), config.model_name, settings | model, asking))
+        asking, settings = generation_spec(
+            unit, config.selection, source.config, tiles, config.max_num, config.decoding
+        )
+        desks.append(
+            TaskRun(unit, config.folder(unit), config.model_name, settings | model, asking)
+        )
     for desk in desks:
         desk.recall(resume=config.resume or config.shard is not None or config.merge)
 
     answerer = None
     if not config.merge and not all(desk.complete for desk in desks):
         mesh = make_mesh(config.mesh)
-        pretrained = load_pretrained(config.checkpoint, dtype=config.dtype, mesh=mesh, ema=config.ema)
+        pretrained = load_pretrained(
+            config.checkpoint, dtype=config.dtype, mesh=mesh, ema=config.ema
+        )
         if pretrained.tokenizer is None:
-            raise ConfigError(f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it")
-        processor = Processor(pretrained.tokenizer, get_template(prompt.template), prompt.system_message, tiles,
-                              pretrained.config.tokens_per_tile, special_text="escape", lvtc=pretrained.config.lvtc)
-        answerer = Answerer(pretrained.model, processor, mesh, batch_size=config.batch_size)
+            raise ConfigError(
+                f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
+            )
+        processor = Processor(
+            pretrained.tokenizer,
+            get_template(prompt.template),
+            prompt.system_message,
+            tiles,
+            pretrained.config.tokens_per_tile,
+            special_text="escape",
+            lvtc=pretrained.config.lvtc,
+        )
+        answerer = BatchGenerator(pretrained.model, processor, mesh, batch_size=config.batch_size)
         del pretrained  # on a CPU the answerer has its own copy of the layers
 
     summaries = []
@@ -162,8 +195,14 @@ def run(config: EvalConfig) -> list[Summary]:
     return summaries
 
 
-def rescore(predictions: str, *, data_root: str = "data", tsv_root: str | None = None, compat: str | None = None,
-            judge: JudgeConfig = JudgeConfig()) -> Summary:
+def rescore(
+    predictions: str,
+    *,
+    data_root: str = "data",
+    tsv_root: str | None = None,
+    compat: str | None = None,
+    judge: JudgeConfig = JudgeConfig(),
+) -> Summary:
     """Score a predictions.jsonl again, without the model; the task's data have to be there.
 
     What was asked is what the summary.json beside it says; so is `compat` if it is None.
@@ -173,30 +212,49 @@ def rescore(predictions: str, *, data_root: str = "data", tsv_root: str | None =
     try:
         old = json.loads((path.parent / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent / 'summary.json'} does not exist; --rescore needs it beside "
-                                "predictions.jsonl") from None
+        raise FileNotFoundError(
+            f"{path.parent / 'summary.json'} does not exist; --rescore needs it beside "
+            "predictions.jsonl"
+        ) from None
     settings = old["settings"]
     generic = settings["protocol"] == GENERIC
     what = {name: settings[name] for name in ("data", "metric", "image_root", "prompt")} if generic else {
         "tasks": settings["task"], "protocol": settings["protocol"]}  # fmt: skip
-    (unit,) = select(Selection(**what, data_root=data_root, tsv_root=tsv_root, limit=settings["limit"],
-                               compat=compat or ",".join(old["compat"]) or "none"))
+    (unit,) = select(
+        EvaluationConfig(
+            **what,
+            data_root=data_root,
+            tsv_root=tsv_root,
+            limit=settings["limit"],
+            compat=compat or ",".join(old["compat"]) or "none",
+        )
+    )
     if len(rows) != len(unit.questions):
-        raise ConfigError(f"{path}: {len(rows)} rows, but the data hold {len(unit.questions)} questions")
+        raise ConfigError(
+            f"{path}: {len(rows)} rows, but the data hold {len(unit.questions)} questions"
+        )
     for row, question in zip(rows, unit.questions):
         if row["question_id"] != question.id or row["prompt"] != question.prompt:
-            raise ConfigError(f"{path}: row {row['index']} is not the question at {question.where}; the data have "
-                              "changed")
-    desk = Desk(unit, path.parent, old["model"], settings)
+            raise ConfigError(
+                f"{path}: row {row['index']} is not the question at {question.where}; the data have "
+                "changed"
+            )
+    desk = TaskRun(unit, path.parent, old["model"], settings)
     desk.rows = {row["index"]: row for row in rows}
     return desk.finish(judge)
 
 
-class Desk:
+class TaskRun:
     """One task of a job: its folder, its answers so far, its score."""
 
-    def __init__(self, unit: Unit, folder: Path, model_name: str, settings: dict[str, Any],
-                 asking: Asking | None = None):
+    def __init__(
+        self,
+        unit: TaskSpec,
+        folder: Path,
+        model_name: str,
+        settings: dict[str, Any],
+        asking: GenerationSpec | None = None,
+    ):
         self.unit, self.folder, self.model_name, self.settings = unit, folder, model_name, settings
         self.asking = asking
         self.hash = settings_hash(settings)
@@ -213,14 +271,16 @@ class Desk:
         summary, predictions = self.folder / "summary.json", self.folder / "predictions.jsonl"
         if self.parts.exist():
             if not resume:
-                raise ConfigError(f"{self.parts.folder} holds answers of an unfinished job; --resume goes on with "
-                                  "them, or remove the folder")
+                raise ConfigError(
+                    f"{self.parts.folder} holds answers of an unfinished job; --resume goes on with "
+                    "them, or remove the folder"
+                )
             self.rows = self.parts.read()
         elif resume and summary.is_file() and predictions.is_file():
             if json.loads(summary.read_text(encoding="utf-8"))["settings_hash"] == self.hash:
                 self.rows = {row["index"]: row for row in read_rows(predictions)}
 
-    def answer(self, answerer: Answerer, shard: tuple[int, int] = (0, 1)) -> None:
+    def answer(self, answerer: BatchGenerator, shard: tuple[int, int] = (0, 1)) -> None:
         """Answer what is not finished, into part files; all processes call this alike."""
         questions = self.unit.questions
         done = np.zeros(len(questions), np.int32)
@@ -228,14 +288,30 @@ class Desk:
         if jax.process_count() > 1:  # the first process decides, so that all have the same batches
             done = np.asarray(multihost_utils.broadcast_one_to_all(done))
         i, n = shard
-        open_ = {number: questions[number] for number in np.flatnonzero(done == 0).tolist() if number % n == i}
+        open_ = {
+            number: questions[number]
+            for number in np.flatnonzero(done == 0).tolist()
+            if number % n == i
+        }
         if not open_:
             return
         begun = time.perf_counter()
-        with self.parts.writer(f"{i}of{n}-process{jax.process_index()}") as part, \
-                tqdm(total=len(open_), desc=self.unit.task.name, unit="answer", disable=jax.process_index() > 0) as bar:
+        with (
+            self.parts.writer(f"{i}of{n}-process{jax.process_index()}") as part,
+            tqdm(
+                total=len(open_),
+                desc=self.unit.task.name,
+                unit="answer",
+                disable=jax.process_index() > 0,
+            ) as bar,
+        ):
             for answers in answerer.answer(open_, self.asking):
-                part.write({number: raw_row(number, questions[number], answer) for number, answer in answers.items()})
+                part.write(
+                    {
+                        number: raw_row(number, questions[number], answer)
+                        for number, answer in answers.items()
+                    }
+                )
                 bar.update(min(len(answers) * jax.process_count(), len(open_) - bar.n))
         self.seconds = time.perf_counter() - begun
         if jax.process_count() > 1:
@@ -247,8 +323,10 @@ class Desk:
             self.rows = self.parts.read()
         missing = sorted(set(range(len(self.unit.questions))) - self.rows.keys())
         if missing or not self.complete:
-            raise ConfigError(f"{self.folder}: {len(missing)} of {len(self.unit.questions)} answers are missing, the "
-                              f"first is {missing[:1]}; run all shards, or --resume")
+            raise ConfigError(
+                f"{self.folder}: {len(missing)} of {len(self.unit.questions)} answers are missing, the "
+                f"first is {missing[:1]}; run all shards, or --resume"
+            )
         try:
             return self._write(make_judge(judge, self.folder))
         except JudgeError:
@@ -257,13 +335,18 @@ class Desk:
 
     def _write(self, judge: Judge) -> Summary:
         unit, rows = self.unit, [self.rows[number] for number in range(len(self.unit.questions))]
-        answered = [Answered(question, row["raw"], row["error"]) for question, row in zip(unit.questions, rows)]
+        answered = [
+            Answered(question, row["raw"], row["error"])
+            for question, row in zip(unit.questions, rows)
+        ]
         result = unit.view.score(answered, Context(judge, unit.compat))
         self.folder.mkdir(parents=True, exist_ok=True)
         files = []
         if not unit.generic:
             table = vlmevalkit_rows(unit.questions, [row["raw"] for row in rows])
-            files.append(write_table(self.folder / f"{self.model_name}_{unit.view.dataset}", table).name)
+            files.append(
+                write_table(self.folder / f"{self.model_name}_{unit.view.dataset}", table).name
+            )
         if unit.view.submission is not None:
             files.append(unit.view.submission(self.folder, unit.questions, result.predictions).name)
         notes = [*unit.notes, *result.notes]
@@ -272,18 +355,27 @@ class Desk:
         if isinstance(judge, NoJudge) and judge.requests:
             judge.write(requests)
             files.append(requests.name)
-            notes.append(f"{len(judge.requests)} requests to a judge are in {requests.name}; --rescore with --judge_url "
-                         "asks them")
-        write_rows(self.folder / "predictions.jsonl", [
-            row | {"prediction": prediction, "score": score}
-            for row, prediction, score in zip(rows, result.predictions, result.scores, strict=True)])
+            notes.append(
+                f"{len(judge.requests)} requests to a judge are in {requests.name}; --rescore with --judge_url "
+                "asks them"
+            )
+        write_rows(
+            self.folder / "predictions.jsonl",
+            [
+                row | {"prediction": prediction, "score": score}
+                for row, prediction, score in zip(
+                    rows, result.predictions, result.scores, strict=True
+                )
+            ],
+        )
         summary = self._summary(result, rows, notes, files, judge)
         write_json(self.folder / "summary.json", summary)
         self.parts.remove()
         return summary
 
-    def _summary(self, result: Result, rows: Sequence[Row], notes: list[str], files: list[str],
-                 judge: Judge) -> Summary:
+    def _summary(
+        self, result: Result, rows: Sequence[Row], notes: list[str], files: list[str], judge: Judge
+    ) -> Summary:
         unit = self.unit
         return {
             "task": unit.task.name, "title": unit.task.title, "protocol": unit.protocol, "model": self.model_name,
@@ -298,20 +390,32 @@ class Desk:
 
 def raw_row(number: int, question: Question, answer: Answer) -> Row:
     """What is known before scoring; `prediction` and `score` are filled in then."""
-    return {"index": number, "question_id": question.id, "prompt": question.prompt,
-            "images": [str(image) for image in question.images], "tiles": answer.tiles,
-            "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens, "finish": answer.finish,
-            "raw": answer.text, "prediction": None, "answer": list(question.answers), "score": None,
-            "error": answer.error}
+    return {
+        "index": number,
+        "question_id": question.id,
+        "prompt": question.prompt,
+        "images": [str(image) for image in question.images],
+        "tiles": answer.tiles,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "finish": answer.finish,
+        "raw": answer.text,
+        "prediction": None,
+        "answer": list(question.answers),
+        "score": None,
+        "error": answer.error,
+    }
 
 
 def make_judge(config: JudgeConfig, folder: Path) -> Judge:
     if config.url is None:
         return NoJudge()
-    return EndpointJudge(config.url, config.model, Path(config.cache) if config.cache else folder / "judge_cache")
+    return EndpointJudge(
+        config.url, config.model, Path(config.cache) if config.cache else folder / "judge_cache"
+    )
 
 
-def how(config: EvalConfig, answerer: Answerer, desk: Desk) -> dict[str, Any]:
+def how(config: EvalConfig, answerer: BatchGenerator, desk: TaskRun) -> dict[str, Any]:
     """What does not change the result: where and how fast it was computed; speeds are those of the job so far."""
     return {
         "config": to_dict(config), "seconds": desk.seconds, "processes": jax.process_count(),

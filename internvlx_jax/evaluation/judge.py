@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from internvlx_jax.files import write_json, write_text
+from internvlx_jax.core.files import write_json, write_text
 
 T = TypeVar("T")
 
-PROMPTS: Mapping[str, str] = json.loads(Path(__file__).with_name("judge_prompts.json").read_text(encoding="utf-8"))
+PROMPTS: Mapping[str, str] = json.loads(
+    Path(__file__).with_name("judge_prompts.json").read_text(encoding="utf-8")
+)
 KEY_VARIABLE = "OPENAI_API_KEY"
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -67,9 +69,21 @@ class NoJudge:
 
     def write(self, path: Path) -> None:
         """One JSON object a request."""
-        write_text(path, "".join(json.dumps({"messages": request.messages, "temperature": request.temperature,
-                                             "max_tokens": request.max_tokens}, ensure_ascii=False) + "\n"
-                                 for request in self.requests))
+        write_text(
+            path,
+            "".join(
+                json.dumps(
+                    {
+                        "messages": request.messages,
+                        "temperature": request.temperature,
+                        "max_tokens": request.max_tokens,
+                    },
+                    ensure_ascii=False,
+                )
+                + "\n"
+                for request in self.requests
+            ),
+        )
 
 
 class EndpointJudge:
@@ -79,8 +93,17 @@ class EndpointJudge:
     goes on from there.
     """
 
-    def __init__(self, url: str, model: str, cache: Path, *, workers: int = 8, timeout: float = 120.0, retries: int = 5,
-                 pause: float = 1.0):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cache: Path,
+        *,
+        workers: int = 8,
+        timeout: float = 120.0,
+        retries: int = 5,
+        pause: float = 1.0,
+    ):
         url = url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.model, self.cache = model, cache
@@ -106,15 +129,25 @@ class EndpointJudge:
         path = self.cache / f"{key}.json"
         if not path.is_file():
             text = self._post(request)
-            entry = {"model": self.model, "messages": request.messages, "temperature": request.temperature,
-                     "attempt": request.attempt, "date": time.strftime("%Y-%m-%d"), "reply": text}
+            entry = {
+                "model": self.model,
+                "messages": request.messages,
+                "temperature": request.temperature,
+                "attempt": request.attempt,
+                "date": time.strftime("%Y-%m-%d"),
+                "reply": text,
+            }
             write_json(path, entry)
         entry = json.loads(path.read_text(encoding="utf-8"))
         self._dates.add(entry["date"])
         return entry["reply"]
 
     def _post(self, request: Request) -> str:
-        body: dict[str, Any] = {"model": self.model, "messages": request.messages, "temperature": request.temperature}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": request.messages,
+            "temperature": request.temperature,
+        }
         if request.max_tokens is not None:
             body["max_tokens"] = request.max_tokens
         headers = {"Content-Type": "application/json"}
@@ -137,8 +170,10 @@ class EndpointJudge:
                 problem = str(error)
             except (ValueError, LookupError, TypeError) as error:
                 problem = f"the reply is not a chat completion ({type(error).__name__}: {error})"
-        raise JudgeError(f"{self.url} gives no answer: {problem}. Check --judge_url, --judge_model and {KEY_VARIABLE}; "
-                         "the predictions are written, and --rescore goes on from the replies in the cache")
+        raise JudgeError(
+            f"{self.url} gives no answer: {problem}. Check --judge_url, --judge_model and {KEY_VARIABLE}; "
+            "the predictions are written, and --rescore goes on from the replies in the cache"
+        )
 
 
 def fill(name: str, **values: str) -> str:
@@ -146,14 +181,22 @@ def fill(name: str, **values: str) -> str:
     return _FIELD.sub(lambda field: values.get(field[1], field[0]), PROMPTS[name])
 
 
-def ask_until(judge: Judge, prompts: Sequence[str], read: Callable[[str], T | None], *,
-              temperatures: Sequence[float] = (0.0,), system: str = "",
-              max_tokens: int | None = None) -> list[T | None]:
+def ask_until(
+    judge: Judge,
+    prompts: Sequence[str],
+    read: Callable[[str], T | None],
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    system: str = "",
+    max_tokens: int | None = None,
+) -> list[T | None]:
     """Ask each prompt until `read` understands the reply, once a temperature; None where it never does."""
     results: list[T | None] = [None] * len(prompts)
     for attempt, temperature in enumerate(temperatures):
         open_ = [i for i, result in enumerate(results) if result is None]
-        replies = judge.ask([Request(prompts[i], system, temperature, attempt, max_tokens) for i in open_])
+        replies = judge.ask(
+            [Request(prompts[i], system, temperature, attempt, max_tokens) for i in open_]
+        )
         if not open_ or all(reply is None for reply in replies):
             break
         for i, reply in zip(open_, replies):

@@ -1,4 +1,4 @@
-"""Rows of parquet files, as the Hugging Face hub stores data sets."""
+"""Rows of parquet files, as the Hugging Face hub stores datasets."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow.parquet
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation.images import ImageBytes
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.inference.tiling import ImageBytes
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.images import ImageSource
-from internvlx_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Question:
     prompt: str = ""
 
 
-def read_questions(path: Path, image_root: Path | None = None, limit: int | None = None) -> list[Question]:
+def read_questions(
+    path: Path, image_root: Path | None = None, limit: int | None = None
+) -> list[Question]:
     """Fields `question`, `answer` (text or list of texts), `image` (path, list of paths, or absent), `question_id`.
 
     Image paths are relative to `image_root`, by default the folder of the file. Raises FileNotFoundError, or
@@ -48,8 +50,10 @@ def read_questions(path: Path, image_root: Path | None = None, limit: int | None
     for where, fields in itertools.islice(read_jsonl(path), limit):
         question = _question(fields, where, root, len(questions))
         if question.id in questions:
-            raise ConfigError(f"{question.where}: question_id {question.id!r} is also in "
-                              f"{questions[question.id].where}; give each question its own")
+            raise ConfigError(
+                f"{question.where}: question_id {question.id!r} is also in "
+                f"{questions[question.id].where}; give each question its own"
+            )
         questions[question.id] = question
     if not questions:
         raise ConfigError(f"{path}: no questions in it")
@@ -67,7 +71,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield where, json.loads(line)
                 except ValueError as error:
-                    raise ConfigError(f"{where}: not valid JSON ({error}); correct the line") from error
+                    raise ConfigError(
+                        f"{where}: not valid JSON ({error}); correct the line"
+                    ) from error
 
 
 def _question(fields: Any, where: str, root: Path, index: int) -> Question:
@@ -80,12 +86,16 @@ def _question(fields: Any, where: str, root: Path, index: int) -> Question:
     images = image if isinstance(image, list) else [image]
     texts = [text, *answers, *images]
     if not answers or not all(isinstance(item, str) for item in texts):
-        raise ConfigError(f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts')
+        raise ConfigError(
+            f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts'
+        )
     id = fields.get("question_id", index)
     if not isinstance(id, (str, int)):
         raise ConfigError(f'{where}: "question_id" must be a text or a whole number, got {id!r}')
     try:
         "".join([*texts, str(id)]).encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: a text is not valid Unicode ({error}); correct the line") from error
+        raise ConfigError(
+            f"{where}: a text is not valid Unicode ({error}); correct the line"
+        ) from error
     return Question(where, id, tuple(str(root / item) for item in images), text, tuple(answers))

@@ -11,12 +11,18 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.judge import PROMPTS, Judge, ask_until, fill
 from internvlx_jax.evaluation.metrics import mathvista, mmmu, options, text, vqa, yes_no
 from internvlx_jax.evaluation.questions import Question
 
-TRIES = (0.0, 0.5, 1.0, 1.5, 2.0)  # temperatures at which MMVet's judge is asked until it gives a number
+TRIES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+)  # temperatures at which MMVet's judge is asked until it gives a number
 
 # Deviations of the published scripts that change a score; `--compat` switches them.
 COMPAT = {
@@ -47,9 +53,9 @@ class Context:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Attributes:
-        score: headline, None without references or while a judge is missing (`pending`).
-        scores: of each row, in order; None like the headline. predictions: what was read from each text.
-        parts: sub-scores. notes: what a reader has to know about the score.
+    score: headline, None without references or while a judge is missing (`pending`).
+    scores: of each row, in order; None like the headline. predictions: what was read from each text.
+    parts: sub-scores. notes: what a reader has to know about the score.
     """
 
     score: float | None
@@ -68,7 +74,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def by_group(groups: Sequence[Hashable], values: Sequence[float], scale: float = 100) -> dict[str, float]:
+def by_group(
+    groups: Sequence[Hashable], values: Sequence[float], scale: float = 100
+) -> dict[str, float]:
     """Mean of each group, sorted by name."""
     members: dict[str, list[float]] = defaultdict(list)
     for group, value in zip(groups, values, strict=True):
@@ -76,12 +84,20 @@ def by_group(groups: Sequence[Hashable], values: Sequence[float], scale: float =
     return {group: scale * mean(members[group]) for group in sorted(members)}
 
 
-def hits(rows: Sequence[Answered], right: Sequence[float], predictions: Sequence[str] | None = None, *,
-         group: str | None = None, notes: Sequence[str] = ()) -> Result:
+def hits(
+    rows: Sequence[Answered],
+    right: Sequence[float],
+    predictions: Sequence[str] | None = None,
+    *,
+    group: str | None = None,
+    notes: Sequence[str] = (),
+) -> Result:
     """100 * mean, and the same for each value of the field `group`."""
     scores = [0.0 if row.error else float(value) for row, value in zip(rows, right, strict=True)]
     parts = by_group([row.question.fields.get(group, "") for row in rows], scores) if group else {}
-    return Result(100 * mean(scores), scores, predictions or [row.text for row in rows], parts, notes)
+    return Result(
+        100 * mean(scores), scores, predictions or [row.text for row in rows], parts, notes
+    )
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -107,7 +123,9 @@ def _measured(metric: Metric, row: Answered) -> float:
 
 
 vqa_soft = mean_of(vqa.soft_accuracy)
-vqa_soft_vlm = mean_of(lambda prediction, answers: vqa.soft_accuracy(prediction, answers, vlmevalkit=True))
+vqa_soft_vlm = mean_of(
+    lambda prediction, answers: vqa.soft_accuracy(prediction, answers, vlmevalkit=True)
+)
 anls = mean_of(text.anls)
 exact = mean_of(text.exact)
 gqa = mean_of(text.exact_without_stops)
@@ -115,13 +133,19 @@ gqa = mean_of(text.exact_without_stops)
 
 def relaxed(rows: Sequence[Answered], context: Context) -> Result:
     swap = "relaxed_swap" in context.compat
-    return mean_of(lambda prediction, answers: text.relaxed(prediction, answers, swap=swap))(rows, context)
+    return mean_of(lambda prediction, answers: text.relaxed(prediction, answers, swap=swap))(
+        rows, context
+    )
 
 
 def server(rows: Sequence[Answered], context: Context) -> Result:
     """The references are not public: a server scores the submission file."""
-    return Result(None, [None] * len(rows), [row.text for row in rows],
-                  notes=["scored by the benchmark's server from the submission file"])
+    return Result(
+        None,
+        [None] * len(rows),
+        [row.text for row in rows],
+        notes=["scored by the benchmark's server from the submission file"],
+    )
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -139,7 +163,9 @@ def inferred_option(rows: Sequence[Answered], context: Context) -> tuple[list[st
     prompts = []
     for i in open_:
         question = rows[i].question
-        listed = "There are several options: \n" + "".join(f"{k}. {v}\n" for k, v in question.options.items())
+        listed = "There are several options: \n" + "".join(
+            f"{k}. {v}\n" for k, v in question.options.items()
+        )
         name = "option_cn" if re.search(r"[\u4e00-\u9fff]", question.text) else "option"
         prompts.append(fill(name, question=question.text, options=listed, prediction=rows[i].text))
 
@@ -161,14 +187,21 @@ def _unmatched(open_: Sequence[int], replies: Sequence[Any]) -> list[str]:
 def exact_letter(rows: Sequence[Answered], context: Context) -> Result:
     """InternVL's reading of the letter, compared with the key."""
     letters = first_options(rows)
-    return hits(rows, [letter in row.question.answers for letter, row in zip(letters, rows)], letters)
+    return hits(
+        rows, [letter in row.question.answers for letter, row in zip(letters, rows)], letters
+    )
 
 
 def vanilla_choice(rows: Sequence[Answered], context: Context) -> Result:
     """VLMEvalKit's accuracy of inferred options, also per category."""
     letters, notes = inferred_option(rows, context)
-    return hits(rows, [letter in row.question.answers for letter, row in zip(letters, rows)], letters,
-                group="category", notes=notes)
+    return hits(
+        rows,
+        [letter in row.question.answers for letter, row in zip(letters, rows)],
+        letters,
+        group="category",
+        notes=notes,
+    )
 
 
 def circular(rows: Sequence[Answered], context: Context) -> Result:
@@ -181,15 +214,21 @@ def circular_vlm(rows: Sequence[Answered], context: Context) -> Result:
     return _circular(rows, letters, notes)
 
 
-def _circular(rows: Sequence[Answered], letters: Sequence[str], notes: Sequence[str] = ()) -> Result:
+def _circular(
+    rows: Sequence[Answered], letters: Sequence[str], notes: Sequence[str] = ()
+) -> Result:
     right = [not row.error and letter in row.question.answers for letter, row in zip(letters, rows)]
     indices = [int(row.question.id) for row in rows]
     whole = options.circular(indices, right)
     fields = {int(row.question.id): row.question.fields for row in rows}
     parts = {"questions": len(whole), "one_rotation": 100 * mean(right)}
     for column in ("l2-category", "category"):
-        parts[column] = by_group([fields[index].get(column, "") for index in whole], list(whole.values()))
-    return Result(100 * mean(list(whole.values())), [float(hit) for hit in right], letters, parts, notes)
+        parts[column] = by_group(
+            [fields[index].get(column, "") for index in whole], list(whole.values())
+        )
+    return Result(
+        100 * mean(list(whole.values())), [float(hit) for hit in right], letters, parts, notes
+    )
 
 
 def server_choice(rows: Sequence[Answered], context: Context) -> Result:
@@ -199,9 +238,17 @@ def server_choice(rows: Sequence[Answered], context: Context) -> Result:
 def seed(rows: Sequence[Answered], context: Context) -> Result:
     """First character; types 1 to 9 are images (the reported score), 10 to 12 video frames."""
     right = [float(not row.error and row.text[:1] in row.question.answers) for row in rows]
-    image = [hit for hit, row in zip(right, rows) if int(row.question.fields["question_type_id"]) <= 9]
-    video = [hit for hit, row in zip(right, rows) if int(row.question.fields["question_type_id"]) > 9]
-    parts = {name: 100 * mean(part) for name, part in (("image", image), ("video", video), ("total", right)) if part}
+    image = [
+        hit for hit, row in zip(right, rows) if int(row.question.fields["question_type_id"]) <= 9
+    ]
+    video = [
+        hit for hit, row in zip(right, rows) if int(row.question.fields["question_type_id"]) > 9
+    ]
+    parts = {
+        name: 100 * mean(part)
+        for name, part in (("image", image), ("video", video), ("total", right))
+        if part
+    }
     kinds = by_group([int(row.question.fields["question_type_id"]) for row in rows], right)
     return Result(parts.get("image"), right, [row.text for row in rows], parts | {"by_type": kinds})
 
@@ -227,7 +274,9 @@ def mmmu_score_vlm(rows: Sequence[Answered], context: Context) -> Result:
         if row.question.options:
             return row
         pair = {"A": row.question.answers[0], "B": "Other Answers"}
-        return dataclasses.replace(row, question=dataclasses.replace(row.question, options=pair, answers=("A",)))
+        return dataclasses.replace(
+            row, question=dataclasses.replace(row.question, options=pair, answers=("A",))
+        )
 
     rows = [closed(row) for row in rows]
     letters, notes = inferred_option(rows, context)
@@ -238,8 +287,11 @@ def mmmu_score_vlm(rows: Sequence[Answered], context: Context) -> Result:
 def _by_domain(result: Result) -> Result:
     """The share of each domain is that of its subjects, each of which has 30 questions."""
     spelled = {subject.replace(" ", "_"): score for subject, score in result.parts.items()}
-    domains = {domain: mean([spelled[subject] for subject in subjects if subject in spelled])
-               for domain, subjects in mmmu.DOMAINS.items() if any(subject in spelled for subject in subjects)}
+    domains = {
+        domain: mean([spelled[subject] for subject in subjects if subject in spelled])
+        for domain, subjects in mmmu.DOMAINS.items()
+        if any(subject in spelled for subject in subjects)
+    }
     return dataclasses.replace(result, parts={"subjects": result.parts, "domains": domains})
 
 
@@ -256,7 +308,10 @@ def mme_vlm(rows: Sequence[Answered], context: Context) -> Result:
 
 
 def _mme(rows: Sequence[Answered], labels: Sequence[str], notes: Sequence[str] = ()) -> Result:
-    right = [not row.error and label == row.question.answers[0].lower() for label, row in zip(labels, rows)]
+    right = [
+        not row.error and label == row.question.answers[0].lower()
+        for label, row in zip(labels, rows)
+    ]
     parts = yes_no.mme_scores([row.question.fields["category"] for row in rows], right)
     total = parts.get("perception", 0.0) + parts.get("cognition", 0.0)
     return Result(total, [float(hit) for hit in right], labels, parts, notes)
@@ -276,14 +331,18 @@ def pope_vlm(rows: Sequence[Answered], context: Context) -> Result:
 def _pope(rows: Sequence[Answered], labels: Sequence[str], notes: Sequence[str] = ()) -> Result:
     """Mean F1 of the categories. A failed row is predicted as the opposite of its key; so is one without yes or no."""
     keys = [row.question.answers[0].lower() == "yes" for row in rows]
-    said = [(label == "yes") if label in ("yes", "no") and not row.error else not key
-            for label, key, row in zip(labels, keys, rows)]
+    said = [
+        (label == "yes") if label in ("yes", "no") and not row.error else not key
+        for label, key, row in zip(labels, keys, rows)
+    ]
     members: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         for category in row.question.fields["category"].split(","):
             members[category.strip()].append(i)
-    parts = {category: yes_no.binary_scores([said[i] for i in indices], [keys[i] for i in indices])
-             for category, indices in members.items()}
+    parts = {
+        category: yes_no.binary_scores([said[i] for i in indices], [keys[i] for i in indices])
+        for category, indices in members.items()
+    }
     every = [i for indices in members.values() for i in indices]
     headline = mean([part["f1"] for part in parts.values()])
     parts["all"] = yes_no.binary_scores([said[i] for i in every], [keys[i] for i in every])
@@ -294,25 +353,39 @@ def hallusionbench(rows: Sequence[Answered], context: Context) -> Result:
     """Mean of aAcc (rows), fAcc (figures) and qAcc (questions); the last three fields of an index are set, figure and
     question."""
     labels, notes = _yes_or_no(rows, context)
-    right = [not row.error and label.lower() == row.question.answers[0].lower() for label, row in zip(labels, rows)]
+    right = [
+        not row.error and label.lower() == row.question.answers[0].lower()
+        for label, row in zip(labels, rows)
+    ]
     parts: dict[str, Any] = {"aAcc": 100 * mean(right)}
-    places = [(row.question.fields["l2-category"], *str(row.question.id).split("_")[-3:]) for row in rows]
-    parts["fAcc"] = yes_no.all_right([(kind, group, figure) for kind, group, figure, _ in places], right)
-    parts["qAcc"] = yes_no.all_right([(kind, group, question) for kind, group, _, question in places], right)
+    places = [
+        (row.question.fields["l2-category"], *str(row.question.id).split("_")[-3:]) for row in rows
+    ]
+    parts["fAcc"] = yes_no.all_right(
+        [(kind, group, figure) for kind, group, figure, _ in places], right
+    )
+    parts["qAcc"] = yes_no.all_right(
+        [(kind, group, question) for kind, group, _, question in places], right
+    )
     headline = mean(list(parts.values()))
     return Result(headline, [float(hit) for hit in right], labels, parts, notes)
 
 
 def _yes_or_no(rows: Sequence[Answered], context: Context) -> tuple[list[str], list[str]]:
-    """"Yes", "No", or what the judge says where both or none of the words occur -> (labels or "", notes)."""
+    """ "Yes", "No", or what the judge says where both or none of the words occur -> (labels or "", notes)."""
     labels = [yes_no.yes_or_no(row.text) for row in rows]
     open_ = [i for i, label in enumerate(labels) if label is None and not rows[i].error]
-    replies = ask_until(context.judge, [fill("yes_no", question=rows[i].question.text, prediction=rows[i].text)
-                                        for i in open_], str)
+    replies = ask_until(
+        context.judge,
+        [fill("yes_no", question=rows[i].question.text, prediction=rows[i].text) for i in open_],
+        str,
+    )
     for i, reply in zip(open_, replies):
         labels[i] = None if reply is None else yes_no.yes_or_no(reply)
     without = sum(reply is None for reply in replies)
-    notes = [f"{without} answers state neither yes nor no and count as wrong; a judge would read them"] * bool(without)
+    notes = [
+        f"{without} answers state neither yes nor no and count as wrong; a judge would read them"
+    ] * bool(without)
     return [label or "" for label in labels], notes
 
 
@@ -333,25 +406,47 @@ def mathvista_vlm(rows: Sequence[Answered], context: Context) -> Result:
 
 
 def mathvista_internvl(rows: Sequence[Answered], context: Context) -> Result:
-    return _mathvista(rows, context, lambda row, key: mathvista.internvl_prefetch(row.text, key) is not None,
-                      mathvista.internvl_matches)
+    return _mathvista(
+        rows,
+        context,
+        lambda row, key: mathvista.internvl_prefetch(row.text, key) is not None,
+        mathvista.internvl_matches,
+    )
 
 
-def _mathvista(rows: Sequence[Answered], context: Context, prefetch: Callable[[Answered, mathvista.Key], bool],
-               right: Callable[[str, mathvista.Key], bool]) -> Result:
+def _mathvista(
+    rows: Sequence[Answered],
+    context: Context,
+    prefetch: Callable[[Answered, mathvista.Key], bool],
+    right: Callable[[str, mathvista.Key], bool],
+) -> Result:
     keys = [row.question.fields["key"] for row in rows]
-    extracted: list[str | None] = [row.text if prefetch(row, key) else None for row, key in zip(rows, keys)]
+    extracted: list[str | None] = [
+        row.text if prefetch(row, key) else None for row, key in zip(rows, keys)
+    ]
     open_ = [i for i, found in enumerate(extracted) if found is None and not rows[i].error]
-    prompts = [fill("mathvista", question=rows[i].question.text, prediction=rows[i].text) for i in open_]
+    prompts = [
+        fill("mathvista", question=rows[i].question.text, prediction=rows[i].text) for i in open_
+    ]
     for i, reply in zip(open_, ask_until(context.judge, prompts, str, max_tokens=128)):
         extracted[i] = reply
     pending = any(extracted[i] is None for i in open_)
-    scores = [None if found is None and not row.error else float(not row.error and right(found, key))
-              for row, found, key in zip(rows, extracted, keys)]
+    scores = [
+        None if found is None and not row.error else float(not row.error and right(found, key))
+        for row, found, key in zip(rows, extracted, keys)
+    ]
     known = [score or 0.0 for score in scores]
-    parts: dict[str, Any] = {"prefetch_rate": 1 - len(open_) / len(rows), "without_judge": 100 * mean(known)}
-    return Result(None if pending else 100 * mean(known), scores, [found or "" for found in extracted], parts,
-                  pending=pending)
+    parts: dict[str, Any] = {
+        "prefetch_rate": 1 - len(open_) / len(rows),
+        "without_judge": 100 * mean(known),
+    }
+    return Result(
+        None if pending else 100 * mean(known),
+        scores,
+        [found or "" for found in extracted],
+        parts,
+        pending=pending,
+    )
 
 
 def mmvet(rows: Sequence[Answered], context: Context) -> Result:
@@ -365,9 +460,18 @@ def mmvet(rows: Sequence[Answered], context: Context) -> Result:
         return value if 0 <= value <= 1 else None
 
     asked = [i for i, row in enumerate(rows) if not row.error]
-    prompts = [fill("mmvet", question=rows[i].question.text, prediction=rows[i].text,
-                    answer=rows[i].question.answers[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> "))
-               for i in asked]
+    prompts = [
+        fill(
+            "mmvet",
+            question=rows[i].question.text,
+            prediction=rows[i].text,
+            answer=rows[i]
+            .question.answers[0]
+            .replace("<AND>", " <AND> ")
+            .replace("<OR>", " <OR> "),
+        )
+        for i in asked
+    ]
     judge = _Watched(context.judge)
     grades = dict(zip(asked, ask_until(judge, prompts, number, temperatures=TRIES)))
     if judge.missing:
@@ -379,8 +483,13 @@ def mmvet(rows: Sequence[Answered], context: Context) -> Result:
             capabilities[capability.strip()].append(score)
     ungraded = sum(grades[i] is None for i in asked)
     notes = [f"the judge gave no number for {ungraded} answers; they count 0"] * bool(ungraded)
-    return Result(100 * mean(scores), scores, [row.text for row in rows],
-                  {name: 100 * mean(capabilities[name]) for name in sorted(capabilities)}, notes)
+    return Result(
+        100 * mean(scores),
+        scores,
+        [row.text for row in rows],
+        {name: 100 * mean(capabilities[name]) for name in sorted(capabilities)},
+        notes,
+    )
 
 
 def llavabench(rows: Sequence[Answered], context: Context) -> Result:
@@ -394,10 +503,20 @@ def llavabench(rows: Sequence[Answered], context: Context) -> Result:
             return (-1.0, -1.0) if keep_unreadable else None
         return reference, model
 
-    prompts = [fill("llavabench", caption=row.question.fields["caption"], question=row.question.text,
-                    reference=row.question.answers[0], prediction=row.text) for row in rows]
+    prompts = [
+        fill(
+            "llavabench",
+            caption=row.question.fields["caption"],
+            question=row.question.text,
+            reference=row.question.answers[0],
+            prediction=row.text,
+        )
+        for row in rows
+    ]
     judge = _Watched(context.judge)
-    grades = ask_until(judge, prompts, pair, temperatures=(0.2,) * 3, system=PROMPTS["llavabench_system"])
+    grades = ask_until(
+        judge, prompts, pair, temperatures=(0.2,) * 3, system=PROMPTS["llavabench_system"]
+    )
     if judge.missing:
         return _pending(rows)
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -408,12 +527,20 @@ def llavabench(rows: Sequence[Answered], context: Context) -> Result:
     parts = {}
     for name in sorted(groups):
         reference, model = (mean(column) for column in zip(*groups[name]))
-        parts[name] = {"relative": 100 * model / reference if reference else 0.0, "reference": 10 * reference,
-                       "model": 10 * model}
+        parts[name] = {
+            "relative": 100 * model / reference if reference else 0.0,
+            "reference": 10 * reference,
+            "model": 10 * model,
+        }
     unread = grades.count(None)
     notes = [f"{unread} judgements could not be read; these questions are left out"] * bool(unread)
-    return Result(parts["all"]["relative"] if parts else None, [grade and grade[1] for grade in grades],
-                  [row.text for row in rows], parts, notes)
+    return Result(
+        parts["all"]["relative"] if parts else None,
+        [grade and grade[1] for grade in grades],
+        [row.text for row in rows],
+        parts,
+        notes,
+    )
 
 
 class _Watched:

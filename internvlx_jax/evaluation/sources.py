@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.questions import Question, read_jsonl
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
 
@@ -39,8 +39,13 @@ class Source:
         return [path for path in self.files(roots) if not path.exists()]
 
 
-def jsonl(path: str, *, text: str = "question", annotations: tuple[str, Callable[[Path], Answers]] | None = None,
-          finish: Finish = lambda question: question) -> Source:
+def jsonl(
+    path: str,
+    *,
+    text: str = "question",
+    annotations: tuple[str, Callable[[Path], Answers]] | None = None,
+    finish: Finish = lambda question: question,
+) -> Source:
     """One JSON object a line: `image`, the question under `text`, `question_id`, `answer`, and fields of the task.
 
     annotations: a file with the answers by question id, and its reader; without it they are those of the line.
@@ -60,7 +65,9 @@ def jsonl(path: str, *, text: str = "question", annotations: tuple[str, Callable
                 raise ConfigError(f'{where}: needs the fields "image" and "{text}"') from None
             if keys is not None:
                 if str(question.id) not in keys:
-                    raise ConfigError(f"{where}: question_id {question.id} is not in {roots.data / annotations[0]}")
+                    raise ConfigError(
+                        f"{where}: question_id {question.id} is not in {roots.data / annotations[0]}"
+                    )
                 question = dataclasses.replace(question, answers=tuple(keys[str(question.id)]))
             questions.append(finish(question))
         return questions
@@ -68,12 +75,20 @@ def jsonl(path: str, *, text: str = "question", annotations: tuple[str, Callable
     return Source(files, read)
 
 
-def tsv(name: str, *, keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
-        finish: Finish = lambda question: question) -> Source:
+def tsv(
+    name: str,
+    *,
+    keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
+    finish: Finish = lambda question: question,
+) -> Source:
     """The rows of NAME.tsv that `keep` takes by their columns."""
 
     def read(roots: Roots) -> list[Question]:
-        return [finish(question) for question in read_tsv(tsv_path(roots, name)) if keep(question.fields)]
+        return [
+            finish(question)
+            for question in read_tsv(tsv_path(roots, name))
+            if keep(question.fields)
+        ]
 
     return Source(lambda roots: [tsv_path(roots, name)], read)
 
@@ -83,15 +98,17 @@ def tsv_path(roots: Roots, name: str) -> Path:
 
 
 def listed_answers(question: Question) -> Question:
-    """TSV files of VQA data sets hold their answers as a Python list."""
+    """TSV files of VQA datasets hold their answers as a Python list."""
     answers = list_cell(question.answers[0], question.where) if question.answers else ()
     return dataclasses.replace(question, answers=answers)
 
 
 def coco_answers(path: Path) -> Answers:
     """COCO VQA layout: annotations[].question_id, answers[].answer."""
-    return {str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
-            for row in read_json(path, "annotations")}
+    return {
+        str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
+        for row in read_json(path, "annotations")
+    }
 
 
 def docvqa_answers(path: Path) -> Answers:
@@ -106,7 +123,9 @@ def read_json(path: Path, field: str | None = None) -> Any:
         return value if field is None else value[field]
     except (ValueError, LookupError, TypeError) as error:
         wanted = f'an object with "{field}"' if field else "JSON"
-        raise ConfigError(f"{path}: not {wanted} ({type(error).__name__}: {error}); download it again") from None
+        raise ConfigError(
+            f"{path}: not {wanted} ({type(error).__name__}: {error}); download it again"
+        ) from None
 
 
 def image_path(value: str, roots: Roots, *folders: Path) -> str:
@@ -115,12 +134,22 @@ def image_path(value: str, roots: Roots, *folders: Path) -> str:
     return str(next((path for path in candidates if path.is_file()), candidates[0]))
 
 
-def _question(where: str, row: Mapping[str, Any], text: str, index: int, file: Path, roots: Roots) -> Question:
+def _question(
+    where: str, row: Mapping[str, Any], text: str, index: int, file: Path, roots: Roots
+) -> Question:
     image = row["image"]
     images = image if isinstance(image, list) else [image]
     answer = row.get("answer")
     answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
     fields = {name: value for name, value in row.items() if name not in ("image", text, "answer")}
     paths = tuple(image_path(name, roots, file.parent) for name in images)
-    return Question(where, row.get("question_id", index), paths, row[text], tuple(map(str, answers)),
-                    row.get("hint") or "", {}, fields)
+    return Question(
+        where,
+        row.get("question_id", index),
+        paths,
+        row[text],
+        tuple(map(str, answers)),
+        row.get("hint") or "",
+        {},
+        fields,
+    )

@@ -11,7 +11,7 @@ from openpyxl import Workbook
 from openpyxl.cell import WriteOnlyCell
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from internvlx_jax.files import written_aside
+from internvlx_jax.core.files import written_aside
 
 CELL = 32_767  # most characters of a cell in xlsx
 

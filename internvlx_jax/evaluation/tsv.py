@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.images import ImageSource
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.questions import Question
 
-REFERENCE = 64  # an image value of at most so many characters is the index of the row that holds the image
+REFERENCE = (
+    64  # an image value of at most so many characters is the index of the row that holds the image
+)
 csv.field_size_limit(2**31 - 1)
 
 
@@ -42,10 +43,16 @@ class TsvImage:
             text = file.read(self.stop - self.start).decode()
         (cells,) = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         try:
-            return io.BytesIO(base64.b64decode(_parts(cells[self.column])[self.part], validate=True))
+            return io.BytesIO(
+                base64.b64decode(_parts(cells[self.column])[self.part], validate=True)
+            )
         except binascii.Error as error:
-            raise SampleError("unreadable", f"the image is not base64 ({error}).", "Download the file again.",
-                              str(self)) from None
+            raise SampleError(
+                "unreadable",
+                f"the image is not base64 ({error}).",
+                "Download the file again.",
+                str(self),
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.path} row {self.row}" + (f" image {self.part + 1}" if self.part else "")
@@ -64,21 +71,28 @@ def read_tsv(path: Path) -> Iterator[Question]:
     header = [name.removeprefix("\ufeff") for name in header]
     needed = [name for name in ("index", "question") if name not in header]
     if needed or not {"image", "image_path"} & set(header):
-        raise ConfigError(f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style TSV has "
-                          "index, image (or image_path) and question in its first line")
+        raise ConfigError(
+            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style TSV has "
+            "index, image (or image_path) and question in its first line"
+        )
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:
         where = f"{path} line {line}"
         if len(cells) != len(header):
-            raise ConfigError(f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check the "
-                              "quotation marks")
+            raise ConfigError(
+                f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check the "
+                "quotation marks"
+            )
         row = dict(zip(header, cells))
         index = row["index"]
         if index in images:
             raise ConfigError(f"{where}: index {index} is there twice; give each row its own")
         cell = row.pop("image", "")
         if column is not None and len(cell) > REFERENCE:
-            images[index] = tuple(TsvImage(path, index, start, stop, column, part) for part in range(len(_parts(cell))))
+            images[index] = tuple(
+                TsvImage(path, index, start, stop, column, part)
+                for part in range(len(_parts(cell)))
+            )
         elif column is not None and cell:
             references.append((index, cell))
             images[index] = ()
@@ -89,7 +103,9 @@ def read_tsv(path: Path) -> Iterator[Question]:
         rows.append((where, row))
     for index, target in references:
         if not images.get(target):
-            raise ConfigError(f"{path} row {index}: its image is that of row {target}, which has none")
+            raise ConfigError(
+                f"{path} row {index}: its image is that of row {target}, which has none"
+            )
         images[index] = images[target]
     for where, row in rows:
         yield _question(where, row, images[row["index"]])
@@ -98,8 +114,16 @@ def read_tsv(path: Path) -> Iterator[Question]:
 def _question(where: str, row: dict[str, str], images: tuple[ImageSource, ...]) -> Question:
     options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
     answer = row.get("answer", "")
-    return Question(where, row["index"], images, row["question"], (answer,) if answer else (), row.get("hint", ""),
-                    options, row)
+    return Question(
+        where,
+        row["index"],
+        images,
+        row["question"],
+        (answer,) if answer else (),
+        row.get("hint", ""),
+        options,
+        row,
+    )
 
 
 def list_cell(cell: str, where: str) -> tuple[str, ...]:
@@ -109,7 +133,9 @@ def list_cell(cell: str, where: str) -> tuple[str, ...]:
     try:
         return tuple(map(str, ast.literal_eval(cell)))
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{where}: {cell[:60]!r} is not a Python list ({error}); correct the cell") from None
+        raise ConfigError(
+            f"{where}: {cell[:60]!r} is not a Python list ({error}); correct the cell"
+        ) from None
 
 
 def _parts(cell: str) -> tuple[str, ...]:
@@ -131,8 +157,10 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
-                    raise ConfigError(f"{path}: byte {offset - len(line) + error.start} is not UTF-8; save the file "
-                                      "as UTF-8") from None
+                    raise ConfigError(
+                        f"{path}: byte {offset - len(line) + error.start} is not UTF-8; save the file "
+                        "as UTF-8"
+                    ) from None
 
     reader = csv.reader(lines(), delimiter="\t")
     start, line = 0, 1

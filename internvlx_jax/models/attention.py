@@ -24,18 +24,25 @@ from einops import rearrange
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.models.layers import ATTENTION_OUTPUT
 from internvlx_jax.models.splash import PADDING, splash_attention
 
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
 NVIDIA = ("gpu", "cuda")  # names of the platform of such devices
-CHUNK = 512               # most queries whose scores exist at a time in the xla backend
+CHUNK = 512  # most queries whose scores exist at a time in the xla backend
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | None = None,
-           kv_segments: jax.Array | None = None, q_start: jax.Array | int | None = None,
-           window: int | None = None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    q_start: jax.Array | int | None = None,
+    window: int | None = None,
+) -> jax.Array:
     """Softmax in float32, within equal segments, and causal by slot.
 
     q: [B, S, N, H], k, v: [B, Z, K, H], query head n belongs to key head n // (N / K)  ->  [B, S, N, H]
@@ -45,7 +52,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | 
     window: how many slots a causal query sees, its own included; None: all before it.
     """
     q = rearrange(q, "b s (k j) h -> b s k j h", k=k.shape[2])
-    scores = jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     visible = True
     if q_start is not None:
         slots, key_slots = (q_start + jnp.arange(q.shape[1]))[:, None], jnp.arange(k.shape[1])
@@ -53,15 +63,24 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | 
         if window is not None:
             visible &= key_slots > slots - window
     if q_segments is not None:
-        visible &= q_segments[:, None, None, :, None] == kv_segments[:, None, None, None, :]  # [B, 1, 1, S, Z]
+        visible &= (
+            q_segments[:, None, None, :, None] == kv_segments[:, None, None, None, :]
+        )  # [B, 1, 1, S, Z]
     if visible is not True:
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return rearrange(jnp.einsum("bkjsz,bzkh->bskjh", weights, v), "b s k j h -> b s (k j) h")
 
 
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
-                  window: int | None = None) -> jax.Array:
+def xla_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None = None,
+) -> jax.Array:
     """`attend` of a sequence to itself. Of a long one, the scores exist for one chunk of queries at a time, in the
     backward pass too, which computes them again.
 
@@ -70,7 +89,15 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array 
     length = q.shape[1]
     chunks = -(-length // CHUNK)
     if chunks == 1:
-        return attend(q, k, v, q_segments=segments, kv_segments=segments, q_start=0 if causal else None, window=window)
+        return attend(
+            q,
+            k,
+            v,
+            q_segments=segments,
+            kv_segments=segments,
+            q_start=0 if causal else None,
+            window=window,
+        )
     size = -(-length // chunks)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -81,16 +108,30 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array 
     @jax.checkpoint
     def body(_, chunk):
         q, q_segments, start = chunk
-        return None, attend(q, k, v, q_segments=q_segments, kv_segments=segments, q_start=start if causal else None,
-                            window=window)
+        return None, attend(
+            q,
+            k,
+            v,
+            q_segments=q_segments,
+            kv_segments=segments,
+            q_start=start if causal else None,
+            window=window,
+        )
 
     q_segments = None if segments is None else cut(segments)
     out = jax.lax.scan(body, None, (cut(q), q_segments, size * jnp.arange(chunks)))[1]
     return rearrange(out, "c b s n h -> b (c s) n h")[:, :length]
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
-                    window: int | None = None) -> jax.Array:
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None = None,
+) -> jax.Array:
     """As `xla_attention`. cuDNN knows no segments: they, and a window, become a mask bool[B, 1, S, S], which all heads
     share."""
     if segments is None and window is not None:
@@ -107,8 +148,16 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
             mask &= slots > slots[:, None] - window
     elif odd:
         lengths = jnp.full(q.shape[:1], length, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, query_seq_lengths=lengths,
-                                        key_value_seq_lengths=lengths, implementation="cudnn")[:, :length]
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )[:, :length]
 
 
 def cudnn_problem(dtype: DTypeLike, head_dim: int) -> str | None:
@@ -147,8 +196,16 @@ class SelfAttention:
     rows: NamedSharding | None = None
     heads: NamedSharding | None = None
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *,
-                 causal: bool, window: int | None = None) -> jax.Array:
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array | None = None,
+        *,
+        causal: bool,
+        window: int | None = None,
+    ) -> jax.Array:
         """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S], 0 = padding, or None -> [B, S, N, H].
 
         window: how many slots a causal query sees, its own included; None is all before it.
@@ -158,8 +215,13 @@ class SelfAttention:
         compute = functools.partial(self._compute, causal=causal, window=window)
         if self.rows is not None:
             rows, heads = self.rows.spec, self._dividing(k).spec
-            compute = jax.shard_map(compute, mesh=self.rows.mesh, in_specs=(heads, heads, heads, rows), out_specs=heads,
-                                    check_vma=False)
+            compute = jax.shard_map(
+                compute,
+                mesh=self.rows.mesh,
+                in_specs=(heads, heads, heads, rows),
+                out_specs=heads,
+                check_vma=False,
+            )
         return compute(q, k, v, segments)
 
     def check(self, dtype: DTypeLike, head_dims: Sequence[int]) -> None:
@@ -171,18 +233,42 @@ class SelfAttention:
         elif self.backend in fits and platform not in fits[self.backend]:
             problem = f"it does not run on the devices of this mesh, which are of the platform {platform}; set it to auto or xla"
         elif self.backend == "cudnn":
-            problem = next(filter(None, (cudnn_problem(dtype, head_dim) for head_dim in head_dims)), None)
+            problem = next(
+                filter(None, (cudnn_problem(dtype, head_dim) for head_dim in head_dims)), None
+            )
         if problem is not None:
             raise ConfigError(f"compute.attention is {self.backend!r}: {problem}")
 
-    def _compute(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
-                 window: int | None) -> jax.Array:
-        xla, cudnn, splash = (functools.partial(implementation, causal=causal, window=window) for implementation in
-                              (xla_attention, cudnn_attention, functools.partial(splash_attention, residuals=ATTENTION_OUTPUT)))
-        named = {"xla": xla, "cudnn": cudnn, "splash": splash,
-                 "splash_interpret": functools.partial(splash, interpret=True)}
+    def _compute(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array | None,
+        *,
+        causal: bool,
+        window: int | None,
+    ) -> jax.Array:
+        xla, cudnn, splash = (
+            functools.partial(implementation, causal=causal, window=window)
+            for implementation in (
+                xla_attention,
+                cudnn_attention,
+                functools.partial(splash_attention, residuals=ATTENTION_OUTPUT),
+            )
+        )
+        named = {
+            "xla": xla,
+            "cudnn": cudnn,
+            "splash": splash,
+            "splash_interpret": functools.partial(splash, interpret=True),
+        }
         platform = self._platform()
-        backend = {"tpu": "splash", "cpu": "xla"}.get(platform, "auto") if self.backend == "auto" else self.backend
+        backend = (
+            {"tpu": "splash", "cpu": "xla"}.get(platform, "auto")
+            if self.backend == "auto"
+            else self.backend
+        )
         if backend != "auto":
             return named[backend](q, k, v, segments)
         kernels = {} if platform in NVIDIA else {"tpu": splash}

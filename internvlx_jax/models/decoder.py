@@ -1,6 +1,6 @@
 """The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (spec: model.md 8, 9).
 
-Positions and segments come with the call as a `Frame`, and a call runs any range of layers. That is the seam of
+Positions and segments come with the call as a `TokenLayout`, and a call runs any range of layers. That is the seam of
 LVTC: two ranges of one stack, each in its own frame.
 """
 
@@ -14,14 +14,23 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
+from internvlx_jax.core.model_config import DecoderConfig
 from internvlx_jax.models.attention import SelfAttention, attend
-from internvlx_jax.models.config import DecoderConfig
-from internvlx_jax.models.layers import (Linear, RMSNorm, constant, normal, param, rematerialise, scan_layers,
-                                         slice_layers, stack_layers)
-from internvlx_jax.models.rope import Rotation, rotate, rotation
+from internvlx_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    constant,
+    normal,
+    param,
+    rematerialise,
+    scan_layers,
+    slice_layers,
+    stack_layers,
+)
+from internvlx_jax.models.rope import RopeTables, rotate, rotation
 
 
-class Frame(NamedTuple):
+class TokenLayout(NamedTuple):
     """Where the slots of a sequence stand.
 
     Attributes:
@@ -40,7 +49,7 @@ class KeyValues(NamedTuple):
     values: jax.Array
 
 
-class Past(NamedTuple):
+class KVCacheView(NamedTuple):
     """What a call with cached keys attends to besides its own slots.
 
     Attributes:
@@ -60,22 +69,48 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
         kwargs |= dict(init=normal(config.initializer_range), bias_init=constant(0.0))
-        self.qkv = Linear("bsd,dkjh->bskjh", (d, k, j + 2, h), ("embed", "kv_heads", None, None),
-                          bias=config.qkv_bias, **kwargs)
-        self.out = Linear("bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"),
-                          bias=config.out_bias, **kwargs)
+        self.qkv = Linear(
+            "bsd,dkjh->bskjh",
+            (d, k, j + 2, h),
+            ("embed", "kv_heads", None, None),
+            bias=config.qkv_bias,
+            **kwargs,
+        )
+        self.out = Linear(
+            "bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"), bias=config.out_bias, **kwargs
+        )
         self.window = config.sliding_window
 
-    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None,
-                 attention: SelfAttention) -> tuple[jax.Array, KeyValues]:
+    def __call__(
+        self,
+        x: jax.Array,
+        frame: TokenLayout,
+        by: RopeTables,
+        past: KVCacheView | None,
+        attention: SelfAttention,
+    ) -> tuple[jax.Array, KeyValues]:
         qkv = self.qkv(x)
         q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
         q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
         if past is None:
-            return self.out(attention(q, k, v, frame.segments, causal=True, window=self.window)), new
-        k, v = (jax.lax.dynamic_update_slice_in_dim(cached, fresh.astype(cached.dtype), past.start, axis=1)
-                for cached, fresh in zip(past.cache, new))
-        y = attend(q, k, v, q_segments=frame.segments, kv_segments=past.segments, q_start=past.start, window=self.window)
+            return self.out(
+                attention(q, k, v, frame.segments, causal=True, window=self.window)
+            ), new
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(
+                cached, fresh.astype(cached.dtype), past.start, axis=1
+            )
+            for cached, fresh in zip(past.cache, new)
+        )
+        y = attend(
+            q,
+            k,
+            v,
+            q_segments=frame.segments,
+            kv_segments=past.segments,
+            q_start=past.start,
+            window=self.window,
+        )
         return self.out(y), new
 
 
@@ -102,8 +137,14 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
         self.mlp = Mlp(config, **kwargs)
 
-    def __call__(self, x: jax.Array, frame: Frame, by: Rotation, past: Past | None,
-                 attention: SelfAttention) -> tuple[jax.Array, KeyValues]:
+    def __call__(
+        self,
+        x: jax.Array,
+        frame: TokenLayout,
+        by: RopeTables,
+        past: KVCacheView | None,
+        attention: SelfAttention,
+    ) -> tuple[jax.Array, KeyValues]:
         y, new = self.attn(self.attn_norm(x), frame, by, past, attention)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), new
@@ -117,22 +158,35 @@ class Decoder(nnx.Module):
         self.config = config
         w, d, init = config.vocab_size, config.width, normal(config.initializer_range)
         self.embedding = param(init, (w, d), ("vocab", "embed"), **kwargs)
-        self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs)
+        self.layers = stack_layers(
+            lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs
+        )
         self.norm = RMSNorm(d, eps=config.eps, **kwargs)
-        self.head = None if config.tie_embeddings else param(init, (d, w), ("embed", "vocab"), **kwargs)
+        self.head = (
+            None if config.tie_embeddings else param(init, (d, w), ("embed", "vocab"), **kwargs)
+        )
 
     def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """int32[B, S] -> dtype[B, S, D]."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
-    def run_layers(self, x: jax.Array, frame: Frame, *, start: int = 0, stop: int | None = None,
-                   past: Past | None = None, key_length: int | None = None, keep_kv: bool = False,
-                   remat: str = "none",
-                   attention: SelfAttention = SelfAttention()) -> tuple[jax.Array, KeyValues | None]:
+    def run_layers(
+        self,
+        x: jax.Array,
+        frame: TokenLayout,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        past: KVCacheView | None = None,
+        key_length: int | None = None,
+        keep_kv: bool = False,
+        remat: str = "none",
+        attention: SelfAttention = SelfAttention(),
+    ) -> tuple[jax.Array, KeyValues | None]:
         """Blocks start..stop-1 on one frame.
 
         x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
-        key_length: slots of the long frame, where this is the short one: all layers rotate alike. None: of this frame.
+        key_length: slots of the long layout, where this is the short one: all layers rotate alike. None: of this frame.
         """
         stop = self.config.layers if stop is None else stop
         if start == stop:  # LVTC without shallow layers
@@ -145,11 +199,15 @@ class Decoder(nnx.Module):
         def body(x, block_and_cache):
             block, cache = block_and_cache
             with jax.named_scope("decoder_block"):
-                x, new = block(x, frame, by, None if past is None else past._replace(cache=cache), attention)
+                x, new = block(
+                    x, frame, by, None if past is None else past._replace(cache=cache), attention
+                )
             return x, new if keep_kv else None
 
         cache = None if past is None else past.cache
-        return scan_layers(rematerialise(body, remat), x, slice_layers(self.layers, start, stop), cache)
+        return scan_layers(
+            rematerialise(body, remat), x, slice_layers(self.layers, start, stop), cache
+        )
 
     @property
     def head_kernel(self) -> jax.Array:
@@ -160,4 +218,9 @@ class Decoder(nnx.Module):
         """Hidden states after the last block, [..., D] -> float32[..., W]."""
         with jax.named_scope("head"):
             x = self.norm(x)
-            return jnp.einsum("...d,dw->...w", x, self.head_kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+            return jnp.einsum(
+                "...d,dw->...w",
+                x,
+                self.head_kernel.astype(x.dtype),
+                preferred_element_type=jnp.float32,
+            )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.core.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,24 @@ class Flops:
         return self.tower + self.projector + self.decoder + self.head
 
 
-def forward_flops(config: ModelConfig, *, tiles: int, lengths: Sequence[int],
-                  short_lengths: Sequence[int] = ()) -> Flops:
+def forward_flops(
+    config: ModelConfig, *, tiles: int, lengths: Sequence[int], short_lengths: Sequence[int] = ()
+) -> Flops:
     """tiles: of the whole batch; lengths: slots of each row, or of each segment of packed rows.
 
-    short_lengths: the same in the short frame, with LVTC: its first `expand_layer` layers run on those.
+    short_lengths: the same in the short layout, with LVTC: its first `expand_layer` layers run on those.
     """
     return _by_part(_stages(config, tiles, lengths, short_lengths), _Stage.forward)
 
 
-def train_flops(config: ModelConfig, trained: Mapping[str, Sequence[int]], *, tiles: int, lengths: Sequence[int],
-                short_lengths: Sequence[int] = ()) -> Flops:
+def train_flops(
+    config: ModelConfig,
+    trained: Mapping[str, Sequence[int]],
+    *,
+    tiles: int,
+    lengths: Sequence[int],
+    short_lengths: Sequence[int] = (),
+) -> Flops:
     """Forward and backward pass. Backward is twice the forward pass of a trained linear map, once that of a frozen one
     that gradients cross, nothing below everything trained; attention products cost twice wherever gradients go.
 
@@ -52,8 +59,14 @@ def train_flops(config: ModelConfig, trained: Mapping[str, Sequence[int]], *, ti
             reached.add(stage.name)
         return stage.forward() + (stage.backward(trained) if stage.name in reached else 0.0)
 
-    frozen_layers = next((config.vision.layers - shape[0] for path, shape in trained.items()
-                          if path.startswith("vision.layers.")), 0)
+    frozen_layers = next(
+        (
+            config.vision.layers - shape[0]
+            for path, shape in trained.items()
+            if path.startswith("vision.layers.")
+        ),
+        0,
+    )
     return _by_part(_stages(config, tiles, lengths, short_lengths, frozen_layers), cost)
 
 
@@ -71,8 +84,12 @@ class _Map(NamedTuple):
     def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
         """Where gradients go. Adapters, in both directions, are an addition to it."""
         adapters = self.kernel.removesuffix("kernel") + "lora_"
-        weights = sum(math.prod(shape[1:]) for path, shape in trained.items() if path.startswith(adapters))
-        return self.forward() * (2 if self.kernel in trained else 1) + 3 * 2 * self.vectors * weights
+        weights = sum(
+            math.prod(shape[1:]) for path, shape in trained.items() if path.startswith(adapters)
+        )
+        return (
+            self.forward() * (2 if self.kernel in trained else 1) + 3 * 2 * self.vectors * weights
+        )
 
 
 class _Stage(NamedTuple):
@@ -109,8 +126,13 @@ def _by_part(stages: Sequence[_Stage], cost: Callable[[_Stage], float]) -> Flops
     return Flops(**sums)
 
 
-def _stages(config: ModelConfig, tiles: int, lengths: Sequence[int], short_lengths: Sequence[int],
-            frozen_layers: int = 0) -> list[_Stage]:
+def _stages(
+    config: ModelConfig,
+    tiles: int,
+    lengths: Sequence[int],
+    short_lengths: Sequence[int],
+    frozen_layers: int = 0,
+) -> list[_Stage]:
     """The model in the order of computation; the tower's first `frozen_layers` layers are a stage of their own."""
     decoder, lvtc, released = config.decoder, config.lvtc, config.released_role
     shallow = 0 if lvtc is None else lvtc.expand_layer
@@ -122,28 +144,59 @@ def _stages(config: ModelConfig, tiles: int, lengths: Sequence[int], short_lengt
         return _Stage(name, "projector", (f"{path}.", f"lvtc.{name}."), ("tower",), maps, attention)
 
     def layers(name: str, count: int, lengths: Sequence[int], *below: str) -> _Stage:
-        return _Stage(name, "decoder", ("decoder.layers.",), below, *_decoder(config, count, lengths))
+        return _Stage(
+            name, "decoder", ("decoder.layers.",), below, *_decoder(config, count, lengths)
+        )
 
-    stages = [*_tower(config, tiles, min(frozen_layers, config.vision.layers_run)),
-              _Stage("embedding", "decoder", ("decoder.embedding",), (), ())]
+    stages = [
+        *_tower(config, tiles, min(frozen_layers, config.vision.layers_run)),
+        _Stage("embedding", "decoder", ("decoder.embedding",), (), ()),
+    ]
     if lvtc is None:
-        stages += [projector("low", "projector", config.projector.kind, config.token_grid),
-                   layers("deep", decoder.layers, lengths, "embedding", "low")]
+        stages += [
+            projector("low", "projector", config.projector.kind, config.token_grid),
+            layers("deep", decoder.layers, lengths, "embedding", "low"),
+        ]
     else:
         added = [f"inject_{layer}" for layer in lvtc.inject_layers]
         upsampling = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
         stages += [
-            projector("low", "projector" if released == "low" else "lvtc.low", lvtc.low_projector, lvtc.low_grid),
+            projector(
+                "low",
+                "projector" if released == "low" else "lvtc.low",
+                lvtc.low_projector,
+                lvtc.low_grid,
+            ),
             layers("shallow", shallow, short_lengths, "embedding", "low"),
-            _Stage("upsampling", "projector", (), ("embedding", "low", "shallow"),
-                   [_Map("", upsampling, 1, decoder.width)]),
-            projector("high", "projector" if released == "high" else "lvtc.high.projector", lvtc.high_projector,
-                      lvtc.high_grid),
-            *(projector(name, f"lvtc.{name}.projector", lvtc.inject_projector, lvtc.high_grid) for name in added),
-            layers("deep", decoder.layers - shallow, lengths, "upsampling", "high", *added)]
+            _Stage(
+                "upsampling",
+                "projector",
+                (),
+                ("embedding", "low", "shallow"),
+                [_Map("", upsampling, 1, decoder.width)],
+            ),
+            projector(
+                "high",
+                "projector" if released == "high" else "lvtc.high.projector",
+                lvtc.high_projector,
+                lvtc.high_grid,
+            ),
+            *(
+                projector(name, f"lvtc.{name}.projector", lvtc.inject_projector, lvtc.high_grid)
+                for name in added
+            ),
+            layers("deep", decoder.layers - shallow, lengths, "upsampling", "high", *added),
+        ]
     head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
-    stages.append(_Stage("head", "head", (head, "decoder.norm."), ("deep",),
-                         [_Map(head, sum(lengths), decoder.width, decoder.vocab_size)]))
+    stages.append(
+        _Stage(
+            "head",
+            "head",
+            (head, "decoder.norm."),
+            ("deep",),
+            [_Map(head, sum(lengths), decoder.width, decoder.vocab_size)],
+        )
+    )
     return stages
 
 
@@ -154,8 +207,15 @@ def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:
 
     def layers(count: int) -> tuple[list[_Map], float]:
         vectors = tiles * count * (patches + 1)
-        maps = [_Map(f"vision.layers.{name}.kernel", vectors, *sizes) for name, *sizes in (
-            ("attn.qkv", v, 3 * v), ("attn.proj", v, v), ("mlp.fc1", v, f), ("mlp.fc2", f, v))]
+        maps = [
+            _Map(f"vision.layers.{name}.kernel", vectors, *sizes)
+            for name, *sizes in (
+                ("attn.qkv", v, 3 * v),
+                ("attn.proj", v, v),
+                ("mlp.fc1", v, f),
+                ("mlp.fc2", f, v),
+            )
+        ]
         return maps, 4 * vectors * (patches + 1) * v
 
     embedding = _Map("vision.patch_embed.kernel", tiles * patches, 3 * vision.patch_size**2, v)
@@ -163,8 +223,10 @@ def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:
         maps, attention = layers(vision.layers_run)
         return [_Stage("tower", "tower", ("vision.",), (), [embedding, *maps], attention)]
     frozen, frozen_attention = layers(frozen_layers)
-    return [_Stage("frozen tower", "tower", (), (), [embedding, *frozen], frozen_attention),
-            _Stage("tower", "tower", ("vision.",), (), *layers(vision.layers_run - frozen_layers))]
+    return [
+        _Stage("frozen tower", "tower", (), (), [embedding, *frozen], frozen_attention),
+        _Stage("tower", "tower", ("vision.",), (), *layers(vision.layers_run - frozen_layers)),
+    ]
 
 
 def _pvtc(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
@@ -172,28 +234,48 @@ def _pvtc(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_
     v, d, q = config.vision.width, config.decoder.width, grid**2
     patches = config.vision.grid**2
     m = patches // q
-    maps = [_Map(f"{path}.local_query.linear.kernel", tiles * q, m * v, d),
-            _Map(f"{path}.global_query.linear.kernel", tiles, v, d),
-            _Map(f"{path}.region_kv.linear.kernel", tiles * patches, v, d)]
+    maps = [
+        _Map(f"{path}.local_query.linear.kernel", tiles * q, m * v, d),
+        _Map(f"{path}.global_query.linear.kernel", tiles, v, d),
+        _Map(f"{path}.region_kv.linear.kernel", tiles * patches, v, d),
+    ]
     for branch in ("attn_local", "attn_global"):
-        maps += [_Map(f"{path}.{branch}.{name}.kernel", tiles * vectors, *sizes) for name, vectors, *sizes in (
-            ("attn.q", q, d, d), ("attn.k", patches, d, d), ("attn.v", patches, d, d), ("attn.proj", q, d, d),
-            ("mlp.gate", q, d, 4 * d), ("mlp.up", q, d, 4 * d), ("mlp.down", q, 4 * d, d))]
+        maps += [
+            _Map(f"{path}.{branch}.{name}.kernel", tiles * vectors, *sizes)
+            for name, vectors, *sizes in (
+                ("attn.q", q, d, d),
+                ("attn.k", patches, d, d),
+                ("attn.v", patches, d, d),
+                ("attn.proj", q, d, d),
+                ("mlp.gate", q, d, 4 * d),
+                ("mlp.up", q, d, 4 * d),
+                ("mlp.down", q, 4 * d, d),
+            )
+        ]
     return maps, 2 * tiles * 4 * q * m * d
 
 
 def _mlp(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
     """Both two-layer projectors, `mlp1` and LVTC's `mlp`: a region's patches -> D -> D."""
     d, region = config.decoder.width, config.vision.grid**2 // grid**2 * config.vision.width
-    return [_Map(f"{path}.fc1.kernel", tiles * grid**2, region, d),
-            _Map(f"{path}.fc2.kernel", tiles * grid**2, d, d)], 0.0
+    return [
+        _Map(f"{path}.fc1.kernel", tiles * grid**2, region, d),
+        _Map(f"{path}.fc2.kernel", tiles * grid**2, d, d),
+    ], 0.0
 
 
 def _decoder(config: ModelConfig, layers: int, lengths: Sequence[int]) -> tuple[list[_Map], float]:
     decoder = config.decoder
     d, f, vectors = decoder.width, decoder.mlp_width, layers * sum(lengths)
     queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    maps = [_Map(f"decoder.layers.{name}.kernel", vectors, *sizes) for name, *sizes in (
-        ("attn.qkv", d, queries + 2 * keys), ("attn.out", queries, d),
-        ("mlp.gate", d, f), ("mlp.up", d, f), ("mlp.down", f, d))]
+    maps = [
+        _Map(f"decoder.layers.{name}.kernel", vectors, *sizes)
+        for name, *sizes in (
+            ("attn.qkv", d, queries + 2 * keys),
+            ("attn.out", queries, d),
+            ("mlp.gate", d, f),
+            ("mlp.up", d, f),
+            ("mlp.down", f, d),
+        )
+    ]
     return maps, layers * 2 * sum(length**2 for length in lengths) * queries

@@ -14,16 +14,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.tiles import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
-from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.decoder import Decoder, Frame, KeyValues
-from internvlx_jax.models.inputs import Inputs
+from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
+from internvlx_jax.models.layers import gather, insert_visual_tokens
 from internvlx_jax.models.loss import LossShardings, token_losses
 from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
-from internvlx_jax.models.merge import gather, place
-from internvlx_jax.models.mlp1 import Mlp1
-from internvlx_jax.models.pvtc import PVTC
+from internvlx_jax.models.projectors import PVTC, Mlp1
 from internvlx_jax.models.vit import VisionTower
 
 
@@ -52,12 +51,25 @@ class InternVLX(nnx.Module):
     ActivationShardings). Raises ConfigError when the backend cannot do what these ask for.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32,
-                 param_dtype: DTypeLike = jnp.float32, remat: str = "none", attention: Backend = "auto",
-                 shardings: ActivationShardings | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        attention: Backend = "auto",
+        shardings: ActivationShardings | None = None,
+    ):
         kwargs = dict(rngs=rngs, dtype=param_dtype)
         width = config.decoder.width
-        self.config, self.dtype, self.remat, self.shardings = config, jnp.dtype(dtype), remat, shardings
+        self.config, self.dtype, self.remat, self.shardings = (
+            config,
+            jnp.dtype(dtype),
+            remat,
+            shardings,
+        )
         self.attention = SelfAttention(attention)
         if shardings is not None:
             self.attention = SelfAttention(attention, rows=shardings.rows, heads=shardings.heads)
@@ -66,7 +78,9 @@ class InternVLX(nnx.Module):
         if config.released_role is None:
             self.projector = None
         elif config.projector.kind == "pvtc":
-            self.projector = PVTC(config.projector, config.vision.width, config.token_grid, width, **kwargs)
+            self.projector = PVTC(
+                config.projector, config.vision.width, config.token_grid, width, **kwargs
+            )
         else:
             self.projector = Mlp1(config.projector, config.vision.width, width, **kwargs)
         self.lvtc = None if config.lvtc is None else Lvtc(config, **kwargs)
@@ -79,44 +93,59 @@ class InternVLX(nnx.Module):
     def features(self, tiles: jax.Array, drop_path_key: jax.Array | None = None) -> jax.Array:
         """uint8 or normalised float[I, Y, X, 3] -> the tower's output [I, 1+P, V], class token first."""
         pixels = normalize_tiles(tiles).astype(self.dtype)
-        return self.vision(pixels, drop_path_key=drop_path_key, remat=self.remat,
-                           attention=self.attention)
+        return self.vision(
+            pixels, drop_path_key=drop_path_key, remat=self.remat, attention=self.attention
+        )
 
     @property
     def low_projector(self) -> nnx.Module:
         """What makes the visual tokens of decoder layer 0."""
         return self.projector if self.lvtc is None or self.lvtc.low is None else self.lvtc.low
 
-    def run(self, inputs: Inputs, *, keep_kv: bool = False,
-            drop_path_key: jax.Array | None = None) -> tuple[jax.Array, list[KeyValues | None]]:
+    def run(
+        self, inputs: Inputs, *, keep_kv: bool = False, drop_path_key: jax.Array | None = None
+    ) -> tuple[jax.Array, list[KeyValues | None]]:
         """Hidden states after the last block, [B, S, D]; if asked for, keys and values of each frame: of all layers, or
         with LVTC of the shallow and of the deep ones."""
-        tower_key, projector_key = (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
+        tower_key, projector_key = (
+            (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
+        )
         rows, tiles = inputs.tiles.shape[:2]
         # A text-only bucket compiles without the tower.
         features = None
         if tiles:
-            features = self._by_row(self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key))
+            features = self._by_row(
+                self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key)
+            )
 
         def visual(projector: Callable, key: jax.Array | None) -> jax.Array | None:
             if features is None:
                 return None
-            return self._by_row(rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows))
+            return self._by_row(
+                rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows)
+            )
 
-        run_layers = functools.partial(self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat,
-                                       attention=self.attention)
-        frame = Frame(inputs.positions, inputs.segment_ids)
+        run_layers = functools.partial(
+            self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat, attention=self.attention
+        )
+        frame = TokenLayout(inputs.positions, inputs.segment_ids)
         if self.lvtc is None:
             x = self._embed(inputs.tokens)
-            x = self._by_row(place(visual(self.projector, projector_key), inputs.feature_index, x))
+            x = self._by_row(
+                insert_visual_tokens(visual(self.projector, projector_key), inputs.feature_index, x)
+            )
             x, kv = run_layers(x, frame)
             return x, [kv]
 
         lvtc, first_deep = self.lvtc, self.lvtc.config.expand_layer
-        tokens, short_frame = short_inputs(inputs)
+        tokens, short_layout = short_inputs(inputs)
         x = self._embed(tokens)
-        x = self._by_row(place(visual(self.low_projector, projector_key), inputs.short.feature_index, x))
-        x, shallow = run_layers(x, short_frame, stop=first_deep, key_length=inputs.tokens.shape[1])
+        x = self._by_row(
+            insert_visual_tokens(
+                visual(self.low_projector, projector_key), inputs.short.feature_index, x
+            )
+        )
+        x, shallow = run_layers(x, short_layout, stop=first_deep, key_length=inputs.tokens.shape[1])
         high = functools.partial(lvtc.high, released=self.projector)
         residual = visual(high, _of_layer(projector_key, first_deep))
         x = self._by_row(expand(self._by_row(x), residual, inputs, lvtc.config))
@@ -132,21 +161,32 @@ class InternVLX(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, S] -> text embeddings [B, S, D]."""
         x = self.decoder.embed(tokens, self.dtype)
-        return x if self.shardings is None else jax.lax.with_sharding_constraint(x, self.shardings.looked_up)
+        return (
+            x
+            if self.shardings is None
+            else jax.lax.with_sharding_constraint(x, self.shardings.looked_up)
+        )
 
     def _by_row(self, x: jax.Array) -> jax.Array:
         """x: [B, ...], or [B * T, ...]."""
-        return x if self.shardings is None else jax.lax.with_sharding_constraint(x, self.shardings.rows)
+        return (
+            x
+            if self.shardings is None
+            else jax.lax.with_sharding_constraint(x, self.shardings.rows)
+        )
 
     def __call__(self, inputs: Inputs, *, drop_path_key: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, S, D]; `decoder.logits` or `token_losses` follow. drop_path_key: training only."""
         return self.run(inputs, drop_path_key=drop_path_key)[0]
 
-    def token_losses(self, inputs: Inputs, labels: jax.Array, *,
-                     drop_path_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def token_losses(
+        self, inputs: Inputs, labels: jax.Array, *, drop_path_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """See loss.token_losses."""
         hidden = self(inputs, drop_path_key=drop_path_key)
-        return token_losses(self.decoder, hidden, labels, None if self.shardings is None else self.shardings.loss)
+        return token_losses(
+            self.decoder, hidden, labels, None if self.shardings is None else self.shardings.loss
+        )
 
 
 def _of_layer(key: jax.Array | None, layer: int) -> jax.Array | None:

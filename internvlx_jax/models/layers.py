@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
 
-ATTENTION_OUTPUT = "attention_out"  # checkpoint name of what the attention kernel leaves for its backward pass
+ATTENTION_OUTPUT = (
+    "attention_out"  # checkpoint name of what the attention kernel leaves for its backward pass
+)
 
 # What of a layer is kept for the backward pass; the rest is computed again.
 REMAT_POLICIES = {
@@ -36,20 +38,27 @@ class Init:
 def uniform_fan_in(fan_in: int) -> Init:
     """U(-b, b), b = 1 / sqrt(fan_in): PyTorch's default of the tower and the projectors (model.md 12)."""
     bound = fan_in**-0.5
-    return Init(f"U(-{bound:.4g}, {bound:.4g})",
-                lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
+    return Init(
+        f"U(-{bound:.4g}, {bound:.4g})",
+        lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+    )
 
 
 def normal(stddev: float) -> Init:
-    return Init(f"N(0, {stddev:g}^2)", lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype))
+    return Init(
+        f"N(0, {stddev:g}^2)",
+        lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype),
+    )
 
 
 def constant(value: float) -> Init:
     return Init(f"{value:g}", lambda key, shape, dtype: jnp.full(shape, value, dtype))
 
 
-def param(init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
-    """A parameter whose `axes` name each dim (training/sharding.py maps the names to mesh axes) and whose `init` names
+def param(
+    init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike
+) -> nnx.Param:
+    """A parameter whose `axes` name each dim (models/sharding.py maps the names to mesh axes) and whose `init` names
     the distribution."""
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axis names {axes} for shape {shape}")
@@ -65,8 +74,18 @@ class Linear(nnx.Module):
     spec names input, kernel and output; the bias has the output dims of the kernel, in kernel order.
     """
 
-    def __init__(self, spec: str, shape: tuple[int, ...], axes: Axes, *, bias: bool = False,
-                 init: Init | None = None, bias_init: Init | None = None, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool = False,
+        init: Init | None = None,
+        bias_init: Init | None = None,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
         inputs, self.output = spec.split("->")
         contracted, letters = inputs.split(",")
         is_output = [letter in self.output for letter in letters]
@@ -78,7 +97,9 @@ class Linear(nnx.Module):
         if bias:
             bias_shape = tuple(n for n, out in zip(shape, is_output) if out)
             bias_axes = tuple(a for a, out in zip(axes, is_output) if out)
-            self.bias = param(bias_init or uniform_fan_in(fan_in), bias_shape, bias_axes, rngs=rngs, dtype=dtype)
+            self.bias = param(
+                bias_init or uniform_fan_in(fan_in), bias_shape, bias_axes, rngs=rngs, dtype=dtype
+            )
         else:
             self.bias = None
 
@@ -86,8 +107,12 @@ class Linear(nnx.Module):
         y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
-            y = y + bias.reshape([y.shape[i] if letter in self.bias_letters else 1
-                                  for i, letter in enumerate(self.output)])
+            y = y + bias.reshape(
+                [
+                    y.shape[i] if letter in self.bias_letters else 1
+                    for i, letter in enumerate(self.output)
+                ]
+            )
         return y if self.addition is None else y + self.addition(self, x)
 
 
@@ -117,10 +142,14 @@ class LayerNorm(nnx.Module):
         mean = jnp.mean(x32, -1, keepdims=True)
         variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
         y = (x32 - mean) * jax.lax.rsqrt(variance + self.eps)
-        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (
+            y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        ).astype(x.dtype)
 
 
-def drop_path(branch: jax.Array, key: jax.Array | None, rate: float | jax.Array, batch_dims: int) -> jax.Array:
+def drop_path(
+    branch: jax.Array, key: jax.Array | None, rate: float | jax.Array, batch_dims: int
+) -> jax.Array:
     """Zero whole entries of the leading `batch_dims` with probability `rate`, scale the survivors (model.md 3, 4).
 
     key: None outside training, which is the identity.
@@ -138,7 +167,9 @@ def rematerialise(body: Callable, policy: str) -> Callable:
     if policy == "none":
         return body
     if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat {policy!r} is unknown; choose one of none, {', '.join(REMAT_POLICIES)}")
+        raise ValueError(
+            f"remat {policy!r} is unknown; choose one of none, {', '.join(REMAT_POLICIES)}"
+        )
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
@@ -169,8 +200,9 @@ def separate_layers(layers: nnx.Module, length: int) -> nnx.List:
     return nnx.List([jax.tree.map(lambda p: p[i], layers) for i in range(length)])
 
 
-def scan_layers(body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: nnx.Module,
-                inputs: Any) -> tuple[Any, Any]:
+def scan_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: nnx.Module, inputs: Any
+) -> tuple[Any, Any]:
     """lax.scan of `body(x, (layer, input))` over a stack, or a loop over separate layers; `inputs` are stacked."""
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, x, (layers, inputs))
@@ -179,3 +211,25 @@ def scan_layers(body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: nnx
         x, output = body(x, (layer, jax.tree.map(lambda leaf: leaf[i], inputs)))
         outputs.append(output)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def gather(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x: [B, Z, ...], index: int[B, Y] -> [B, Y, ...]; 0 where the index is out of range."""
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+def insert_visual_tokens(
+    visual: jax.Array | None, feature_index: jax.Array, x: jax.Array
+) -> jax.Array:
+    """Visual tokens in their slots, x in the others.
+
+    visual: [B, T * Q, D]; feature_index: int32[B, S], out of range where x stays; x: [B, S, D] -> [B, S, D]
+    visual None: a batch without tiles.
+    """
+    if visual is None:
+        return x
+    with jax.named_scope("merge"):
+        return jnp.where(
+            feature_index[..., None] < visual.shape[1], gather(visual, feature_index), x
+        )

@@ -16,43 +16,17 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import ModelConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.layers import Linear, uniform_fan_in
 from internvlx_jax.models.params import AbstractModel, unflatten
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """The adapters of one part of a model, on every linear map of its layers.
-
-    Attributes:
-        alpha: the addition is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
-        dropout: on the input of A, in training.
-    """
-
-    part: Literal["vision", "decoder"]
-    rank: int
-    alpha: float
-    dropout: float = 0.05
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, dropout "
-                              f"{self.dropout} from 0 to below 1")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +59,15 @@ def is_adapter(path: str) -> bool:
 
 def without_adapters(abstract: AbstractModel) -> AbstractModel:
     """What a checkpoint to start from has to fill; the structure is not touched."""
-    return dataclasses.replace(abstract, shapes={path: leaf for path, leaf in abstract.shapes.items()
-                                                 if not is_adapter(path)})
+    return dataclasses.replace(
+        abstract,
+        shapes={path: leaf for path, leaf in abstract.shapes.items() if not is_adapter(path)},
+    )
 
 
-def with_adapters(abstract: AbstractModel, config: ModelConfig, loras: Sequence[LoraConfig]) -> AbstractModel:
+def with_adapters(
+    abstract: AbstractModel, config: ModelConfig, loras: Sequence[LoraConfig]
+) -> AbstractModel:
     """The model with adapters, which are float32. Raises ConfigError for a part that is named twice."""
     parts = [lora.part for lora in loras]
     if len(set(parts)) != len(parts):
@@ -103,7 +81,9 @@ def with_adapters(abstract: AbstractModel, config: ModelConfig, loras: Sequence[
     return AbstractModel.of(model)
 
 
-def init_adapters(abstract: AbstractModel, seed: int, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
+def init_adapters(
+    abstract: AbstractModel, seed: int, shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
     """Fresh adapters by dotted path, on the devices that hold them; values depend on path, shape and seed alone."""
     shapes = {path: leaf for path, leaf in abstract.shapes.items() if is_adapter(path)}
 
@@ -113,14 +93,21 @@ def init_adapters(abstract: AbstractModel, seed: int, shardings: Mapping[str, Sh
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         return uniform_fan_in(math.prod(leaf.shape[1:-1])).draw(key, leaf.shape, leaf.dtype)
 
-    init = jax.jit(lambda: {path: draw(path, leaf) for path, leaf in shapes.items()},
-                   out_shardings={path: shardings[path] for path in shapes})
+    init = jax.jit(
+        lambda: {path: draw(path, leaf) for path, leaf in shapes.items()},
+        out_shardings={path: shardings[path] for path in shapes},
+    )
     return init()
 
 
 def draw_dropout(model: InternVLX, key: jax.Array) -> None:
     """Give every adapter of a model the randomness of one step, a key a layer; `model` is changed."""
-    adapted = [linear for part in ("vision", "decoder") for _, linear in _linears(model, part) if linear.addition]
+    adapted = [
+        linear
+        for part in ("vision", "decoder")
+        for _, linear in _linears(model, part)
+        if linear.addition
+    ]
     for linear, own in zip(adapted, jax.random.split(key, len(adapted)) if adapted else ()):
         linear.dropout_key = nnx.Variable(jax.random.split(own, linear.kernel.shape[0]))
 
@@ -146,9 +133,20 @@ def _add(linear: Linear, lora: LoraConfig, sizes: tuple[tuple[str, int | None], 
 
     for end, count in sizes:
         out = [count if count and letter == "j" else size[letter] for letter in outside]
-        setattr(linear, f"lora_a{end}", param([*(size[letter] for letter in inside), lora.rank],
-                                              [*(axis[letter] for letter in inside), None], uniform_fan_in(fan_in).name))
-        setattr(linear, f"lora_b{end}", param([lora.rank, *out], [None, *(axis[letter] for letter in outside)], "0"))
+        setattr(
+            linear,
+            f"lora_a{end}",
+            param(
+                [*(size[letter] for letter in inside), lora.rank],
+                [*(axis[letter] for letter in inside), None],
+                uniform_fan_in(fan_in).name,
+            ),
+        )
+        setattr(
+            linear,
+            f"lora_b{end}",
+            param([lora.rank, *out], [None, *(axis[letter] for letter in outside)], "0"),
+        )
     linear.addition = Addition(lora.scale, lora.dropout, sizes)
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import NamedSharding
 
+from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.models.decoder import Decoder
-from internvlx_jax.models.inputs import IGNORED
 
 CHUNK = 1024  # slots whose logits exist at a time: 0.4 GB at 92,553 rows
 
@@ -34,8 +34,9 @@ def shift_left(x: jax.Array, fill: int | float) -> jax.Array:
     return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
 
 
-def token_losses(decoder: Decoder, hidden: jax.Array, labels: jax.Array,
-                 shardings: LossShardings | None = None) -> tuple[jax.Array, jax.Array]:
+def token_losses(
+    decoder: Decoder, hidden: jax.Array, labels: jax.Array, shardings: LossShardings | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Per-slot loss and hit of the next label; logits exist for one chunk at a time, also in the backward pass.
 
     hidden: [B, S, D], labels: int32[B, S] unshifted, -100 ignored
@@ -56,11 +57,18 @@ def token_losses(decoder: Decoder, hidden: jax.Array, labels: jax.Array,
             head = jax.lax.all_gather(head, split.spec[0], axis=0, tiled=True)
         return _losses(hidden, head, targets)
 
-    return jax.shard_map(on_one_device, mesh=slots.mesh, in_specs=(slots.spec, split.spec, slots.spec),
-                         out_specs=slots.spec, check_vma=False)(hidden, head, targets)
+    return jax.shard_map(
+        on_one_device,
+        mesh=slots.mesh,
+        in_specs=(slots.spec, split.spec, slots.spec),
+        out_specs=slots.spec,
+        check_vma=False,
+    )(hidden, head, targets)
 
 
-def _dividing(shape: tuple[int, ...], sharding: NamedSharding, otherwise: NamedSharding) -> NamedSharding:
+def _dividing(
+    shape: tuple[int, ...], sharding: NamedSharding, otherwise: NamedSharding
+) -> NamedSharding:
     """The first one, if it divides an array of this shape evenly."""
     try:
         sharding.shard_shape(shape)
@@ -76,22 +84,35 @@ def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax
     count = len(targets)
     chunks = -(-count // CHUNK)
     padding = (0, chunks * CHUNK - count) if chunks > 1 else (0, 0)
-    hidden, targets = jnp.pad(hidden, (padding, (0, 0))), jnp.pad(targets, padding, constant_values=IGNORED)
+    hidden, targets = (
+        jnp.pad(hidden, (padding, (0, 0))),
+        jnp.pad(targets, padding, constant_values=IGNORED),
+    )
     head = head.astype(jnp.float32)  # the type in which its gradient is summed over the chunks
 
     @jax.checkpoint
     def chunk_losses(_, chunk):
         x, target = chunk
         with jax.named_scope("head"):
-            logits = jnp.einsum("nd,dw->nw", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+            logits = jnp.einsum(
+                "nd,dw->nw", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+            )
         label = jnp.maximum(target, 0)[:, None]
         ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, label, axis=-1)[:, 0]
         hit = jnp.argmax(logits, axis=-1) == target
         return None, (jnp.where(target == IGNORED, 0.0, ce), hit)
 
-    _, losses = jax.lax.scan(chunk_losses, None, (rearrange(hidden, "(c n) d -> c n d", c=chunks),
-                                                  rearrange(targets, "(c n) -> c n", c=chunks)))
-    return tuple(rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses)
+    _, losses = jax.lax.scan(
+        chunk_losses,
+        None,
+        (
+            rearrange(hidden, "(c n) d -> c n d", c=chunks),
+            rearrange(targets, "(c n) -> c n", c=chunks),
+        ),
+    )
+    return tuple(
+        rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses
+    )
 
 
 def weighted_loss(ce: jax.Array, loss_weight: jax.Array) -> tuple[jax.Array, jax.Array]:

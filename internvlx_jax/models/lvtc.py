@@ -1,12 +1,12 @@
 """LVTC: few visual tokens in the shallow decoder layers, many in the deep ones (spec: lvtc.md 1, 3).
 
     X_low = P_low(V)                              image embeddings of layer 0
-    h     = layers[0:k]([text ; X_low])           in the short frame, R slots
-    h_img = up(h_img) + gate * P_high(V)          per tile, then in the long frame, S slots
+    h     = layers[0:k]([text ; X_low])           in the short layout, R slots
+    h_img = up(h_img) + gate * P_high(V)          per tile, then in the long layout, S slots
     h     = layers[k:L]([text hidden ; h_img])
     h_img += gate_l * P_l(V)                      before each layer l of inject_layers
 
-The host plan behind both frames is models/frames.py; InternVLX.run puts the layers around what is here.
+The host plan behind both frames is core/token_layout.py; InternVLX.run puts the layers around what is here.
 Further dims: U, C low and high grid side (g_l, g_h), R short slots.
 """
 
@@ -22,23 +22,30 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.models.config import LvtcConfig, ModelConfig
-from internvlx_jax.models.decoder import Frame
-from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.layers import constant, param
-from internvlx_jax.models.merge import gather, place
-from internvlx_jax.models.pvtc import PVTC
-from internvlx_jax.models.region_mlp import RegionMlp
+from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
+from internvlx_jax.models.decoder import TokenLayout
+from internvlx_jax.models.layers import constant, gather, insert_visual_tokens, param
+from internvlx_jax.models.projectors import PVTC, RegionMlp
 
 
 class GatedProjector(nnx.Module):
     """gate * P(V), which joins the hidden states of the visual slots. projector None: P is the released one."""
 
-    def __init__(self, projector: PVTC | RegionMlp | None, gate: float | None, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self,
+        projector: PVTC | RegionMlp | None,
+        gate: float | None,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
         self.projector = projector
         self.gate = None if gate is None else param(constant(gate), (), (), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array, *, drop_path_key: jax.Array | None, released: PVTC | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, drop_path_key: jax.Array | None, released: PVTC | None = None
+    ) -> jax.Array:
         """x: [I, 1+P, V] of the tower -> [I, Q, D]."""
         projector = released if self.projector is None else self.projector
         x = projector(x, drop_path_key=drop_path_key)
@@ -59,14 +66,24 @@ class Lvtc(nnx.Module):
         lvtc = self.config = config.lvtc
 
         def projector(kind: str, grid: int) -> PVTC | RegionMlp:
-            patches, vision_width, width = config.vision.grid, config.vision.width, config.decoder.width
+            patches, vision_width, width = (
+                config.vision.grid,
+                config.vision.width,
+                config.decoder.width,
+            )
             if kind == "mlp":
                 return RegionMlp(patches // grid, vision_width, width, **kwargs)
             regions = dataclasses.replace(config.projector, downsample_ratio=grid / patches)
             return PVTC(regions, vision_width, grid, width, **kwargs)
 
-        self.low = None if config.released_role == "low" else projector(lvtc.low_projector, lvtc.low_grid)
-        high = None if config.released_role == "high" else projector(lvtc.high_projector, lvtc.high_grid)
+        self.low = (
+            None if config.released_role == "low" else projector(lvtc.low_projector, lvtc.low_grid)
+        )
+        high = (
+            None
+            if config.released_role == "high"
+            else projector(lvtc.high_projector, lvtc.high_grid)
+        )
         self.high = GatedProjector(high, lvtc.gate, **kwargs)
         for layer in lvtc.inject_layers:
             added = projector(lvtc.inject_projector, lvtc.high_grid)
@@ -77,20 +94,24 @@ class Lvtc(nnx.Module):
         return getattr(self, f"inject_{layer}")
 
     def deep_ranges(self, layers: int) -> list[tuple[int, int]]:
-        """The decoder layers on the long frame, cut in front of each injection."""
+        """The decoder layers on the long layout, cut in front of each injection."""
         bounds = (self.config.expand_layer, *self.config.inject_layers, layers)
         return list(zip(bounds, bounds[1:]))
 
 
-def short_inputs(inputs: Inputs) -> tuple[jax.Array, Frame]:
-    """Token ids int32[B, R] and the frame of the shallow layers; positions are those of the long frame."""
-    tokens, positions, segments = (gather(x, inputs.short.short_to_long)
-                                   for x in (inputs.tokens, inputs.positions, inputs.segment_ids))
-    return tokens, Frame(positions, segments)
+def short_inputs(inputs: Inputs) -> tuple[jax.Array, TokenLayout]:
+    """Token ids int32[B, R] and the frame of the shallow layers; positions are those of the long layout."""
+    tokens, positions, segments = (
+        gather(x, inputs.short.short_to_long)
+        for x in (inputs.tokens, inputs.positions, inputs.segment_ids)
+    )
+    return tokens, TokenLayout(positions, segments)
 
 
-def expand(x: jax.Array, residual: jax.Array | None, inputs: Inputs, config: LvtcConfig) -> jax.Array:
-    """Hidden states of the short frame -> those of the long one: text untouched, tiles up(h_img) + residual.
+def expand(
+    x: jax.Array, residual: jax.Array | None, inputs: Inputs, config: LvtcConfig
+) -> jax.Array:
+    """Hidden states of the short layout -> those of the long one: text untouched, tiles up(h_img) + residual.
 
     x: [B, R, D]; residual: gate * P_high(V), [B, T * Q, D], or None without tiles  ->  [B, S, D], 0 on padding
     """
@@ -100,17 +121,21 @@ def expand(x: jax.Array, residual: jax.Array | None, inputs: Inputs, config: Lvt
             return text
         rows, short_length = x.shape[:2]
         start = rearrange(inputs.short.tile_start, "b t -> b t 1")
-        slots = jnp.where(start < short_length, start + np.arange(config.low_grid**2), short_length)  # [B, T, U * U]
+        slots = jnp.where(
+            start < short_length, start + np.arange(config.low_grid**2), short_length
+        )  # [B, T, U * U]
         tiles = gather(x, rearrange(slots, "b t q -> b (t q)"))
         tiles = rearrange(tiles, "b (t q) d -> (b t) q d", q=config.low_grid**2)
         visual = rearrange(upsample(tiles, config), "(b t) q d -> b (t q) d", b=rows) + residual
-        return place(visual, inputs.feature_index, text)
+        return insert_visual_tokens(visual, inputs.feature_index, text)
 
 
 def upsample(x: jax.Array, config: LvtcConfig) -> jax.Array:
     """[I, U * U, D] -> [I, C * C, D], each tile by itself."""
     x = rearrange(x, "i (u v) d -> i u v d", u=config.low_grid)
-    matrix = jnp.asarray(interpolation_matrix(config.low_grid, config.high_grid, config.upsample), x.dtype)
+    matrix = jnp.asarray(
+        interpolation_matrix(config.low_grid, config.high_grid, config.upsample), x.dtype
+    )
     x = jnp.einsum("au,iuvd->iavd", matrix, x)
     return rearrange(jnp.einsum("bv,iavd->iabd", matrix, x), "i a b d -> i (a b) d")
 

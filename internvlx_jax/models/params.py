@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.models.attention import Backend
-from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.internvlx import ActivationShardings, InternVLX
 
 Params = dict[str, Any]
@@ -44,23 +44,47 @@ class AbstractModel:
         """model: with jax.ShapeDtypeStruct in place of arrays."""
         graphdef, state = nnx.split(model)
         variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
-        return cls(graphdef,
-                   {path: variable.get_value() for path, variable in variables.items()},
-                   {path: variable.get_metadata("axes") for path, variable in variables.items()},
-                   {path: variable.get_metadata("init") for path, variable in variables.items()})
+        return cls(
+            graphdef,
+            {path: variable.get_value() for path, variable in variables.items()},
+            {path: variable.get_metadata("axes") for path, variable in variables.items()},
+            {path: variable.get_metadata("init") for path, variable in variables.items()},
+        )
 
 
-def abstract_model(config: ModelConfig, *, dtype: DTypeLike, param_dtype: DTypeLike = "float32",
-                   remat: str = "none", attention: Backend = "auto",
-                   shardings: ActivationShardings | None = None) -> AbstractModel:
+def abstract_model(
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike = "float32",
+    remat: str = "none",
+    attention: Backend = "auto",
+    shardings: ActivationShardings | None = None,
+) -> AbstractModel:
     """Shapes and axes of a model without allocating it."""
-    return AbstractModel.of(jax.eval_shape(lambda: InternVLX(
-        config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention,
-        shardings=shardings)))
+    return AbstractModel.of(
+        jax.eval_shape(
+            lambda: InternVLX(
+                config,
+                rngs=nnx.Rngs(0),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                remat=remat,
+                attention=attention,
+                shardings=shardings,
+            )
+        )
+    )
 
 
-def init_params(config: ModelConfig, seed: int, *, param_dtype: DTypeLike = "float32",
-                shardings: dict[str, Sharding] | None = None, paths: Collection[str] | None = None) -> dict[str, Any]:
+def init_params(
+    config: ModelConfig,
+    seed: int,
+    *,
+    param_dtype: DTypeLike = "float32",
+    shardings: dict[str, Sharding] | None = None,
+    paths: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Random parameters (model.md 12) by dotted path, created on the devices that hold them.
 
     paths: which of them; None is all. A parameter's values depend on the config and the seed alone.

@@ -8,24 +8,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from internvlx_jax.models.config import RopeConfig
+from internvlx_jax.core.model_config import RopeConfig
 
 
-class Rotation(NamedTuple):
+class RopeTables(NamedTuple):
     """cos, sin: float32[B, S, H/2] of one frame."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotation(config: RopeConfig, positions: jax.Array, head_dim: int, key_length: int) -> Rotation:
+def rotation(
+    config: RopeConfig, positions: jax.Array, head_dim: int, key_length: int
+) -> RopeTables:
     """positions: int32[B, S]; key_length: static number of key slots of the call, which fixes one base for all.
 
     Raises ValueError when key_length exceeds config.max_positions and config.allow_longer is off.
     """
     if key_length > config.max_positions and not config.allow_longer:
-        raise ValueError(f"{key_length} key slots exceed the decoder's {config.max_positions} positions; shorten "
-                         "the input, or set decoder.rope.allow_longer=True to extrapolate")
+        raise ValueError(
+            f"{key_length} key slots exceed the decoder's {config.max_positions} positions; shorten "
+            "the input, or set decoder.rope.allow_longer=True to extrapolate"
+        )
     theta, stretch = config.theta, 1.0
     if config.scaling == "linear":
         stretch = config.factor
@@ -36,10 +40,13 @@ def rotation(config: RopeConfig, positions: jax.Array, head_dim: int, key_length
     scale = 1.0
     if config.scaling in ("su", "yarn"):
         is_long = jnp.max(positions) + 1 > config.original_max_positions
-        stretch = jnp.where(is_long, *(jnp.asarray(f, jnp.float32) for f in (config.long_factor, config.short_factor)))
+        stretch = jnp.where(
+            is_long,
+            *(jnp.asarray(f, jnp.float32) for f in (config.long_factor, config.short_factor)),
+        )
         scale = _attention_scale(config)
     angles = positions.astype(jnp.float32)[..., None] * inverse / stretch
-    return Rotation(scale * jnp.cos(angles), scale * jnp.sin(angles))
+    return RopeTables(scale * jnp.cos(angles), scale * jnp.sin(angles))
 
 
 def _attention_scale(config: RopeConfig) -> float:
@@ -52,9 +59,11 @@ def _attention_scale(config: RopeConfig) -> float:
     return math.sqrt(1 + math.log(growth) / math.log(config.original_max_positions))
 
 
-def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+def rotate(x: jax.Array, by: RopeTables) -> jax.Array:
     """x: [B, S, ..., H] -> the same, rotated in float32 and cast back."""
     heads = (1,) * (x.ndim - 3)
     cos, sin = (t.reshape(*t.shape[:2], *heads, t.shape[-1]) for t in by)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

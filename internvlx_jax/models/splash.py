@@ -10,14 +10,23 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-LANES = 128          # the kernel's blocks are multiples of it
-BLOCK = 512          # largest block of queries, and of keys in one product: 1 MiB of float32 scores in VMEM
-DQ_PARTS = 8         # most partial query gradients that the backward kernel writes before they are summed
-PADDING = -1         # segment of the slots that fill the last block
+LANES = 128  # the kernel's blocks are multiples of it
+BLOCK = 512  # largest block of queries, and of keys in one product: 1 MiB of float32 scores in VMEM
+DQ_PARTS = 8  # most partial query gradients that the backward kernel writes before they are summed
+PADDING = -1  # segment of the slots that fill the last block
 
 
-def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, causal: bool,
-                     residuals: str, window: int | None = None, interpret: bool = False) -> jax.Array:
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    causal: bool,
+    residuals: str,
+    window: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H].
 
     The kernel has no scale: q takes it, and is rounded once more where 1 / sqrt(H) is no power of two.
@@ -68,15 +77,29 @@ def _round_up(length: int, quantum: int) -> int:
 
 
 @functools.cache
-def _kernel(heads: int, cut: Blocks, causal: bool, window: int | None, residuals: str, interpret: bool):
+def _kernel(
+    heads: int, cut: Blocks, causal: bool, window: int | None, residuals: str, interpret: bool
+):
     """One kernel a shape; what it precomputes about the mask is constants. Without a causal mask no block is skipped, and
     all keys of a sequence are one block in the backward kernel."""
     mask = (splash.CausalMask if causal else splash.FullMask)((cut.padded, cut.padded))
     if window is not None:
         mask = splash.LocalMask((cut.padded, cut.padded), window_size=(window - 1, 0), offset=0)
-    sizes = splash.BlockSizes(block_q=cut.block, block_kv=cut.block, block_kv_compute=cut.block, block_q_dkv=cut.block,
-                              block_kv_dkv=cut.keys if causal else cut.padded, block_kv_dkv_compute=cut.block,
-                              use_fused_bwd_kernel=True)
+    sizes = splash.BlockSizes(
+        block_q=cut.block,
+        block_kv=cut.block,
+        block_kv_compute=cut.block,
+        block_q_dkv=cut.block,
+        block_kv_dkv=cut.keys if causal else cut.padded,
+        block_kv_dkv_compute=cut.block,
+        use_fused_bwd_kernel=True,
+    )
     with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(splash.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1,
-                                      block_sizes=sizes, residual_checkpoint_name=residuals, interpret=interpret)
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            residual_checkpoint_name=residuals,
+            interpret=interpret,
+        )

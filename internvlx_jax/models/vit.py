@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
+from internvlx_jax.core.model_config import VisionConfig
 from internvlx_jax.models.attention import SelfAttention
-from internvlx_jax.models.config import VisionConfig
-from internvlx_jax.models.layers import (LayerNorm, Linear, RMSNorm, constant, drop_path, normal, param,
-                                         rematerialise, scan_layers, slice_layers,
-                                         stack_layers)
-from internvlx_jax.models.positions import resize_positions
+from internvlx_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    constant,
+    drop_path,
+    normal,
+    param,
+    rematerialise,
+    scan_layers,
+    slice_layers,
+    stack_layers,
+)
 
 
 def _norm(config: VisionConfig, **kwargs) -> nnx.Module:
@@ -26,11 +38,18 @@ class Attention(nnx.Module):
 
     def __init__(self, config: VisionConfig, **kwargs):
         v, n, h = config.width, config.heads, config.head_dim
-        self.qkv = Linear("isv,vanh->aisnh", (v, 3, n, h), ("embed", None, "heads", None),
-                          bias=config.qkv_bias, **kwargs)
+        self.qkv = Linear(
+            "isv,vanh->aisnh",
+            (v, 3, n, h),
+            ("embed", None, "heads", None),
+            bias=config.qkv_bias,
+            **kwargs,
+        )
         self.q_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
         self.k_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
-        self.proj = Linear("isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, **kwargs)
+        self.proj = Linear(
+            "isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, **kwargs
+        )
 
     def __call__(self, x: jax.Array, attention: SelfAttention) -> jax.Array:
         q, k, v = self.qkv(x)
@@ -64,10 +83,19 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, **kwargs)
         self.ls2 = param(scale, (config.width,), (None,), **kwargs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, rate: jax.Array, attention: SelfAttention) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, rate: jax.Array, attention: SelfAttention
+    ) -> jax.Array:
         key1, key2 = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x), attention), key1, rate, batch_dims=1)
-        return x + drop_path(self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x)), key2, rate, batch_dims=1)
+        x = x + drop_path(
+            self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x), attention),
+            key1,
+            rate,
+            batch_dims=1,
+        )
+        return x + drop_path(
+            self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x)), key2, rate, batch_dims=1
+        )
 
 
 class VisionTower(nnx.Module):
@@ -80,25 +108,43 @@ class VisionTower(nnx.Module):
         kwargs = dict(rngs=rngs, dtype=dtype)
         self.config, self.frozen_layers = config, 0
         v, features = config.width, 3 * config.patch_size**2
-        self.patch_embed = Linear("ipk,kv->ipv", (features, v), (None, "embed"), bias=True, **kwargs)
+        self.patch_embed = Linear(
+            "ipk,kv->ipv", (features, v), (None, "embed"), bias=True, **kwargs
+        )
         self.class_embedding = param(normal(1.0), (v,), (None,), **kwargs)
-        self.position_embedding = param(normal(1.0), (1 + config.grid**2, v), (None, "embed"), **kwargs)
-        self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs)
+        self.position_embedding = param(
+            normal(1.0), (1 + config.grid**2, v), (None, "embed"), **kwargs
+        )
+        self.layers = stack_layers(
+            lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs
+        )
 
     def embed(self, pixels: jax.Array) -> jax.Array:
         """Patches (right and bottom rows that fill no patch are dropped), class token and positions."""
         size = self.config.patch_size
         rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
         with jax.named_scope("patch_embed"):
-            patches = rearrange(pixels[:, : rows * size, : columns * size],
-                                "i (a y) (b x) c -> i (a b) (c y x)", y=size, x=size)
+            patches = rearrange(
+                pixels[:, : rows * size, : columns * size],
+                "i (a y) (b x) c -> i (a b) (c y x)",
+                y=size,
+                x=size,
+            )
             x = self.patch_embed(patches)
-        cls = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        cls = jnp.broadcast_to(
+            self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
+        )
         positions = resize_positions(self.position_embedding[...], (rows, columns))
         return jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
 
-    def __call__(self, pixels: jax.Array, *, drop_path_key: jax.Array | None = None,
-                 remat: str = "none", attention: SelfAttention = SelfAttention()) -> jax.Array:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        *,
+        drop_path_key: jax.Array | None = None,
+        remat: str = "none",
+        attention: SelfAttention = SelfAttention(),
+    ) -> jax.Array:
         """Output of `config.select_layer`. drop_path_key: None outside training."""
         depth, total = self.config.layers_run, self.config.layers
         x = self.embed(pixels)
@@ -121,3 +167,42 @@ class VisionTower(nnx.Module):
             x, layers = jax.lax.stop_gradient((x, slice_layers(self.layers, 0, frozen)))
             x = run(x, layers, 0, frozen, "none")
         return run(x, slice_layers(self.layers, frozen, depth), frozen, depth, remat)
+
+
+_A = (
+    -0.75
+)  # PyTorch's cubic kernel; jax.image.resize uses -0.5, drops outside weights and antialiases
+
+
+@functools.cache
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Row o of float64[size_out, size_in] holds the weights of output sample o; the edge sample is repeated."""
+
+    def weight(d):
+        d = abs(d)
+        if d <= 1:
+            return (_A + 2) * d**3 - (_A + 3) * d**2 + 1
+        return _A * d**3 - 5 * _A * d**2 + 8 * _A * d - 4 * _A
+
+    matrix = np.zeros((size_out, size_in))
+    for o in range(size_out):
+        u = (o + 0.5) * size_in / size_out - 0.5
+        j = int(np.floor(u))
+        for k in range(-1, 3):
+            matrix[o, np.clip(j + k, 0, size_in - 1)] += weight(u - (j + k))
+    return matrix
+
+
+def resize_positions(positions: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Fit a square position table to another patch grid; the class position stays.
+
+    positions: [1+P, V], grid: (rows, columns)  ->  [1+rows*columns, V] in the dtype of `positions`
+    """
+    side = int(round((positions.shape[0] - 1) ** 0.5))
+    if grid == (side, side):
+        return positions
+    patches = positions[1:].astype(jnp.float32).reshape(side, side, -1)
+    rows = jnp.asarray(bicubic_matrix(side, grid[0]), jnp.float32)
+    columns = jnp.asarray(bicubic_matrix(side, grid[1]), jnp.float32)
+    resized = jnp.einsum("ai,bj,ijv->abv", rows, columns, patches).reshape(grid[0] * grid[1], -1)
+    return jnp.concatenate([positions[:1], resized.astype(positions.dtype)])

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.files import read_json_lines, write_text
+from internvlx_jax.core.run_config import StabilityConfig
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.files import read_json_lines, write_text
-from internvlx_jax.training.config import StabilityConfig
 from internvlx_jax.training.step import Metrics
 
 FILE = "bad_steps.jsonl"  # in the run folder
@@ -40,9 +40,21 @@ class BadSteps:
         counts: "nonfinite", "unsupervised" and "spike" -> steps of the whole run.
     """
 
-    def __init__(self, run: Path, first: int, config: StabilityConfig, *,
-                 planned_ids: Callable[[int], list[list[str]]], writes: bool):
-        self._path, self._config, self._planned_ids, self._writes = run / FILE, config, planned_ids, writes
+    def __init__(
+        self,
+        run: Path,
+        first: int,
+        config: StabilityConfig,
+        *,
+        planned_ids: Callable[[int], list[list[str]]],
+        writes: bool,
+    ):
+        self._path, self._config, self._planned_ids, self._writes = (
+            run / FILE,
+            config,
+            planned_ids,
+            writes,
+        )
         kept = [line for line in read_bad_steps(run) if line["step"] <= first]
         self.counts = Counter(line["kind"] for line in kept)
         self._consecutive = 0
@@ -66,7 +78,10 @@ class BadSteps:
                     median = statistics.median(self._losses)
                     factor = self._config.spike_factor
                     if loss > factor * median:
-                        kind, words = "spike", f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}"
+                        kind, words = (
+                            "spike",
+                            f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}",
+                        )
                 self._losses.append(loss)
             if kind:
                 self.counts[kind] += 1
@@ -78,23 +93,35 @@ class BadSteps:
         """Why the run has to stop, if it has to."""
         limits = self._config
         if self._consecutive >= limits.max_consecutive_nonfinite:
-            broken = (f"{self._consecutive} steps in a row (max_consecutive_nonfinite = "
-                      f"{limits.max_consecutive_nonfinite})")
+            broken = (
+                f"{self._consecutive} steps in a row (max_consecutive_nonfinite = "
+                f"{limits.max_consecutive_nonfinite})"
+            )
         elif self.counts["nonfinite"] >= limits.max_total_nonfinite:
             broken = f"{self.counts['nonfinite']} steps in all (max_total_nonfinite = {limits.max_total_nonfinite})"
         else:
             return None
-        return (f"loss or gradient norm was not finite in {broken}. The run is saved; {self._path} names the samples, and "
-                "`python -m internvlx_jax.training.replay` runs one of the steps again")
+        return (
+            f"loss or gradient norm was not finite in {broken}. The run is saved; {self._path} names the samples, and "
+            "`python -m internvlx_jax.training.replay` runs one of the steps again"
+        )
 
     def _write(self, step: int, kind: str, bucket: Bucket, metrics: Metrics) -> None:
         if not self._writes:
             return
         norms = {"all": metrics.grad_norm, **metrics.grad_norms}
-        line = {"step": step, "kind": kind, "loss": number(metrics.loss),
-                "grad_norm": {name: number(norm) for name, norm in norms.items()},
-                "bucket": {"tiles": bucket.tiles, "length": bucket.length, "short_length": bucket.short_length},
-                "samples": self._planned_ids(step - 1)}
+        line = {
+            "step": step,
+            "kind": kind,
+            "loss": number(metrics.loss),
+            "grad_norm": {name: number(norm) for name, norm in norms.items()},
+            "bucket": {
+                "tiles": bucket.tiles,
+                "length": bucket.length,
+                "short_length": bucket.short_length,
+            },
+            "samples": self._planned_ids(step - 1),
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -9,28 +9,40 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.training.setup import Setup
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-REMEDIES = ("compute.remat=full, which keeps the least; fewer rows a device: a smaller data.samples_per_step, "
-            "data.tokens_per_step or data.tiles_per_step, or more compute.accumulation; more devices along mesh.fsdp or "
-            "mesh.tensor")
+REMEDIES = (
+    "compute.remat=full, which keeps the least; fewer rows a device: a smaller data.samples_per_step, "
+    "data.tokens_per_step or data.tiles_per_step, or more compute.accumulation; more devices along mesh.fsdp or "
+    "mesh.tensor"
+)
 
 
-def compile_train_steps(setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int]) -> dict[Bucket, jax.stages.Compiled]:
+def compile_train_steps(
+    setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int]
+) -> dict[Bucket, jax.stages.Compiled]:
     """The train step of each bucket, compiled side by side for attached devices.
 
     Raises ConfigError, with what to change, for a bucket that needs more memory than they have.
     """
     memory = device_memory(setup.mesh.local_devices[0])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        compiled = dict(zip(buckets, threads.map(functools.partial(compile_train_step, setup), buckets, rows), strict=True))
+        compiled = dict(
+            zip(
+                buckets,
+                threads.map(functools.partial(compile_train_step, setup), buckets, rows),
+                strict=True,
+            )
+        )
     for bucket, count in zip(buckets, rows):
         needed = peak_bytes(compiled[bucket])
         if memory is not None and needed > memory:
-            raise _does_not_fit(bucket, count, f"it needs {needed / 2**30:.2f} GiB of {memory / 2**30:.2f}")
+            raise _does_not_fit(
+                bucket, count, f"it needs {needed / 2**30:.2f} GiB of {memory / 2**30:.2f}"
+            )
     return compiled
 
 
@@ -48,8 +60,12 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Memory of a device that a step needs. Where the compiler does not state the peak: arguments, results that do not
     alias them, and temporaries as if all lived at once."""
     memory = compiled.memory_analysis()
-    return memory.peak_memory_in_bytes or (memory.argument_size_in_bytes + memory.output_size_in_bytes
-                                           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+    return memory.peak_memory_in_bytes or (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def device_memory(device: jax.Device) -> int | None:
@@ -59,5 +75,7 @@ def device_memory(device: jax.Device) -> int | None:
 
 
 def _does_not_fit(bucket: Bucket, rows: int, reason: str) -> ConfigError:
-    return ConfigError(f"a step of {rows} rows with {bucket.tiles} tiles and {bucket.length} slots does not fit the memory "
-                       f"of a device; change one of: {REMEDIES}\n{reason}")
+    return ConfigError(
+        f"a step of {rows} rows with {bucket.tiles} tiles and {bucket.length} slots does not fit the memory "
+        f"of a device; change one of: {REMEDIES}\n{reason}"
+    )

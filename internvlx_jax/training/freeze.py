@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import FreezeConfig
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel, unflatten
-from internvlx_jax.training.config import FreezeConfig
 
 TOWER_LAYERS = "vision.layers."
 MODULES = {"vit": ("vision.",), "projector": ("projector.", "lvtc."), "llm": ("decoder.",)}
@@ -25,7 +25,7 @@ HEAD = "decoder.head"
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
+class ParameterPartition:
     """Parameters, divided into trained and frozen ones. A stack of layers can be divided too: its first layers are
     frozen, and both parts have the stack's path.
 
@@ -41,37 +41,59 @@ class Division:
     frozen: dict[str, jax.ShapeDtypeStruct]
     frozen_tower_layers: int
 
-    def split(self, params: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def split(
+        self, params: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Whole parameters -> (trained, frozen). `join` is the inverse, but for the dtype of the frozen ones."""
-        return ({path: params[path][-leaf.shape[0]:] if path in self.frozen else params[path]
-                 for path, leaf in self.trained.items()},
-                {path: (params[path][: leaf.shape[0]] if path in self.trained else params[path]).astype(leaf.dtype)
-                 for path, leaf in self.frozen.items()})
+        return (
+            {
+                path: params[path][-leaf.shape[0] :] if path in self.frozen else params[path]
+                for path, leaf in self.trained.items()
+            },
+            {
+                path: (
+                    params[path][: leaf.shape[0]] if path in self.trained else params[path]
+                ).astype(leaf.dtype)
+                for path, leaf in self.frozen.items()
+            },
+        )
 
 
 def join(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Both parts of a Division -> whole parameters; a divided stack has the dtype of its trained layers."""
-    divided = {path: jnp.concatenate([frozen[path].astype(trained[path].dtype), trained[path]])
-               for path in trained.keys() & frozen.keys()}
+    """Both parts of a ParameterPartition -> whole parameters; a divided stack has the dtype of its trained layers."""
+    divided = {
+        path: jnp.concatenate([frozen[path].astype(trained[path].dtype), trained[path]])
+        for path in trained.keys() & frozen.keys()
+    }
     return {**frozen, **trained, **divided}
 
 
-def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dtype: DTypeLike) -> Division:
+def divide(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dtype: DTypeLike
+) -> ParameterPartition:
     """shapes: of whole parameters. dtype: of the computation.
 
     Raises ConfigError for an expression that is malformed or matches nothing, for more layers than the tower has, and
     when nothing is left to train.
     """
-    beginnings = tuple(begin for module, begins in MODULES.items() if getattr(config, module) for begin in begins)
+    beginnings = tuple(
+        begin for module, begins in MODULES.items() if getattr(config, module) for begin in begins
+    )
     listed, depth = _matched(shapes, config.paths), config.unfreeze_vit_last
     adapted = {path.rpartition(".")[0] + ".kernel" for path in shapes if is_adapter(path)}
     if config.train_lora_only and not adapted:
         raise ConfigError("freeze.train_lora_only, but the model has no adapters; set lora")
-    still = {path for path in shapes if (config.train_lora_only or path.startswith(beginnings)) and not is_adapter(path)}
+    still = {
+        path
+        for path in shapes
+        if (config.train_lora_only or path.startswith(beginnings)) and not is_adapter(path)
+    }
     if config.unfreeze_head:
         if HEAD not in shapes:
-            raise ConfigError("freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve as one "
-                              "(model.decoder.tie_embeddings)")
+            raise ConfigError(
+                "freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve as one "
+                "(model.decoder.tie_embeddings)"
+            )
         still.remove(HEAD)
 
     trained, frozen, frozen_layers = {}, {}, 0
@@ -92,13 +114,17 @@ def divide(shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dty
     if not trained:
         raise ConfigError("freeze: every parameter is frozen, nothing is left to train")
     if adapted & trained.keys():
-        raise ConfigError(f"lora: {min(adapted & trained.keys())} is trained, and so is its adapter; set freeze.vit, "
-                          "freeze.llm or freeze.train_lora_only")
+        raise ConfigError(
+            f"lora: {min(adapted & trained.keys())} is trained, and so is its adapter; set freeze.vit, "
+            "freeze.llm or freeze.train_lora_only"
+        )
     whole = {path: leaf if path in trained else frozen[path] for path, leaf in shapes.items()}
-    return Division(whole, trained, frozen, frozen_layers)
+    return ParameterPartition(whole, trained, frozen, frozen_layers)
 
 
-def as_trained(abstract: AbstractModel, division: Division, vit_mode: Literal["train", "eval"]) -> AbstractModel:
+def as_trained(
+    abstract: AbstractModel, division: ParameterPartition, vit_mode: Literal["train", "eval"]
+) -> AbstractModel:
     """The model with the dtypes of a division, whose gradients end where nothing below is trained, and without the drop
     path of a frozen tower in mode `eval`."""
     model: InternVLX = nnx.merge(abstract.graphdef, unflatten(abstract.shapes))
@@ -108,7 +134,9 @@ def as_trained(abstract: AbstractModel, division: Division, vit_mode: Literal["t
     return dataclasses.replace(abstract, graphdef=nnx.graphdef(model), shapes=division.whole)
 
 
-def _layers(leaf: jax.ShapeDtypeStruct, count: int, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
+def _layers(
+    leaf: jax.ShapeDtypeStruct, count: int, dtype: DTypeLike | None = None
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), dtype or leaf.dtype)
 
 
@@ -118,7 +146,9 @@ def _matched(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
     for expression in expressions:
         found = match_paths("freeze.paths", expression, paths)
         if not found:
-            raise ConfigError(f"freeze.paths: {expression!r} matches no parameter; paths begin with {first_names(paths)}")
+            raise ConfigError(
+                f"freeze.paths: {expression!r} matches no parameter; paths begin with {first_names(paths)}"
+            )
         matched |= found
     return matched
 
@@ -128,18 +158,22 @@ def match_paths(field: str, expression: str, paths: Iterable[str]) -> set[str]:
     try:
         return {path for path in paths if re.match(expression, path)}
     except re.error as error:
-        raise ConfigError(f"{field}: {expression!r} is not a regular expression ({error})") from error
+        raise ConfigError(
+            f"{field}: {expression!r} is not a regular expression ({error})"
+        ) from error
 
 
 def first_names(paths: Iterable[str]) -> str:
     return ", ".join(sorted({path.split(".")[0] for path in paths}))
 
 
-def describe(division: Division) -> str:
+def describe(division: ParameterPartition) -> str:
     """Trained and frozen parameter counts of each module, and of the adapters."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, leaves in enumerate((division.trained, division.frozen)):
         for path, leaf in leaves.items():
             counts["lora" if is_adapter(path) else path.split(".")[0]][column] += leaf.size
-    return "\n".join(f"{module:10} {trained:>13,} trained  {still:>13,} frozen"
-                     for module, (trained, still) in sorted(counts.items()))
+    return "\n".join(
+        f"{module:10} {trained:>13,} trained  {still:>13,} frozen"
+        for module, (trained, still) in sorted(counts.items())
+    )

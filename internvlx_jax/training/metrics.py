@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
+from internvlx_jax.core.files import write_text
 from internvlx_jax.data.pipeline import StepCounts
-from internvlx_jax.files import write_text
 from internvlx_jax.training.step import Metrics
 
 T = TypeVar("T")
@@ -32,11 +32,15 @@ class MetricsWriter:
 
     def __init__(self, run: Path, start_step: int):
         self._path = run / "metrics.jsonl"
-        first = start_step + 1 if start_step else 0  # a run that begins again also repeats its line of step 0
+        first = (
+            start_step + 1 if start_step else 0
+        )  # a run that begins again also repeats its line of step 0
         kept = []
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first
+            ]
         write_text(self._path, "".join(kept))
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
@@ -149,19 +153,24 @@ COMPILATIONS = Compilations()  # one listener a process
 
 def hbm_peak_gib() -> dict[str, float]:
     """{"hbm_peak_gib": of the fullest device of this process}; empty where the platform does not tell."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     return {"hbm_peak_gib": max(peaks) / 2**30} if peaks and None not in peaks else {}
 
 
-def over_processes(values: Mapping[str, float], sums: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+def over_processes(
+    values: Mapping[str, float], sums: np.ndarray
+) -> tuple[dict[str, float], np.ndarray]:
     """The largest of each value, and the sum of the counts, over all processes."""
-    every, counts = multihost_utils.process_allgather((np.array(list(values.values()), np.float32),
-                                                       sums.astype(np.int32)))
+    every, counts = multihost_utils.process_allgather(
+        (np.array(list(values.values()), np.float32), sums.astype(np.int32))
+    )
     return dict(zip(values, np.max(every, axis=0).tolist())), np.sum(counts, axis=0)
 
 
 def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str, float]:
-    """Of the steps since the last line that made an update: the loss of all their tokens together, and of each data set
+    """Of the steps since the last line that made an update: the loss of all their tokens together, and of each dataset
     that had some; mean norms, and the last learning rate. Without such a step, only the learning rate."""
     rate = {"learning_rate": float(window[-1].learning_rate)}
     window = [metrics for metrics in window if metrics.applied]
@@ -171,14 +180,24 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
     def mean(name: str) -> float:
         return float(np.mean([getattr(metrics, name) for metrics in window]))
 
-    sums, parts = (np.sum([getattr(metrics, name) for metrics in window], axis=0, dtype=np.float64)
-                   for name in ("loss_sums", "weight_sums"))
+    sums, parts = (
+        np.sum([getattr(metrics, name) for metrics in window], axis=0, dtype=np.float64)
+        for name in ("loss_sums", "weight_sums")
+    )
     return {
         "loss": float(sums.sum() / parts.sum()),
-        **{f"loss_by_dataset/{name}": float(total / part) for name, total, part in zip(datasets, sums, parts) if part > 0},
+        **{
+            f"loss_by_dataset/{name}": float(total / part)
+            for name, total, part in zip(datasets, sums, parts)
+            if part > 0
+        },
         "grad_norm": mean("grad_norm"),
-        **{f"grad_norm/{module}": float(np.mean([metrics.grad_norms[module] for metrics in window]))
-           for module in window[-1].grad_norms},
+        **{
+            f"grad_norm/{module}": float(
+                np.mean([metrics.grad_norms[module] for metrics in window])
+            )
+            for module in window[-1].grad_norms
+        },
         "param_norm": float(window[-1].param_norm),
         "update_ratio": mean("update_norm") / float(window[-1].param_norm),
         **rate,
@@ -188,6 +207,8 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
 def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """One line for people."""
     remaining = int((steps - step) * values["step_s"])
-    return (f"step {step}/{steps}  loss {values.get('loss', math.nan):.4f}  lr {values['learning_rate']:.2e}  "
-            f"grad {values.get('grad_norm', math.nan):.2f}  {values['useful_tokens_per_s']:,.0f} tokens/s  "
-            f"{values['images_per_s']:.1f} images/s  eta {remaining // 60}:{remaining % 60:02d}")
+    return (
+        f"step {step}/{steps}  loss {values.get('loss', math.nan):.4f}  lr {values['learning_rate']:.2e}  "
+        f"grad {values.get('grad_norm', math.nan):.2f}  {values['useful_tokens_per_s']:,.0f} tokens/s  "
+        f"{values['images_per_s']:.1f} images/s  eta {remaining // 60}:{remaining % 60:02d}"
+    )

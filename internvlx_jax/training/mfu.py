@@ -6,11 +6,11 @@ from functools import cache
 
 import jax
 
+from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
 from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.training.setup import Setup
-from internvlx_jax.training.topologies import CHIPS, DEVICE_KINDS
 
 
 def peak_flops(stated_tflops: float | None) -> float | None:
@@ -41,12 +41,22 @@ class Utilization:
         self._padded += self._of_bucket(loaded.bucket, loaded.counts.slots // loaded.bucket.length)
         lengths, tiles = loaded.shapes[:, 0], loaded.shapes[:, 1]
         short_lengths = lengths - tiles * self._saved_per_tile
-        self._useful += train_flops(self._model, self._trained, tiles=int(tiles.sum()), lengths=lengths.tolist(),
-                                    short_lengths=short_lengths.tolist()).total
+        self._useful += train_flops(
+            self._model,
+            self._trained,
+            tiles=int(tiles.sum()),
+            lengths=lengths.tolist(),
+            short_lengths=short_lengths.tolist(),
+        ).total
 
     def _of_bucket(self, bucket: Bucket, rows: int) -> float:
-        return train_flops(self._model, self._trained, tiles=rows * bucket.tiles, lengths=[bucket.length] * rows,
-                           short_lengths=[bucket.short_length] * rows).total
+        return train_flops(
+            self._model,
+            self._trained,
+            tiles=rows * bucket.tiles,
+            lengths=[bucket.length] * rows,
+            short_lengths=[bucket.short_length] * rows,
+        ).total
 
     def take(self, seconds: float) -> dict[str, float]:
         """Shares of the peak over so many seconds; empty where the peak is unknown."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.training.config import GroupConfig, OptimizerConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.run_config import GroupConfig, OptimizerConfig
 from internvlx_jax.training.freeze import TOWER_LAYERS, first_names, match_paths
 
 NEVER_MATRICES = ("embedding", "cls_scale")  # the last component of a path, or a part of it
@@ -32,35 +32,56 @@ class Ema(NamedTuple):
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of update k = 0, 1, ... of `steps`: lr * k/W below W, the updates of the warm-up, so that the first
     has rate 0 where there is one; `config.schedule` from there on."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * steps)
+    warmup = (
+        config.warmup_steps
+        if config.warmup_steps is not None
+        else math.ceil(config.warmup_ratio * steps)
+    )
     rest, cooldown = max(steps - warmup, 1), math.ceil(config.cooldown_ratio * steps)
     lr = config.learning_rate
     if config.schedule == "wsd" and warmup + cooldown > steps:
-        raise ConfigError(f"optimizer: {warmup} updates of warm-up and {cooldown} of cool-down (cooldown_ratio) do not fit "
-                          f"into a run of {steps}")
+        raise ConfigError(
+            f"optimizer: {warmup} updates of warm-up and {cooldown} of cool-down (cooldown_ratio) do not fit "
+            f"into a run of {steps}"
+        )
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(lr, rest),
         "linear": lambda: optax.linear_schedule(lr, 0.0, rest),
         "constant": lambda: optax.constant_schedule(lr),
-        "wsd": lambda: optax.linear_schedule(lr, 0.0, max(cooldown, 1), transition_begin=rest - cooldown),
+        "wsd": lambda: optax.linear_schedule(
+            lr, 0.0, max(cooldown, 1), transition_begin=rest - cooldown
+        ),
     }[config.schedule]()
     return optax.join_schedules([optax.linear_schedule(0.0, lr, max(warmup, 1)), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, trained: Mapping[str, jax.ShapeDtypeStruct],
-                   axes: Axes, model: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    trained: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Axes,
+    model: ModelConfig,
+) -> optax.GradientTransformation:
     """For the trained parameters of a model, with decoupled weight decay.
 
-    trained: as in `freeze.Division`; axes: of all parameters. Raises ConfigError for a group that matches nothing.
+    trained: as in `freeze.ParameterPartition`; axes: of all parameters. Raises ConfigError for a group that matches nothing.
     """
-    rates, decays = relative_rates(config, trained, model), weight_decays(config, trained, axes, model)
+    rates, decays = (
+        relative_rates(config, trained, model),
+        weight_decays(config, trained, axes, model),
+    )
 
     def scale(updates, params):
-        return {path: rates[path] * (update + decays[path] * params[path]) for path, update in updates.items()}
+        return {
+            path: rates[path] * (update + decays[path] * params[path])
+            for path, update in updates.items()
+        }
 
     chain = [
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.moments_dtype),
+        optax.scale_by_adam(
+            b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.moments_dtype
+        ),
         optax.stateless(scale),
         optax.scale_by_learning_rate(schedule),
     ]
@@ -82,19 +103,24 @@ def _averaged(decay: float) -> optax.GradientTransformation:
 
     def update(updates, state, params):
         new = optax.apply_updates(params, updates)
-        return updates, Ema(jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, new))
+        return updates, Ema(
+            jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, new)
+        )
 
     return optax.GradientTransformation(init, update)
 
 
-def relative_rates(config: OptimizerConfig, trained: Mapping[str, jax.ShapeDtypeStruct],
-                   model: ModelConfig) -> dict[str, float | np.ndarray]:
+def relative_rates(
+    config: OptimizerConfig, trained: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig
+) -> dict[str, float | np.ndarray]:
     """Learning rate of each parameter as a share of the optimiser's; for layers of the tower float32[L, 1, ...]."""
     groups = _groups(config, trained)
     rates: dict[str, float | np.ndarray] = {}
     for path, leaf in trained.items():
         group = groups.get(path, GroupConfig(params=path))
-        rates[path] = group_rate(config, group) * _layer_decay(config.vit_layer_decay, path, leaf, model.vision.layers)
+        rates[path] = group_rate(config, group) * _layer_decay(
+            config.vit_layer_decay, path, leaf, model.vision.layers
+        )
     return rates
 
 
@@ -104,23 +130,33 @@ def group_rate(config: OptimizerConfig, group: GroupConfig) -> float:
     return own * group.multiplier
 
 
-def _layer_decay(decay: float, path: str, leaf: jax.ShapeDtypeStruct, depth: int) -> float | np.ndarray:
+def _layer_decay(
+    decay: float, path: str, leaf: jax.ShapeDtypeStruct, depth: int
+) -> float | np.ndarray:
     if decay == 1.0 or not path.startswith((TOWER_LAYERS, *TOWER_EMBEDDINGS)):
         return 1.0
     if path.startswith(TOWER_EMBEDDINGS):
         return decay**depth
-    below = np.arange(leaf.shape[0])[::-1]  # layers behind each one: a divided stack keeps the last layers
+    below = np.arange(leaf.shape[0])[
+        ::-1
+    ]  # layers behind each one: a divided stack keeps the last layers
     return np.float32(decay**below).reshape(-1, *[1] * (len(leaf.shape) - 1))
 
 
-def weight_decays(config: OptimizerConfig, trained: Mapping[str, jax.ShapeDtypeStruct], axes: Axes,
-                  model: ModelConfig) -> dict[str, float]:
+def weight_decays(
+    config: OptimizerConfig,
+    trained: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Axes,
+    model: ModelConfig,
+) -> dict[str, float]:
     """Weight decay of each parameter, 0 where the rule excludes it."""
     groups = _groups(config, trained)
     decays = {}
     for path in trained:
         own = groups[path].weight_decay if path in groups else None
-        decays[path] = (config.weight_decay if own is None else own) * _decays(config.decay_rule, path, axes, model)
+        decays[path] = (config.weight_decay if own is None else own) * _decays(
+            config.decay_rule, path, axes, model
+        )
     return decays
 
 
@@ -130,9 +166,13 @@ def _decays(rule: str, path: str, axes: Axes, model: ModelConfig) -> bool:
         return True
     if rule == "trainer":
         layer_norm = "norm" in module and f"{module}.bias" in axes
-        llama_norm = path.startswith("decoder.") and "norm" in module and model.decoder.family == "llama"
+        llama_norm = (
+            path.startswith("decoder.") and "norm" in module and model.decoder.family == "llama"
+        )
         return not (name == "bias" or layer_norm or llama_norm)
-    rank = len(axes[path]) - axes[path].count("layers")  # the stacking of layers does not make a vector a matrix
+    rank = len(axes[path]) - axes[path].count(
+        "layers"
+    )  # the stacking of layers does not make a vector a matrix
     return rank >= 2 and name != "bias" and not any(word in name for word in NEVER_MATRICES)
 
 
@@ -142,7 +182,9 @@ def _groups(config: OptimizerConfig, trained: Mapping[str, Any]) -> dict[str, Gr
     for group in config.groups:
         found = match_paths("optimizer.groups", group.params, trained) - groups.keys()
         if not found:
-            raise ConfigError(f"optimizer.groups: {group.params!r} matches no trained parameter that an earlier group has "
-                              f"not; trained paths begin with {first_names(trained)}")
+            raise ConfigError(
+                f"optimizer.groups: {group.params!r} matches no trained parameter that an earlier group has "
+                f"not; trained paths begin with {first_names(trained)}"
+            )
         groups |= dict.fromkeys(found, group)
     return groups

@@ -25,8 +25,10 @@ class Preemption:
     def __init__(self) -> None:
         self._told = False
         # Python lets only the main thread take signals.
-        self._takes = (not jax.distributed.is_initialized()
-                       and threading.current_thread() is threading.main_thread())
+        self._takes = (
+            not jax.distributed.is_initialized()
+            and threading.current_thread() is threading.main_thread()
+        )
 
     def __enter__(self) -> Preemption:
         if self._takes:

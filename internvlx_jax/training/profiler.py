@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 
 
 class Window(NamedTuple):
@@ -20,8 +20,12 @@ class Window(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Window:
         """From `START:STOP`. Raises ConfigError."""
-        if not (found := re.fullmatch(r"(\d+):(\d+)", text)) or not 1 <= int(found[1]) <= int(found[2]):
-            raise ConfigError(f"--profile {text}: expected START:STOP, the first and the last step to trace, e.g. 20:24")
+        if not (found := re.fullmatch(r"(\d+):(\d+)", text)) or not 1 <= int(found[1]) <= int(
+            found[2]
+        ):
+            raise ConfigError(
+                f"--profile {text}: expected START:STOP, the first and the last step to trace, e.g. 20:24"
+            )
         return cls(int(found[1]), int(found[2]))
 
 

@@ -1,6 +1,6 @@
 """Run one step of a run again, without its update: which module, and which samples, make it bad (spec: training.md 6).
 
-    python -m internvlx_jax.training.replay RUN_DIR --step N
+python -m internvlx_jax.training.replay RUN_DIR --step N
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from internvlx_jax.config import from_dict, override
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
+from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.overrides import from_dict, override
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.errors import CheckpointError, ConfigError
-from internvlx_jax.models.config import ModelConfig
 from internvlx_jax.models.loss import shift_left
 from internvlx_jax.models.params import unflatten
+from internvlx_jax.models.sharding import batch_sharding, make_mesh
 from internvlx_jax.training.bad_steps import number
-from internvlx_jax.training.checkpoint import RunFolder, saved_metadata
-from internvlx_jax.training.config import TrainConfig
 from internvlx_jax.training.data import open_loaders
 from internvlx_jax.training.freeze import join
 from internvlx_jax.training.setup import Setup, prepare
-from internvlx_jax.training.sharding import batch_sharding, make_mesh
 from internvlx_jax.training.step import loss_and_grads, module_norms
 
 
@@ -42,23 +41,34 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     """
     run = Path(run)
     saved = json.loads((run / "config.json").read_text())
-    config, model = override(from_dict(TrainConfig, saved["train"]), settings), from_dict(ModelConfig, saved["model"])
-    checkpoints = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    config, model = (
+        override(from_dict(TrainConfig, saved["train"]), settings),
+        from_dict(ModelConfig, saved["model"]),
+    )
+    checkpoints = sorted(
+        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
+    )
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'} holds no finished checkpoint")
     before = [each for each in checkpoints if each < step]
     folder = RunFolder(run / "checkpoints" / str(before[-1] if before else checkpoints[0]))
 
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
-    loader, _ = open_loaders(config, model, Tokenizer.load(run / "tokenizer"), mesh, saved_metadata(run)["data"])
+    loader, _ = open_loaders(
+        config, model, Tokenizer.load(run / "tokenizer"), mesh, saved_metadata(run)["data"]
+    )
     steps = config.steps or loader.plan.total
     if not 1 <= step <= steps:
         raise ConfigError(f"--step {step}: the run has the steps 1 to {steps}")
     setup = prepare(config, model, mesh, steps)
     loaded = loader.load(loader.plan.step(step - 1))
-    batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), loaded.batch)
+    batch = jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), loaded.batch
+    )
     trained, frozen = setup.division.split(folder.load(setup.abstract, setup.shardings))
-    loss, norm, norms, rows, weights = jax.jit(_measure(setup, config, step))(trained, frozen, batch)
+    loss, norm, norms, rows, weights = jax.jit(_measure(setup, config, step))(
+        trained, frozen, batch
+    )
     rows, weights = np.asarray(rows), np.asarray(weights)
     return {
         "step": step, "parameters_of_step": folder.step,
@@ -73,22 +83,42 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
     def measure(trained, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
         graphdef = setup.abstract.graphdef
-        (loss, _), grads = loss_and_grads(graphdef, trained, frozen, batch, key, config.compute.accumulation)
+        (loss, _), grads = loss_and_grads(
+            graphdef, trained, frozen, batch, key, config.compute.accumulation
+        )
         model = nnx.merge(graphdef, unflatten(join(trained, frozen)))
-        ce, _ = model.token_losses(batch.inputs, batch.labels)  # without drop path: what each row is like
+        ce, _ = model.token_losses(
+            batch.inputs, batch.labels
+        )  # without drop path: what each row is like
         weight = shift_left(batch.loss_weight, 0.0)
-        return loss, optax.tree.norm(grads), module_norms(grads), (ce * weight).sum(axis=1), weight.sum(axis=1)
+        return (
+            loss,
+            optax.tree.norm(grads),
+            module_norms(grads),
+            (ce * weight).sum(axis=1),
+            weight.sum(axis=1),
+        )
 
     return measure
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m internvlx_jax.training.replay",
-                                     description="Run one step again, without its update; prints one JSON object.")
+    parser = argparse.ArgumentParser(
+        prog="python -m internvlx_jax.training.replay",
+        description="Run one step again, without its update; prints one JSON object.",
+    )
     parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument("--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", dest="settings",
-                        help="replace settings of the run, e.g. mesh.data=1")
+    parser.add_argument(
+        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="replace settings of the run, e.g. mesh.data=1",
+    )
     args = parser.parse_args(argv)
     try:
         print(json.dumps(replay(args.run, args.step, args.settings), indent=2))

@@ -1,6 +1,6 @@
 """The report of a run: RUN/metrics.jsonl -> RUN/curves.png, and RUN/report.html (spec: training.md 7). No import of jax.
 
-    python -m internvlx_jax.training.report RUN_DIR
+python -m internvlx_jax.training.report RUN_DIR
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.files import read_json_lines, written_aside
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.files import read_json_lines, written_aside
 
 Series = tuple[list[int], list[float]]
 
@@ -26,7 +26,9 @@ def read_metrics(path: Path) -> dict[str, Series]:
     FileNotFoundError, or ConfigError naming the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give the output_dir of a run that has logged a step")
+        raise FileNotFoundError(
+            f"{path} does not exist; give the output_dir of a run that has logged a step"
+        )
     series: dict[str, Series] = {}
     for row in read_json_lines(path, "step"):
         step = row.pop("step")
@@ -46,7 +48,9 @@ def draw_curves(run: Path, *, chance: float | None = None) -> Path:
     """
     series = read_metrics(run / "metrics.jsonl")
     if "loss" not in series:
-        raise ConfigError(f'{run / "metrics.jsonl"} holds no "loss" yet; wait for the first logged step')
+        raise ConfigError(
+            f'{run / "metrics.jsonl"} holds no "loss" yet; wait for the first logged step'
+        )
     exact = series.get("eval/exact")
     panels = 2 if exact else 1
     figure = figure_class()(figsize=(5.6 * panels, 3.8), dpi=150, layout="constrained")
@@ -64,8 +68,15 @@ def draw_curves(run: Path, *, chance: float | None = None) -> Path:
         match = axes[1]
         match.plot(*exact, **POINTS)
         steps, values = exact
-        match.annotate(f"{100 * values[-1]:.1f} %", (steps[-1], values[-1]), xytext=(-4, 8),
-                       textcoords="offset points", ha="right", color=VALIDATION, fontweight="bold")
+        match.annotate(
+            f"{100 * values[-1]:.1f} %",
+            (steps[-1], values[-1]),
+            xytext=(-4, 8),
+            textcoords="offset points",
+            ha="right",
+            color=VALIDATION,
+            fontweight="bold",
+        )
         if chance is not None:
             label = f"chance, {100 * chance:.1f} %"
             match.axhline(chance, color=CHANCE, linewidth=1.2, linestyle="--", label=label)
@@ -84,7 +95,9 @@ def figure_class() -> type[Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("drawing curves needs matplotlib; pip install 'internvlx-jax[report]'") from None
+        raise ConfigError(
+            "drawing curves needs matplotlib; pip install 'internvlx-jax[report]'"
+        ) from None
     return Figure
 
 
@@ -100,14 +113,20 @@ def _finish(axes: Any, title: str, unit: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m internvlx_jax.training.report",
-                                     description="Draw the learning curves of a run to RUN_DIR/curves.png, and put all that is known "
-                                                 "of it on one page, RUN_DIR/report.html.")
+    parser = argparse.ArgumentParser(
+        prog="python -m internvlx_jax.training.report",
+        description="Draw the learning curves of a run to RUN_DIR/curves.png, and put all that is known "
+        "of it on one page, RUN_DIR/report.html.",
+    )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument("--chance", type=float, help="exact match without seeing the images, 0 to 1")
+    parser.add_argument(
+        "--chance", type=float, help="exact match without seeing the images, 0 to 1"
+    )
     args = parser.parse_args(argv)
     try:
-        from internvlx_jax.training.report_page import write_page  # which draws with the functions of this module
+        from internvlx_jax.training.report_page import (
+            write_page,
+        )  # which draws with the functions of this module
 
         print(f"wrote {draw_curves(args.run, chance=args.chance)}")
         print(f"wrote {write_page(args.run)}")

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.files import read_json_lines, write_text
+from internvlx_jax.core.files import read_json_lines, write_text
 from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_class, read_metrics
 
 # Panels: title, unit, metrics; one without any of its metrics is left out.
 PANELS = (
     ("loss", "cross entropy a token", ("loss", "eval/loss")),
-    ("loss by data set", "cross entropy a token", ("loss_by_dataset/*",)),
+    ("loss by dataset", "cross entropy a token", ("loss_by_dataset/*",)),
     ("learning rate", "", ("learning_rate", "learning_rate/*")),
     ("gradient norm", "before clipping", ("grad_norm", "grad_norm/*")),
     ("update", "of the parameters' norm", ("update_ratio",)),
@@ -43,49 +43,110 @@ def write_page(run: Path) -> Path:
     read.
     """
     series = read_metrics(run / "metrics.jsonl")
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8")) if (run / "config.json").exists() else {}
+    settings = (
+        json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if (run / "config.json").exists()
+        else {}
+    )
     bad_steps = read_json_lines(run / "bad_steps.jsonl", "step", "kind", "samples")
     starts = read_json_lines(run / "starts.jsonl", "step", "time")
-    bad_samples = [row for path in sorted(run.glob("quarantine-*.jsonl"))
-                   for row in read_json_lines(path, "dataset", "line")]
+    bad_samples = [
+        row
+        for path in sorted(run.glob("quarantine-*.jsonl"))
+        for row in read_json_lines(path, "dataset", "line")
+    ]
     evaluations = {name: values for name, values in series.items() if name.startswith("eval/")}
     title = f"Run {run.resolve().name}"
     parts = [
-        f"<h1>{html.escape(title)}</h1>", _newest(series),
+        f"<h1>{html.escape(title)}</h1>",
+        _newest(series),
         f'<h2>Curves</h2><img alt="curves" src="data:image/png;base64,{_curves(series)}">',
-        "<h2>Evaluation</h2>", _table(("metric", "step", "value", "best", "at step"), _scores(evaluations)),
-        "<h2>Starts</h2>", _table(("at step", "time", "processes", "devices", "mesh", "code", "versions"), (
-            (row["step"], row["time"], row.get("processes"), f"{row.get('devices')} x {row.get('device_kind')}",
-             _pairs(row.get("mesh", {})), row.get("git"), _pairs(row.get("versions", {}))) for row in starts)),
-        "<h2>Buckets</h2>", _table(("tiles", "slots", "slots of the short frame", "rows"), (
-            (bucket["tiles"], bucket["length"], bucket["short_length"] or "", bucket["rows"])
-            for bucket in (starts[-1].get("buckets", []) if starts else []))),
-        f"<h2>Bad steps: {len(bad_steps)}</h2>", _table(("step", "kind", "loss", "gradient norm", "bucket", "samples"), (
-            (row["step"], row["kind"], row.get("loss"), _pairs(row.get("grad_norm", {})), _pairs(row.get("bucket", {})),
-             " ".join(name for names in row["samples"] for name in names)) for row in bad_steps[-LISTED:])),
-        f"<h2>Bad samples: {len(bad_samples)}</h2>", _table(("data set", "reason", "samples"), (
-            (*key, count) for key, count in Counter((row["dataset"], row.get("reason")) for row in bad_samples).items())),
-        _table(("data set", "line", "error"), ((row["dataset"], row["line"], row.get("error"))
-                                               for row in bad_samples[-LISTED:])),
-        "<h2>Settings</h2>", _table(("field", "value"), _flat(settings)),
+        "<h2>Evaluation</h2>",
+        _table(("metric", "step", "value", "best", "at step"), _scores(evaluations)),
+        "<h2>Starts</h2>",
+        _table(
+            ("at step", "time", "processes", "devices", "mesh", "code", "versions"),
+            (
+                (
+                    row["step"],
+                    row["time"],
+                    row.get("processes"),
+                    f"{row.get('devices')} x {row.get('device_kind')}",
+                    _pairs(row.get("mesh", {})),
+                    row.get("git"),
+                    _pairs(row.get("versions", {})),
+                )
+                for row in starts
+            ),
+        ),
+        "<h2>Buckets</h2>",
+        _table(
+            ("tiles", "slots", "slots of the short layout", "rows"),
+            (
+                (bucket["tiles"], bucket["length"], bucket["short_length"] or "", bucket["rows"])
+                for bucket in (starts[-1].get("buckets", []) if starts else [])
+            ),
+        ),
+        f"<h2>Bad steps: {len(bad_steps)}</h2>",
+        _table(
+            ("step", "kind", "loss", "gradient norm", "bucket", "samples"),
+            (
+                (
+                    row["step"],
+                    row["kind"],
+                    row.get("loss"),
+                    _pairs(row.get("grad_norm", {})),
+                    _pairs(row.get("bucket", {})),
+                    " ".join(name for names in row["samples"] for name in names),
+                )
+                for row in bad_steps[-LISTED:]
+            ),
+        ),
+        f"<h2>Bad samples: {len(bad_samples)}</h2>",
+        _table(
+            ("dataset", "reason", "samples"),
+            (
+                (*key, count)
+                for key, count in Counter(
+                    (row["dataset"], row.get("reason")) for row in bad_samples
+                ).items()
+            ),
+        ),
+        _table(
+            ("dataset", "line", "error"),
+            ((row["dataset"], row["line"], row.get("error")) for row in bad_samples[-LISTED:]),
+        ),
+        "<h2>Settings</h2>",
+        _table(("field", "value"), _flat(settings)),
     ]
     out = run / "report.html"
-    write_text(out, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-                    f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
+    write_text(
+        out,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style>{''.join(parts)}</html>\n",
+    )
     return out
 
 
 def _curves(series: Mapping[str, Series]) -> str:
     """All panels as one PNG in base64."""
-    panels = [(title, unit, found) for title, unit, names in PANELS if (found := _matching(series, names))]
+    panels = [
+        (title, unit, found) for title, unit, names in PANELS if (found := _matching(series, names))
+    ]
     rows = -(-len(panels) // 2)
     figure = figure_class()(figsize=(11.2, 3.2 * max(rows, 1)), dpi=110, layout="constrained")
     for place, (title, unit, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 2, place)
         for name, color in zip(names, COLORS):
             points = len(series[name][0])
-            axes.plot(*series[name], color=color, linewidth=1.3, marker="o" if points < 30 else None, markersize=3,
-                      label=name)
+            axes.plot(
+                *series[name],
+                color=color,
+                linewidth=1.3,
+                marker="o" if points < 30 else None,
+                markersize=3,
+                label=name,
+            )
         axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -110,7 +171,9 @@ def _matching(series: Mapping[str, Series], names: Sequence[str]) -> list[str]:
 def _newest(series: Mapping[str, Series]) -> str:
     """The last value of every metric of training."""
     last = max((steps[-1] for steps, _ in series.values()), default=0)
-    rows = ((name, values[-1]) for name, (_, values) in series.items() if not name.startswith("eval/"))
+    rows = (
+        (name, values[-1]) for name, (_, values) in series.items() if not name.startswith("eval/")
+    )
     return f"<details><summary>At step {last}: all metrics</summary>{_table(('metric', 'last value'), rows)}</details>"
 
 
@@ -137,7 +200,10 @@ def _text(value: Any) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_text(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     if not body:
         return "<p>None.</p>"
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)

@@ -11,17 +11,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from internvlx_jax.core.inputs import Inputs, ShortLayout
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.models.config import ModelConfig
-from internvlx_jax.models.inputs import Inputs, ShortFrame
 from internvlx_jax.models.lora import with_adapters
 from internvlx_jax.models.params import AbstractModel, abstract_model
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.freeze import Division, as_trained, divide
+from internvlx_jax.models.sharding import (
+    activation_shardings,
+    batch_sharding,
+    optimizer_shardings,
+    param_shardings,
+    placed,
+    replicated,
+)
+from internvlx_jax.training.freeze import ParameterPartition, as_trained, divide
 from internvlx_jax.training.optimizer import make_optimizer, make_schedule
-from internvlx_jax.training.sharding import (activation_shardings, batch_sharding, optimizer_shardings, param_shardings,
-                                             placed, replicated)
 from internvlx_jax.training.step import TrainState, make_eval_step, make_train_step
 
 
@@ -43,7 +49,7 @@ class Setup:
     model: ModelConfig
     abstract: AbstractModel
     shardings: dict[str, NamedSharding]
-    division: Division
+    division: ParameterPartition
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
@@ -59,16 +65,25 @@ class Setup:
         def leaf(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(self.mesh))
 
-        short = None if model.lvtc is None else ShortFrame(leaf(r), leaf(s), leaf(t), leaf(r))
-        inputs = Inputs(leaf(s), leaf(s), leaf(s), leaf(t, size, size, 3, dtype=jnp.uint8), leaf(s), short)
+        short = None if model.lvtc is None else ShortLayout(leaf(r), leaf(s), leaf(t), leaf(r))
+        inputs = Inputs(
+            leaf(s), leaf(s), leaf(s), leaf(t, size, size, 3, dtype=jnp.uint8), leaf(s), short
+        )
         return Batch(inputs, leaf(s), leaf(s, dtype=jnp.float32), leaf(s))
 
 
-def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, datasets: int = 1) -> Setup:
+def prepare(
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, datasets: int = 1
+) -> Setup:
     """steps: updates of the whole run, which the schedule is stretched over. datasets: whose losses are told apart.
     Raises ConfigError for expressions that match no parameter."""
-    abstract = abstract_model(model, dtype=config.compute.dtype, remat=config.compute.remat,
-                              attention=config.compute.attention, shardings=activation_shardings(mesh))
+    abstract = abstract_model(
+        model,
+        dtype=config.compute.dtype,
+        remat=config.compute.remat,
+        attention=config.compute.attention,
+        shardings=activation_shardings(mesh),
+    )
     abstract = with_adapters(abstract, model, config.lora)
     division = divide(abstract.shapes, config.freeze, config.compute.dtype)
     abstract = as_trained(abstract, division, config.freeze.vit_mode)
@@ -79,12 +94,35 @@ def prepare(config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, dat
     trained_shardings = {path: shardings[path] for path in division.trained}
     frozen_shardings = {path: shardings[path] for path in division.frozen}
     opt_shardings = optimizer_shardings(optimizer, division.trained, trained_shardings, mesh)
-    state = TrainState(placed(division.trained, trained_shardings), placed(division.frozen, frozen_shardings),
-                       placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
-                       jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)))
-    train_step = jax.jit(make_train_step(abstract.graphdef, optimizer, schedule, config.seed,
-                                         config.compute.accumulation, datasets), donate_argnums=0,
-                         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
+    state = TrainState(
+        placed(division.trained, trained_shardings),
+        placed(division.frozen, frozen_shardings),
+        placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+    )
+    train_step = jax.jit(
+        make_train_step(
+            abstract.graphdef,
+            optimizer,
+            schedule,
+            config.seed,
+            config.compute.accumulation,
+            datasets,
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
+    )
     eval_step = jax.jit(make_eval_step(abstract.graphdef), out_shardings=replicated(mesh))
-    return Setup(mesh, model, abstract, shardings, division, optimizer, schedule, state, config.compute.remat,
-                 train_step, eval_step)
+    return Setup(
+        mesh,
+        model,
+        abstract,
+        shardings,
+        division,
+        optimizer,
+        schedule,
+        state,
+        config.compute.remat,
+        train_step,
+        eval_step,
+    )

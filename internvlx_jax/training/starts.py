@@ -14,11 +14,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.files import read_json_lines
 
 FILE = "starts.jsonl"  # in the run folder
-LIBRARIES = ("internvlx-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+LIBRARIES = (
+    "internvlx-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+)
 
 
 def record_start(run: Path, step: int, mesh: Mesh, buckets: Mapping[Bucket, int]) -> None:
@@ -30,7 +40,9 @@ def record_start(run: Path, step: int, mesh: Mesh, buckets: Mapping[Bucket, int]
         "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape),
-        "buckets": [{**dataclasses.asdict(bucket), "rows": rows} for bucket, rows in buckets.items()],
+        "buckets": [
+            {**dataclasses.asdict(bucket), "rows": rows} for bucket, rows in buckets.items()
+        ],
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
     }
@@ -45,8 +57,19 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
 
 def _git_state() -> str | None:
     """Commit of the checkout that this package is in, with "-dirty" where it is changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.models.inputs import IGNORED
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.lora import draw_dropout
 from internvlx_jax.models.loss import shift_left, weighted_loss
@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: of all micro-batches and devices.
-        loss_sums, weight_sums: [K], of each data set: weighted losses, and the weights to divide by.
+        loss_sums, weight_sums: [K], of each dataset: weighted losses, and the weights to divide by.
         grad_norm: before clipping, of all and of each module.
         param_norm, update_norm: of the trained parameters before the update, and of what is added to them.
         learning_rate: of an update here.
@@ -72,10 +72,16 @@ class EvalSums(NamedTuple):
     answers: jax.Array
 
 
-def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatParams, batch: Batch,
-                   key: jax.Array | None, accumulation: int = 1,
-                   datasets: int = 1) -> tuple[tuple[jax.Array, jax.Array], FlatParams]:
-    """(loss, weighted losses of each data set [K]) and the gradients of the loss, whose numerator and denominator are
+def loss_and_grads(
+    graphdef: nnx.GraphDef,
+    trainable: FlatParams,
+    frozen: FlatParams,
+    batch: Batch,
+    key: jax.Array | None,
+    accumulation: int = 1,
+    datasets: int = 1,
+) -> tuple[tuple[jax.Array, jax.Array], FlatParams]:
+    """(loss, weighted losses of each dataset [K]) and the gradients of the loss, whose numerator and denominator are
     summed over all micro-batches before dividing.
 
     key: randomness of drop path and adapters, None for none. Micro-batches interleave rows, so that every device keeps
@@ -100,7 +106,9 @@ def loss_and_grads(graphdef: nnx.GraphDef, trainable: FlatParams, frozen: FlatPa
         micro, key = micro_and_key
         return jax.tree.map(jnp.add, sums, grad(trainable, micro, key)), None
 
-    micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
+    micros = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+    )
     keys = None if key is None else jax.random.split(key, accumulation)
     zeros = (jnp.float32(0), jnp.zeros(datasets)), jax.tree.map(jnp.zeros_like, trainable)
     return jax.lax.scan(body, zeros, (micros, keys))[0]
@@ -111,8 +119,14 @@ def sums_by_dataset(values: jax.Array, dataset: jax.Array, count: int) -> jax.Ar
     return jnp.sum(jnp.where(dataset == jnp.arange(count)[:, None, None], values, 0.0), axis=(1, 2))
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int,
-                    accumulation: int, datasets: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    accumulation: int,
+    datasets: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function for jax.jit; randomness depends on (seed, step) alone.
 
     Where loss or gradient norm is not finite, or nothing is supervised, parameters, moments and the position in the
@@ -121,18 +135,30 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, loss_sums), grads = loss_and_grads(graphdef, state.trainable, state.frozen, batch, key, accumulation,
-                                                  datasets)
+        (loss, loss_sums), grads = loss_and_grads(
+            graphdef, state.trainable, state.frozen, batch, key, accumulation, datasets
+        )
         weight_sums = sums_by_dataset(shift_left(batch.loss_weight, 0.0), batch.dataset, datasets)
         grad_norm = optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (jnp.sum(weight_sums) > 0)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), (trainable, opt_state),
-                                            (state.trainable, state.opt_state))
-        metrics = Metrics(loss, loss_sums, weight_sums, grad_norm, module_norms(grads), optax.tree.norm(state.trainable),
-                          jnp.where(applied, optax.tree.norm(updates), 0.0),
-                          jnp.float32(schedule(updates_done(state.opt_state))), applied)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics = Metrics(
+            loss,
+            loss_sums,
+            weight_sums,
+            grad_norm,
+            module_norms(grads),
+            optax.tree.norm(state.trainable),
+            jnp.where(applied, optax.tree.norm(updates), 0.0),
+            jnp.float32(schedule(updates_done(state.opt_state))),
+            applied,
+        )
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
 
     return train_step
@@ -172,6 +198,8 @@ def count_answers(supervised: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax
     before = jnp.pad(supervised[:, :-1], ((0, 0), (1, 0)))
     first, last = supervised & ~before, supervised & ~shift_left(supervised, False)
     missed = jnp.cumsum(supervised & ~hit, axis=1)
-    missed_before = jax.lax.cummax(jnp.where(first, missed - ~hit, 0), axis=1)  # as of the start of the current run
+    missed_before = jax.lax.cummax(
+        jnp.where(first, missed - ~hit, 0), axis=1
+    )  # as of the start of the current run
     exact = last & (missed == missed_before)
     return jnp.sum(last, dtype=jnp.float32), jnp.sum(exact, dtype=jnp.float32)

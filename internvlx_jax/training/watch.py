@@ -9,13 +9,20 @@ from typing import Any
 
 import jax
 
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
-from internvlx_jax.training.config import TrainConfig
-from internvlx_jax.training.metrics import (COMPILATIONS, MetricsWriter, Throughput, hbm_peak_gib, over_processes,
-                                            progress_line, window_means)
+from internvlx_jax.training.metrics import (
+    COMPILATIONS,
+    MetricsWriter,
+    Throughput,
+    hbm_peak_gib,
+    over_processes,
+    progress_line,
+    window_means,
+)
 from internvlx_jax.training.mfu import Utilization
 from internvlx_jax.training.optimizer import group_rate
 from internvlx_jax.training.step import Metrics
@@ -33,11 +40,24 @@ class Watch:
         latest: the newest value of every metric.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, loader: Loader, throughput: Throughput, *, first: int,
-                 steps: int, executables: int, utilization: Utilization, speak: Callable[..., None]):
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        loader: Loader,
+        throughput: Throughput,
+        *,
+        first: int,
+        steps: int,
+        executables: int,
+        utilization: Utilization,
+        speak: Callable[..., None],
+    ):
         alone = jax.process_index() == 0
         self._writer = MetricsWriter(run, first) if alone else None
-        self._bad_steps = BadSteps(run, first, config.stability, planned_ids=loader.planned_ids, writes=alone)
+        self._bad_steps = BadSteps(
+            run, first, config.stability, planned_ids=loader.planned_ids, writes=alone
+        )
         self._loader, self._throughput, self._speak = loader, throughput, speak
         self._steps, self._executables, self._utilization = steps, executables, utilization
         self._optimizer = config.optimizer
@@ -71,19 +91,32 @@ class Watch:
     def log(self, step: int) -> Exception | None:
         """A line about the steps since the last one, by all processes together -> why the run has to end, if so."""
         self._throughput.wait(self._in_flight, leave=0)
-        seen = [(number, bucket, jax.device_get(metrics)) for number, bucket, metrics in self._window]
+        seen = [
+            (number, bucket, jax.device_get(metrics)) for number, bucket, metrics in self._window
+        ]
         self._window.clear()
         for line in self._bad_steps.look(seen):
             self._speak(line)
-        values = window_means([metrics for *_, metrics in seen], self._datasets) | self._throughput.take()
-        values |= {f"learning_rate/{group.params}": values["learning_rate"] * group_rate(self._optimizer, group)
-                   for group in self._optimizer.groups}
+        values = (
+            window_means([metrics for *_, metrics in seen], self._datasets)
+            | self._throughput.take()
+        )
+        values |= {
+            f"learning_rate/{group.params}": values["learning_rate"]
+            * group_rate(self._optimizer, group)
+            for group in self._optimizer.groups
+        }
         values |= self._utilization.take(len(seen) * values["step_s"])
-        largest, faults = over_processes({"data_wait_share": values["data_wait_share"]} | hbm_peak_gib(),
-                                         self._loader.faults.totals())
+        largest, faults = over_processes(
+            {"data_wait_share": values["data_wait_share"]} | hbm_peak_gib(),
+            self._loader.faults.totals(),
+        )
         values |= largest | {f"{kind}_steps": self._bad_steps.counts[kind] for kind in KINDS}
-        values |= {"bad_samples": int(faults[:, 1].sum()), "executables": self._executables,
-                   "compile_count": COMPILATIONS.count}
+        values |= {
+            "bad_samples": int(faults[:, 1].sum()),
+            "executables": self._executables,
+            "compile_count": COMPILATIONS.count,
+        }
         self._speak(progress_line(step, self._steps, values))
         self.record(step, values)
         try:

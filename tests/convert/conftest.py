@@ -7,19 +7,31 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvlx_jax.convert.hf_config import model_config
-from internvlx_jax.convert.hf_folder import expected_tensors
-from internvlx_jax.convert.names import name_table
+from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.checkpoints.hf_folder import expected_tensors
+from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.models.params import abstract_model
 
 DECODERS = {
-    "internlm2": {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": True,
-                  "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False},
+    "internlm2": {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "bias": True,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+    },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
-    "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 40,
-             "original_max_position_embeddings": 32,
-             "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}},
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "sliding_window": 40,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [1.5] * 8},
+    },
 }
 
 
@@ -38,8 +50,12 @@ def make_checkpoint(golden):
         marker = "mlp1.0.weight" if projector == "mlp1" else "projector.cls_scale"
         parsed = model_config(config, [marker, "language_model.lm_head.weight"])
         rng = np.random.default_rng(0)
-        tensors = {name: np.asarray(rng.normal(0, 0.1, shape) + ("norm" in name), dtype_of(dtype))
-                   for name, shape in expected_tensors(name_table(parsed), abstract_model(parsed, dtype="float32"))}
+        tensors = {
+            name: np.asarray(rng.normal(0, 0.1, shape) + ("norm" in name), dtype_of(dtype))
+            for name, shape in expected_tensors(
+                name_table(parsed), abstract_model(parsed, dtype="float32")
+            )
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -63,7 +79,11 @@ def same_tensors():
 
 
 def load_all(folder):
-    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in folder.glob("*.safetensors")
+        for name, array in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from internvlx_jax.convert.hf_config import model_config
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.core.errors import ConfigError
 
 X = ("projector.cls_scale", "language_model.output.weight")
 
@@ -16,11 +16,21 @@ def config(golden):
 
 
 def test_golden_variants(golden):
-    configs = {name: model_config(json.loads((golden / name / "config.json").read_text()), X)
-               for name in ("internlm2", "internlm2_qknorm", "qwen2")}
+    configs = {
+        name: model_config(json.loads((golden / name / "config.json").read_text()), X)
+        for name in ("internlm2", "internlm2_qknorm", "qwen2")
+    }
     qknorm = configs["internlm2_qknorm"]
-    assert (qknorm.vision.norm, qknorm.vision.qk_norm, qknorm.vision.qkv_bias) == ("rms_norm", True, False)
-    assert (qknorm.vision.select_layer, qknorm.projector.pixel_shuffle, qknorm.tokens_per_tile) == (-2, "v1", 16)
+    assert (qknorm.vision.norm, qknorm.vision.qk_norm, qknorm.vision.qkv_bias) == (
+        "rms_norm",
+        True,
+        False,
+    )
+    assert (qknorm.vision.select_layer, qknorm.projector.pixel_shuffle, qknorm.tokens_per_tile) == (
+        -2,
+        "v1",
+        16,
+    )
     assert qknorm.decoder.qkv_bias and qknorm.decoder.out_bias
     qwen = configs["qwen2"]
     assert (qwen.decoder.qkv_bias, qwen.decoder.out_bias) == (True, False)
@@ -36,16 +46,23 @@ def test_class_defaults_where_a_field_is_absent(config):
     parsed = model_config(config, X)
     assert (parsed.projector.pixel_shuffle, parsed.projector.downsample_ratio) == ("v1", 0.5)
     assert parsed.vision.select_layer == -1
-    assert parsed.decoder.qkv_bias and parsed.decoder.eps == 1e-6 and parsed.decoder.rope.theta == 1e4
+    assert (
+        parsed.decoder.qkv_bias and parsed.decoder.eps == 1e-6 and parsed.decoder.rope.theta == 1e4
+    )
 
 
-@pytest.mark.parametrize("spelling", [
-    {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
-    {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e6}},
-])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e6}},
+    ],
+)
 def test_rope_spellings(config, spelling):
-    config["llm_config"] = {k: v for k, v in config["llm_config"].items() if k != "rope_scaling"} | spelling
+    config["llm_config"] = {
+        k: v for k, v in config["llm_config"].items() if k != "rope_scaling"
+    } | spelling
     rope = model_config(config, X).decoder.rope
     assert (rope.scaling, rope.factor, rope.theta, rope.max_positions) == ("dynamic", 3.0, 1e6, 512)
 
@@ -56,34 +73,62 @@ def test_output_is_tied_only_without_a_stored_one(config):
     assert model_config(config, X[:1]).decoder.tie_embeddings
 
 
-@pytest.mark.parametrize("section, field, value, message", [
-    (None, "model_type", "llava", "model_type is 'llava'"),
-    (None, "pad2square", True, "pad2square = True"),
-    ("vision_config", "dropout", 0.1, "vision_config.dropout = 0.1"),
-    ("vision_config", "hidden_act", "relu", "vision_config.hidden_act 'relu'"),
-    (None, "force_image_size", 112, "force_image_size 112 differs from vision_config.image_size 56"),
-    ("llm_config", "architectures", ["MambaForCausalLM"], r"architectures\[0\] is 'MambaForCausalLM'"),
-    ("llm_config", "rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling type 'yarn'"),
-    (None, "downsample_ratio", 0.3, "downsample_ratio 0.3"),
-])
+@pytest.mark.parametrize(
+    "section, field, value, message",
+    [
+        (None, "model_type", "llava", "model_type is 'llava'"),
+        (None, "pad2square", True, "pad2square = True"),
+        ("vision_config", "dropout", 0.1, "vision_config.dropout = 0.1"),
+        ("vision_config", "hidden_act", "relu", "vision_config.hidden_act 'relu'"),
+        (
+            None,
+            "force_image_size",
+            112,
+            "force_image_size 112 differs from vision_config.image_size 56",
+        ),
+        (
+            "llm_config",
+            "architectures",
+            ["MambaForCausalLM"],
+            r"architectures\[0\] is 'MambaForCausalLM'",
+        ),
+        ("llm_config", "rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling type 'yarn'"),
+        (None, "downsample_ratio", 0.3, "downsample_ratio 0.3"),
+    ],
+)
 def test_refusals_name_the_field(config, section, field, value, message):
     (config if section is None else config[section])[field] = value
     with pytest.raises(ValueError, match=message):
         model_config(config, X)
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("attention_dropout", 0.1, "llm_config.attention_dropout = 0.1"),
-    ("partial_rotary_factor", 0.75, "partial_rotary_factor 0.75"),
-    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "Phi-3 has su"),
-    ("rope_scaling", {"type": "su", "short_factor": [1.0]}, "long_factor is missing"),
-])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("attention_dropout", 0.1, "llm_config.attention_dropout = 0.1"),
+        ("partial_rotary_factor", 0.75, "partial_rotary_factor 0.75"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "Phi-3 has su"),
+        ("rope_scaling", {"type": "su", "short_factor": [1.0]}, "long_factor is missing"),
+    ],
+)
 def test_phi3(config, field, value, message):
-    config["llm_config"] |= {"architectures": ["Phi3ForCausalLM"], "sliding_window": 64, "rope_scaling": {
-        "type": "longrope", "short_factor": [1], "long_factor": [2], "original_max_position_embeddings": 128}}
+    config["llm_config"] |= {
+        "architectures": ["Phi3ForCausalLM"],
+        "sliding_window": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1],
+            "long_factor": [2],
+            "original_max_position_embeddings": 128,
+        },
+    }
     decoder = model_config(config, X).decoder
     assert (decoder.family, decoder.sliding_window, decoder.qkv_bias) == ("phi3", 64, False)
-    assert (decoder.rope.scaling, decoder.rope.long_factor, decoder.rope.original_max_positions) == ("su", (2.0,), 128)
+    assert (
+        decoder.rope.scaling,
+        decoder.rope.long_factor,
+        decoder.rope.original_max_positions,
+    ) == ("su", (2.0,), 128)
     config["llm_config"][field] = value
     with pytest.raises(ConfigError, match=message):
         model_config(config, X)

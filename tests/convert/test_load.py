@@ -11,10 +11,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.convert.hf_folder import HFFolder
-from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.models.params import abstract_model, flatten
-from internvlx_jax.training.sharding import MeshConfig, make_mesh, param_shardings
+from internvlx_jax.models.sharding import make_mesh, param_shardings
 
 
 @pytest.fixture
@@ -36,9 +37,14 @@ def rewrite(folder, change):
 def shard(folder, count=3):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {
+        name: f"model-{i % count + 1:05}-of-{count:05}.safetensors"
+        for i, name in enumerate(tensors)
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+        save_file(
+            {name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file
+        )
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -56,7 +62,10 @@ def test_sharded_equals_single(folder):
 
 def test_onto_a_mesh(folder):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    single, placed = params(load_pretrained(folder, dtype="float32")), params(load_pretrained(folder, dtype="float32", mesh=mesh))
+    single, placed = (
+        params(load_pretrained(folder, dtype="float32")),
+        params(load_pretrained(folder, dtype="float32", mesh=mesh)),
+    )
     for path in single:
         np.testing.assert_array_equal(single[path], placed[path])
     kernel = placed["decoder.layers.mlp.gate.kernel"]
@@ -82,7 +91,9 @@ def test_every_mismatch_in_one_report(folder):
     def damage(tensors):
         del tensors["projector.cls_scale"]
         tensors["extra.weight"] = np.zeros((2, 3), np.float32)
-        tensors["language_model.output.weight"] = tensors["language_model.output.weight"][:-1].copy()
+        tensors["language_model.output.weight"] = tensors["language_model.output.weight"][
+            :-1
+        ].copy()
         tensors["vision_model.encoder.layers.1.ls1"] = np.zeros(64, np.int32)
 
     rewrite(folder, damage)
@@ -98,7 +109,9 @@ def test_every_mismatch_in_one_report(folder):
 
 def test_old_rotary_tables_are_ignored(folder):
     def add(tensors):
-        tensors["language_model.model.layers.0.attention.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+        tensors["language_model.model.layers.0.attention.rotary_emb.inv_freq"] = np.zeros(
+            8, np.float32
+        )
 
     rewrite(folder, add)
     load_pretrained(folder)
@@ -107,7 +120,9 @@ def test_old_rotary_tables_are_ignored(folder):
 def test_index_problems(folder):
     index = shard(folder)
     (folder / "model-00002-of-00003.safetensors").rename(folder / "moved.safetensors")
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: named by .* but missing"):
+    with pytest.raises(
+        CheckpointError, match="model-00002-of-00003.safetensors: named by .* but missing"
+    ):
         load_pretrained(folder)
     (folder / "moved.safetensors").rename(folder / "model-00002-of-00003.safetensors")
     some = next(iter(index["weight_map"]))
@@ -168,7 +183,9 @@ def test_a_process_reads_its_own_slices_only(folder, monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_callback", local_part)
     abstract = abstract_model(source.config, dtype="float32")
     source.load(abstract, param_shardings(abstract.shapes, abstract.axes, mesh))
-    gate = abstract.shapes["decoder.layers.mlp.gate.kernel"]  # over fsdp and tensor; devices 0 and 1 differ in tensor
+    gate = abstract.shapes[
+        "decoder.layers.mlp.gate.kernel"
+    ]  # over fsdp and tensor; devices 0 and 1 differ in tensor
     assert sizes["decoder.layers.mlp.gate.kernel"] == gate.size // 2
     assert sizes["decoder.norm.weight"] == abstract.shapes["decoder.norm.weight"].size
     assert sum(sizes.values()) < 0.6 * sum(leaf.size for leaf in abstract.shapes.values())
@@ -180,12 +197,19 @@ def test_a_slice_is_read_without_the_rest(golden, name, rewrite_tensors, tmp_pat
     folder = tmp_path / "model"
     shutil.copytree(golden / name, folder)
     source = HFFolder(folder)
-    for path in ("decoder.layers.attn.qkv.kernel", "decoder.layers.attn.out.kernel", "vision.layers.attn.qkv.kernel",
-                 "decoder.embedding", "decoder.head"):
+    for path in (
+        "decoder.layers.attn.qkv.kernel",
+        "decoder.layers.attn.out.kernel",
+        "vision.layers.attn.qkv.kernel",
+        "decoder.embedding",
+        "decoder.head",
+    ):
         whole = source.read(path)
         index = tuple(slice(size // 2, size) for size in whole.shape)
         np.testing.assert_array_equal(source.read(path, None, index), whole[index])
-    head = {"internlm2": "language_model.output.weight", "qwen2": "language_model.lm_head.weight"}[name]
+    head = {"internlm2": "language_model.output.weight", "qwen2": "language_model.lm_head.weight"}[
+        name
+    ]
 
     def damage(tensors):
         tensors[head][:, :8] = np.nan

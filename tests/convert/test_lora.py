@@ -9,18 +9,31 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.convert.__main__ import main
-from internvlx_jax.convert.hf_folder import HFFolder, open_tensors
-from internvlx_jax.convert.lora import read_adapter_folder, write_adapters
-from internvlx_jax.convert.to_jax import adapter_entries
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.checkpoints.hf_folder import HFFolder, open_tensors
+from internvlx_jax.checkpoints.lora_files import read_adapter_folder, write_adapters
+from internvlx_jax.cli.convert import main
+from internvlx_jax.convert.import_hf import adapter_entries
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.models.params import flatten
 
 RANK = 2
 TARGETS = {
-    "internlm2": ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-    "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-              "mlp.up_proj", "mlp.down_proj"),
+    "internlm2": (
+        "attention.wqkv",
+        "attention.wo",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
+    ),
+    "qwen2": (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
     "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
 }
 TOWER = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -33,18 +46,27 @@ def run(*arguments):
 def adapters(tensors, prefix, targets, seed=1):
     """{module: (A, B)} for the targets under a prefix, random."""
     rng = np.random.default_rng(seed)
-    modules = sorted(name.removesuffix(".weight") for name in tensors
-                     if name.startswith(prefix) and name.removesuffix(".weight").endswith(targets))
+    modules = sorted(
+        name.removesuffix(".weight")
+        for name in tensors
+        if name.startswith(prefix) and name.removesuffix(".weight").endswith(targets)
+    )
     assert modules
-    return {module: (rng.normal(0, 0.1, (RANK, tensors[f"{module}.weight"].shape[1])).astype(np.float32),
-                     rng.normal(0, 0.1, (tensors[f"{module}.weight"].shape[0], RANK)).astype(np.float32))
-            for module in modules}
+    return {
+        module: (
+            rng.normal(0, 0.1, (RANK, tensors[f"{module}.weight"].shape[1])).astype(np.float32),
+            rng.normal(0, 0.1, (tensors[f"{module}.weight"].shape[0], RANK)).astype(np.float32),
+        )
+        for module in modules
+    }
 
 
 def merged(tensors, found, scale):
     """The definition, in PyTorch's axes: W + s * B A."""
-    return tensors | {f"{module}.weight": tensors[f"{module}.weight"] + scale * (b @ a)
-                      for module, (a, b) in found.items()}
+    return tensors | {
+        f"{module}.weight": tensors[f"{module}.weight"] + scale * (b @ a)
+        for module, (a, b) in found.items()
+    }
 
 
 def write_peft(folder, found, prefix, **config):
@@ -54,8 +76,15 @@ def write_peft(folder, found, prefix, **config):
         name = "base_model.model." + module.removeprefix(prefix)
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     save_file(tensors, folder / "adapter_model.safetensors")
-    fields = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "lora_dropout": 0.1, "bias": "none",
-              "fan_in_fan_out": False, **config}
+    fields = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 6,
+        "lora_dropout": 0.1,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        **config,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(fields))
 
 
@@ -67,24 +96,56 @@ def same(folder, expected, atol):
 
 
 def export(source, to, layout="internvl-x"):
-    assert run("export", "--from", source, "--to", to, "--layout", layout, "--dtype", "keep", "--verify") == 0
+    assert (
+        run(
+            "export",
+            "--from",
+            source,
+            "--to",
+            to,
+            "--layout",
+            layout,
+            "--dtype",
+            "keep",
+            "--verify",
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("family", TARGETS)
 def test_adapter_folders(tmp_path, make_checkpoint, family):
     """Tower and decoder adapters: merged at import, merged at export, merged when loaded, and written as they came."""
     tensors = make_checkpoint(tmp_path / "base", family)
-    tower, decoder = adapters(tensors, "vision_model.", TOWER), adapters(tensors, "language_model.", TARGETS[family])
+    tower, decoder = (
+        adapters(tensors, "vision_model.", TOWER),
+        adapters(tensors, "language_model.", TARGETS[family]),
+    )
     write_peft(tmp_path / "lora_vit", tower, "vision_model.")
     write_peft(tmp_path / "lora_llm", decoder, "language_model.", use_rslora=True)
     expected = merged(merged(tensors, tower, 6 / RANK), decoder, 6 / RANK**0.5)
     flags = ("--lora", tmp_path / "lora_vit", tmp_path / "lora_llm")
 
-    assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--verify", *flags) == 0
+    assert (
+        run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--verify", *flags)
+        == 0
+    )
     export(tmp_path / "jax", tmp_path / "merged")
     same(tmp_path / "merged", expected, 1e-6)
 
-    assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "kept", "--keep_lora", "--verify", *flags) == 0
+    assert (
+        run(
+            "import",
+            "--from",
+            tmp_path / "base",
+            "--to",
+            tmp_path / "kept",
+            "--keep_lora",
+            "--verify",
+            *flags,
+        )
+        == 0
+    )
     export(tmp_path / "kept", tmp_path / "merged_late")
     same(tmp_path / "merged_late", expected, 1e-6)
     export(tmp_path / "kept", tmp_path / "adapters", "peft")
@@ -95,10 +156,16 @@ def test_adapter_folders(tmp_path, make_checkpoint, family):
         assert all(np.array_equal(one[name], other[name]) for name in one)
         config = json.loads((tmp_path / "adapters" / part / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (RANK, 6, 0.1)
-        assert config["target_modules"] == sorted(TOWER if part == "vision_model" else TARGETS[family])
+        assert config["target_modules"] == sorted(
+            TOWER if part == "vision_model" else TARGETS[family]
+        )
         assert config["use_rslora"] == (part == "language_model")
-    one, other = (flatten(nnx.to_pure_dict(nnx.state(load_pretrained(tmp_path / name, dtype="float32").model)))
-                  for name in ("jax", "kept"))
+    one, other = (
+        flatten(
+            nnx.to_pure_dict(nnx.state(load_pretrained(tmp_path / name, dtype="float32").model))
+        )
+        for name in ("jax", "kept")
+    )
     for path in one:
         np.testing.assert_allclose(one[path], other[path], atol=1e-6, rtol=0)
 
@@ -114,7 +181,11 @@ def in_place(folder, tensors, found, part, config):
         module, _, end = name.rpartition(".")
         if module in found:
             module += ".base_layer"
-        stored[f"{prefix}base_model.model.{module.removeprefix(prefix)}.{end}" if module != name else name] = array
+        stored[
+            f"{prefix}base_model.model.{module.removeprefix(prefix)}.{end}"
+            if module != name
+            else name
+        ] = array
     for module, (a, b) in found.items():
         name = f"{part}.base_model.model.{module.removeprefix(part + '.')}"
         stored |= {f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": b}
@@ -145,16 +216,36 @@ def test_adapters_from_arrays(tmp_path, make_checkpoint):
     write_peft(tmp_path / "lora", found, "language_model.")
     source = HFFolder(tmp_path / "base", adapters=[tmp_path / "lora"], keep_lora=True)
     (lora,) = source.kept
-    params = {entry.target: jnp.stack([lora.read(entry, layer) for layer in range(entry.layers)])
-              for entry in adapter_entries(lora)}
-    write_adapters(tmp_path / "out", params | {"decoder.norm.weight": jnp.ones(64)}, source.config, lora.config)
-    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "out"))
-    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
-    assert read_adapter_folder(tmp_path / "out", source.table, source.layout, open_tensors(tmp_path / "out", "adapter_model")
-                               ).config == lora.config
-    for change, message in (({"decoder.layers.mlp.up.lora_a": params["decoder.layers.mlp.up.lora_a"][..., :1]}, "rank 1"),
-                            ({"decoder.layers.mlp.other.lora_a": jnp.ones((2, 64, 2))}, "mlp.other.lora_a"),
-                            ({path: value for path, value in params.items() if "lora_a" in path}, "lora_a and lora_b")):
+    params = {
+        entry.target: jnp.stack([lora.read(entry, layer) for layer in range(entry.layers)])
+        for entry in adapter_entries(lora)
+    }
+    write_adapters(
+        tmp_path / "out", params | {"decoder.norm.weight": jnp.ones(64)}, source.config, lora.config
+    )
+    one, other = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "out")
+    )
+    assert one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
+    assert (
+        read_adapter_folder(
+            tmp_path / "out",
+            source.table,
+            source.layout,
+            open_tensors(tmp_path / "out", "adapter_model"),
+        ).config
+        == lora.config
+    )
+    for change, message in (
+        (
+            {"decoder.layers.mlp.up.lora_a": params["decoder.layers.mlp.up.lora_a"][..., :1]},
+            "rank 1",
+        ),
+        ({"decoder.layers.mlp.other.lora_a": jnp.ones((2, 64, 2))}, "mlp.other.lora_a"),
+        ({path: value for path, value in params.items() if "lora_a" in path}, "lora_a and lora_b"),
+    ):
         changed = change if len(change) > 1 else params | change
         with pytest.raises(ConfigError, match=message):
             write_adapters(tmp_path / "wrong", changed, source.config, lora.config)
@@ -163,18 +254,37 @@ def test_adapters_from_arrays(tmp_path, make_checkpoint):
     assert not (tmp_path / "wrong").exists()
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"use_dora": True}, "use_dora = True"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias = 'all'"),
-    ({"rank_pattern": {"wqkv": 4}}, "rank_pattern"),
-    ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    ({"r": 4}, "has rank 2, the config says r = 4"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {"wqkv": 4}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": 4}, "has rank 2, the config says r = 4"),
+    ],
+)
 def test_what_is_refused(tmp_path, make_checkpoint, capsys, config, message):
     tensors = make_checkpoint(tmp_path / "base", "internlm2")
-    write_peft(tmp_path / "lora", adapters(tensors, "language_model.", TARGETS["internlm2"]), "language_model.", **config)
-    assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--lora", tmp_path / "lora") == 1
+    write_peft(
+        tmp_path / "lora",
+        adapters(tensors, "language_model.", TARGETS["internlm2"]),
+        "language_model.",
+        **config,
+    )
+    assert (
+        run(
+            "import",
+            "--from",
+            tmp_path / "base",
+            "--to",
+            tmp_path / "jax",
+            "--lora",
+            tmp_path / "lora",
+        )
+        == 1
+    )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "jax").exists()
 
@@ -184,8 +294,22 @@ def test_adapters_that_do_not_fit(tmp_path, make_checkpoint, capsys):
     found = adapters(tensors, "language_model.", TARGETS["internlm2"])
     odd = {module.replace("wqkv", "wxyz"): pair for module, pair in found.items()}
     write_peft(tmp_path / "lora", odd, "language_model.")
-    assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--lora", tmp_path / "lora") == 1
+    assert (
+        run(
+            "import",
+            "--from",
+            tmp_path / "base",
+            "--to",
+            tmp_path / "jax",
+            "--lora",
+            tmp_path / "lora",
+        )
+        == 1
+    )
     message = capsys.readouterr().err
-    assert "layers.0.attention.wxyz.lora_A.weight belongs to no linear map of this model's decoder part" in message
+    assert (
+        "layers.0.attention.wxyz.lora_A.weight belongs to no linear map of this model's decoder part"
+        in message
+    )
     assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--keep_lora") == 1
     assert "holds no adapters" in capsys.readouterr().err

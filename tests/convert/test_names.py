@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from internvlx_jax.convert.hf_config import model_config
-from internvlx_jax.convert.hf_folder import expected_tensors
-from internvlx_jax.convert.names import name_table
-from internvlx_jax.convert.safetensors_writer import index_text, plan_files
+from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.checkpoints.hf_folder import expected_tensors
+from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.safetensors_writer import index_text, plan_files
 from internvlx_jax.models.params import abstract_model
 
 
@@ -24,10 +24,16 @@ def test_names_shapes_and_totals(golden, size):
     stored, config, model = abstract(golden, size)
     tensors = list(expected_tensors(name_table(config), model))
     assert len(tensors) == len(dict(tensors)) == stored["n_tensors"]
-    assert [(name, list(shape)) for name, shape in tensors] == [(name, list(s)) for name, s in stored["shapes"].items()]
+    assert [(name, list(shape)) for name, shape in tensors] == [
+        (name, list(s)) for name, s in stored["shapes"].items()
+    ]
     total = sum(leaf.size for leaf in model.shapes.values())
     assert total == stored["parameters"]["total"]
-    for module, ours in (("vision_model", "vision"), ("language_model", "decoder"), ("projector", "projector")):
+    for module, ours in (
+        ("vision_model", "vision"),
+        ("language_model", "decoder"),
+        ("projector", "projector"),
+    ):
         count = sum(leaf.size for path, leaf in model.shapes.items() if path.startswith(ours + "."))
         assert count == stored["parameters"][module]
     assert config.tokens_per_tile == stored["num_image_token"]
@@ -39,21 +45,33 @@ def test_backwards_too(golden, size):
     stored, config, model = abstract(golden, size)
     table = name_table(config)
     assert {entry.target for entry in table} == model.shapes.keys()
-    sources = [name for entry in table for layer in range(entry.layers or 1) for name in entry.sources(layer)]
+    sources = [
+        name
+        for entry in table
+        for layer in range(entry.layers or 1)
+        for name in entry.sources(layer)
+    ]
     assert sorted(sources) == sorted(stored["shapes"])
 
 
-@pytest.mark.parametrize("size, total, tensors", [("2b", 2_205_754_368, 517), ("8b", 8_075_365_376, 573)])
+@pytest.mark.parametrize(
+    "size, total, tensors", [("2b", 2_205_754_368, 517), ("8b", 8_075_365_376, 573)]
+)
 def test_internvl2_baseline(golden, size, total, tensors):
     stored = json.loads((golden / f"shapes-{size}.json").read_text())
-    names = [name for name in stored["shapes"] if not name.startswith("projector.")] + ["mlp1.0.weight"]
+    names = [name for name in stored["shapes"] if not name.startswith("projector.")] + [
+        "mlp1.0.weight"
+    ]
     config = model_config(stored["config"], names)
     model = abstract_model(config, dtype="bfloat16")
     assert config.projector.kind == "mlp1"
     assert sum(leaf.size for leaf in model.shapes.values()) == total
     listed = dict(expected_tensors(name_table(config), model))
     assert len(listed) == tensors
-    assert len(dict(expected_tensors(name_table(config, "hf"), model))) == {517: 661, 573: 733}[tensors]
+    assert (
+        len(dict(expected_tensors(name_table(config, "hf"), model)))
+        == {517: 661, 573: 733}[tensors]
+    )
     if size == "8b":
         plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in listed.items()}
         assert len(index_text(plan, plan_files(plan))) == 51_167  # bytes of the public file
@@ -64,7 +82,10 @@ def test_internvl2_baseline(golden, size, total, tensors):
 def test_shards_of_the_public_files(golden):
     """8B: tensors and bytes of each shard, and bytes of the index."""
     stored, config, model = abstract(golden, "8b")
-    plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in expected_tensors(name_table(config), model)}
+    plan = {
+        name: (shape, np.dtype(ml_dtypes.bfloat16))
+        for name, shape in expected_tensors(name_table(config), model)
+    }
     files = plan_files(plan)
     tensors, sizes = {}, {}
     for name, file in files.items():
@@ -94,4 +115,6 @@ def test_many_layers_are_sorted_by_number(golden):
     """Layer 10 stands behind layer 9, not behind layer 1."""
     _, config, _ = abstract(golden, "2b")
     entry = next(entry for entry in name_table(config) if entry.target == "vision.layers.ls1")
-    assert [entry.sources(layer)[0].split(".")[3] for layer in range(entry.layers)] == [str(n) for n in range(24)]
+    assert [entry.sources(layer)[0].split(".")[3] for layer in range(entry.layers)] == [
+        str(n) for n in range(24)
+    ]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvlx_jax.convert.__main__ import main
-from internvlx_jax.convert.parts import NEW_TOKENS
-from internvlx_jax.training.checkpoint import RunFolder
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.cli.convert import main
+from internvlx_jax.convert.model_parts import NEW_TOKENS
 
 ROWS = 200
 
@@ -20,14 +20,23 @@ def parts(tmp_path, make_checkpoint):
     def make(family="qwen2", projector="pvtc"):
         tensors = make_checkpoint(tmp_path / "whole", family, projector)
         config = json.loads((tmp_path / "whole" / "config.json").read_text())
-        for name, prefix, section in (("vit", "vision_model.", "vision_config"), ("llm", "language_model.", "llm_config")):
+        for name, prefix, section in (
+            ("vit", "vision_model.", "vision_config"),
+            ("llm", "language_model.", "llm_config"),
+        ):
             (tmp_path / name).mkdir()
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            own = {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
             save_file(own, tmp_path / name / "model.safetensors")
             (tmp_path / name / "config.json").write_text(json.dumps(config[section]))
         vocabulary = {f"piece{n}": n for n in range(ROWS - 2)}
         added = [{"id": ROWS - 2 + n, "content": token} for n, token in enumerate(("<s>", "</s>"))]
-        (tmp_path / "llm" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
+        (tmp_path / "llm" / "tokenizer.json").write_text(
+            json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added})
+        )
         (tmp_path / "llm" / "tokenizer_config.json").write_text("{}")
         return tensors
 
@@ -35,8 +44,18 @@ def parts(tmp_path, make_checkpoint):
 
 
 def build(tmp_path, *flags):
-    return main(["import", "--vit", str(tmp_path / "vit"), "--llm", str(tmp_path / "llm"), "--to", str(tmp_path / "jax"),
-                 *map(str, flags)])
+    return main(
+        [
+            "import",
+            "--vit",
+            str(tmp_path / "vit"),
+            "--llm",
+            str(tmp_path / "llm"),
+            "--to",
+            str(tmp_path / "jax"),
+            *map(str, flags),
+        ]
+    )
 
 
 def test_new_projector_and_tokens(tmp_path, parts, capsys):
@@ -49,33 +68,63 @@ def test_new_projector_and_tokens(tmp_path, parts, capsys):
     embedding, head = run.read("decoder.embedding"), run.read("decoder.head")
     old = tensors["language_model.lm_head.weight"]
     assert embedding.shape == (ROWS + 9, 64) and head.shape == (64, ROWS + 9)
-    np.testing.assert_array_equal(embedding[:ROWS], tensors["language_model.model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        embedding[:ROWS], tensors["language_model.model.embed_tokens.weight"]
+    )
     np.testing.assert_array_equal(head[:, :ROWS], old.T)
     np.testing.assert_allclose(head[:, ROWS:], np.tile(old.mean(axis=0)[:, None], 9), atol=1e-6)
     assert 0.015 < embedding[ROWS:].std() < 0.025
-    np.testing.assert_array_equal(run.read("vision.patch_embed.bias"), tensors["vision_model.embeddings.patch_embedding.bias"])
+    np.testing.assert_array_equal(
+        run.read("vision.patch_embed.bias"), tensors["vision_model.embeddings.patch_embedding.bias"]
+    )
     assert run.config.decoder.vocab_size == ROWS + 9 and run.config.prompt.template == "internvl2_5"
     source = tmp_path / "jax" / "source"
-    assert json.loads((source / "added_tokens.json").read_text()) == {t: ROWS + n for n, t in enumerate(NEW_TOKENS)}
+    assert json.loads((source / "added_tokens.json").read_text()) == {
+        t: ROWS + n for n, t in enumerate(NEW_TOKENS)
+    }
     fast = json.loads((source / "tokenizer.json").read_text())
     assert [entry["id"] for entry in fast["added_tokens"]] == list(range(ROWS - 2, ROWS + 9))
     # The folder that comes out is a whole checkpoint.
-    assert main(["export", "--from", str(tmp_path / "jax"), "--to", str(tmp_path / "out"), "--layout", "internvl-x",
-                 "--dtype", "keep"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--from",
+                str(tmp_path / "jax"),
+                "--to",
+                str(tmp_path / "out"),
+                "--layout",
+                "internvl-x",
+                "--dtype",
+                "keep",
+            ]
+        )
+        == 0
+    )
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_given_projector_mean_rows_and_seed(tmp_path, parts, capsys):
     tensors = parts()
-    bare = {name.removeprefix("projector."): array for name, array in tensors.items() if name.startswith("projector.")}
+    bare = {
+        name.removeprefix("projector."): array
+        for name, array in tensors.items()
+        if name.startswith("projector.")
+    }
     save_file(bare, tmp_path / "mine.safetensors")
     assert build(tmp_path, "--projector", tmp_path / "mine.safetensors", "--mean_input_rows") == 0
     assert "initialised" not in capsys.readouterr().out
     run = RunFolder(tmp_path / "jax")
-    np.testing.assert_array_equal(run.read("projector.cls_scale").reshape(bare["cls_scale"].shape), bare["cls_scale"])
+    np.testing.assert_array_equal(
+        run.read("projector.cls_scale").reshape(bare["cls_scale"].shape), bare["cls_scale"]
+    )
     embedding = run.read("decoder.embedding")
-    np.testing.assert_allclose(embedding[ROWS:], np.tile(embedding[:ROWS].mean(axis=0), (9, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        embedding[ROWS:], np.tile(embedding[:ROWS].mean(axis=0), (9, 1)), atol=1e-6
+    )
 
 
 def test_mlp1_projectors(tmp_path, parts):
@@ -87,8 +136,22 @@ def test_mlp1_projectors(tmp_path, parts):
     save_file(given, tmp_path / "projector" / "model.safetensors")
     (tmp_path / "jax").rename(tmp_path / "first")
     assert build(tmp_path, "--projector", tmp_path / "projector") == 0
-    assert main(["export", "--from", str(tmp_path / "jax"), "--to", str(tmp_path / "out"), "--layout", "internvl",
-                 "--dtype", "keep"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--from",
+                str(tmp_path / "jax"),
+                "--to",
+                str(tmp_path / "out"),
+                "--layout",
+                "internvl",
+                "--dtype",
+                "keep",
+            ]
+        )
+        == 0
+    )
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(np.array_equal(stored[name], array) for name, array in given.items())
 
@@ -115,7 +178,9 @@ def test_what_is_refused(tmp_path, parts, capsys):
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS + 3}))
     assert build(tmp_path) == 1
     assert "has 200 rows, config.json says vocab_size 203" in capsys.readouterr().err
-    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    (tmp_path / "llm" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["MambaForCausalLM"]})
+    )
     assert build(tmp_path) == 1
     assert "describes 'MambaForCausalLM'" in capsys.readouterr().err
     assert not (tmp_path / "jax").exists()

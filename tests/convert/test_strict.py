@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from internvlx_jax.convert.__main__ import main
-from internvlx_jax.convert.safetensors_folder import CHECKSUMS, format_sums, sha256
+from internvlx_jax.checkpoints.safetensors_folder import CHECKSUMS, format_sums, sha256
+from internvlx_jax.cli.convert import main
 
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    shutil.copytree(golden / "qwen2", tmp_path / "model", ignore=shutil.ignore_patterns("*.npz", "*.md"))
+    shutil.copytree(
+        golden / "qwen2", tmp_path / "model", ignore=shutil.ignore_patterns("*.npz", "*.md")
+    )
     return tmp_path / "model"
 
 
@@ -86,7 +88,10 @@ def test_a_truncated_file(folder, refused):
 
 def test_an_index_that_names_a_missing_shard(folder, refused):
     tensors = load_file(folder / "model.safetensors")
-    index = {"metadata": {}, "weight_map": {name: f"model-{n % 2}.safetensors" for n, name in enumerate(tensors)}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: f"model-{n % 2}.safetensors" for n, name in enumerate(tensors)},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").rename(folder / "model-0.safetensors")
     message = refused()
@@ -108,8 +113,12 @@ def test_a_tensor_twice_in_one_header(folder, refused):
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length].rstrip()
-    header = header[:-1] + b',"projector.cls_scale":' + json.dumps(
-        json.loads(header)["projector.cls_scale"]).encode() + b"}"
+    header = (
+        header[:-1]
+        + b',"projector.cls_scale":'
+        + json.dumps(json.loads(header)["projector.cls_scale"]).encode()
+        + b"}"
+    )
     file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
     message = refused()
     assert "model.safetensors" in message and ("twice" in message or "duplicate" in message.lower())
@@ -123,8 +132,13 @@ def test_a_config_that_contradicts_the_tensors(folder, refused):
 
     edit_config(folder, more_layers)
     message = refused()
-    assert "missing tensor language_model.model.layers.3.self_attn.q_proj.weight [32, 32]" in message
-    assert "language_model.lm_head.weight has shape [200, 32], config.json implies [201, 32]" in message
+    assert (
+        "missing tensor language_model.model.layers.3.self_attn.q_proj.weight [32, 32]" in message
+    )
+    assert (
+        "language_model.lm_head.weight has shape [200, 32], config.json implies [201, 32]"
+        in message
+    )
     assert "missing tensor vision_model.encoder.layers.1.attn.q_norm.weight [64]" in message
 
 
@@ -139,7 +153,9 @@ def test_values_that_are_not_finite(folder, refused, rewrite_tensors):
     assert "tensor language_model.model.layers.1.mlp.up_proj.weight holds 2 values" in message
 
 
-def test_what_may_be_ignored_and_started_fresh_is_listed(folder, refused, rewrite_tensors, tmp_path, capsys):
+def test_what_may_be_ignored_and_started_fresh_is_listed(
+    folder, refused, rewrite_tensors, tmp_path, capsys
+):
     def change(tensors):
         tensors["extra.weight"] = np.zeros(3, np.float32)
         for name in [name for name in tensors if name.startswith("projector.")]:
@@ -147,11 +163,19 @@ def test_what_may_be_ignored_and_started_fresh_is_listed(folder, refused, rewrit
 
     rewrite_tensors(folder, change)
     message = refused()
-    assert "unused tensor extra.weight [3]" in message and "missing tensor projector.cls_scale [1, 2, 2, 32]" in message
+    assert (
+        "unused tensor extra.weight [3]" in message
+        and "missing tensor projector.cls_scale [1, 2, 2, 32]" in message
+    )
     message = refused("--ignore_source", "nothing", "--init_missing", "vision")
-    assert "--ignore_source 'nothing' matches no tensor" in message and "--init_missing 'vision' matches no" in message
+    assert (
+        "--ignore_source 'nothing' matches no tensor" in message
+        and "--init_missing 'vision' matches no" in message
+    )
     assert "is not a regular expression" in refused("--ignore_source", "(")
-    assert accepted(folder, tmp_path, "--ignore_source", "extra", "--init_missing", "projector", "--verify")
+    assert accepted(
+        folder, tmp_path, "--ignore_source", "extra", "--init_missing", "projector", "--verify"
+    )
     out = capsys.readouterr().out
     assert "initialised projector.cls_scale: [4, 32] ~ " in out and "seed 0" in out
     assert "verified: 29 read back" in out  # what was read, not what is fresh
@@ -167,7 +191,8 @@ def test_a_folder_that_is_there_is_kept(folder, tmp_path, capsys):
 
 def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsys):
     """--verify reads the files: what was written wrong is an error, and the folder never appears."""
-    from internvlx_jax.convert import safetensors_writer, to_jax
+    from internvlx_jax.checkpoints import safetensors_writer
+    from internvlx_jax.convert import import_hf as to_jax
 
     write = safetensors_writer.SafetensorsWriter.write
 
@@ -176,13 +201,31 @@ def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors_writer.SafetensorsWriter, "write", wrong)
-        status = main(["export", "--from", str(folder), "--to", str(tmp_path / "back"), "--layout", "internvl-x",
-                       "--dtype", "keep", "--verify"])
-    assert status == 1 and "projector.cls_scale: 128 values differ, first at [0, 0, 0, 0], by at most 1" in (
-        capsys.readouterr().err)
+        status = main(
+            [
+                "export",
+                "--from",
+                str(folder),
+                "--to",
+                str(tmp_path / "back"),
+                "--layout",
+                "internvl-x",
+                "--dtype",
+                "keep",
+                "--verify",
+            ]
+        )
+    assert (
+        status == 1
+        and "projector.cls_scale: 128 values differ, first at [0, 0, 0, 0], by at most 1"
+        in (capsys.readouterr().err)
+    )
     add = to_jax.ParamsWriter.add
-    monkeypatch.setattr(to_jax.ParamsWriter, "add", lambda self, path, array: add(
-        self, path, -array if path.endswith("cls_scale") else array))
+    monkeypatch.setattr(
+        to_jax.ParamsWriter,
+        "add",
+        lambda self, path, array: add(self, path, -array if path.endswith("cls_scale") else array),
+    )
     assert not accepted(folder, tmp_path, "--verify")
     assert "projector.cls_scale: 128 values differ" in capsys.readouterr().err
     assert {file.name for file in tmp_path.iterdir()} == {"model"}
@@ -192,7 +235,10 @@ def test_pickle_files_need_torch(folder, refused, monkeypatch):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     message = refused()
-    assert "pytorch_model.bin: pickle files need torch" in message and "convert the files to safetensors" in message
+    assert (
+        "pytorch_model.bin: pickle files need torch" in message
+        and "convert the files to safetensors" in message
+    )
 
 
 def test_hub_ids(refused, monkeypatch, folder):
@@ -207,27 +253,58 @@ def test_hub_ids(refused, monkeypatch, folder):
     hub.snapshot_download = offline
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     message = refused(source="owner/name")
-    assert "the Hugging Face hub did not give it (cannot reach the server)" in message and "path of the copy" in message
+    assert (
+        "the Hugging Face hub did not give it (cannot reach the server)" in message
+        and "path of the copy" in message
+    )
 
 
 def test_a_downloaded_repository_is_imported(folder, tmp_path, monkeypatch):
     hub = types.ModuleType("huggingface_hub")
-    hub.snapshot_download = lambda name, revision=None, allow_patterns=(): {("owner/name", "v1"): folder}[name, revision]
+    hub.snapshot_download = lambda name, revision=None, allow_patterns=(): {
+        ("owner/name", "v1"): folder
+    }[name, revision]
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
     assert accepted("owner/name", tmp_path, "--revision", "v1")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda config: config["text_config"].update(model_type="mamba"), "text_config.model_type is 'mamba'"),
-    (lambda config: config["vision_config"].update(use_mean_pooling=False), "use_mean_pooling is False"),
-    (lambda config: config["vision_config"].update(image_size=[56, 112]), "image_size [56, 112] is not square"),
-    (lambda config: config.pop("template"), "the hf layout does not say template"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda config: config["text_config"].update(model_type="mamba"),
+            "text_config.model_type is 'mamba'",
+        ),
+        (
+            lambda config: config["vision_config"].update(use_mean_pooling=False),
+            "use_mean_pooling is False",
+        ),
+        (
+            lambda config: config["vision_config"].update(image_size=[56, 112]),
+            "image_size [56, 112] is not square",
+        ),
+        (lambda config: config.pop("template"), "the hf layout does not say template"),
+    ],
+)
 def test_hf_configs_that_cannot_be_read(tmp_path, make_checkpoint, refused, change, message):
     make_checkpoint(tmp_path / "chat", "qwen2", "mlp1")
-    assert main(["export", "--from", str(tmp_path / "chat"), "--to", str(tmp_path / "hf"), "--layout", "hf",
-                 "--image_token_id", "7"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--from",
+                str(tmp_path / "chat"),
+                "--to",
+                str(tmp_path / "hf"),
+                "--layout",
+                "hf",
+                "--image_token_id",
+                "7",
+            ]
+        )
+        == 0
+    )
     edit_config(tmp_path / "hf", change)
     assert message in refused(source=tmp_path / "hf")
 
@@ -235,7 +312,10 @@ def test_hf_configs_that_cannot_be_read(tmp_path, make_checkpoint, refused, chan
 def test_inspect(folder, tmp_path, capsys, rewrite_tensors):
     assert main(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "201,888 parameters, 98 tensors, 807,552 bytes F32" in out and "nothing missing, nothing extra" in out
+    assert (
+        "201,888 parameters, 98 tensors, 807,552 bytes F32" in out
+        and "nothing missing, nothing extra" in out
+    )
     assert accepted(folder, tmp_path)
     assert main(["inspect", str(tmp_path / "jax"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.partition("bytes float32\n")[2])
@@ -247,7 +327,22 @@ def test_inspect(folder, tmp_path, capsys, rewrite_tensors):
 
 def test_an_export_checks_its_source(folder, tmp_path, capsys, rewrite_tensors):
     """A PyTorch folder that goes straight into another layout is held to the same rules."""
-    rewrite_tensors(folder, lambda tensors: tensors.update({"extra.weight": np.zeros(3, np.float32)}))
-    assert main(["export", "--from", str(folder), "--to", str(tmp_path / "out"), "--layout", "internvl-x"]) == 1
+    rewrite_tensors(
+        folder, lambda tensors: tensors.update({"extra.weight": np.zeros(3, np.float32)})
+    )
+    assert (
+        main(
+            [
+                "export",
+                "--from",
+                str(folder),
+                "--to",
+                str(tmp_path / "out"),
+                "--layout",
+                "internvl-x",
+            ]
+        )
+        == 1
+    )
     assert "unused tensor extra.weight [3]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

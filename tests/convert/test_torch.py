@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, InternVLForConditionalGeneration, Phi3ForCausalLM
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.convert.__main__ import main
+from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.verify import inputs_from_flat
 from internvlx_jax.models.decoder import Decoder, Frame
 
@@ -35,19 +35,40 @@ def ours(folder, tokens, pixels):
     loaded = load_pretrained(folder, dtype="float32")
     inputs = inputs_from_flat(loaded.config, IMAGE_TOKEN, tokens, pixels)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(loaded.model, inputs))
+        return np.asarray(
+            jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(loaded.model, inputs)
+        )
 
 
-@pytest.mark.parametrize("family, towers", [
-    ("llama", {}), ("qwen2", {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}), ("internlm2", {})])
+@pytest.mark.parametrize(
+    "family, towers",
+    [
+        ("llama", {}),
+        ("qwen2", {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}),
+        ("internlm2", {}),
+    ],
+)
 def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, family, towers):
     vision = json.loads((golden / "internlm2" / "config.json").read_text())["vision_config"]
     make_checkpoint(tmp_path / "source", family, "mlp1", vision_config=vision | towers)
     run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax")
-    run("export", "--from", tmp_path / "jax", "--to", tmp_path / "hf", "--layout", "hf", "--dtype", "float32",
-        "--image_token_id", IMAGE_TOKEN, "--verify")
+    run(
+        "export",
+        "--from",
+        tmp_path / "jax",
+        "--to",
+        tmp_path / "hf",
+        "--layout",
+        "hf",
+        "--dtype",
+        "float32",
+        "--image_token_id",
+        IMAGE_TOKEN,
+        "--verify",
+    )
     model, info = InternVLForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
     rng = np.random.default_rng(0)
@@ -55,31 +76,72 @@ def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, fam
     tokens[0, 2:6] = tokens[1, 1:9] = IMAGE_TOKEN  # one tile, then two
     pixels = rng.normal(size=(3, 3, 56, 56)).astype(np.float32)
     with torch.no_grad():
-        theirs = model.eval()(input_ids=torch.tensor(tokens), pixel_values=torch.tensor(pixels)).logits.numpy()
+        theirs = model.eval()(
+            input_ids=torch.tensor(tokens), pixel_values=torch.tensor(pixels)
+        ).logits.numpy()
     assert np.abs(theirs).max() > 0.5
     for folder in ("jax", "hf", "source"):
-        np.testing.assert_allclose(ours(tmp_path / folder, tokens, pixels), theirs, atol=ATOL, rtol=0, err_msg=folder)
+        np.testing.assert_allclose(
+            ours(tmp_path / folder, tokens, pixels), theirs, atol=ATOL, rtol=0, err_msg=folder
+        )
 
 
-@pytest.mark.parametrize("length", [20, 50])  # within the original positions, and beyond them and the sliding window
+@pytest.mark.parametrize(
+    "length", [20, 50]
+)  # within the original positions, and beyond them and the sliding window
 def test_phi3_decoder(tmp_path, make_checkpoint, length):
     tensors = make_checkpoint(tmp_path / "source", "phi3", "mlp1")
     config = json.loads((tmp_path / "source" / "config.json").read_text())["llm_config"]
     llm = tmp_path / "llm"
     llm.mkdir()
-    rope = {"rope_type": "longrope", "rope_theta": config["rope_theta"], **config["rope_scaling"],
-            "original_max_position_embeddings": 32}
-    keep = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "vocab_size", "max_position_embeddings", "rms_norm_eps", "sliding_window", "architectures", "model_type",
-            "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "original_max_position_embeddings")
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": config["rope_theta"],
+        **config["rope_scaling"],
+        "original_max_position_embeddings": 32,
+    }
+    keep = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "sliding_window",
+        "architectures",
+        "model_type",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "original_max_position_embeddings",
+    )
     fields = {field: config[field] for field in keep}
     rope.pop("type", None)
-    (llm / "config.json").write_text(json.dumps(fields | {"rope_theta": config["rope_theta"], "rope_parameters": rope,
-                                                          "rope_scaling": rope}))
-    save_file({name.removeprefix("language_model."): array for name, array in tensors.items()
-               if name.startswith("language_model.")}, llm / "model.safetensors", metadata={"format": "pt"})
-    theirs, info = Phi3ForCausalLM.from_pretrained(llm, config=AutoConfig.from_pretrained(llm), dtype=torch.float32,
-                                                   attn_implementation="eager", output_loading_info=True)
+    (llm / "config.json").write_text(
+        json.dumps(
+            fields
+            | {"rope_theta": config["rope_theta"], "rope_parameters": rope, "rope_scaling": rope}
+        )
+    )
+    save_file(
+        {
+            name.removeprefix("language_model."): array
+            for name, array in tensors.items()
+            if name.startswith("language_model.")
+        },
+        llm / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    theirs, info = Phi3ForCausalLM.from_pretrained(
+        llm,
+        config=AutoConfig.from_pretrained(llm),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = np.random.default_rng(0).integers(0, 200, (2, length))
     decoder = load_pretrained(tmp_path / "source", dtype="float32").model.decoder
@@ -96,17 +158,42 @@ def test_pickle_files(tmp_path, make_checkpoint, same_tensors):
     source = tmp_path / "source"
     make_checkpoint(source, "qwen2", "pvtc", "bfloat16")
     run("import", "--from", source, "--to", tmp_path / "jax")
-    run("export", "--from", tmp_path / "jax", "--to", tmp_path / "one", "--layout", "internvl-x", "--dtype", "keep")
-    tensors = {name: torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
-               for name, array in load_file(source / "model.safetensors").items()}
+    run(
+        "export",
+        "--from",
+        tmp_path / "jax",
+        "--to",
+        tmp_path / "one",
+        "--layout",
+        "internvl-x",
+        "--dtype",
+        "keep",
+    )
+    tensors = {
+        name: torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
+        for name, array in load_file(source / "model.safetensors").items()
+    }
     (source / "model.safetensors").unlink()
     weight_map = {name: f"pytorch_model-{n % 2}.bin" for n, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        torch.save({name: value for name, value in tensors.items() if weight_map[name] == file}, source / file,
-                   _use_new_zipfile_serialization=file.endswith("0.bin"))  # the other as torch wrote before 1.6
+        torch.save(
+            {name: value for name, value in tensors.items() if weight_map[name] == file},
+            source / file,
+            _use_new_zipfile_serialization=file.endswith("0.bin"),
+        )  # the other as torch wrote before 1.6
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     run("import", "--from", source, "--to", tmp_path / "jax2", "--verify")
-    run("export", "--from", tmp_path / "jax2", "--to", tmp_path / "two", "--layout", "internvl-x", "--dtype", "keep")
+    run(
+        "export",
+        "--from",
+        tmp_path / "jax2",
+        "--to",
+        tmp_path / "two",
+        "--layout",
+        "internvl-x",
+        "--dtype",
+        "keep",
+    )
     same_tensors(tmp_path / "one", tmp_path / "two")
 
 

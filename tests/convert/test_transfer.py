@@ -12,15 +12,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.config import to_dict
-from internvlx_jax.convert.hf_folder import HFFolder
-from internvlx_jax.convert.names import name_table
-from internvlx_jax.convert.transfer import check_same_model
+from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.run_folder import CheckpointWriter
+from internvlx_jax.checkpoints.transfer import check_same_model
+from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.presets import lvtc_preset
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.errors import CheckpointError, ConfigError
 from internvlx_jax.models.params import abstract_model, flatten
-from internvlx_jax.models.presets import lvtc_preset
-from internvlx_jax.training.checkpoint import CheckpointWriter
 
 
 def lvtc(name, *, expand_layer=0, **changes):
@@ -29,7 +29,10 @@ def lvtc(name, *, expand_layer=0, **changes):
 
 
 def params(pretrained):
-    return {path: np.asarray(x) for path, x in flatten(nnx.to_pure_dict(nnx.state(pretrained.model))).items()}
+    return {
+        path: np.asarray(x)
+        for path, x in flatten(nnx.to_pure_dict(nnx.state(pretrained.model))).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,18 @@ def trained(released, tmp_path_factory):
     """A run folder of a model with `paper_inject`, gates at 0.5, and its parameters."""
     config = dataclasses.replace(HFFolder(released[0]).config, lvtc=lvtc("paper_inject", gate=0.5))
     generator = np.random.default_rng(0)
-    values = {path: np.asarray(generator.standard_normal(leaf.shape), np.float32)
-              for path, leaf in abstract_model(config, dtype="float32").shapes.items()}
+    values = {
+        path: np.asarray(generator.standard_normal(leaf.shape), np.float32)
+        for path, leaf in abstract_model(config, dtype="float32").shapes.items()
+    }
     folder = tmp_path_factory.mktemp("transfer") / "run"
     with CheckpointWriter(folder, 1) as writer:
-        writer.save(1, jax.tree.map(jnp.asarray, values), {"count": jnp.zeros(1)}, {"model": to_dict(config)})
+        writer.save(
+            1,
+            jax.tree.map(jnp.asarray, values),
+            {"count": jnp.zeros(1)},
+            {"model": to_dict(config)},
+        )
     shutil.copytree(TOKENIZER_FOLDER, folder / "tokenizer")
     return folder, values
 
@@ -69,15 +79,23 @@ def check(source, lvtc, *, new, role):
 
 def test_a_released_checkpoint_under_each_preset(released):
     """The projector of 4 tokens a tile is the low one of `paper` and the high one of `fast`."""
-    ours, report = check(released, lvtc("paper"), new=("lvtc.high.",), role="is the low projector: 4 tokens a tile for "
-                         "decoder layer 0")
+    ours, report = check(
+        released,
+        lvtc("paper"),
+        new=("lvtc.high.",),
+        role="is the low projector: 4 tokens a tile for decoder layer 0",
+    )
     assert ours["lvtc.high.gate"] == 0 and "new, seed 0: lvtc.high.gate [] ~ 0" in report
     kernel = next(line for line in report if "lvtc.high.projector.fc1.kernel" in line)
     bound = ours["lvtc.high.projector.fc1.kernel"].shape[0] ** -0.5
     assert kernel.endswith(f"~ U(-{bound:.4g}, {bound:.4g})")
     assert 0.9 * bound < np.abs(ours["lvtc.high.projector.fc1.kernel"]).max() <= bound
-    check(released, lvtc("fast_inject", expand_layer=0, gate=0.25), new=("lvtc.",), role="is the high projector: 4 "
-          "tokens a tile for the residual before decoder layer 0")
+    check(
+        released,
+        lvtc("fast_inject", expand_layer=0, gate=0.25),
+        new=("lvtc.",),
+        role="is the high projector: 4 tokens a tile for the residual before decoder layer 0",
+    )
 
 
 @pytest.mark.parametrize("changed, new, left", [
@@ -90,7 +108,9 @@ def test_a_trained_model_under_another_preset(trained, changed, new, left):
     """Trained gates stay when their projector is of another kind; layers, kernels and start values are no obstacle."""
     _, report = check(trained, changed, new=new, role="projector: 4 tokens a tile")
     stated = [line for line in report if line.startswith("not taken over")]
-    assert len(stated) == len(left) and all(f": {part} (" in line for part, line in zip(left, stated))
+    assert len(stated) == len(left) and all(
+        f": {part} (" in line for part, line in zip(left, stated)
+    )
 
 
 def test_the_own_lvtc_loads_without_remarks(trained):
@@ -102,7 +122,9 @@ def test_the_own_lvtc_loads_without_remarks(trained):
 
 def test_no_role_for_the_released_projector(released):
     """Two mlp projectors: projector.* is left, and said to be."""
-    ours, report = check(released, lvtc("paper", low_projector="mlp"), new=("lvtc.",), role="projector.* has no role")
+    ours, report = check(
+        released, lvtc("paper", low_projector="mlp"), new=("lvtc.",), role="projector.* has no role"
+    )
     assert not any(path.startswith("projector.") for path in ours)
     assert report[-1].startswith("not taken over") and ": projector (" in report[-1]
 
@@ -115,10 +137,15 @@ def folder(released, trained, tmp_path):
     config["lvtc"] = to_dict(lvtc("paper_inject", gate=0.5))
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     tensors = {}
-    for entry in name_table(dataclasses.replace(HFFolder(released[0]).config, lvtc=lvtc("paper_inject"))):
+    for entry in name_table(
+        dataclasses.replace(HFFolder(released[0]).config, lvtc=lvtc("paper_inject"))
+    ):
         value = trained[1][entry.target]
         for layer, array in enumerate(value if entry.layers else [value]):
-            tensors |= zip(entry.sources(layer), (np.asarray(part, order="C") for part in entry.to_sources(array)))
+            tensors |= zip(
+                entry.sources(layer),
+                (np.asarray(part, order="C") for part in entry.to_sources(array)),
+            )
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     return tmp_path / "model"
 
@@ -140,10 +167,17 @@ def test_tensors_that_do_not_fit_their_config(folder):
         load_pretrained(folder)
 
     with pytest.raises(CheckpointError) as caught:
-        load(to_dict(lvtc("paper_inject", high_grid=2)))  # a region of 2 x 2 patches in place of one patch
+        load(
+            to_dict(lvtc("paper_inject", high_grid=2))
+        )  # a region of 2 x 2 patches in place of one patch
     width = load_file(folder / "model.safetensors")["lvtc.high.fc1.weight"].shape[1]
-    assert f"tensor lvtc.high.norm.weight has shape [{width}], config.json implies [{4 * width}]" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"lvtc.expand_layer 3 is outside 0\.\.2 of a decoder with 3 layers"):
+    assert (
+        f"tensor lvtc.high.norm.weight has shape [{width}], config.json implies [{4 * width}]"
+        in str(caught.value)
+    )
+    with pytest.raises(
+        ConfigError, match=r"lvtc.expand_layer 3 is outside 0\.\.2 of a decoder with 3 layers"
+    ):
         load(to_dict(lvtc("paper")) | {"expand_layer": 3})
     with pytest.raises(ConfigError, match="lvtc.expnd_layer: .* did you mean expand_layer"):
         load({"expnd_layer": 1})
@@ -154,8 +188,13 @@ def test_tensors_that_do_not_fit_their_config(folder):
 def test_a_run_states_in_what_its_model_differs_from_the_checkpoint(released):
     stored = HFFolder(released[0]).config
     rope = dataclasses.replace(stored.decoder.rope, theta=123.0)
-    wanted = dataclasses.replace(stored, lvtc=lvtc("fast"), vision=dataclasses.replace(stored.vision, drop_path=0.3))
+    wanted = dataclasses.replace(
+        stored, lvtc=lvtc("fast"), vision=dataclasses.replace(stored.vision, drop_path=0.3)
+    )
     check_same_model(wanted, stored, released[0])
     wanted = dataclasses.replace(wanted, decoder=dataclasses.replace(stored.decoder, rope=rope))
-    with pytest.raises(ConfigError, match=rf"(?s)internlm2.*model.decoder.rope.theta: 123.0, {stored.decoder.rope.theta}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"(?s)internlm2.*model.decoder.rope.theta: 123.0, {stored.decoder.rope.theta}",
+    ):
         check_same_model(wanted, stored, released[0])

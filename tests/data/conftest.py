@@ -21,21 +21,27 @@ def standin(golden, tmp_path_factory):
 @pytest.fixture(scope="session")
 def hermes(golden, tmp_path_factory):
     """A Llama tokenizer: a space before every stretch of plain text, no bos."""
-    return llama_standin(golden, tmp_path_factory.mktemp("hermes"), "hermes2", {"add_bos_token": False})
+    return llama_standin(
+        golden, tmp_path_factory.mktemp("hermes"), "hermes2", {"add_bos_token": False}
+    )
 
 
 @pytest.fixture(scope="session")
 def phi3(golden, tmp_path_factory):
     """One of Phi-3: a space before the first stretch only; the chat tokens swallow the white space behind them."""
     chat = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-    return llama_standin(golden, tmp_path_factory.mktemp("phi3"), "phi3", {"legacy": False}, rstrip=chat)
+    return llama_standin(
+        golden, tmp_path_factory.mktemp("phi3"), "phi3", {"legacy": False}, rstrip=chat
+    )
 
 
 def llama_standin(golden, folder, name, config, rstrip=()):
     shutil.copy(golden / "labels" / "standin_llama.model", folder / "tokenizer.model")
     added = json.loads((golden / "labels" / "vocab.json").read_text())[name]["added"]
     decoder = {str(id): {"content": text, "rstrip": text in rstrip} for text, id in added.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"added_tokens_decoder": decoder})
+    )
     return Tokenizer.load(folder)
 
 

@@ -15,33 +15,56 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from internvlx_jax.data.config import DataConfig, FaultConfig
+from internvlx_jax.core.data_config import DataConfig, FaultConfig
+from internvlx_jax.core.files import write_json
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.files import write_json
 
 ROW_QUANTUM = 4
 SAVE_EVERY = 25
 
 
 def make_loaders(meta: str, states: dict, index: int, count: int, **settings) -> dict[str, Loader]:
-    processor = Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "",
-                          TileConfig(tile_size=28, max_num=4), 4)
-    config = DataConfig(meta=meta, mixture="weight", max_length=128, tokens_per_step=256, max_executables=4,
-                        loss_reduction="square", faults=FaultConfig(max_share=0.3), **settings)
-    return {mode: Loader(meta, dataclasses.replace(config, batch_mode=mode), processor, row_quantum=ROW_QUANTUM,
-                         seed=3, process_index=index, process_count=count, state=states.get(mode))
-            for mode in ("tokens", "pack")}
+    processor = Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TileConfig(tile_size=28, max_num=4),
+        4,
+    )
+    config = DataConfig(
+        meta=meta,
+        mixture="weight",
+        max_length=128,
+        tokens_per_step=256,
+        max_executables=4,
+        loss_reduction="square",
+        faults=FaultConfig(max_share=0.3),
+        **settings,
+    )
+    return {
+        mode: Loader(
+            meta,
+            dataclasses.replace(config, batch_mode=mode),
+            processor,
+            row_quantum=ROW_QUANTUM,
+            seed=3,
+            process_index=index,
+            process_count=count,
+            state=states.get(mode),
+        )
+        for mode in ("tokens", "pack")
+    }
 
 
 def rows_digest(batch, rows: slice) -> str:
     sha = hashlib.sha256()
     for array in (*batch.inputs, batch.labels, batch.loss_weight):
-        if array is not None:  # there is no short frame without LVTC
+        if array is not None:  # there is no short layout without LVTC
             sha.update(np.ascontiguousarray(array[rows]).tobytes())
     return sha.hexdigest()[:16]
 
@@ -64,11 +87,19 @@ def main() -> None:
             for mode, stream in streams.items():
                 batch = next(stream).batch
                 tokens = jax.make_array_from_process_local_data(sharding, batch.inputs.tokens)
-                line = {"step": step, "mode": mode, "shape": [*tokens.shape, batch.inputs.tiles.shape[1]],
-                        "sum": int(total(tokens)), "rows": rows_digest(batch, slice(None))}
+                line = {
+                    "step": step,
+                    "mode": mode,
+                    "shape": [*tokens.shape, batch.inputs.tiles.shape[1]],
+                    "sum": int(total(tokens)),
+                    "rows": rows_digest(batch, slice(None)),
+                }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-    write_json(folder / f"faults-{rank}.json", {mode: loader.faults.totals().tolist() for mode, loader in loaders.items()})
+    write_json(
+        folder / f"faults-{rank}.json",
+        {mode: loader.faults.totals().tolist() for mode, loader in loaders.items()},
+    )
 
 
 if __name__ == "__main__":

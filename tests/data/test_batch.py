@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.token_layout import feature_index
 from internvlx_jax.data.batch import IGNORED, Row, collate
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.models.config import LvtcConfig
-from internvlx_jax.models.frames import feature_index
 
 SIDE, PER_TILE, PAD, IMAGE = 4, 4, 2, 7
 BUCKET = Bucket(5, 64)
@@ -22,8 +22,12 @@ def make_row(rng: np.random.Generator, images: list[int]) -> Row:
         tokens += [5, *[IMAGE] * (tiles * PER_TILE), 6, *rng.integers(10, 99, rng.integers(4))]
     tokens += list(rng.integers(10, 99, 6))
     labels = [IGNORED] * (len(tokens) - 6) + tokens[-6:]
-    return Row(np.array(tokens, np.int32), np.array(labels, np.int32), np.array(starts, np.int32),
-               rng.integers(1, 256, (sum(images), SIDE, SIDE, 3), np.uint8))
+    return Row(
+        np.array(tokens, np.int32),
+        np.array(labels, np.int32),
+        np.array(starts, np.int32),
+        rng.integers(1, 256, (sum(images), SIDE, SIDE, 3), np.uint8),
+    )
 
 
 def place(rows):
@@ -33,13 +37,21 @@ def place(rows):
 @pytest.fixture
 def rows():
     rng = np.random.default_rng(0)
-    return [make_row(rng, []), make_row(rng, [1]), None, make_row(rng, [2, 1, 2]), make_row(rng, [3])]
+    return [
+        make_row(rng, []),
+        make_row(rng, [1]),
+        None,
+        make_row(rng, [2, 1, 2]),
+        make_row(rng, [3]),
+    ]
 
 
 def test_shapes_and_types_are_those_of_the_bucket(rows):
     inputs, labels, loss_weight, dataset = place(rows)
     arrays = inputs._asdict() | {"labels": labels, "loss_weight": loss_weight, "dataset": dataset}
-    shapes = {name: (value.shape, value.dtype.name) for name, value in arrays.items() if value is not None}
+    shapes = {
+        name: (value.shape, value.dtype.name) for name, value in arrays.items() if value is not None
+    }
     assert shapes == {
         "tokens": ((5, 64), "int32"), "positions": ((5, 64), "int32"), "segment_ids": ((5, 64), "int32"),
         "tiles": ((5, 5, SIDE, SIDE, 3), "uint8"), "feature_index": ((5, 64), "int32"),
@@ -99,14 +111,21 @@ def test_tiles_may_start_in_any_order():
 
 
 def test_a_tile_beyond_the_last_slot_is_an_error():
-    with pytest.raises(ValueError, match="row 1: tile 0 starts at slot 7 and its 2 tokens do not fit into 8 slots"):
+    with pytest.raises(
+        ValueError, match="row 1: tile 0 starts at slot 7 and its 2 tokens do not fit into 8 slots"
+    ):
         feature_index(np.array([[8], [7]], np.int32), 8, 2)
 
 
-@pytest.mark.parametrize("images, bucket", [([1], Bucket(1, 8)), ([2], Bucket(1, 64)), ([1], Bucket(0, 64))])
+@pytest.mark.parametrize(
+    "images, bucket", [([1], Bucket(1, 8)), ([2], Bucket(1, 64)), ([1], Bucket(0, 64))]
+)
 def test_a_row_that_does_not_fit_is_an_error(images, bucket):
     row = make_row(np.random.default_rng(0), images)
-    with pytest.raises(ValueError, match=f"a sample of {len(row.tokens)} tokens and {sum(images)} tiles does not fit"):
+    with pytest.raises(
+        ValueError,
+        match=f"a sample of {len(row.tokens)} tokens and {sum(images)} tiles does not fit",
+    ):
         collate([row], bucket, tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD)
 
 
@@ -120,7 +139,9 @@ def test_the_first_token_is_never_a_label():
 
 
 def test_a_text_bucket_has_no_tile_slots(rows):
-    inputs = collate([rows[0], None], Bucket(0, 64), tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD).inputs
+    inputs = collate(
+        [rows[0], None], Bucket(0, 64), tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD
+    ).inputs
     assert inputs.tiles.shape == (2, 0, SIDE, SIDE, 3)
     assert not inputs.feature_index.any(), "0 * tokens_per_tile: out of range of no features"
 
@@ -130,13 +151,27 @@ def test_with_lvtc_a_row_has_a_short_frame_too(rows):
     lvtc = LvtcConfig(expand_layer=1, low_grid=1, high_grid=2)
     assert lvtc.high_grid**2 == PER_TILE
     bucket = dataclasses.replace(BUCKET, short_length=40)
-    inputs = collate(rows, bucket, tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD, lvtc=lvtc).inputs
+    inputs = collate(
+        rows, bucket, tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD, lvtc=lvtc
+    ).inputs
     assert inputs.short.short_to_long.shape == inputs.short.feature_index.shape == (5, 40)
     for b, row in enumerate(rows):
         slots = inputs.short.short_to_long[b]
         tokens = [] if row is None else row.tokens
-        visual = {start + child for start in ([] if row is None else row.tile_start) for child in (1, 2, 3)}
+        visual = {
+            start + child
+            for start in ([] if row is None else row.tile_start)
+            for child in (1, 2, 3)
+        }
         assert [*slots[slots < 64]] == [slot for slot in range(len(tokens)) if slot not in visual]
-    with pytest.raises(ValueError, match=r"row 3 needs \d+ slots in the short frame, which has 12"):
-        collate(rows, dataclasses.replace(BUCKET, short_length=12), tile_size=SIDE, tokens_per_tile=PER_TILE, pad_id=PAD,
-                lvtc=lvtc)
+    with pytest.raises(
+        ValueError, match=r"row 3 needs \d+ slots in the short layout, which has 12"
+    ):
+        collate(
+            rows,
+            dataclasses.replace(BUCKET, short_length=12),
+            tile_size=SIDE,
+            tokens_per_tile=PER_TILE,
+            pad_id=PAD,
+            lvtc=lvtc,
+        )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from internvlx_jax.data.chat import parse_sample
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.data.conversations import parse_sample
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.sources import JsonLines, read_sample
 
@@ -19,8 +19,13 @@ def human(text: str) -> dict:
 
 
 def only(folder: Path, line: object):
-    return parse_sample(line if isinstance(line, bytes) else json.dumps(line).encode(), dataset="d", line=1,
-                        where="a.jsonl line 1", root=str(folder))
+    return parse_sample(
+        line if isinstance(line, bytes) else json.dumps(line).encode(),
+        dataset="d",
+        line=1,
+        where="a.jsonl line 1",
+        root=str(folder),
+    )
 
 
 def write_meta(folder: Path, **fields: object) -> Path:
@@ -28,7 +33,9 @@ def write_meta(folder: Path, **fields: object) -> Path:
     (folder / "images").mkdir(exist_ok=True)
     path = folder / "meta.json"
     fields = {"root": "images", "annotation": "a.jsonl"} | fields
-    path.write_text(json.dumps({"d": {key: value for key, value in fields.items() if value is not ...}}))
+    path.write_text(
+        json.dumps({"d": {key: value for key, value in fields.items() if value is not ...}})
+    )
     return path
 
 
@@ -52,8 +59,14 @@ def test_sample_types(tmp_path):
     assert (text.images, text.sizes, text.id, text.system) == ((), (), None, None)
     assert text.turns == (("human", "What is <image>?"), ("gpt", "A"))
 
-    single = only(tmp_path, {"id": 7, "image": "x/1.jpg", "width": 30, "height": 20, "conversations": [Q, A]})
-    assert single.images == (str(tmp_path / "x/1.jpg"),) and single.sizes == ((30, 20),) and single.id == "7"
+    single = only(
+        tmp_path, {"id": 7, "image": "x/1.jpg", "width": 30, "height": 20, "conversations": [Q, A]}
+    )
+    assert (
+        single.images == (str(tmp_path / "x/1.jpg"),)
+        and single.sizes == ((30, 20),)
+        and single.id == "7"
+    )
     assert single.turns[0] == ("human", "<image>\nQ")
 
     later = only(tmp_path, {"image": "/abs.jpg", "conversations": [Q, A, human("and <image>?"), A]})
@@ -66,7 +79,12 @@ def test_sample_types(tmp_path):
             "image": ["1.jpg", "2.jpg"],
             "width_list": [3, 4],
             "height_list": [5, 6],
-            "conversations": [human("<image>\nvs"), A, human("<image>"), {"from": "gpt", "value": "<image>"}],
+            "conversations": [
+                human("<image>\nvs"),
+                A,
+                human("<image>"),
+                {"from": "gpt", "value": "<image>"},
+            ],
         },
     )
     assert multi.sizes == ((3, 5), (4, 6)) and len(multi.images) == 2
@@ -87,26 +105,46 @@ def test_system_and_leading_gpt_turns(tmp_path):
         ([1], "json", "not a JSON object"),
         ({}, "json", '"conversations" must be a list'),
         ({"conversations": [{"from": "human"}]}, "json", '"conversations" must be a list'),
-        (b'{"conversations": [{"from": "human", "value": "\\ud800"}]}', "json", "not valid Unicode"),
-        ({"image": 5, "conversations": [Q, A]}, "json", '"image" must be a path or a list of paths, got 5'),
+        (
+            b'{"conversations": [{"from": "human", "value": "\\ud800"}]}',
+            "json",
+            "not valid Unicode",
+        ),
+        (
+            {"image": 5, "conversations": [Q, A]},
+            "json",
+            '"image" must be a path or a list of paths, got 5',
+        ),
         ({"image": ["a", ""], "conversations": [Q, A]}, "json", "list of paths"),
         ({"conversations": []}, "role_order", "from nobody"),
         ({"conversations": [A]}, "role_order", "from nobody"),
         ({"conversations": [Q, Q, A]}, "role_order", "from human, human, gpt"),
         ({"conversations": [A, A, Q, A]}, "role_order", "from gpt, human, gpt"),
-        ({"conversations": [Q, A, {"from": "system", "value": ""}]}, "role_order", "human, gpt, system"),
+        (
+            {"conversations": [Q, A, {"from": "system", "value": ""}]},
+            "role_order",
+            "human, gpt, system",
+        ),
         (
             {"image": "a", "conversations": [human("<image><image>"), A]},
             "placeholder_mismatch",
             "1 image but 2",
         ),
-        ({"image": ["a"], "conversations": [Q, A]}, "placeholder_mismatch", '1 image but 0 "<image>"'),
+        (
+            {"image": ["a"], "conversations": [Q, A]},
+            "placeholder_mismatch",
+            '1 image but 0 "<image>"',
+        ),
         (
             {"image": ["a", "b"], "conversations": [human("<image>"), A]},
             "placeholder_mismatch",
             "2 images but 1",
         ),
-        ({"image": "a", "width": 0, "height": 5, "conversations": [Q, A]}, "size_mismatch", "positive width"),
+        (
+            {"image": "a", "width": 0, "height": 5, "conversations": [Q, A]},
+            "size_mismatch",
+            "positive width",
+        ),
         ({"image": "a", "width": 5, "conversations": [Q, A]}, "size_mismatch", "positive width"),
         (
             {"image": "a", "width": 5.5, "height": 5, "conversations": [Q, A]},
@@ -128,11 +166,31 @@ def test_system_and_leading_gpt_turns(tmp_path):
             "unreadable",
             "s3://a/b.jpg is not a local file",
         ),
-        ({"video": "a.mp4", "conversations": [Q, A]}, "missing_decoder", "video files are not decoded"),
-        ({"video": ["a.mp4"], "conversations": [Q, A]}, "missing_decoder", "video files are not decoded"),
-        ({"video": "a", "clip": [0, 1], "conversations": [Q, A]}, "missing_decoder", '"clip" gives seconds'),
-        ({"video": "a", "image": "b", "conversations": [Q, A]}, "json", '"image" or "video", not both'),
-        ({"video": 5, "conversations": [Q, A]}, "json", '"video" must be a folder or a list of frames, got 5'),
+        (
+            {"video": "a.mp4", "conversations": [Q, A]},
+            "missing_decoder",
+            "video files are not decoded",
+        ),
+        (
+            {"video": ["a.mp4"], "conversations": [Q, A]},
+            "missing_decoder",
+            "video files are not decoded",
+        ),
+        (
+            {"video": "a", "clip": [0, 1], "conversations": [Q, A]},
+            "missing_decoder",
+            '"clip" gives seconds',
+        ),
+        (
+            {"video": "a", "image": "b", "conversations": [Q, A]},
+            "json",
+            '"image" or "video", not both',
+        ),
+        (
+            {"video": 5, "conversations": [Q, A]},
+            "json",
+            '"video" must be a folder or a list of frames, got 5',
+        ),
         (
             {"video": "a", "conversations": [human("<video> <video>"), A]},
             "placeholder_mismatch",
@@ -174,7 +232,9 @@ def test_meta_fields(tmp_path, monkeypatch):
         "tile_rule": "off",
     }
     (dataset,) = read_meta(write_meta(tmp_path, data_augment=False, **fields))
-    assert dataset == DatasetEntry("d", str(tmp_path / "images"), str(tmp_path / "a.jsonl"), **fields)
+    assert dataset == DatasetEntry(
+        "d", str(tmp_path / "images"), str(tmp_path / "a.jsonl"), **fields
+    )
     monkeypatch.chdir(tmp_path)  # the working directory comes first
     (dataset,) = read_meta("meta.json")
     assert (dataset.root, dataset.annotation) == ("images", "a.jsonl")
@@ -192,21 +252,41 @@ def test_unknown_field_is_a_warning(tmp_path):
     [
         ({"annotation": ...}, ValueError, '"annotation" must name a .jsonl file, got None'),
         ({"annotation": "a.json"}, ValueError, "must name a .jsonl file, got 'a.json'"),
-        ({"annotation": "b.jsonl"}, FileNotFoundError, '"annotation" does not exist; tried b.jsonl and .*/b'),
+        (
+            {"annotation": "b.jsonl"},
+            FileNotFoundError,
+            '"annotation" does not exist; tried b.jsonl and .*/b',
+        ),
         ({"root": "nowhere"}, FileNotFoundError, '"root" does not exist; tried nowhere and'),
         ({"root": 3}, ValueError, '"root" must be a text, got 3'),
         ({"root": "s3://bucket/a"}, ValueError, '"root" is s3://bucket/a; s3:// cannot be read'),
         ({"repeat_time": 1.5}, ValueError, "below 1 or a whole number, got 1.5"),
         ({"repeat_time": -1}, ValueError, '"repeat_time" must be'),
         ({"repeat_time": "2"}, ValueError, "got '2'"),
-        ({"max_dynamic_patch": 0}, ValueError, '"max_dynamic_patch" must be a whole number above 0, got 0'),
+        (
+            {"max_dynamic_patch": 0},
+            ValueError,
+            '"max_dynamic_patch" must be a whole number above 0, got 0',
+        ),
         ({"tile_rule": "egde"}, ValueError, '"tile_rule" must be one of edge, area, off'),
-        ({"conv_style": "internvl2.5"}, ValueError, '"conv_style": template .* Did you mean "internvl2_5"'),
+        (
+            {"conv_style": "internvl2.5"},
+            ValueError,
+            '"conv_style": template .* Did you mean "internvl2_5"',
+        ),
         ({"data_augment": 1}, ValueError, '"data_augment" must be true or false, got 1'),
         ({"weight": 0}, ValueError, '"weight" must be a number above 0, got 0'),
         ({"array_record": "x"}, ValueError, "has annotation and array_record; keep one of them"),
-        ({"annotation": ..., "array_record": "x-*"}, FileNotFoundError, '"array_record" does not exist; tried x-'),
-        ({"annotation": ..., "tfds": "a:1.0.0"}, ValueError, '"tfds" needs "builder": "module:function"'),
+        (
+            {"annotation": ..., "array_record": "x-*"},
+            FileNotFoundError,
+            '"array_record" does not exist; tried x-',
+        ),
+        (
+            {"annotation": ..., "tfds": "a:1.0.0"},
+            ValueError,
+            '"tfds" needs "builder": "module:function"',
+        ),
     ],
 )
 def test_bad_meta_fields(tmp_path, fields, kind, message):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.data import __main__ as command
+from internvlx_jax.cli import data as command
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 
 
 def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
 
 
 @pytest.fixture
@@ -24,8 +26,13 @@ def meta(tmp_path):
     Image.fromarray(rng.integers(0, 256, (50, 112, 3), np.uint8)).save(tmp_path / "wide.png")
     Image.fromarray(rng.integers(0, 256, (56, 73, 3), np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:6000])
-    lines = [{"image": "wide.png", **chat("What?", "A <b>bold</b> word.")}, {"image": "cut.png", **chat("What?", "Half.")},
-             chat("Hello & goodbye.", "Good."), {"image": "gone.png", **chat("What?", "Nothing.")}, {}]
+    lines = [
+        {"image": "wide.png", **chat("What?", "A <b>bold</b> word.")},
+        {"image": "cut.png", **chat("What?", "Half.")},
+        chat("Hello & goodbye.", "Good."),
+        {"image": "gone.png", **chat("What?", "Nothing.")},
+        {},
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = tmp_path / "meta.json"
     path.write_text(json.dumps({"pages": {"root": str(tmp_path), "annotation": "chat.jsonl"}}))
@@ -36,8 +43,20 @@ def meta(tmp_path):
 def run(meta, monkeypatch, capsys, tmp_path):
     def run(name, *args):
         """-> exit status, what is printed, what is printed as error."""
-        words = ["data", name, str(meta), "--tokenizer", str(TOKENIZER_FOLDER), "--tile_size", "56", "--tokens_per_tile",
-                 "4", "--out", str(tmp_path / "out"), *args]
+        words = [
+            "data",
+            name,
+            str(meta),
+            "--tokenizer",
+            str(TOKENIZER_FOLDER),
+            "--tile_size",
+            "56",
+            "--tokens_per_tile",
+            "4",
+            "--out",
+            str(tmp_path / "out"),
+            *args,
+        ]
         monkeypatch.setattr(sys, "argv", words)
         status = command.main()
         return status, *capsys.readouterr()
@@ -48,12 +67,20 @@ def run(meta, monkeypatch, capsys, tmp_path):
 def test_the_table_counts_everything(run, tmp_path):
     status, printed, _ = run("check", "--set", "max_length=256")
     assert status == 0
-    for expected in ("samples          3 of 5 records, 2 images", "tiles a sample   0:1  1:1  3:1",
-                     "bad samples      json:1  unreadable:1", "made to fit      none",
-                     "against rule off 6 tiles (60.0%) and 24 tokens"):
+    for expected in (
+        "samples          3 of 5 records, 2 images",
+        "tiles a sample   0:1  1:1  3:1",
+        "bad samples      json:1  unreadable:1",
+        "made to fit      none",
+        "against rule off 6 tiles (60.0%) and 24 tokens",
+    ):
         assert expected in printed, printed
-    assert re.search(r"bucket +padded tokens +\d+\.\d%  padded tiles +0\.0%  executables 3", printed)
-    assert re.search(r"pack +padded tokens +\d+\.\d%  padded tiles +\d+\.\d%  executables 1", printed)
+    assert re.search(
+        r"bucket +padded tokens +\d+\.\d%  padded tiles +0\.0%  executables 3", printed
+    )
+    assert re.search(
+        r"pack +padded tokens +\d+\.\d%  padded tiles +\d+\.\d%  executables 1", printed
+    )
     report = json.loads((tmp_path / "out" / "check.json").read_text())
     found = report["datasets"]["pages"]
     assert found["tiles"] == {"0": 1, "1": 1, "3": 1} and sum(found["lengths"].values()) == 3
@@ -62,7 +89,10 @@ def test_the_table_counts_everything(run, tmp_path):
 
 def test_decoding_finds_what_headers_hide(run):
     assert "truncated" not in run("check", "--set", "max_length=256")[1]
-    assert "bad samples      json:1  unreadable:1  truncated:1" in run("check", "--decode", "--set", "max_length=256")[1]
+    assert (
+        "bad samples      json:1  unreadable:1  truncated:1"
+        in run("check", "--decode", "--set", "max_length=256")[1]
+    )
 
 
 def test_a_page_shows_tiles_prompt_and_labels(run, tmp_path):
@@ -73,8 +103,12 @@ def test_a_page_shows_tiles_prompt_and_labels(run, tmp_path):
     assert len(tiles) == 3 and all(Image.open(tile).size == (56, 56) for tile in tiles)
     assert all(tile.name in page for tile in tiles) and "&lt;IMG_CONTEXT&gt; x 12" in page
     learnt = re.findall(r'<span class="learn" title="\d+">(.*?)</span>', page)
-    assert "".join(learnt).replace("\u2581", " ") == "A &lt;b&gt;bold&lt;/b&gt; word.&lt;|im_end|&gt;"
-    assert "&lt;|im_start|&gt;" in "".join(re.findall(r'<span class="masked" title="\d+">(.*?)</span>', page))
+    assert (
+        "".join(learnt).replace("\u2581", " ") == "A &lt;b&gt;bold&lt;/b&gt; word.&lt;|im_end|&gt;"
+    )
+    assert "&lt;|im_start|&gt;" in "".join(
+        re.findall(r'<span class="masked" title="\d+">(.*?)</span>', page)
+    )
     assert "<b>" not in page, "texts of the data are escaped"
 
 
@@ -96,7 +130,20 @@ def test_errors_are_one_line(words, message, run):
 
 def test_a_run_config_says_how_its_model_reads(meta, tmp_path, monkeypatch, capsys):
     config = str(Path(__file__).parents[2] / "configs" / "demo.py")
-    monkeypatch.setattr(sys, "argv", ["data", "check", str(meta), "--config", config, "--tokenizer", str(TOKENIZER_FOLDER),
-                                      "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "data",
+            "check",
+            str(meta),
+            "--config",
+            config,
+            "--tokenizer",
+            str(TOKENIZER_FOLDER),
+            "--out",
+            str(tmp_path),
+        ],
+    )
     assert command.main() == 0, capsys.readouterr()
     assert "tiles a sample   0:1  1:2" in capsys.readouterr().out

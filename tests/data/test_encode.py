@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.encode import IGNORED, encode_prompt, encode_sample
-from internvlx_jax.data.errors import SampleError
 from internvlx_jax.data.templates import get_template, prompt_text
 from internvlx_jax.data.tokenizer import Tokenizer
 
@@ -69,14 +69,18 @@ def test_golden_labels(name, mode, golden, request):
         assert set(row["input_ids"][length:]) <= {row["pad_token_id"]}
         expected = np.array(row["labels"])
         if row["case"] == ENDS_WITH_HUMAN and name == "internlm2-chat":
-            masked = slice(np.flatnonzero(encoded.tokens == tokenizer.token_id("<|im_start|>"))[-1], None)
+            masked = slice(
+                np.flatnonzero(encoded.tokens == tokenizer.token_id("<|im_start|>"))[-1], None
+            )
             assert (expected[masked] != IGNORED).any(), "the release no longer differs"
             expected[masked] = IGNORED
         elif row["case"] == ENDS_WITH_HUMAN:
             assert (expected == IGNORED).all(), "the release no longer differs"
             answers = [text for role, text in turns if role == "gpt"]
             runs = [tokenizer.decode(run[:-1]) for run in supervised_runs(encoded)]
-            assert runs == answers and {run[-1] for run in supervised_runs(encoded)} == {tokenizer.token_id(template.stop)}
+            assert runs == answers and {run[-1] for run in supervised_runs(encoded)} == {
+                tokenizer.token_id(template.stop)
+            }
             continue
         assert encoded.labels.tolist() == expected[:length].tolist(), row["case"]
         slots = [start + i for start in encoded.tile_start for i in range(n)]
@@ -90,19 +94,31 @@ def test_supervised_tokens_of_the_golden_rows_are_the_answers(name, golden, requ
     rows = json.loads((golden / "labels" / "labels.json").read_text(encoding="utf-8"))
     seen = 0
     for row in rows:
-        if row["template"] != name or row["mode"] != "group_by_length" or row["case"] == "empty_answer":
+        if (
+            row["template"] != name
+            or row["mode"] != "group_by_length"
+            or row["case"] == "empty_answer"
+        ):
             continue
         turns = [(turn["from"], turn["value"]) for turn in row["conversation"]]
         tokens_per_image = [] if row["text_only"] else row["num_image_token_list"]
         n = min(tokens_per_image, default=4)
-        encoded = encode(tokenizer, turns[turns[0][0] == "gpt" :], [tokens // n for tokens in tokens_per_image], n, template)
+        encoded = encode(
+            tokenizer,
+            turns[turns[0][0] == "gpt" :],
+            [tokens // n for tokens in tokens_per_image],
+            n,
+            template,
+        )
         answers = [text for role, text in turns[turns[0][0] == "gpt" :] if role == "gpt"]
         if template.strip_values:
             answers = [answer.strip() for answer in answers]
         found = [tokenizer.decode(run, skip_special=False) for run in supervised_runs(encoded)]
         stop = template.stop
         # White space in front of an answer belongs to the header's token, or is swallowed by it.
-        assert [text.removesuffix(stop).strip() for text in found] == [answer.strip() for answer in answers], row["case"]
+        assert [text.removesuffix(stop).strip() for text in found] == [
+            answer.strip() for answer in answers
+        ], row["case"]
         assert all(text.endswith(stop) for text in found)
         seen += len(found)
     assert seen >= 12
@@ -127,7 +143,9 @@ def test_golden_prompts(name, golden, request):
                 tokenizer=tokenizer,
                 tokens_per_tile=row["num_image_token"],
             )
-            if row["case"] == "history_no_tag":  # the release drops the image from the prompt: an error here
+            if (
+                row["case"] == "history_no_tag"
+            ):  # the release drops the image from the prompt: an error here
                 with pytest.raises(SampleError, match='1 image but 0 "<image>" in the human turns'):
                     encode_prompt(question, tiles_per_image=tiles_per_image, **arguments)
                 tiles_per_image = []
@@ -138,7 +156,12 @@ def test_golden_prompts(name, golden, request):
 
 
 def test_example_of_the_specification(real):
-    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", "Yes.")]
+    turns = [
+        ("human", "<image>\nWhat is it?"),
+        ("gpt", "A cat."),
+        ("human", "Sure?"),
+        ("gpt", "Yes."),
+    ]
     encoded = encode(real, turns, [1], 256)
     tokens, labels = encoded.tokens.tolist(), encoded.labels.tolist()
     head, rest = tokens[:37], tokens[37:]
@@ -149,7 +172,16 @@ def test_example_of_the_specification(real):
     assert rest == [*first, 290, 8383, 281, 92542, *second, 9583, 281, 92542]
     x = IGNORED
     assert labels[: 37 + len(first)] == [x] * (37 + len(first))
-    assert labels[37 + len(first) :] == [290, 8383, 281, 92542, *[x] * len(second), 9583, 281, 92542]
+    assert labels[37 + len(first) :] == [
+        290,
+        8383,
+        281,
+        92542,
+        *[x] * len(second),
+        9583,
+        281,
+        92542,
+    ]
     assert len(tokens) == 325 and encoded.tile_start.tolist() == [41]
 
 
@@ -163,12 +195,25 @@ def test_internvl2_5_labels(standin):
         ([standin.bos_id, im_start, *plain("system\n"), im_end, *newline], False),
         ([im_start, *plain("user\nQ "), im_end, *newline, im_start, *plain("assistant\n")], False),
         ([*plain("assistant\nA dog.")[len(plain("assistant\n")) :], im_end], True),
-        ([*newline, im_start, *plain("user\nQ"), im_end, *newline, im_start, *plain("assistant\n")], False),
+        (
+            [
+                *newline,
+                im_start,
+                *plain("user\nQ"),
+                im_end,
+                *newline,
+                im_start,
+                *plain("assistant\n"),
+            ],
+            False,
+        ),
         ([*plain("assistant\n A cat")[len(plain("assistant\n")) :], im_end], True),
         (newline, False),
     ]
     assert encoded.tokens.tolist() == [id for ids, _ in expected for id in ids]
-    assert encoded.labels.tolist() == [id if learn else IGNORED for ids, learn in expected for id in ids]
+    assert encoded.labels.tolist() == [
+        id if learn else IGNORED for ids, learn in expected for id in ids
+    ]
 
 
 def test_bos_rule(real, tmp_path):
@@ -178,7 +223,9 @@ def test_bos_rule(real, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     without = Tokenizer.load(tmp_path)
     first = {
-        (template.name, tokenizer.add_bos): int(encode(tokenizer, turns, template=template).tokens[0])
+        (template.name, tokenizer.add_bos): int(
+            encode(tokenizer, turns, template=template).tokens[0]
+        )
         for template in (CHAT, V2_5, get_template("Hermes-2"))
         for tokenizer in (real, without)
     }
@@ -223,7 +270,20 @@ def test_token_shared_by_header_and_answer_is_masked(real):
 def test_whole_text_has_the_ids_of_its_pieces(name, template, request):
     tokenizer = request.getfixturevalue(name)
     draw = random.Random(1)
-    words = [" ", "  ", "\n", "hello", " world", "猫", "é", "1.5", "<ref>", "<|im_start|>", "</s>", "a"]
+    words = [
+        " ",
+        "  ",
+        "\n",
+        "hello",
+        " world",
+        "猫",
+        "é",
+        "1.5",
+        "<ref>",
+        "<|im_start|>",
+        "</s>",
+        "a",
+    ]
     for _ in range(50):
         values = ["".join(draw.choices(words, k=draw.randint(1, 8))) for _ in range(4)]
         values = [value.strip() + "." if template.strip_values else value for value in values]
@@ -247,7 +307,9 @@ def test_reserved_text(real):
             encode(real, turns, system=system)
         assert error.value.reason == "reserved_text"
         escaped = encode(real, turns, system=system, special_text="escape")
-        harmless = encode(real, [(role, text.replace(evil, "B")) for role, text in turns], system="B")
+        harmless = encode(
+            real, [(role, text.replace(evil, "B")) for role, text in turns], system="B"
+        )
         for id in (1, 2, 92542, 92543, 92546):
             assert (escaped.tokens == id).sum() == (harmless.tokens == id).sum()
         allowed = encode(real, turns, system=system, special_text="allow")
@@ -281,7 +343,7 @@ def test_errors_and_empty_answers(real):
 
 def test_data_modules_do_not_import_jax():
     code = (
-        "import sys, internvlx_jax.data.chat, internvlx_jax.data.encode, internvlx_jax.data.images\n"
+        "import sys, internvlx_jax.data.conversations, internvlx_jax.data.encode, internvlx_jax.data.images\n"
         "heavy = {'jax', 'flax', 'torch', 'tensorflow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

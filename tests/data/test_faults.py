@@ -10,81 +10,124 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.data.config import DataConfig, FaultConfig, ImageConfig
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.data_config import DataConfig, FaultConfig, ImageConfig
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.faults import Fault, FaultCounts, read_quarantine
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.errors import ConfigError
 
-CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=1024, max_executables=4, faults=FaultConfig(max_share=1.0))
+CONFIG = DataConfig(
+    meta="",
+    max_length=256,
+    tokens_per_step=1024,
+    max_executables=4,
+    faults=FaultConfig(max_share=1.0),
+)
 MODES = pytest.mark.parametrize("mode", ["tokens", "pack"])
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "",
-                     TileConfig(tile_size=28, max_num=4), 4)
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TileConfig(tile_size=28, max_num=4),
+        4,
+    )
 
 
 def chat(question: str, answer: str = "It is.") -> dict:
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
 
 
 def encoded(number: int, kind: str) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), np.uint8)).save(file, kind)
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), np.uint8)).save(
+        file, kind
+    )
     return file.getvalue()
 
 
 def write(folder, lines, name="d", **fields):
     """A meta file over lines of JSON text, objects or bytes."""
-    (folder / f"{name}.jsonl").write_bytes(b"".join(
-        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    (folder / f"{name}.jsonl").write_bytes(
+        b"".join(
+            (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n"
+            for line in lines
+        )
+    )
     meta = folder / "meta.json"
     found = json.loads(meta.read_text()) if meta.exists() else {}
-    meta.write_text(json.dumps(found | {name: {"root": str(folder), "annotation": str(folder / f"{name}.jsonl")} | fields}))
+    meta.write_text(
+        json.dumps(
+            found
+            | {name: {"root": str(folder), "annotation": str(folder / f"{name}.jsonl")} | fields}
+        )
+    )
     return meta
 
 
 @pytest.fixture
 def make(processor):
     def make(meta, *, row_quantum=2, epochs=1, images=ImageConfig(), **settings):
-        return Loader(str(meta), dataclasses.replace(CONFIG, images=images, **settings),
-                      dataclasses.replace(processor, images=images), row_quantum=row_quantum, seed=0, epochs=epochs)
+        return Loader(
+            str(meta),
+            dataclasses.replace(CONFIG, images=images, **settings),
+            dataclasses.replace(processor, images=images),
+            row_quantum=row_quantum,
+            seed=0,
+            epochs=epochs,
+        )
 
     return make
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Forty samples in two data sets; lines 4, 8, ... of the first show a file that cannot be decoded."""
+    """Forty samples in two datasets; lines 4, 8, ... of the first show a file that cannot be decoded."""
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(encoded(number, "PNG"))
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("a", "b"):
-        lines = [{"image": "empty.png" if name == "a" and number % 4 == 3 else f"{number % 4}.png", "width": 40,
-                  "height": 30, **chat("What?", f"{name} {number}.")} for number in range(20)]
+        lines = [
+            {
+                "image": "empty.png" if name == "a" and number % 4 == 3 else f"{number % 4}.png",
+                "width": 40,
+                "height": 30,
+                **chat("What?", f"{name} {number}."),
+            }
+            for number in range(20)
+        ]
         meta = write(tmp_path, lines, name)
     return meta
 
 
 def rows_by_slot(steps):
     """(step, row, segment) -> tokens."""
-    return {(number, row, segment): tuple(step.batch.inputs.tokens[row][step.batch.inputs.segment_ids[row] == segment])
-            for number, step in enumerate(steps) for row in range(len(step.batch.labels))
-            for segment in range(1, step.batch.inputs.segment_ids[row].max() + 1)}
+    return {
+        (number, row, segment): tuple(
+            step.batch.inputs.tokens[row][step.batch.inputs.segment_ids[row] == segment]
+        )
+        for number, step in enumerate(steps)
+        for row in range(len(step.batch.labels))
+        for segment in range(1, step.batch.inputs.segment_ids[row].max() + 1)
+    }
 
 
 @MODES
 def test_bad_samples_are_replaced_and_all_other_rows_stay(mode, mixed, make, tmp_path):
     loader = make(mixed, batch_mode=mode)
     steps = list(loader.steps(0, loader.plan.total))
-    assert loader.faults.summary().startswith("a: unreadable ") and loader.faults.totals()[0, 1] >= 5
+    assert (
+        loader.faults.summary().startswith("a: unreadable ") and loader.faults.totals()[0, 1] >= 5
+    )
     assert loader.faults.totals()[1, 1] == 0
     with_faults = rows_by_slot(steps)
     (tmp_path / "empty.png").write_bytes(encoded(9, "PNG"))
@@ -97,8 +140,12 @@ def test_bad_samples_are_replaced_and_all_other_rows_stay(mode, mixed, make, tmp
     assert len(changed) == 5 and not whole.faults.reasons
     names = [name for step in steps for name in step.sample_ids]
     assert len(names) == 40 and not {f"a:{line}" for line in range(4, 21, 4)} & set(names)
-    assert all(name.startswith("a:") for step, other in zip(steps, healthy_steps)
-               for name, before in zip(step.sample_ids, other.sample_ids) if name != before), "first of the same data set"
+    assert all(
+        name.startswith("a:")
+        for step, other in zip(steps, healthy_steps)
+        for name, before in zip(step.sample_ids, other.sample_ids)
+        if name != before
+    ), "first of the same dataset"
 
 
 def test_the_replacement_depends_on_the_slot_alone(mixed, make):
@@ -125,7 +172,9 @@ def test_a_bucket_without_a_good_sample_is_masked(make, tmp_path):
     loader = make(write(tmp_path, [image | chat("What?")] * 3 + [chat("Hello.")]))
     steps = list(loader.steps(0, loader.plan.total))
     assert [name for step in steps for name in step.sample_ids] == ["d:4"]
-    assert loader.faults.totals()[0, 1] == 3 * 3 + 3, "each of three slots tried itself and three others"
+    assert loader.faults.totals()[0, 1] == 3 * 3 + 3, (
+        "each of three slots tried itself and three others"
+    )
 
 
 def test_strict_stops_at_the_first_one(mixed, make):
@@ -139,9 +188,14 @@ def test_strict_stops_at_the_first_one(mixed, make):
 
 def test_a_share_of_bad_lines_stops_the_run_before_it_begins(make, tmp_path):
     meta = write(tmp_path, [chat("Hello.")] * 190 + [b"{broken"] * 10)
-    assert make(meta, faults=FaultConfig(max_share=0.05)).index_faults.totals().tolist() == [[200, 10]]
-    with pytest.raises(ConfigError, match='dataset "d": 10 of 200 samples are bad, more than data.faults.max_share = 0.04 '
-                                          r"\(json 10\)"):
+    assert make(meta, faults=FaultConfig(max_share=0.05)).index_faults.totals().tolist() == [
+        [200, 10]
+    ]
+    with pytest.raises(
+        ConfigError,
+        match='dataset "d": 10 of 200 samples are bad, more than data.faults.max_share = 0.04 '
+        r"\(json 10\)",
+    ):
         make(meta, faults=FaultConfig(max_share=0.04))
 
 
@@ -157,7 +211,9 @@ def test_counts_of_several_processes_are_judged_together():
     counts = [FaultCounts(["a", "b"], config) for _ in range(2)]
     error = SampleError("unreadable", "gone", "find it")
     for each in counts:
-        each.add({"a": 150, "b": 150}, [Fault("b", line, "unreadable", error) for line in range(14)])
+        each.add(
+            {"a": 150, "b": 150}, [Fault("b", line, "unreadable", error) for line in range(14)]
+        )
         each.judge(each.totals())
         each.judge(counts[0].totals() + counts[1].totals())
     counts[0].add({"b": 3}, [Fault("b", line, "unreadable", error) for line in range(3)])
@@ -178,7 +234,9 @@ def test_the_quarantine_lists_each_sample_once_and_later_runs_leave_them_out(mix
     list(again.steps(0, 5))
     rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert sorted((row["dataset"], row["line"], row["reason"]) for row in rows) == [
-        *(("a", line, "unreadable") for line in (4, 8, 12, 16, 20)), ("b", 21, "json")]
+        *(("a", line, "unreadable") for line in (4, 8, 12, 16, 20)),
+        ("b", 21, "json"),
+    ]
     assert all(f"{row['dataset']}.jsonl line {row['line']}" in row["error"] for row in rows)
 
     clean = make(mixed, faults=FaultConfig(max_share=1.0, exclude=(str(quarantine),)))
@@ -209,22 +267,47 @@ def test_every_kind_of_odd_image_is_used_or_counted(make, tmp_path):
     pixels.convert("CMYK").save(tmp_path / "cmyk.jpg")
     pixels.convert("RGBA").save(tmp_path / "alpha.png")
     pixels.save(tmp_path / "turned.jpg", exif=exif)
-    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(tmp_path / "deep.png")
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(
+        tmp_path / "deep.png"
+    )
     Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
     Image.new("F", (40, 30)).save(tmp_path / "float.tif")
-    names = [*files, "moving.gif", "cmyk.jpg", "alpha.png", "turned.jpg", "deep.png", "large.png", "float.tif"]
+    names = [
+        *files,
+        "moving.gif",
+        "cmyk.jpg",
+        "alpha.png",
+        "turned.jpg",
+        "deep.png",
+        "large.png",
+        "float.tif",
+    ]
     meta = write(tmp_path, [{"image": name, **chat("What?")} for name in names])
     loader = make(meta, images=ImageConfig(max_pixels=5000))
     steps = list(loader.steps(0, loader.plan.total))
     assert loader.index_faults.summary() == "d: too_many_pixels 1, unreadable 2"
     reasons = {(fault.line, fault.reason) for step in steps for fault in step.faults}
-    assert {(names.index("cut.jpg") + 1, "truncated"), (names.index("deep.png") + 1, "16bit"),
-            (names.index("float.tif") + 1, "unsupported_mode")} == reasons
+    assert {
+        (names.index("cut.jpg") + 1, "truncated"),
+        (names.index("deep.png") + 1, "16bit"),
+        (names.index("float.tif") + 1, "unsupported_mode"),
+    } == reasons
     used = {int(name.split(":")[1]) - 1 for step in steps for name in step.sample_ids}
-    assert {names[i] for i in used} >= {"good.png", "cut.jpg", "moving.gif", "cmyk.jpg", "alpha.png", "turned.jpg", "deep.png"}
+    assert {names[i] for i in used} >= {
+        "good.png",
+        "cut.jpg",
+        "moving.gif",
+        "cmyk.jpg",
+        "alpha.png",
+        "turned.jpg",
+        "deep.png",
+    }
 
     turned = make(meta, images=ImageConfig(exif="apply", truncated="reject"))
-    sizes = {name: tuple(turned.processors[0].sizes([str(tmp_path / name)], "")[0]) for name in ("turned.jpg", "good.png")}
+    sizes = {
+        name: tuple(turned.processors[0].sizes([str(tmp_path / name)], "")[0])
+        for name in ("turned.jpg", "good.png")
+    }
     assert sizes == {"turned.jpg": (30, 40), "good.png": (40, 30)}
     list(turned.steps(0, turned.plan.total))
     assert turned.faults.reasons["d", "truncated"] >= 1 and turned.faults.totals()[0, 1] >= 1
@@ -247,9 +330,18 @@ def test_two_thousand_damaged_inputs_are_used_or_counted(mode, make, tmp_path):
     for number in range(700):
         kind = ("JPEG", "PNG")[number % 2]
         (tmp_path / f"{number}.{kind}").write_bytes(mutated(encoded(number, kind), rng))
-        lines.append({"image": f"{number}.{kind}", "width": 40, "height": 30, **chat("What?", f"{number}.")})
+        lines.append(
+            {"image": f"{number}.{kind}", "width": 40, "height": 30, **chat("What?", f"{number}.")}
+        )
     for number in range(300):
-        line = json.dumps({"image": "good.png", "width": 40, "height": 30, **chat("<image> What is in it?", f"{number}.")})
+        line = json.dumps(
+            {
+                "image": "good.png",
+                "width": 40,
+                "height": 30,
+                **chat("<image> What is in it?", f"{number}."),
+            }
+        )
         lines.append(mutated(line.encode(), rng).replace(b"\n", b" "))
     meta = write(tmp_path, lines)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -259,11 +351,25 @@ def test_two_thousand_damaged_inputs_are_used_or_counted(mode, make, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB"
 
     listed = {int(loader.sources[0].lines[position]) for position, _ in loader.indexes[0].bad}
-    while_reading = {fault.line for step in steps for fault in step.faults if fault.error is not None}
+    while_reading = {
+        fault.line for step in steps for fault in step.faults if fault.error is not None
+    }
     used = {int(name.split(":")[1]) for step in steps for name in step.sample_ids}
-    assert listed | while_reading | used == set(range(1, len(loader.indexes[0]) + 1)), "used or counted, none lost"
+    assert listed | while_reading | used == set(range(1, len(loader.indexes[0]) + 1)), (
+        "used or counted, none lost"
+    )
     assert not used & (listed | while_reading)
-    assert len(loader.indexes[0]) >= 995 and len(used) > 300 and len(listed) > 100 and len(while_reading) > 50
+    assert (
+        len(loader.indexes[0]) >= 995
+        and len(used) > 300
+        and len(listed) > 100
+        and len(while_reading) > 50
+    )
     for step in steps:
-        image_tokens = (step.batch.inputs.tokens == loader.processors[0].tokenizer.image_token_id).sum()
-        assert image_tokens == (step.batch.inputs.feature_index < step.batch.inputs.tiles.shape[1] * 4).sum()
+        image_tokens = (
+            step.batch.inputs.tokens == loader.processors[0].tokenizer.image_token_id
+        ).sum()
+        assert (
+            image_tokens
+            == (step.batch.inputs.feature_index < step.batch.inputs.tiles.shape[1] * 4).sum()
+        )

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from internvlx_jax.data.chat import parse_sample
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.conversations import parse_sample
 from internvlx_jax.data.fit import Room, fit_sample
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 
 PER_TILE = 16
@@ -18,13 +18,21 @@ PER_TILE = 16
 @pytest.fixture(scope="module")
 def processor():
     tiles = TileConfig(tile_size=56, max_num=6)
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "", tiles, PER_TILE)
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "", tiles, PER_TILE
+    )
 
 
 def sample(*turns, images=1):
     names = [f"{number}.png" for number in range(images)]
-    conversations = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * len(turns), turns)]
-    record = {"image": names, "conversations": conversations} if images else {"conversations": conversations}
+    conversations = [
+        {"from": role, "value": text} for role, text in zip(["human", "gpt"] * len(turns), turns)
+    ]
+    record = (
+        {"image": names, "conversations": conversations}
+        if images
+        else {"conversations": conversations}
+    )
     return parse_sample(record, dataset="d", line=7, where="a.jsonl line 7", root="")
 
 
@@ -33,7 +41,9 @@ def whole(processor, sample, sizes):
 
 
 def text_of(processor, fitted):
-    return processor.tokenizer.decode(fitted.encoded.tokens[fitted.encoded.tokens != processor.tokenizer.image_token_id])
+    return processor.tokenizer.decode(
+        fitted.encoded.tokens[fitted.encoded.tokens != processor.tokenizer.image_token_id]
+    )
 
 
 def test_a_sample_that_fits_is_left_alone(processor):
@@ -44,7 +54,9 @@ def test_a_sample_that_fits_is_left_alone(processor):
     np.testing.assert_array_equal(exact.encoded.tokens, fitted.encoded.tokens)
 
 
-@pytest.mark.parametrize("room", [Room(10**6, 6), Room(7 * PER_TILE - 1)], ids=["tile slots", "tokens"])
+@pytest.mark.parametrize(
+    "room", [Room(10**6, 6), Room(7 * PER_TILE - 1)], ids=["tile slots", "tokens"]
+)
 def test_first_tiles_are_fewer(processor, room):
     chat = sample("<image>What?", "This.")
     fitted = fit_sample(processor, chat, [(112, 168)], room)
@@ -52,7 +64,9 @@ def test_first_tiles_are_fewer(processor, room):
     assert len(fitted.encoded.tokens) <= room.length
     larger = processor.tiles_per_image([(112, 168)], fitted.limit + 1)
     text = len(fitted.encoded.tokens) - sum(fitted.tiles) * PER_TILE
-    assert sum(larger) > (room.tiles or 99) or text + sum(larger) * PER_TILE > room.length, "as many as fit"
+    assert sum(larger) > (room.tiles or 99) or text + sum(larger) * PER_TILE > room.length, (
+        "as many as fit"
+    )
 
 
 def test_then_trailing_turns_go_with_their_images(processor):
@@ -61,16 +75,29 @@ def test_then_trailing_turns_go_with_their_images(processor):
     full = whole(processor, chat, sizes)
     # The unanswered question alone, then the pair with the second image.
     fitted = fit_sample(processor, chat, sizes, Room(len(full.encoded.tokens) - 1))
-    assert fitted.change == "dropped_turns" and fitted.tiles == (1, 1) and "So?" not in text_of(processor, fitted)
+    assert (
+        fitted.change == "dropped_turns"
+        and fitted.tiles == (1, 1)
+        and "So?" not in text_of(processor, fitted)
+    )
     fitted = fit_sample(processor, chat, sizes, Room(len(fitted.encoded.tokens) - 1))
-    assert fitted.change == "dropped_turns" and fitted.tiles == (1,) and "And" not in text_of(processor, fitted)
+    assert (
+        fitted.change == "dropped_turns"
+        and fitted.tiles == (1,)
+        and "And" not in text_of(processor, fitted)
+    )
     assert len(fitted.encoded.tile_start) == 1
 
 
 def test_an_image_in_the_first_turns_stays(processor):
     """Without its image the rest would be another sample."""
     chat = sample("Hello.", "Hi.", "<image>What?", "This " * 20)
-    fitted = fit_sample(processor, chat, [(50, 50)], Room(len(whole(processor, chat, [(50, 50)]).encoded.tokens) - 10))
+    fitted = fit_sample(
+        processor,
+        chat,
+        [(50, 50)],
+        Room(len(whole(processor, chat, [(50, 50)]).encoded.tokens) - 10),
+    )
     assert fitted.change == "cut_answer" and fitted.tiles == (1,)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.images import image_size, load_image
 
 
@@ -138,14 +138,18 @@ def test_pixel_limit_is_known_from_the_header(tmp_path, side):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(side, side))
     assert image_size(path) == (side, side)
-    with pytest.raises(SampleError, match=f"{side} x {side} pixels are more than max_pixels = 9999") as error:
+    with pytest.raises(
+        SampleError, match=f"{side} x {side} pixels are more than max_pixels = 9999"
+    ) as error:
         load_image(path, max_pixels=99_999_999)
     assert error.value.reason == "too_many_pixels"
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
 def test_default_pixel_limit(tmp_path):
-    (tmp_path / "a.png").write_bytes(png_header(13_378, 13_377))  # the first of its kind above 178,956,970
+    (tmp_path / "a.png").write_bytes(
+        png_header(13_378, 13_377)
+    )  # the first of its kind above 178,956,970
     with pytest.raises(SampleError, match="max_pixels = 178956970"):
         load_image(tmp_path / "a.png")
 
@@ -156,7 +160,9 @@ def test_missing_and_foreign_files(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     for read in (image_size, load_image):
-        with pytest.raises(SampleError, match=r"a\.png: the image cannot be read \(.*\)\.\nCheck") as error:
+        with pytest.raises(
+            SampleError, match=r"a\.png: the image cannot be read \(.*\)\.\nCheck"
+        ) as error:
             read(path)
         assert error.value.reason == "unreadable"
 

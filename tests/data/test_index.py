@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvlx_jax.core.data_config import DataConfig, ImageConfig
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import processor as processor_module
-from internvlx_jax.data.config import DataConfig, ImageConfig
 from internvlx_jax.data.fit import Room
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.meta import read_meta
@@ -18,7 +19,6 @@ from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import open_source, read_sample
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 
 ROOM = Room(512)
@@ -27,12 +27,19 @@ CONFIG = DataConfig(meta="")
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "",
-                     TileConfig(tile_size=28, max_num=4), 4)
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TileConfig(tile_size=28, max_num=4),
+        4,
+    )
 
 
 def chat(question: str, answer: str = "It is.") -> dict:
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
 
 
 @pytest.fixture
@@ -40,10 +47,19 @@ def data(tmp_path):
     """Six lines: two with sizes, one without, a text, and two bad ones -> (meta, annotation)."""
     for name, size in (("wide", (84, 28)), ("tall", (28, 56))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    lines = [{"image": "wide.png", "width": 84, "height": 28, **chat("What?")}, {"image": "tall.png", **chat("What?")},
-             {"image": "gone.png", **chat("What?")}, chat("Hello.", "Hello to you."), {"conversations": []},
-             {"image": ["wide.png", "tall.png"], "width_list": [84, 28], "height_list": [28, 56],
-              **chat("<image><image>?")}]
+    lines = [
+        {"image": "wide.png", "width": 84, "height": 28, **chat("What?")},
+        {"image": "tall.png", **chat("What?")},
+        {"image": "gone.png", **chat("What?")},
+        chat("Hello.", "Hello to you."),
+        {"conversations": []},
+        {
+            "image": ["wide.png", "tall.png"],
+            "width_list": [84, 28],
+            "height_list": [28, 56],
+            **chat("<image><image>?"),
+        },
+    ]
     annotation = tmp_path / "chat.jsonl"
     annotation.write_text("".join(json.dumps(line) + "\n" for line in lines))
     meta = tmp_path / "meta.json"
@@ -56,7 +72,11 @@ def headers(monkeypatch):
     """The image files whose headers are read."""
     read = []
     size = processor_module.image_size
-    monkeypatch.setattr(processor_module, "image_size", lambda path, **kw: read.append(path.rpartition("/")[2]) or size(path, **kw))
+    monkeypatch.setattr(
+        processor_module,
+        "image_size",
+        lambda path, **kw: read.append(path.rpartition("/")[2]) or size(path, **kw),
+    )
     return read
 
 
@@ -67,11 +87,27 @@ def made(meta, processor, config=CONFIG, room=ROOM) -> SizeIndex:
 
 def test_shapes_are_those_of_the_encoded_samples(data, processor):
     found = made(data[0], processor)
-    assert found.tiles.tolist() == [4, 3, 0, 0, 0, 6] and found.images.tolist() == [1, 1, 0, 0, 0, 2]
+    assert found.tiles.tolist() == [4, 3, 0, 0, 0, 6] and found.images.tolist() == [
+        1,
+        1,
+        0,
+        0,
+        0,
+        2,
+    ]
     assert found.off_tiles.tolist() == [4, 3, 0, 0, 0, 6]
-    assert [(position, error.reason) for position, error in found.bad] == [(2, "unreadable"), (4, "role_order")]
+    assert [(position, error.reason) for position, error in found.bad] == [
+        (2, "unreadable"),
+        (4, "role_order"),
+    ]
     assert found.reasons == {"unreadable": 1, "role_order": 1} and (found.status > 0).tolist() == [
-        False, False, True, False, True, False]
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     (entry,) = read_meta(data[0])
     for position, tiles in ((0, [4]), (1, [3]), (3, []), (5, [3, 3])):
         sample = read_sample(open_source(entry, ""), entry, position)
@@ -90,7 +126,9 @@ def test_only_missing_sizes_are_read_and_only_once(data, processor, headers):
     assert [(p, str(e)) for p, e in again.bad] == [(p, str(e)) for p, e in first.bad]
     longer = made(data[0], processor, room=Room(1024))
     np.testing.assert_array_equal(longer.length, first.length)
-    assert headers[2:] == ["gone.png"], "sizes outlive a change of the settings; what was missing may be there by now"
+    assert headers[2:] == ["gone.png"], (
+        "sizes outlive a change of the settings; what was missing may be there by now"
+    )
 
 
 def test_sizes_of_the_annotation_may_be_distrusted(data, processor, headers):
@@ -126,21 +164,35 @@ def test_an_interrupted_scan_goes_on(data, processor, headers, monkeypatch):
     read = []
     size = processor_module.image_size
     monkeypatch.setattr(index_module, "CHUNK", 2)
-    monkeypatch.setattr(processor_module, "image_size", lambda path, **kw: read.append(path) or size(path, **kw))
+    monkeypatch.setattr(
+        processor_module, "image_size", lambda path, **kw: read.append(path) or size(path, **kw)
+    )
     assert made(data[0], processor).tiles[1] == 3
     assert not [path for path in read if path.endswith("tall.png")], "its size was remembered"
 
 
 def test_only_the_lines_that_repeat_time_leaves_are_indexed(data, processor):
     meta, annotation = data
-    meta.write_text(json.dumps({"d": {"root": str(annotation.parent), "annotation": str(annotation), "repeat_time": 0.5}}))
+    meta.write_text(
+        json.dumps(
+            {
+                "d": {
+                    "root": str(annotation.parent),
+                    "annotation": str(annotation),
+                    "repeat_time": 0.5,
+                }
+            }
+        )
+    )
     assert len(made(meta, processor)) == 3
 
 
 def test_another_folder_and_a_folder_that_cannot_be_written(data, processor, tmp_path, monkeypatch):
     elsewhere = tmp_path / "indexes"
     made(data[0], processor, dataclasses.replace(CONFIG, index_dir=str(elsewhere)))
-    assert list(elsewhere.glob("chat.jsonl.index-*.npz")) and not list(tmp_path.glob("chat.jsonl.index-*.npz"))
+    assert list(elsewhere.glob("chat.jsonl.index-*.npz")) and not list(
+        tmp_path.glob("chat.jsonl.index-*.npz")
+    )
     monkeypatch.setattr(index_module.os, "access", lambda *_: False)
     with pytest.warns(UserWarning, match="cannot be written to, .* set data.index_dir"):
         found = made(data[0], processor)

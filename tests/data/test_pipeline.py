@@ -10,45 +10,74 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.data.config import DataConfig, FaultConfig, PackConfig
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.data_config import DataConfig, FaultConfig, PackConfig
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.images import load_image
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
 from internvlx_jax.data.templates import get_template, prompt_text
-from internvlx_jax.data.tiles import TileConfig, cut_tiles
+from internvlx_jax.data.tiles import cut_tiles
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import LvtcConfig
 
 PER_TILE = 4
 TILES = TileConfig(tile_size=56, max_num=4)
-CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=1024, max_executables=4, length_step=128)
+CONFIG = DataConfig(
+    meta="", max_length=256, tokens_per_step=1024, max_executables=4, length_step=128
+)
 STRICT = FaultConfig(on_bad="fail")
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "data"
-    generate(folder, SyntheticConfig(train_samples=40, val_samples=4, two_page_share=0.25, text_share=0.25))
+    generate(
+        folder,
+        SyntheticConfig(train_samples=40, val_samples=4, two_page_share=0.25, text_share=0.25),
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def processor():
     """With LVTC, so that batches have both frames."""
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "", TILES, PER_TILE,
-                     lvtc=LvtcConfig(expand_layer=0, low_grid=1, high_grid=2))
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TILES,
+        PER_TILE,
+        lvtc=LvtcConfig(expand_layer=0, low_grid=1, high_grid=2),
+    )
 
 
 @pytest.fixture(scope="module")
 def make_loader(dataset, processor):
-    def make(meta=None, *, row_quantum=2, seed=0, epochs=None, state=None, process_index=0, process_count=1,
-             **settings) -> Loader:
+    def make(
+        meta=None,
+        *,
+        row_quantum=2,
+        seed=0,
+        epochs=None,
+        state=None,
+        process_index=0,
+        process_count=1,
+        **settings,
+    ) -> Loader:
         meta = meta or dataset / FILES["meta_train"]
-        return Loader(str(meta), dataclasses.replace(CONFIG, **settings), processor, row_quantum=row_quantum, seed=seed,
-                      epochs=epochs, state=state, process_index=process_index, process_count=process_count)
+        return Loader(
+            str(meta),
+            dataclasses.replace(CONFIG, **settings),
+            processor,
+            row_quantum=row_quantum,
+            seed=seed,
+            epochs=epochs,
+            state=state,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
     return make
 
@@ -68,14 +97,21 @@ def arrays(step):
 def assert_same(steps, others):
     assert len(steps) == len(others) > 0
     for step, other in zip(steps, others):
-        assert (step.sample_ids, step.counts, step.read) == (other.sample_ids, other.counts, other.read)
+        assert (step.sample_ids, step.counts, step.read) == (
+            other.sample_ids,
+            other.counts,
+            other.read,
+        )
         for a, b in zip(arrays(step), arrays(other)):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
 
 
 def lines_of(dataset):
-    return [json.loads(line) for line in (dataset / "synthetic_pages" / "train.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (dataset / "synthetic_pages" / "train.jsonl").read_text().splitlines()
+    ]
 
 
 def rendered(record, tiles_per_image) -> str:
@@ -120,8 +156,14 @@ def test_rows_hold_their_sample(epoch, dataset, processor):
             assert n == loader.table.length[entries[0].sample]
             paths = record.get("image", [])
             paths = [paths] if isinstance(paths, str) else paths
-            expected = [cut_tiles(load_image(dataset / "synthetic_pages" / path), TILES, TILES.max_num // len(paths))
-                        for path in paths]
+            expected = [
+                cut_tiles(
+                    load_image(dataset / "synthetic_pages" / path),
+                    TILES,
+                    TILES.max_num // len(paths),
+                )
+                for path in paths
+            ]
             text = processor.tokenizer.decode(inputs.tokens[row, :n], skip_special=False)
             assert text == "<s>" + rendered(record, map(len, expected))
             answer = [int(i) for i in step.batch.labels[row] if i >= 0]
@@ -137,7 +179,10 @@ def test_rows_hold_their_sample(epoch, dataset, processor):
                 np.testing.assert_array_equal(inputs.tiles[row, :tiles], np.concatenate(expected))
         assert step.counts.samples == sum(map(len, planned.rows))
         assert step.counts.masked_rows == sum(not row for row in planned.rows)
-        assert step.counts.tokens == (inputs.segment_ids > 0).sum() and step.counts.slots == inputs.tokens.size
+        assert (
+            step.counts.tokens == (inputs.segment_ids > 0).sum()
+            and step.counts.slots == inputs.tokens.size
+        )
         assert step.counts.tiles * PER_TILE == (inputs.tokens == image_id).sum()
 
 
@@ -162,7 +207,9 @@ def test_a_restart_goes_on_exactly_where_the_run_ended(mode, make_loader):
 
 def test_the_seed_decides_the_order(make_loader):
     loader, other = make_loader(), make_loader(seed=1)
-    assert [loader.plan.step(step).rows for step in range(5)] != [other.plan.step(step).rows for step in range(5)]
+    assert [loader.plan.step(step).rows for step in range(5)] != [
+        other.plan.step(step).rows for step in range(5)
+    ]
     assert other.plan_hash != loader.plan_hash
 
 
@@ -180,7 +227,11 @@ def test_the_hash_changes_with_samples_and_processor(make_loader, dataset, proce
     shorter = json.loads(meta.read_text())
     shorter["synthetic"] |= {"repeat_time": 0.9, "length": None}
     (dataset / "shorter.json").write_text(json.dumps(shorter))
-    changed = {name for name, part in make_loader(dataset / "shorter.json").parts.items() if part != epoch[0].parts[name]}
+    changed = {
+        name
+        for name, part in make_loader(dataset / "shorter.json").parts.items()
+        if part != epoch[0].parts[name]
+    }
     assert "samples" in changed and "seed or mixture" not in changed
     other = dataclasses.replace(processor, tiles=dataclasses.replace(TILES, max_num=1))
     parts = Loader(str(meta), CONFIG, other, row_quantum=2, seed=0).parts
@@ -194,8 +245,19 @@ def test_processes_hold_parts_of_the_same_steps_whatever_their_number(mode, make
     whole = list(loader.steps(0, 6))
     for count in (2, 4):
         state = loader.state(2)
-        parts = [list(make_loader(batch_mode=mode, row_quantum=4, tokens_per_step=2048, state=state, process_index=index,
-                                  process_count=count).steps(2, 6)) for index in range(count)]
+        parts = [
+            list(
+                make_loader(
+                    batch_mode=mode,
+                    row_quantum=4,
+                    tokens_per_step=2048,
+                    state=state,
+                    process_index=index,
+                    process_count=count,
+                ).steps(2, 6)
+            )
+            for index in range(count)
+        ]
         for step, *shares in zip(whole[2:], *parts, strict=True):
             assert step.sample_ids == tuple(name for share in shares for name in share.sample_ids)
             assert {share.counts for share in shares} == {step.counts}
@@ -231,8 +293,12 @@ def test_packed_rows_hold_whole_samples(make_loader, epoch):
             if n:
                 inputs = step.batch.inputs
                 visual = inputs.feature_index[row, :n]
-                alone[next(names)] = (inputs.tokens[row, :n], step.batch.labels[row, :n], inputs.tiles[row],
-                                      np.where(visual < inputs.tiles.shape[1] * PER_TILE, visual, -1))
+                alone[next(names)] = (
+                    inputs.tokens[row, :n],
+                    step.batch.labels[row, :n],
+                    inputs.tiles[row],
+                    np.where(visual < inputs.tiles.shape[1] * PER_TILE, visual, -1),
+                )
     loader = make_loader(batch_mode="pack", max_length=512, epochs=1, loss_reduction="square")
     steps = list(loader.steps(0, loader.plan.total))
     assert sorted(name for step in steps for name in step.sample_ids) == sorted(alone)
@@ -249,20 +315,27 @@ def test_packed_rows_hold_whole_samples(make_loader, epoch):
                 assert (step.batch.dataset[row, slots] == number).all()
                 np.testing.assert_array_equal(inputs.tokens[row, slots], tokens)
                 np.testing.assert_array_equal(step.batch.labels[row, slots], labels)
-                assert labels[0] == -100 and inputs.positions[row, slots].tolist() == [*range(len(slots))]
+                assert labels[0] == -100 and inputs.positions[row, slots].tolist() == [
+                    *range(len(slots))
+                ]
                 shown = np.where(visual < 0, none, visual + first_tile * PER_TILE)
                 np.testing.assert_array_equal(inputs.feature_index[row, slots], shown)
                 count = visual.max() // PER_TILE + 1 if (visual >= 0).any() else 0
-                np.testing.assert_array_equal(inputs.tiles[row, first_tile : first_tile + count], tiles[:count])
+                np.testing.assert_array_equal(
+                    inputs.tiles[row, first_tile : first_tile + count], tiles[:count]
+                )
                 supervised = labels >= 0
-                np.testing.assert_allclose(step.batch.loss_weight[row, slots],
-                                           supervised * supervised.sum() ** -0.5, rtol=1e-6)
+                np.testing.assert_allclose(
+                    step.batch.loss_weight[row, slots],
+                    supervised * supervised.sum() ** -0.5,
+                    rtol=1e-6,
+                )
                 first_tile += count
             assert not step.batch.loss_weight[row][inputs.segment_ids[row] == 0].any()
 
 
 def test_packed_rows_fit_the_short_frame_of_lvtc(make_loader, dataset, processor):
-    """Its length is a function of the bucket, smaller than the long frame, and bounds every row."""
+    """Its length is a function of the bucket, smaller than the long layout, and bounds every row."""
     loader = make_loader(batch_mode="pack", max_length=512, length_step=16, epochs=1)
     (bucket,) = loader.plan.buckets
     saved = processor.saved_per_tile
@@ -271,7 +344,11 @@ def test_packed_rows_fit_the_short_frame_of_lvtc(make_loader, dataset, processor
         for row in loader.plan.step(number).rows:
             samples = [sample for sample, _ in row]
             tiles, length = loader.table.tiles[samples].sum(), loader.table.length[samples].sum()
-            assert length - saved * tiles <= bucket.short_length and length <= 512 and tiles <= bucket.tiles
+            assert (
+                length - saved * tiles <= bucket.short_length
+                and length <= 512
+                and tiles <= bucket.tiles
+            )
     plain = dataclasses.replace(processor, lvtc=None)
     meta = str(dataset / FILES["meta_train"])
     without = Loader(meta, loader.config, plain, row_quantum=2, seed=0, epochs=1)
@@ -284,7 +361,9 @@ def test_loss_weights(reduction, power, make_loader):
     (step,) = loader.steps(0, 1)
     for labels, weight in zip(step.batch.labels, step.batch.loss_weight):
         supervised = labels >= 0
-        np.testing.assert_allclose(weight, supervised * float(max(1, supervised.sum())) ** power, rtol=1e-6)
+        np.testing.assert_allclose(
+            weight, supervised * float(max(1, supervised.sum())) ** power, rtol=1e-6
+        )
 
 
 def test_a_row_budget_of_its_own(make_loader):
@@ -304,12 +383,21 @@ def test_real_receipts_from_any_working_directory(shared_data, tmp_path, monkeyp
     tiles = TileConfig(max_num=6)
     processor = Processor(tokenizer, get_template("internlm2-chat"), None, tiles, 256)
     meta = shared_data / "receipts_meta.json"
-    config = DataConfig(meta=str(meta), max_length=4096, tokens_per_step=4096, index_dir=str(tmp_path))
+    config = DataConfig(
+        meta=str(meta), max_length=4096, tokens_per_step=4096, index_dir=str(tmp_path)
+    )
     loader = Loader(str(meta), config, processor, row_quantum=2, seed=0)
     assert len(loader.table.length) == 128 and not loader.index_faults.reasons
-    records = [json.loads(line) for line in (shared_data / "receipts" / "train.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (shared_data / "receipts" / "train.jsonl").read_text().splitlines()
+    ]
     for number, step in enumerate(loader.steps(0, 3)):
-        lines = [int(loader.table.position[sample]) + 1 for row in loader.plan.step(number).rows for sample, _ in row]
+        lines = [
+            int(loader.table.position[sample]) + 1
+            for row in loader.plan.step(number).rows
+            for sample, _ in row
+        ]
         assert step.sample_ids == tuple(f"receipts:{line}" for line in lines)
         for row, line in enumerate(lines):
             record = records[line - 1]
@@ -317,7 +405,9 @@ def test_real_receipts_from_any_working_directory(shared_data, tmp_path, monkeyp
                 expected = cut_tiles(image.convert("RGB"), tiles)
             np.testing.assert_array_equal(step.batch.inputs.tiles[row, : len(expected)], expected)
             assert not step.batch.inputs.tiles[row, len(expected) :].any()
-            assert (step.batch.inputs.tokens[row] == tokenizer.image_token_id).sum() == len(expected) * 256
+            assert (step.batch.inputs.tokens[row] == tokenizer.image_token_id).sum() == len(
+                expected
+            ) * 256
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -336,14 +426,23 @@ def write_meta(tmp_path):
         line = second if isinstance(second, str) else json.dumps(GOOD | second)
         (tmp_path / "chat.jsonl").write_text(f"{good}\n{line}\n{good}\n")
         meta = tmp_path / "meta.json"
-        meta.write_text(json.dumps({"bad": {"root": str(tmp_path), "annotation": str(tmp_path / "chat.jsonl")} | fields}))
+        meta.write_text(
+            json.dumps(
+                {
+                    "bad": {"root": str(tmp_path), "annotation": str(tmp_path / "chat.jsonl")}
+                    | fields
+                }
+            )
+        )
         return meta
 
     return write
 
 
 def turns(question, answer="This."):
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
 
 
 @pytest.mark.parametrize("second, reason, problem, remedy", [
@@ -360,8 +459,9 @@ def turns(question, answer="This."):
     (turns("<image>\n<|im_end|>"), "reserved_text", '"<|im_end|>"', "Remove it"),
     (turns("<image>\nWhat?", ""), "no_supervision", "no answer to learn from", "Give at least one gpt turn"),
 ])  # fmt: skip
-def test_a_bad_sample_is_one_error_with_file_line_and_remedy(second, reason, problem, remedy, write_meta, make_loader,
-                                                             tmp_path):
+def test_a_bad_sample_is_one_error_with_file_line_and_remedy(
+    second, reason, problem, remedy, write_meta, make_loader, tmp_path
+):
     meta = write_meta(second)
     Image.new("RGB", (500, 500)).save(tmp_path / "large.png")
     with pytest.raises(SampleError) as error:
@@ -373,9 +473,13 @@ def test_a_bad_sample_is_one_error_with_file_line_and_remedy(second, reason, pro
     assert problem in head and "\n".join(rest).startswith(remedy)
 
 
-def test_a_sample_error_of_a_worker_process_arrives_whole_and_ends_the_others(write_meta, make_loader):
+def test_a_sample_error_of_a_worker_process_arrives_whole_and_ends_the_others(
+    write_meta, make_loader
+):
     loader = make_loader(write_meta({"image": "gone.png"}), num_workers=2, faults=STRICT, epochs=1)
-    with pytest.raises(SampleError, match="chat.jsonl line 2: .*gone.png: the image cannot be read"):
+    with pytest.raises(
+        SampleError, match="chat.jsonl line 2: .*gone.png: the image cannot be read"
+    ):
         list(loader.steps(0, loader.plan.total))
     assert multiprocessing.active_children() == []
 
@@ -384,13 +488,20 @@ def test_a_sample_error_of_a_worker_process_arrives_whole_and_ends_the_others(wr
 def test_a_wrong_size_that_leaves_room_is_good_enough(size, write_meta, make_loader):
     loader = make_loader(write_meta({"width": size[0], "height": size[1]}), epochs=1)
     steps = list(loader.steps(0, loader.plan.total))
-    assert sum(step.counts.samples for step in steps) == sum(len(step.sample_ids) for step in steps) == 3
+    assert (
+        sum(step.counts.samples for step in steps)
+        == sum(len(step.sample_ids) for step in steps)
+        == 3
+    )
     assert not loader.faults.reasons
 
 
 def test_an_unknown_template_names_meta_file_and_dataset(write_meta, make_loader):
-    with pytest.raises(ConfigError, match=r'meta.json dataset "bad": "conv_style": template "internlm2chat" is unknown. '
-                                          r'Did you mean "internlm2-chat"\?'):
+    with pytest.raises(
+        ConfigError,
+        match=r'meta.json dataset "bad": "conv_style": template "internlm2chat" is unknown. '
+        r'Did you mean "internlm2-chat"\?',
+    ):
         make_loader(write_meta({}, conv_style="internlm2chat"))
 
 
@@ -400,20 +511,31 @@ def test_a_meta_file_without_samples_is_an_error(write_meta, make_loader):
 
 
 @pytest.mark.parametrize("name, reason", [("cut.png", "truncated"), ("deep.png", "16bit")])
-def test_an_image_used_with_reservations_is_counted(name, reason, write_meta, make_loader, tmp_path):
+def test_an_image_used_with_reservations_is_counted(
+    name, reason, write_meta, make_loader, tmp_path
+):
     noise = np.random.default_rng(0).integers(0, 2**16, (50, 50), np.uint16)
     Image.fromarray(noise).save(tmp_path / "deep.png")
     Image.fromarray((noise >> 8).astype(np.uint8)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
     loader = make_loader(write_meta({"image": name}), epochs=1)
     steps = list(loader.steps(0, loader.plan.total))
-    assert loader.faults.summary() == f"bad: {reason} 1" and loader.faults.totals().tolist() == [[3, 0]]
+    assert loader.faults.summary() == f"bad: {reason} 1" and loader.faults.totals().tolist() == [
+        [3, 0]
+    ]
     assert sum(len(step.sample_ids) for step in steps) == 3
 
 
 def test_data_modules_import_no_jax():
     """All but pipeline.py: grain, which it needs, imports jax by itself."""
-    modules = ("batch, chat, config, encode, faults, fit, images, index, meta, packing, plan, processor, reader, sources, "
-               "storage, synthetic, templates, tiles, tokenizer, video")
+    modules = (
+        "batch, chat, config, encode, faults, fit, images, index, meta, packing, plan, processor, reader, sources, "
+        "storage, synthetic, templates, tiles, tokenizer, video"
+    )
     code = f"import sys; from internvlx_jax.data import {modules}; print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

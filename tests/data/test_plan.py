@@ -9,11 +9,21 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.packing import best_fit
-from internvlx_jax.data.plan import (LENGTH_STEP, TILE_BUCKETS, BatchRule, Bucket, EntryStream, PackedStream, Plan,
-                                     assign_buckets, smallest_bucket)
-from internvlx_jax.data.tiles import TileConfig, tile_count
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.data.plan import (
+    LENGTH_STEP,
+    TILE_BUCKETS,
+    BatchRule,
+    Bucket,
+    EntryStream,
+    PackedStream,
+    Plan,
+    assign_buckets,
+    smallest_bucket,
+)
+from internvlx_jax.data.tiles import tile_count
 
 TOKENS = 8192
 RULE = BatchRule(row_quantum=4, tokens=TOKENS)
@@ -22,22 +32,42 @@ RULE = BatchRule(row_quantum=4, tokens=TOKENS)
 def samples(seed: int, n: int = 500) -> tuple[np.ndarray, np.ndarray]:
     """(tile counts, token lengths) of a mix of text, one-image and multi-image samples."""
     rng = np.random.default_rng(seed)
-    tiles = rng.choice([0, 1, 2, 3, 4, 5, 7, 9, 20, 30], n, p=[0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.06, 0.03, 0.01])
+    tiles = rng.choice(
+        [0, 1, 2, 3, 4, 5, 7, 9, 20, 30], n, p=[0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.06, 0.03, 0.01]
+    )
     return tiles, tiles * 16 + rng.integers(8, 700, n)
 
 
 def bucket_plan(tiles, lengths, *, seed=1, epochs=None, rates=(1, 1), rule=RULE, near=0) -> Plan:
-    """Two data sets, even samples and odd ones."""
+    """Two datasets, even samples and odd ones."""
     buckets, code = assign_buckets(tiles, lengths, max_executables=10)
     numbers = np.arange(len(tiles))
-    streams = [EntryStream(seed, b, {d: found for d in (0, 1) if len(found := numbers[(code == b) & (numbers % 2 == d)])},
-                           [Fraction(rate) for rate in rates]) for b in range(len(buckets))]
-    return Plan(buckets, [rule.rows(bucket) for bucket in buckets], streams, seed=seed, epochs=epochs, near=near)
+    streams = [
+        EntryStream(
+            seed,
+            b,
+            {d: found for d in (0, 1) if len(found := numbers[(code == b) & (numbers % 2 == d)])},
+            [Fraction(rate) for rate in rates],
+        )
+        for b in range(len(buckets))
+    ]
+    return Plan(
+        buckets,
+        [rule.rows(bucket) for bucket in buckets],
+        streams,
+        seed=seed,
+        epochs=epochs,
+        near=near,
+    )
 
 
-def packed_plan(tiles, lengths, *, seed=1, epochs=None, rates=(1, 1), rule=RULE, known=(0, 0)) -> Plan:
+def packed_plan(
+    tiles, lengths, *, seed=1, epochs=None, rates=(1, 1), rule=RULE, known=(0, 0)
+) -> Plan:
     bucket, numbers = Bucket(40, 2048), np.arange(len(tiles))
-    entries = EntryStream(seed, 0, {d: numbers[numbers % 2 == d] for d in (0, 1)}, [Fraction(rate) for rate in rates])
+    entries = EntryStream(
+        seed, 0, {d: numbers[numbers % 2 == d] for d in (0, 1)}, [Fraction(rate) for rate in rates]
+    )
     stream = PackedStream(entries, tiles, lengths, bucket=bucket, open_rows=16, known=known)
     return Plan([bucket], [rule.rows(bucket)], [stream], seed=seed, epochs=epochs, near=known[0])
 
@@ -79,7 +109,11 @@ def test_every_step_has_one_bucket_and_only_the_remainder_is_masked(make):
     for step in steps:
         assert len(step.rows) == RULE.rows(step.bucket)
         for row in step.rows:
-            shape = np.array([(tiles[sample.sample], lengths[sample.sample]) for sample in row]).reshape(-1, 2).sum(0)
+            shape = (
+                np.array([(tiles[sample.sample], lengths[sample.sample]) for sample in row])
+                .reshape(-1, 2)
+                .sum(0)
+            )
             assert shape[0] <= step.bucket.tiles and shape[1] <= step.bucket.length
             assert len(row) <= 1 or make is packed_plan
     whole, rest = steps[: plan.first_step(2)], steps[plan.first_step(2) :]
@@ -96,7 +130,9 @@ def test_a_remainder_begins_the_next_epoch(make):
     counts = collections.Counter(sample for sample, _ in seen)
     assert counts[9] == 4 and all(3 <= counts[sample] <= 4 for sample in range(9))
     for sample in range(10):
-        assert [cycle for found, cycle in sorted(seen) if found == sample] == list(range(counts[sample]))
+        assert [cycle for found, cycle in sorted(seen) if found == sample] == list(
+            range(counts[sample])
+        )
 
 
 def test_rows_are_whole_quanta_and_keep_steps_near_tokens_per_step():
@@ -139,7 +175,9 @@ def test_a_resumed_packed_plan_counts_on_from_its_epoch(monkeypatch):
     step = plan.first_step(5) + 2
     epochs = []
     pack = PackedStream._pack
-    monkeypatch.setattr(PackedStream, "_pack", lambda self, epoch: epochs.append(epoch) or pack(self, epoch))
+    monkeypatch.setattr(
+        PackedStream, "_pack", lambda self, epoch: epochs.append(epoch) or pack(self, epoch)
+    )
     resumed = packed_plan(*samples(0), known=(5, plan.streams[0].before(5)))
     for number in range(step, step + 30):
         assert resumed.step(number) == plan.step(number)
@@ -148,8 +186,10 @@ def test_a_resumed_packed_plan_counts_on_from_its_epoch(monkeypatch):
 
 @PLANS
 def test_epochs_and_seeds_have_orders_of_their_own(make):
-    orders = [tuple(sample for sample, _ in entries(epoch(make(*samples(0), seed=seed), number)))
-              for seed, number in ((1, 0), (1, 1), (2, 0), (0, 1))]
+    orders = [
+        tuple(sample for sample, _ in entries(epoch(make(*samples(0), seed=seed), number)))
+        for seed, number in ((1, 0), (1, 1), (2, 0), (0, 1))
+    ]
     assert len(set(orders)) == len(orders)
 
 
@@ -165,9 +205,11 @@ def test_steps_of_a_bucket_do_not_gather():
 
 @PLANS
 def test_rates_say_how_often_a_data_set_comes(make):
-    """Data set 0 twice an epoch, data set 1 two times in five epochs, each of its samples equally often."""
+    """Dataset 0 twice an epoch, dataset 1 two times in five epochs, each of its samples equally often."""
     plan = make(*samples(0), rates=(2, Fraction(2, 5)), epochs=5)
-    found = collections.Counter(sample for sample, _ in entries(plan.step(step) for step in range(plan.total)))
+    found = collections.Counter(
+        sample for sample, _ in entries(plan.step(step) for step in range(plan.total))
+    )
     assert {count for sample, count in found.items() if sample % 2 == 0} == {10}
     odd = [found[sample] for sample in range(1, 500, 2)]
     assert set(odd) <= {1, 2, 3} and abs(sum(odd) - 500) <= len(plan.buckets)
@@ -178,7 +220,10 @@ def test_many_samples_are_planned_in_numpy():
     tiles = rng.integers(0, 8, 300_000)
     lengths = tiles * 256 + rng.integers(64, 512, len(tiles))
     buckets, code = assign_buckets(tiles, lengths, 16)
-    streams = [EntryStream(0, b, {0: np.flatnonzero(code == b)}, [Fraction(1)]) for b in range(len(buckets))]
+    streams = [
+        EntryStream(0, b, {0: np.flatnonzero(code == b)}, [Fraction(1)])
+        for b in range(len(buckets))
+    ]
     plan = Plan(buckets, [8] * len(buckets), streams, seed=0)
     tracemalloc.start()
     plan.step(plan.first_step(2) + 5)
@@ -208,7 +253,11 @@ def test_best_fit_prefers_the_oldest_of_equals_and_closes_the_fullest():
 def test_best_fit_against_a_plain_loop():
     tiles, lengths = samples(3, 400)
     rows = best_fit(lengths, 1500, also=[(tiles, 30), (lengths - 10 * tiles, 900)], open_rows=5)
-    expected, open_, count = [], [], 0  # open rows: [free tokens, free tiles, free short slots, number]
+    expected, open_, count = (
+        [],
+        [],
+        0,
+    )  # open rows: [free tokens, free tiles, free short slots, number]
     for t, n in zip(tiles, lengths):
         fitting = [row for row in open_ if row[0] >= n and row[1] >= t and row[2] >= n - 10 * t]
         if not fitting:
@@ -233,8 +282,13 @@ def test_at_most_max_executables_and_every_sample_fits(max_executables):
         buckets, code = assign_buckets(tiles, lengths, max_executables)
         assigned = [buckets[b] for b in code]
         needed = {smallest_bucket(t, n) for t, n in zip(tiles, lengths)}
-        assert len(set(assigned)) == min(max_executables, len(needed)), "at most so many, and none given away"
-        assert all(t <= bucket.tiles and n <= bucket.length for t, n, bucket in zip(tiles, lengths, assigned))
+        assert len(set(assigned)) == min(max_executables, len(needed)), (
+            "at most so many, and none given away"
+        )
+        assert all(
+            t <= bucket.tiles and n <= bucket.length
+            for t, n, bucket in zip(tiles, lengths, assigned)
+        )
 
 
 def test_without_need_nothing_is_merged():
@@ -248,7 +302,9 @@ def test_the_rarest_bucket_merges_where_it_costs_least():
     lengths = np.array([100] * 9 + [200] * 5 + [300] * 5 + [300])
     # One sample of (1, 384): longer rows for five (1, 256) are cheaper than six tiles more for itself.
     buckets, code = assign_buckets(tiles, lengths, 3)
-    assert [buckets[b] for b in code[9:]] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [Bucket(1, 384)]
+    assert [buckets[b] for b in code[9:]] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [
+        Bucket(1, 384)
+    ]
 
 
 def test_a_merged_bucket_is_as_frequent_as_both():
@@ -267,4 +323,6 @@ def test_photos_and_receipts_need_seven_tile_buckets(shared_data):
         tiles = np.array([tile_count(TileConfig(rule=rule, max_num=6), *size) for size in sizes])
         buckets, code = assign_buckets(tiles, tiles * 256 + 100, max_executables=1000)
         assert {bucket.tiles for bucket in buckets} <= set(TILE_BUCKETS[:7])
-        assert all(buckets[b].tiles == count for b, count in zip(code, tiles)), "no padded tile slot"
+        assert all(buckets[b].tiles == count for b, count in zip(code, tiles)), (
+            "no padded tile slot"
+        )

@@ -26,7 +26,7 @@ def chat(question: str, answer: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def meta(tmp_path_factory) -> Path:
-    """Three data sets with weights: images, several images and texts; one sample in eight is bad, some of them only
+    """Three datasets with weights: images, several images and texts; one sample in eight is bad, some of them only
     when their image is decoded."""
     folder, rng = tmp_path_factory.mktemp("mixture"), np.random.default_rng(0)
     for number in range(24):
@@ -38,14 +38,25 @@ def meta(tmp_path_factory) -> Path:
     for number in range(80):
         answer = "word " * int(rng.integers(1, 12))
         image = "broken.png" if number % 8 == 1 else names[number % 24]
-        lines["pages"].append({"image": image, "width": 28, "height": 28, "conversations": chat("What?", answer)})
-        lines["pairs"].append({"image": list(rng.choice(names, 2)), "conversations": chat("<image> or <image>?", answer)})
+        lines["pages"].append(
+            {"image": image, "width": 28, "height": 28, "conversations": chat("What?", answer)}
+        )
+        lines["pairs"].append(
+            {
+                "image": list(rng.choice(names, 2)),
+                "conversations": chat("<image> or <image>?", answer),
+            }
+        )
         lines["texts"].append({"conversations": chat("Say it. " * int(rng.integers(1, 9)), answer)})
         lines["texts"].append("{broken" if number % 8 == 3 else lines["texts"][-1])
     fields = {}
     for (name, samples), weight in zip(lines.items(), (3, 1, 0.5)):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in samples))
+        path.write_text(
+            "".join(
+                (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in samples
+            )
+        )
         fields[name] = {"root": str(folder), "annotation": str(path), "weight": weight}
     path = folder / "meta.json"
     path.write_text(json.dumps(fields))
@@ -55,17 +66,35 @@ def meta(tmp_path_factory) -> Path:
 
 def environment():
     """One CPU device a process, and no need of others."""
-    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
-                         "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])])}
+    return os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])]),
+    }
 
 
 def start(meta: Path, folder: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    return [subprocess.Popen([sys.executable, FOLDER / "pod_process.py", str(rank), "2", port, meta, folder, str(STEPS)],
-                             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in (0, 1)]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                FOLDER / "pod_process.py",
+                str(rank),
+                "2",
+                port,
+                meta,
+                folder,
+                str(STEPS),
+            ],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
 
 
 def wait_for(condition, seconds: float) -> bool:
@@ -79,7 +108,11 @@ def wait_for(condition, seconds: float) -> bool:
 def lines_of(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would(meta, tmp_path):
@@ -87,7 +120,13 @@ def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would
     stop = random.SystemRandom().randrange(60, STEPS - 60)
     processes = start(meta, tmp_path)
     try:
-        assert wait_for(lambda: len(lines_of(tmp_path / "steps-1.jsonl")) > 2 * stop or processes[0].poll() is not None, 120)
+        assert wait_for(
+            lambda: (
+                len(lines_of(tmp_path / "steps-1.jsonl")) > 2 * stop
+                or processes[0].poll() is not None
+            ),
+            120,
+        )
         for process in processes:
             process.kill()
         first_outputs = [process.communicate()[0] for process in processes]
@@ -105,10 +144,14 @@ def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would
         for line in lines_of(tmp_path / f"steps-{rank}.jsonl"):
             known = found[rank].setdefault((line["mode"], line["step"]), line)
             assert known == line, "the steps that were repeated after the kill are the same"
-        assert found[rank].keys() == {(mode, step) for mode in ("tokens", "pack") for step in range(STEPS)}
+        assert found[rank].keys() == {
+            (mode, step) for mode in ("tokens", "pack") for step in range(STEPS)
+        }
     assert len({tuple(line["shape"]) for line in found[0].values()}) >= 4
     faults = [json.loads((tmp_path / f"faults-{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(rank[mode][0][1] > 0 for rank in faults for mode in rank), "bad samples were met and replaced"
+    assert all(rank[mode][0][1] > 0 for rank in faults for mode in rank), (
+        "bad samples were met and replaced"
+    )
 
     fresh, restarted = make_loaders(str(meta), {}, 0, 1), make_loaders(str(meta), position, 0, 1)
     for mode in fresh:
@@ -121,19 +164,31 @@ def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would
             assert [line["shape"] for line in lines] == [shape] * 2 and shape[0] % ROW_QUANTUM == 0
             assert [line["sum"] for line in lines] == [int(tokens.sum())] * 2
             half = len(tokens) // 2
-            assert [line["rows"] for line in lines] == [rows_digest(step.batch, slice(0, half)),
-                                                        rows_digest(step.batch, slice(half, None))], (mode, number)
+            assert [line["rows"] for line in lines] == [
+                rows_digest(step.batch, slice(0, half)),
+                rows_digest(step.batch, slice(half, None)),
+            ], (mode, number)
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "parent killed"])
 def test_worker_processes_are_spawned_and_leave_nothing_behind(end, meta, tmp_path):
     with open(tmp_path / "errors", "w+") as errors:
-        process = subprocess.Popen([sys.executable, FOLDER / "loader_process.py", meta], env=environment(), text=True,
-                                   stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, FOLDER / "loader_process.py", meta],
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
         try:
             for _ in range(3):  # by then both have given a step
-                assert process.stdout.readline() == "workers 1 1\n", "both are started by spawn, none by fork"
-            threading.Thread(target=process.stdout.read, daemon=True).start()  # printing must not fail first
+                assert process.stdout.readline() == "workers 1 1\n", (
+                    "both are started by spawn, none by fork"
+                )
+            threading.Thread(
+                target=process.stdout.read, daemon=True
+            ).start()  # printing must not fail first
 
             def ended():
                 # A terminal's Ctrl-C reaches the whole group, SIGKILL the parent alone. Python loses a Ctrl-C that
@@ -152,7 +207,9 @@ def test_worker_processes_are_spawned_and_leave_nothing_behind(end, meta, tmp_pa
 
             assert wait_for(gone, 30), "workers are left"
             errors.seek(0)
-            assert "Process grain" not in (output := errors.read()), output  # a worker that fails prints its name
+            assert "Process grain" not in (output := errors.read()), (
+                output
+            )  # a worker that fails prints its name
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -12,26 +12,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.data.config import DataConfig, FaultConfig, VideoConfig
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.data_config import DataConfig, FaultConfig, VideoConfig
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.sources import ArrayRecords, JsonLines, open_source, read_sample, write_array_record
+from internvlx_jax.data.sources import (
+    ArrayRecords,
+    JsonLines,
+    open_source,
+    read_sample,
+    write_array_record,
+)
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.data.video import choose_frames, frame_separator, list_frames, with_frames
-from internvlx_jax.errors import ConfigError
 
 CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=512, faults=FaultConfig(on_bad="fail"))
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(Tokenizer.load(TOKENIZER_FOLDER), get_template("internlm2-chat"), "",
-                     TileConfig(tile_size=28, max_num=4), 4)
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TileConfig(tile_size=28, max_num=4),
+        4,
+    )
 
 
 def picture(number: int, size=(40, 30), kind="PNG") -> bytes:
@@ -42,7 +52,9 @@ def picture(number: int, size=(40, 30), kind="PNG") -> bytes:
 
 
 def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
 
 
 RECORDS = [
@@ -55,15 +67,31 @@ RECORDS = [
 
 def load_all(meta, processor, **settings):
     """sample id -> (tokens, labels, tiles) of one epoch."""
-    loader = Loader(str(meta), dataclasses.replace(CONFIG, **settings), processor, row_quantum=1, seed=0, epochs=1)
+    loader = Loader(
+        str(meta),
+        dataclasses.replace(CONFIG, **settings),
+        processor,
+        row_quantum=1,
+        seed=0,
+        epochs=1,
+    )
     found = {}
     for step in loader.steps(0, loader.plan.total):
-        rows = [row for row in range(len(step.batch.labels)) if step.batch.inputs.segment_ids[row].any()]
+        rows = [
+            row for row in range(len(step.batch.labels)) if step.batch.inputs.segment_ids[row].any()
+        ]
         for name, row in zip(step.sample_ids, rows, strict=True):
             inputs = step.batch.inputs
             n = int(inputs.segment_ids[row].sum())
-            tiles = int((inputs.tokens[row] == processor.tokenizer.image_token_id).sum()) // processor.tokens_per_tile
-            found[name] = (inputs.tokens[row, :n], step.batch.labels[row, :n], inputs.tiles[row, :tiles])
+            tiles = (
+                int((inputs.tokens[row] == processor.tokenizer.image_token_id).sum())
+                // processor.tokens_per_tile
+            )
+            found[name] = (
+                inputs.tokens[row, :n],
+                step.batch.labels[row, :n],
+                inputs.tiles[row, :tiles],
+            )
     return found
 
 
@@ -76,14 +104,19 @@ def as_files(processor, tmp_path_factory):
         line = dict(record)
         for key in ("image", "video"):
             images = line.get(key, [])
-            names = [f"{number}-{key}_{i}.png" for i in range(1 if isinstance(images, bytes) else len(images))]
+            names = [
+                f"{number}-{key}_{i}.png"
+                for i in range(1 if isinstance(images, bytes) else len(images))
+            ]
             for name, content in zip(names, [images] if isinstance(images, bytes) else images):
                 (folder / name).write_bytes(content)
             if names:
                 line[key] = names[0] if isinstance(images, bytes) else names
         lines.append(json.dumps(line))
     (folder / "chat.jsonl").write_text("\n".join(lines))
-    (folder / "meta.json").write_text(json.dumps({"d": {"root": str(folder), "annotation": "chat.jsonl"}}))
+    (folder / "meta.json").write_text(
+        json.dumps({"d": {"root": str(folder), "annotation": "chat.jsonl"}})
+    )
     return folder, load_all(folder / "meta.json", processor)
 
 
@@ -131,7 +164,7 @@ def test_a_record_that_is_no_sample_is_named(tmp_path):
 
 # --- TFDS ---------------------------------------------------------------------------------------------------------
 
-BUILDER = '''
+BUILDER = """
 import io, sys
 import tensorflow_datasets as tfds
 
@@ -155,21 +188,30 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
 Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
-'''
-CONVERT = '''
+"""
+CONVERT = """
 def to_sample(example):
     turns = [("human", example["question"].decode()), ("gpt", example["answer"].decode())]
     return {"image": example["image"], "conversations": [{"from": role, "value": text} for role, text in turns]}
-'''
+"""
 
 
 def test_a_prepared_tfds_data_set_is_read_without_tensorflow(processor, tmp_path, monkeypatch):
     (tmp_path / "prepare.py").write_text(BUILDER)
     (tmp_path / "tiny_samples.py").write_text(CONVERT)
-    subprocess.run([sys.executable, tmp_path / "prepare.py", tmp_path / "data"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, tmp_path / "prepare.py", tmp_path / "data"],
+        check=True,
+        capture_output=True,
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     meta = tmp_path / "meta.json"
-    fields = {"tfds": "tiny:1.0.0", "split": "train[:3]", "data_dir": "data", "builder": "tiny_samples:to_sample"}
+    fields = {
+        "tfds": "tiny:1.0.0",
+        "split": "train[:3]",
+        "data_dir": "data",
+        "builder": "tiny_samples:to_sample",
+    }
     meta.write_text(json.dumps({"d": fields}))
     found = load_all(meta, processor)
     assert sorted(found) == ["d:1", "d:2", "d:3"]
@@ -181,8 +223,10 @@ def test_a_prepared_tfds_data_set_is_read_without_tensorflow(processor, tmp_path
     source = open_source(entry, "")
     assert pickle.loads(pickle.dumps(source)).record(0)["image"].startswith(b"\x89PNG")
     assert "tensorflow" not in sys.modules
-    for change, message in [({"builder": "tiny_samples:gone"}, "cannot be imported"),
-                            ({"tfds": "huge:1.0.0"}, "TFDS has no huge:1.0.0 in .*data")]:
+    for change, message in [
+        ({"builder": "tiny_samples:gone"}, "cannot be imported"),
+        ({"tfds": "huge:1.0.0"}, "TFDS has no huge:1.0.0 in .*data"),
+    ]:
         meta.write_text(json.dumps({"d": fields | change}))
         with pytest.raises(ConfigError, match=message):
             open_source(read_meta(meta)[0], "")
@@ -198,10 +242,15 @@ def test_annotations_and_images_behind_a_url(as_files, processor, tmp_path):
     for path in folder.iterdir():
         if path.suffix in (".png", ".jsonl"):
             remote.pipe(f"/bucket/{path.name}", path.read_bytes())
-    (tmp_path / "meta.json").write_text(json.dumps({"d": {"root": "memory://bucket", "annotation":
-                                                          "memory://bucket/chat.jsonl"}}))
-    assert_same(load_all(tmp_path / "meta.json", processor, index_dir=str(tmp_path / "index")), expected)
-    remote.pipe("/bucket/meta.json", json.dumps({"d": {"annotation": "chat.jsonl", "root": "/"}}).encode())
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"d": {"root": "memory://bucket", "annotation": "memory://bucket/chat.jsonl"}})
+    )
+    assert_same(
+        load_all(tmp_path / "meta.json", processor, index_dir=str(tmp_path / "index")), expected
+    )
+    remote.pipe(
+        "/bucket/meta.json", json.dumps({"d": {"annotation": "chat.jsonl", "root": "/"}}).encode()
+    )
     (entry,) = read_meta("memory://bucket/meta.json")
     assert entry.annotation == "memory://bucket/chat.jsonl"
     # A changed file is fetched again.
@@ -213,7 +262,9 @@ def test_a_missing_package_and_an_unknown_protocol_are_named(tmp_path, monkeypat
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"d": {"annotation": "gs://bucket/a.jsonl"}}))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"gs://bucket/a.jsonl cannot be read: .*internvlx-jax\[gcs\]"):
+    with pytest.raises(
+        ConfigError, match=r"gs://bucket/a.jsonl cannot be read: .*internvlx-jax\[gcs\]"
+    ):
         read_meta(meta)
     meta.write_text(json.dumps({"d": {"annotation": "nonsense://a.jsonl"}}))
     with pytest.raises(ConfigError, match="unknown protocol nonsense://"):
@@ -229,7 +280,7 @@ def video(processor, **record):
 
 
 def read_sample_of(line: bytes):
-    from internvlx_jax.data.chat import parse_sample
+    from internvlx_jax.data.conversations import parse_sample
 
     return parse_sample(line, dataset="d", line=1, where="a.jsonl line 1", root="")
 
@@ -239,7 +290,11 @@ def test_frames_of_a_folder_are_ordered_by_their_numbers(processor, tmp_path):
         (tmp_path / f"shot_{number}.png").write_bytes(picture(number))
     (tmp_path / "notes.txt").write_text("")
     sample = video(processor, video=str(tmp_path))
-    assert [frame.rpartition("_")[2] for frame in list_frames(sample)] == ["1.png", "9.png", "10.png"]
+    assert [frame.rpartition("_")[2] for frame in list_frames(sample)] == [
+        "1.png",
+        "9.png",
+        "10.png",
+    ]
     for folder in (tmp_path / "none", tmp_path / "notes.txt"):
         with pytest.raises(SampleError, match="a.jsonl line 1: .* is no folder of frames"):
             list_frames(video(processor, video=str(folder)))
@@ -275,29 +330,41 @@ def test_one_frame_of_each_interval():
 
 
 def test_frames_are_drawn_for_the_plan_and_fit_their_bucket(processor, tmp_path):
-    records = [{"video": [picture(i) for i in range(frames)], **chat("What happens?", "It moves.")}
-               for frames in (1, 3, 20, 20, 20, 20, 20, 20, 20, 20, 20, 20)]
+    records = [
+        {"video": [picture(i) for i in range(frames)], **chat("What happens?", "It moves.")}
+        for frames in (1, 3, 20, 20, 20, 20, 20, 20, 20, 20, 20, 20)
+    ]
     write_array_record(tmp_path / "clips", records)
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"clips": {"array_record": "clips"}}))
     config = dataclasses.replace(CONFIG, video=VideoConfig(min_frames=2, max_frames=6))
     loader = Loader(str(meta), config, processor, row_quantum=1, seed=0)
     assert loader.table.tiles[:2].tolist() == [1, 2] or loader.table.tiles[:2].tolist() == [1, 3]
-    assert set(loader.table.tiles[2:].tolist()) <= set(range(2, 7)) and len(set(loader.table.tiles[2:].tolist())) > 2
+    assert (
+        set(loader.table.tiles[2:].tolist()) <= set(range(2, 7))
+        and len(set(loader.table.tiles[2:].tolist())) > 2
+    )
     # Lengths were computed from one frame; the exact ones are those of the rows.
     first, second = ({}, {})
-    for seen, steps in ((first, range(0, loader.plan.first_step(1))),
-                        (second, range(loader.plan.first_step(1), loader.plan.first_step(2)))):
+    for seen, steps in (
+        (first, range(0, loader.plan.first_step(1))),
+        (second, range(loader.plan.first_step(1), loader.plan.first_step(2))),
+    ):
         for step in loader.steps(steps.start, steps.stop):
             for row, name in enumerate(step.sample_ids):
                 inputs = step.batch.inputs
                 n, sample = int(inputs.segment_ids[row].sum()), int(name.split(":")[1]) - 1
                 assert n == loader.table.length[sample]
                 seen[name] = inputs.tiles[row, : loader.table.tiles[sample]].copy()
-    assert any(not np.array_equal(first[name], second[name]) for name in first.keys() & second.keys()), (
-        "the next pass draws other frames")
-    short = Loader(str(meta), dataclasses.replace(config, max_length=64), processor, row_quantum=1, seed=0)
-    assert short.table.length.max() <= 64 and short.table.tiles.max() < 6, "as many frames as there is room for"
+    assert any(
+        not np.array_equal(first[name], second[name]) for name in first.keys() & second.keys()
+    ), "the next pass draws other frames"
+    short = Loader(
+        str(meta), dataclasses.replace(config, max_length=64), processor, row_quantum=1, seed=0
+    )
+    assert short.table.length.max() <= 64 and short.table.tiles.max() < 6, (
+        "as many frames as there is room for"
+    )
 
 
 # --- augmentation -------------------------------------------------------------------------------------------------
@@ -306,7 +373,9 @@ def test_frames_are_drawn_for_the_plan_and_fit_their_bucket(processor, tmp_path)
 def test_augmented_tiles_are_jpeg_copies_that_depend_on_seed_and_pass(as_files, processor):
     folder, plain = as_files
     meta = folder / "augmented.json"
-    meta.write_text(json.dumps({"d": {"root": str(folder), "annotation": "chat.jsonl", "data_augment": True}}))
+    meta.write_text(
+        json.dumps({"d": {"root": str(folder), "annotation": "chat.jsonl", "data_augment": True}})
+    )
     first, again = load_all(meta, processor), load_all(meta, processor)
     assert_same(first, again)
     ours, theirs = first["d:1"][2].astype(int), plain["d:1"][2].astype(int)
@@ -318,5 +387,7 @@ def test_json_lines_far_apart_are_read_by_offset(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(chat("Q" * n, "A")) + "\n" for n in range(500)))
     source = JsonLines("a.jsonl", str(path))
-    sample = read_sample(pickle.loads(pickle.dumps(source)), DatasetEntry("d", annotation="a.jsonl"), 321)
+    sample = read_sample(
+        pickle.loads(pickle.dumps(source)), DatasetEntry("d", annotation="a.jsonl"), 321
+    )
     assert sample.turns[0] == ("human", "Q" * 321) and sample.where == "a.jsonl line 322"

@@ -1,4 +1,4 @@
-"""The generated data set: deterministic, balanced, readable from the image and from nothing else."""
+"""The generated dataset: deterministic, balanced, readable from the image and from nothing else."""
 
 import collections
 import dataclasses
@@ -12,12 +12,25 @@ import pytest
 import sentencepiece
 from PIL import Image
 
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import synthetic
-from internvlx_jax.data.synthetic import FILES, PAGES, TOKENIZER_FOLDER, SyntheticConfig, chance, generate
+from internvlx_jax.data.synthetic import (
+    FILES,
+    PAGES,
+    TOKENIZER_FOLDER,
+    SyntheticConfig,
+    chance,
+    generate,
+)
 from internvlx_jax.data.synthetic_pages import BAND, GRIDS, KINDS, TILE, make_page
-from internvlx_jax.data.synthetic_tokenizer import ADDED_TOKENS, PIECES, SYSTEM_TEXTS, train_tokenizer
+from internvlx_jax.data.synthetic_tokenizer import (
+    ADDED_TOKENS,
+    PIECES,
+    SYSTEM_TEXTS,
+    train_tokenizer,
+)
 from internvlx_jax.data.templates import get_template, prompt_text
-from internvlx_jax.data.tiles import TileConfig, choose_grid, tile_count
+from internvlx_jax.data.tiles import choose_grid, tile_count
 from internvlx_jax.data.tokenizer import Tokenizer
 
 CONFIG = SyntheticConfig(seed=3, train_samples=900, val_samples=150)
@@ -30,7 +43,9 @@ def read(path):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def image_hashes(folder, split):
@@ -79,7 +94,9 @@ def test_longer_data_set_begins_with_the_shorter(tmp_path):
 def test_splits_and_seeds_share_no_page(dataset, tmp_path):
     folder, summary = dataset
     train, val = image_hashes(folder, "train"), image_hashes(folder, "val")
-    assert len(train) == summary["train"]["images"] and len(val) == summary["val"]["images"]  # no page twice
+    assert (
+        len(train) == summary["train"]["images"] and len(val) == summary["val"]["images"]
+    )  # no page twice
     assert not train & val
     generate(tmp_path / "other", SyntheticConfig(seed=4, train_samples=30, val_samples=10))
     assert not train & image_hashes(tmp_path / "other", "train")
@@ -101,7 +118,9 @@ def test_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no synthetic.json"):
         generate(tmp_path / "b", SMALL)
-    assert contents(tmp_path / "b").keys() == {(tmp_path / "b" / "notes.txt").relative_to(tmp_path / "b")}
+    assert contents(tmp_path / "b").keys() == {
+        (tmp_path / "b" / "notes.txt").relative_to(tmp_path / "b")
+    }
 
 
 def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -116,7 +135,13 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("seed", -1), ("train_samples", 0), ("val_samples", 0), ("text_share", -0.1), ("two_page_share", 0.99)],
+    [
+        ("seed", -1),
+        ("train_samples", 0),
+        ("val_samples", 0),
+        ("text_share", -0.1),
+        ("two_page_share", 0.99),
+    ],
 )
 def test_bad_config(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
@@ -156,7 +181,11 @@ def test_samples_are_valid_chats_about_existing_images(dataset):
             turns = sample["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
             image = sample.get("image", [])
-            paths, widths, heights = image, sample.get("width_list", []), sample.get("height_list", [])
+            paths, widths, heights = (
+                image,
+                sample.get("width_list", []),
+                sample.get("height_list", []),
+            )
             if isinstance(image, str):
                 paths, widths, heights = [image], [sample["width"]], [sample["height"]]
                 assert 1 <= len(turns) // 2 <= 2
@@ -165,7 +194,11 @@ def test_samples_are_valid_chats_about_existing_images(dataset):
             assert turns[0]["value"].count("<image>\n") == len(paths)
             for path, width, height in zip(paths, widths, heights, strict=True):
                 with Image.open(folder / entry["root"] / path) as opened:
-                    assert (opened.format, opened.mode, opened.size) == ("PNG", "RGB", (width, height))
+                    assert (opened.format, opened.mode, opened.size) == (
+                        "PNG",
+                        "RGB",
+                        (width, height),
+                    )
     assert types[0] / types.total() == pytest.approx(CONFIG.text_share, abs=0.02)
     assert types[2] / types.total() == pytest.approx(CONFIG.two_page_share, abs=0.03)
 
@@ -194,7 +227,10 @@ def test_values_are_uniform(dataset):
         assert set(answers) == set(KINDS[name].values) and len(answers) == 9
         expected = answers.total() / 9
         chi_square = sum((n - expected) ** 2 / expected for n in answers.values())
-        assert expected > 40 and chi_square < 26.1, (name, answers)  # 8 degrees of freedom: p > 0.001
+        assert expected > 40 and chi_square < 26.1, (
+            name,
+            answers,
+        )  # 8 degrees of freedom: p > 0.001
 
 
 def test_pages_cover_the_grids_they_were_laid_out_for():
@@ -205,7 +241,9 @@ def test_pages_cover_the_grids_they_were_laid_out_for():
         assert choose_grid(tiles, *page.image.size) == page.grid
         counts[tile_count(tiles, *page.image.size)] += 1
         width, height = (side / n for side, n in zip(page.image.size, page.grid, strict=True))
-        for left, top, right, bottom in (field.box for field in page.fields):  # no box on a tile's border
+        for left, top, right, bottom in (
+            field.box for field in page.fields
+        ):  # no box on a tile's border
             assert left // width == (right - 1) // width and top // height == (bottom - 1) // height
     assert sum(GRIDS.values()) == pytest.approx(1)
     shares = {1: 0.82, 3: 0.09, 4: 0.04, 5: 0.03, 7: 0.02}
@@ -219,7 +257,11 @@ def test_pages_cover_the_grids_they_were_laid_out_for():
 
 def test_chance_is_that_of_the_most_frequent_answer_in_training():
     def rows(**answers):
-        return [{"field": field, "answer": answer} for field, given in answers.items() for answer in given]
+        return [
+            {"field": field, "answer": answer}
+            for field, given in answers.items()
+            for answer in given
+        ]
 
     known = rows(total="1121", stamp=("moon", "ring", "ring"))
     assert chance(known, rows(total="122", stamp=("ring", "moon"))) == 2 / 5
@@ -237,14 +279,17 @@ def _blind_questions(path):
         pairs = questions(sample)
         for turn, (question, answer) in enumerate(pairs):
             field = FIELD_OF[question]
-            yield {
-                "question": question,
-                "width": (field, sample["width"]),
-                "height": (field, sample["height"]),
-                "turn": (field, turn, len(pairs)),
-                "previous": (field, *pairs[turn - 1 : turn]),
-                "line": (field, int(sample["id"][-6:]) % 9),
-            }.items(), answer
+            yield (
+                {
+                    "question": question,
+                    "width": (field, sample["width"]),
+                    "height": (field, sample["height"]),
+                    "turn": (field, turn, len(pairs)),
+                    "previous": (field, *pairs[turn - 1 : turn]),
+                    "line": (field, int(sample["id"][-6:]) % 9),
+                }.items(),
+                answer,
+            )
 
 
 def test_nothing_but_the_image_predicts_the_answers(dataset):
@@ -284,7 +329,9 @@ def _value_crops(rng, pages):
             crop = crop.resize((16, 14), Image.Resampling.BILINEAR)
             crops[field.kind].append(np.asarray(crop, np.float32).ravel())
             answers[field.kind].append(field.value)
-    return {kind: np.stack(crops[kind]) for kind in KINDS}, {kind: np.array(answers[kind]) for kind in KINDS}
+    return {kind: np.stack(crops[kind]) for kind in KINDS}, {
+        kind: np.array(answers[kind]) for kind in KINDS
+    }
 
 
 def test_values_can_be_read_from_their_boxes():
@@ -307,7 +354,9 @@ def test_every_answer_is_one_piece_after_the_header(tokenizer):
         asked = [("human", "What is the total?")]
         prompt = tokenizer.encode(prompt_text(template, [*asked, ("gpt", "")]))
         answered = tokenizer.encode(prompt_text(template, [*asked, ("gpt", value)]))
-        assert answered[: len(prompt)] == prompt and answered[-1] == tokenizer.token_id("<|im_end|>")
+        assert answered[: len(prompt)] == prompt and answered[-1] == tokenizer.token_id(
+            "<|im_end|>"
+        )
         (ids[value],) = answered[len(prompt) : -1]
         assert tokenizer.decode([ids[value]]) == value
     assert len(set(ids.values())) == 18
@@ -325,7 +374,9 @@ def test_tokenizer_has_the_traits_of_internlm2(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("red") != tokenizer.encode(" red")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2) and tokenizer.add_bos
-    assert [tokenizer.token_id(token) for token in ADDED_TOKENS] == list(range(PIECES, tokenizer.vocab_size))
+    assert [tokenizer.token_id(token) for token in ADDED_TOKENS] == list(
+        range(PIECES, tokenizer.vocab_size)
+    )
 
 
 def test_shipped_tokenizer_is_what_the_trainer_writes(tmp_path):

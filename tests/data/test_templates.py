@@ -23,7 +23,9 @@ def test_golden_templates(golden, name):
 
 def test_internvl2_5_text():
     template = get_template("internvl2_5")
-    text = prompt_text(template, [("human", " Q1"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "")], system="S")
+    text = prompt_text(
+        template, [("human", " Q1"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "")], system="S"
+    )
     assert text == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n Q1<|im_end|>\n"
         "<|im_start|>assistant\nA1<|im_end|>\n"
@@ -51,7 +53,9 @@ def test_only_answers_and_their_separator_are_supervised():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match='"internlm2_chat" is unknown. Did you mean "internlm2-chat"[?] Use'):
+    with pytest.raises(
+        ValueError, match='"internlm2_chat" is unknown. Did you mean "internlm2-chat"[?] Use'
+    ):
         get_template("internlm2_chat")
     with pytest.raises(ValueError, match='role "user". Use human or gpt'):
         list(render(get_template("phi3-chat"), [("user", "Q")]))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.tiles import (
-    TileConfig,
     choose_grid,
     cut_tiles,
     normalize,
@@ -97,7 +97,9 @@ def test_golden_grids(grids, group, rows):
 def test_golden_random_grids(grids):
     assert len(grids["random"]) == 1500
     for w, h, max_num, thumbnail, columns, rows, tiles in grids["random"]:
-        config = TileConfig(use_thumbnail=bool(thumbnail))  # the maximum through the argument, as datasets do
+        config = TileConfig(
+            use_thumbnail=bool(thumbnail)
+        )  # the maximum through the argument, as datasets do
         assert choose_grid(config, w, h, max_num) == (columns, rows)
         assert tile_count(config, w, h, max_num) == tiles
 
@@ -116,7 +118,9 @@ def test_tile_rules(row):
 
 def test_histograms(shared_data):
     with open(shared_data / "image_sizes.csv", newline="") as file:
-        sizes = [(row["source"], int(row["width"]), int(row["height"])) for row in csv.DictReader(file)]
+        sizes = [
+            (row["source"], int(row["width"]), int(row["height"])) for row in csv.DictReader(file)
+        ]
     for (source, rule), expected in HISTOGRAMS.items():
         config = TileConfig(rule=rule)
         counts = Counter(tile_count(config, w, h) for which, w, h in sizes if which == source)
@@ -140,7 +144,9 @@ def test_golden_pixels(golden):
         assert values.dtype == np.float32
         assert sha256(nchw(values)) == case["pixel_values_sha256"]
         if f"{key}_nodyn_pixel_values" in arrays:
-            whole = normalize(cut_tiles(image, TileConfig(tile_size=case["image_size"], dynamic=False)))
+            whole = normalize(
+                cut_tiles(image, TileConfig(tile_size=case["image_size"], dynamic=False))
+            )
             assert np.array_equal(nchw(whole)[0], arrays[f"{key}_nodyn_pixel_values"])
 
 
@@ -157,7 +163,9 @@ def test_golden_normalisations_and_square(golden):
         ("clip", cut_tiles(image, whole), "clip"),
         ("siglip", cut_tiles(image, whole), "siglip"),
     ]:
-        assert np.array_equal(nchw(normalize(tiles, kind))[0], arrays[f"img0_{name}_pixel_values"]), name
+        assert np.array_equal(
+            nchw(normalize(tiles, kind))[0], arrays[f"img0_{name}_pixel_values"]
+        ), name
 
 
 def test_golden_pixels_at_448(golden):
@@ -165,8 +173,12 @@ def test_golden_pixels_at_448(golden):
     assert len(cases) == 4
     for case in cases:
         image = synth(case["seed"], case["w"], case["h"])
-        assert sha256(np.asarray(image)) == case["image_sha256"], "the generator differs, not the tiling"
-        tiles = cut_tiles(image, TileConfig(max_num=case["max_num"], use_thumbnail=case["thumbnail"]))
+        assert sha256(np.asarray(image)) == case["image_sha256"], (
+            "the generator differs, not the tiling"
+        )
+        tiles = cut_tiles(
+            image, TileConfig(max_num=case["max_num"], use_thumbnail=case["thumbnail"])
+        )
         assert sha256(tiles) == case["tiles_sha256"]
 
 
@@ -178,7 +190,9 @@ def test_limits():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match='"egde" is unknown. Did you mean "edge"[?] Use one of edge, area'):
+    with pytest.raises(
+        ValueError, match='"egde" is unknown. Did you mean "edge"[?] Use one of edge, area'
+    ):
         TileConfig(rule="egde")
     with pytest.raises(ValueError, match="max_num must be at least 1, got 0"):
         TileConfig(max_num=0)

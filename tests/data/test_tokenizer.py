@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.tokenizer import Tokenizer
 
 TOKENIZERS = ["standin", "hermes", "phi3", "real"]
@@ -31,12 +31,25 @@ def random_texts(tokenizer: Tokenizer, n: int) -> list[str]:
 def test_standin_ids(golden, standin):
     vocab = json.loads((golden / "labels" / "vocab.json").read_text())["internlm2"]
     assert standin.vocab_size == vocab["size"]
-    assert (standin.bos_id, standin.eos_id, standin.pad_id) == (vocab["bos"], vocab["eos"], vocab["pad"])
+    assert (standin.bos_id, standin.eos_id, standin.pad_id) == (
+        vocab["bos"],
+        vocab["eos"],
+        vocab["pad"],
+    )
     assert {text: standin.token_id(text) for text in vocab["added"]} == vocab["added"]
     assert standin.encode("<img></img><IMG_CONTEXT>") == [
         standin.img_start, standin.img_end, standin.image_token_id,
     ]  # fmt: skip
-    assert standin.encode("<|im_start|>user\nHello<|im_end|>") == [625, 459, 13, 581, 530, 539, 300, 624]
+    assert standin.encode("<|im_start|>user\nHello<|im_end|>") == [
+        625,
+        459,
+        13,
+        581,
+        530,
+        539,
+        300,
+        624,
+    ]
 
 
 def test_standin_decode(standin):
@@ -109,7 +122,9 @@ def test_added_tokens_match_longest_first(golden, tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode("<box><box><box>") == [635, 633]
     assert tokenizer.encode("<quat><box>")[-2:] == [636, *tokenizer.encode(">")]
-    escaped = tokenizer.encode("<box><box>", "escape")  # reserved, although made of grounding tokens
+    escaped = tokenizer.encode(
+        "<box><box>", "escape"
+    )  # reserved, although made of grounding tokens
     assert 635 not in escaped and tokenizer.decode(escaped, skip_special=False) == "<box><box>"
 
 
@@ -126,7 +141,10 @@ def test_pickle_carries_no_model(real):
     state = pickle.dumps(real)
     assert len(state) < 10_000  # the model file has 1.4 MB
     copy = pickle.loads(state)
-    assert copy.encode("a<img> b") == real.encode("a<img> b") and copy.fingerprint() == real.fingerprint()
+    assert (
+        copy.encode("a<img> b") == real.encode("a<img> b")
+        and copy.fingerprint() == real.fingerprint()
+    )
 
 
 @pytest.mark.parametrize("name", ["hermes", "phi3"])
@@ -138,6 +156,7 @@ def test_reserved_text_of_the_llama_family(name, request):
 
 def test_where_the_llama_family_puts_spaces(hermes, phi3):
     """By hand: before every stretch, or before the first only; Phi-3's chat tokens swallow white space."""
+
     def pieces(tokenizer, text):
         return [tokenizer.piece(id) for id in tokenizer.encode(text)]
 
@@ -188,25 +207,41 @@ def test_fingerprint_is_of_the_contents(standin, tmp_path):
 
 
 def test_folders_that_cannot_be_used(golden, tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.model does not exist. Name a folder with"):
+    with pytest.raises(
+        FileNotFoundError, match="tokenizer.model does not exist. Name a folder with"
+    ):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         Tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(ValueError, match="vocab.json: a byte-level BPE .* not supported yet. Use a check"):
+    with pytest.raises(
+        ValueError, match="vocab.json: a byte-level BPE .* not supported yet. Use a check"
+    ):
         Tokenizer.load(tmp_path)
     model = tmp_path / "tokenizer.model"
     model.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model .*LFS pointer"):
+    with pytest.raises(
+        ValueError, match="tokenizer.model is not a SentencePiece model .*LFS pointer"
+    ):
         Tokenizer.load(tmp_path)
     model.write_bytes((golden / "labels" / "standin_internlm2.model").read_bytes())
-    with pytest.raises(FileNotFoundError, match="added_tokens.json does not exist.* has 620 pieces"):
+    with pytest.raises(
+        FileNotFoundError, match="added_tokens.json does not exist.* has 620 pieces"
+    ):
         Tokenizer.load(tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<s>": 1, "</s>": 2, "<img>": 620, "</img>": 621}')
-    with pytest.raises(ValueError, match='no added token "<IMG_CONTEXT>". Add it to added_tokens.json'):
+    (tmp_path / "added_tokens.json").write_text(
+        '{"<s>": 1, "</s>": 2, "<img>": 620, "</img>": 621}'
+    )
+    with pytest.raises(
+        ValueError, match='no added token "<IMG_CONTEXT>". Add it to added_tokens.json'
+    ):
         Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": {"content": "<img>"}}}')
-    with pytest.raises(ValueError, match='"<img>" has id 620 in .*added_tokens.json, but 7 in .*config.json'):
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"7": {"content": "<img>"}}}'
+    )
+    with pytest.raises(
+        ValueError, match='"<img>" has id 620 in .*added_tokens.json, but 7 in .*config.json'
+    ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):

@@ -10,23 +10,37 @@ import mini_data
 import numpy as np
 import pytest
 
-from internvlx_jax.config import to_dict
+from internvlx_jax.checkpoints.run_folder import CheckpointWriter, write_run_folder
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    ModelConfig,
+    PromptConfig,
+    RopeConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.tiles import TileConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation import job
 from internvlx_jax.evaluation.job import EvalConfig
-from internvlx_jax.evaluation.selection import Selection
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, PromptConfig, RopeConfig, VisionConfig
 from internvlx_jax.models.params import abstract_model
-from internvlx_jax.training.checkpoint import CheckpointWriter, write_run_folder
-from internvlx_jax.training.sharding import make_mesh
+from internvlx_jax.models.sharding import make_mesh
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
     # 655 ids in the tokenizer: about every tenth token of a random model has no text.
-    decoder=DecoderConfig(vocab_size=720, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32,
-                          rope=RopeConfig(max_positions=512)),
+    decoder=DecoderConfig(
+        vocab_size=720,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp_width=32,
+        rope=RopeConfig(max_positions=512),
+    ),
     # Few shapes to compile: a page is 3 tiles, two pages are 2 tiles, and both stand in 3 slots.
     prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, min_num=2, max_num=2)),
 )
@@ -47,7 +61,9 @@ def checkpoint(tmp_path_factory) -> Path:
     settings = {"train": {}, "model": to_dict(MODEL)}
     write_run_folder(run, settings, tokenizer)
     with CheckpointWriter(run, keep_last=1) as writer:
-        writer.save(1, jax.tree.map(jax.numpy.asarray, params), {"count": jax.numpy.int32(1)}, settings)
+        writer.save(
+            1, jax.tree.map(jax.numpy.asarray, params), {"count": jax.numpy.int32(1)}, settings
+        )
     return run
 
 
@@ -63,12 +79,19 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def configure(checkpoint):
     """Flat settings -> EvalConfig of the tiny model in float32."""
-    asked = {field.name for field in dataclasses.fields(Selection)}
+    asked = {field.name for field in dataclasses.fields(EvaluationConfig)}
 
     def configure(out_dir, **settings) -> EvalConfig:
-        settings = dict(checkpoint=str(checkpoint), dtype="float32", out_dir=str(out_dir)) | settings
-        selection = Selection(**{name: value for name, value in settings.items() if name in asked})
-        return EvalConfig(selection=selection, **{name: value for name, value in settings.items() if name not in asked})
+        settings = (
+            dict(checkpoint=str(checkpoint), dtype="float32", out_dir=str(out_dir)) | settings
+        )
+        selection = EvaluationConfig(
+            **{name: value for name, value in settings.items() if name in asked}
+        )
+        return EvalConfig(
+            selection=selection,
+            **{name: value for name, value in settings.items() if name not in asked},
+        )
 
     return configure
 
@@ -79,7 +102,9 @@ def run_on():
 
     def run(config: EvalConfig, devices: int = 1) -> list[dict]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "make_mesh", lambda mesh: make_mesh(mesh, devices=jax.devices()[:devices]))
+            patch.setattr(
+                job, "make_mesh", lambda mesh: make_mesh(mesh, devices=jax.devices()[:devices])
+            )
             return job.run(config)
 
     return run

@@ -78,29 +78,64 @@ def write(root: Path) -> None:
 
 
 def folders(out: Writer) -> None:
-    def questions(path, folder, texts=("What colour?", "Which one is it?"), field="question", **more):
-        rows = [{"image": f"{out.root.name}/{out.image(f'{folder}/{i}.png')}", field: text, "question_id": 10 + i} | {
-            name: values[i] for name, values in more.items()} for i, text in enumerate(texts)]
+    def questions(
+        path, folder, texts=("What colour?", "Which one is it?"), field="question", **more
+    ):
+        rows = [
+            {
+                "image": f"{out.root.name}/{out.image(f'{folder}/{i}.png')}",
+                field: text,
+                "question_id": 10 + i,
+            }
+            | {name: values[i] for name, values in more.items()}
+            for i, text in enumerate(texts)
+        ]
         out.lines(path, rows)
         return rows
 
     def coco(path, rows):
-        out.json(path, {"annotations": [{"question_id": row["question_id"], "answers": [{"answer": a} for a in TEN]}
-                                        for row in rows]})
+        out.json(
+            path,
+            {
+                "annotations": [
+                    {"question_id": row["question_id"], "answers": [{"answer": a} for a in TEN]}
+                    for row in rows
+                ]
+            },
+        )
 
     rows = questions("textvqa/textvqa_val.jsonl", "textvqa/train_images")
-    questions("textvqa/textvqa_val_llava.jsonl", "textvqa/train_images", ("What?\nReference OCR token: 7", "Who?"))
+    questions(
+        "textvqa/textvqa_val_llava.jsonl",
+        "textvqa/train_images",
+        ("What?\nReference OCR token: 7", "Who?"),
+    )
     coco("textvqa/textvqa_val_annotations.json", rows)
-    coco("okvqa/mscoco_val2014_annotations.json", questions("okvqa/okvqa_val.jsonl", "coco/val2014"))
-    coco("vqav2/v2_mscoco_val2014_annotations.json", questions("vqav2/vqav2_val.jsonl", "coco/val2014"))
+    coco(
+        "okvqa/mscoco_val2014_annotations.json", questions("okvqa/okvqa_val.jsonl", "coco/val2014")
+    )
+    coco(
+        "vqav2/v2_mscoco_val2014_annotations.json",
+        questions("vqav2/vqav2_val.jsonl", "coco/val2014"),
+    )
     questions("vqav2/vqav2_testdev.jsonl", "coco/test2015")
     coco("vizwiz/vizwiz_val_annotations.json", questions("vizwiz/vizwiz_val.jsonl", "vizwiz/val"))
     questions("vizwiz/vizwiz_test.jsonl", "vizwiz/test")
-    questions("gqa/llava_gqa_testdev_balanced_qwen_format.jsonl", "gqa/images", answer=["red", "bus"])
+    questions(
+        "gqa/llava_gqa_testdev_balanced_qwen_format.jsonl", "gqa/images", answer=["red", "bus"]
+    )
     for name, key in (("docvqa", "docvqa/val/val_v1.0.json"),
                       ("infographicsvqa", "infographicsvqa/infographicsVQA_val_v1.0_withQT.json")):  # fmt: skip
         rows = questions(f"{name}/val.jsonl", f"{name}/val")
-        out.json(key, {"data": [{"questionId": row["question_id"], "answers": ["12 May", "May 12"]} for row in rows]})
+        out.json(
+            key,
+            {
+                "data": [
+                    {"questionId": row["question_id"], "answers": ["12 May", "May 12"]}
+                    for row in rows
+                ]
+            },
+        )
         questions(f"{name}/test.jsonl", f"{name}/test")
     for split in ("test_human", "test_augmented"):
         questions(f"chartqa/{split}.jsonl", "chartqa/png", answer=["10", "Total"])
@@ -111,28 +146,56 @@ def folders(out: Writer) -> None:
 
     for kind in KINDS:
         name = f"{kind}.png"
-        out.image(f"mme/MME_Benchmark_release_version/{kind}/{'images/' if kind == 'artwork' else ''}{name}")
+        out.image(
+            f"mme/MME_Benchmark_release_version/{kind}/{'images/' if kind == 'artwork' else ''}{name}"
+        )
         out.text(f"mme/Your_Results/{kind}.txt", f"{name}\tIs it?\tYes\n{name}\tIs it not?\tNo\n")
     rows = questions("mm-vet/llava-mm-vet.jsonl", "mm-vet/images", field="text")
-    out.json("mm-vet/mm-vet.json", {f"v1_{row['question_id']}": {"answer": "x<AND>y", "capability": caps}
-                                    for row, caps in zip(rows, (["rec"], ["ocr", "rec"]))})
+    out.json(
+        "mm-vet/mm-vet.json",
+        {
+            f"v1_{row['question_id']}": {"answer": "x<AND>y", "capability": caps}
+            for row, caps in zip(rows, (["rec"], ["ocr", "rec"]))
+        },
+    )
     rows = []
     for i, category in enumerate(("random", "popular", "adversarial")):
-        rows += [{"question_id": 2 * i + j, "image": Path(out.image(f"pope/val2014/{2 * i + j}.png")).name,
-                  "text": "Is there a dog?", "category": category} for j in (0, 1)]
-        out.lines(f"pope/coco/coco_pope_{category}.json",
-                  [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}])
+        rows += [
+            {
+                "question_id": 2 * i + j,
+                "image": Path(out.image(f"pope/val2014/{2 * i + j}.png")).name,
+                "text": "Is there a dog?",
+                "category": category,
+            }
+            for j in (0, 1)
+        ]
+        out.lines(
+            f"pope/coco/coco_pope_{category}.json",
+            [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}],
+        )
     out.lines("pope/llava_pope_test.jsonl", rows)
-    questions("SEED/seed.jsonl", "SEED/images", ("What?\nA. x\nB. y", "When?\nA. x\nB. y"), field="text")
-    out.json("SEED/SEED-Bench.json", {"questions": [
-        {"question_id": 10, "question_type_id": 1, "answer": "A"},
-        {"question_id": 11, "question_type_id": 10, "answer": "B"}]})
+    questions(
+        "SEED/seed.jsonl", "SEED/images", ("What?\nA. x\nB. y", "When?\nA. x\nB. y"), field="text"
+    )
+    out.json(
+        "SEED/SEED-Bench.json",
+        {
+            "questions": [
+                {"question_id": 10, "question_type_id": 1, "answer": "A"},
+                {"question_id": 11, "question_type_id": 10, "answer": "B"},
+            ]
+        },
+    )
     rows = questions("llava-bench-in-the-wild/questions.jsonl", "llava-bench-in-the-wild/images", field="text",
                      category=["conv", "detail"])  # fmt: skip
-    out.lines("llava-bench-in-the-wild/context.jsonl",
-              [{"image": Path(row["image"]).name, "caption": "A thing."} for row in rows])
-    out.lines("llava-bench-in-the-wild/answers_gpt4.jsonl",
-              [{"question_id": row["question_id"], "text": "It is a thing."} for row in rows])
+    out.lines(
+        "llava-bench-in-the-wild/context.jsonl",
+        [{"image": Path(row["image"]).name, "caption": "A thing."} for row in rows],
+    )
+    out.lines(
+        "llava-bench-in-the-wild/answers_gpt4.jsonl",
+        [{"question_id": row["question_id"], "text": "It is a thing."} for row in rows],
+    )
     for file in ("mmbench_dev_20230712", "mmbench_dev_cn_20231003", "mmbench_test_en_20231003",
                  "mmbench_test_cn_20231003"):  # fmt: skip
         out.tsv(f"../mmbench/{file}", mmbench_rows(out, "请看" if "_cn_" in file else "Which one?"))
@@ -143,13 +206,22 @@ def folders(out: Writer) -> None:
 
     subjects = sorted(subject for domain in DOMAINS.values() for subject in domain)
     for i, subject in enumerate(subjects):
-        row = {"id": f"validation_{subject}_1", "question": "<image 1> Which?", "options": "['x', 'y']", "answer": "B",
-               "question_type": "multiple-choice", "image_1": cell(), "image_2": cell() if i == 0 else None}
+        row = {
+            "id": f"validation_{subject}_1",
+            "question": "<image 1> Which?",
+            "options": "['x', 'y']",
+            "answer": "B",
+            "question_type": "multiple-choice",
+            "image_1": cell(),
+            "image_2": cell() if i == 0 else None,
+        }
         if i == 1:
             row |= {"options": "[]", "answer": "3.14", "question_type": "open"}
         folder = out.root / "MMMU" / subject
         folder.mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "validation-00000-of-00001.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([row]), folder / "validation-00000-of-00001.parquet"
+        )
     folder = out.root / "MathVista" / "data"
     folder.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([
@@ -161,17 +233,43 @@ def folders(out: Writer) -> None:
 
 
 def mmbench_rows(out: Writer, text: str) -> list[dict]:
-    first = {"index": 1, "question": text, "hint": "Look\nhere.", **OPTIONS, "answer": "A", "category": "colour",
-             "image": out.base64(), "source": "s", "l2-category": "perception", "comment": "c", "split": "dev"}
-    rotated = first | {"index": 1_000_001, "answer": "B", "A": OPTIONS["D"], "B": OPTIONS["A"], "image": "1"}
-    other = first | {"index": 2, "hint": "", "answer": "C", "category": "shape", "image": out.base64(), "D": ""}
+    first = {
+        "index": 1,
+        "question": text,
+        "hint": "Look\nhere.",
+        **OPTIONS,
+        "answer": "A",
+        "category": "colour",
+        "image": out.base64(),
+        "source": "s",
+        "l2-category": "perception",
+        "comment": "c",
+        "split": "dev",
+    }
+    rotated = first | {
+        "index": 1_000_001,
+        "answer": "B",
+        "A": OPTIONS["D"],
+        "B": OPTIONS["A"],
+        "image": "1",
+    }
+    other = first | {
+        "index": 2,
+        "hint": "",
+        "answer": "C",
+        "category": "shape",
+        "image": out.base64(),
+        "D": "",
+    }
     return [first, rotated, other]
 
 
 def tables(out: Writer) -> None:
     def rows(*columns, **common):
-        return [{"index": i, "image": out.base64(), "question": "What is it?"} | common | row
-                for i, row in enumerate(columns)]
+        return [
+            {"index": i, "image": out.base64(), "question": "What is it?"} | common | row
+            for i, row in enumerate(columns)
+        ]
 
     choice = OPTIONS | {"category": "c"}
     for name in ("TextVQA_VAL", "VizWiz"):
@@ -181,28 +279,67 @@ def tables(out: Writer) -> None:
     for name in ("DocVQA_TEST", "InfoVQA_TEST"):
         out.tsv(name, rows({}, {}))
     out.tsv("GQA_TestDev_Balanced", rows({"answer": "red"}, {"answer": "bus"}))
-    out.tsv("ChartQA_TEST", rows({"answer": "['10']", "split": "test_human"},
-                                 {"answer": "10", "split": "test_augmented"}))
+    out.tsv(
+        "ChartQA_TEST",
+        rows(
+            {"answer": "['10']", "split": "test_human"}, {"answer": "10", "split": "test_augmented"}
+        ),
+    )
     for name in ("AI2D_TEST", "SEEDBench_IMG", "ScienceQA_TEST", "RealWorldQA"):
         out.tsv(name, rows({"answer": "A"}, {"answer": "B", "hint": "Look."}, **choice))
     for name in ("MMBench_DEV_EN", "MMBench_TEST_EN"):
         out.tsv(name, mmbench_rows(out, "Which one?"))
     for name in ("MMBench_DEV_CN", "MMBench_TEST_CN"):
         out.tsv(name, mmbench_rows(out, "哪一个?"))
-    out.tsv("MME", [row | {"index": i} for i, row in enumerate(
-        row for kind in KINDS for row in rows({"answer": "Yes"}, {"answer": "No"}, category=kind))])
-    out.tsv("POPE", rows({"answer": "Yes", "category": "random,popular"}, {"answer": "No", "category": "adversarial"}))
-    out.tsv("MMVet", rows({"answer": "x<OR>y", "capability": "rec,ocr"}, {"answer": "z", "capability": "rec"}))
+    out.tsv(
+        "MME",
+        [
+            row | {"index": i}
+            for i, row in enumerate(
+                row
+                for kind in KINDS
+                for row in rows({"answer": "Yes"}, {"answer": "No"}, category=kind)
+            )
+        ],
+    )
+    out.tsv(
+        "POPE",
+        rows(
+            {"answer": "Yes", "category": "random,popular"},
+            {"answer": "No", "category": "adversarial"},
+        ),
+    )
+    out.tsv(
+        "MMVet",
+        rows({"answer": "x<OR>y", "capability": "rec,ocr"}, {"answer": "z", "capability": "rec"}),
+    )
     pair = f"[{out.base64()}, {out.base64()}]"
-    out.tsv("MMMU_DEV_VAL", rows({"answer": "A", "split": "validation", "image": pair, "category": "Art", **OPTIONS},
-                                 {"answer": "7", "split": "validation", "category": "Math"},
-                                 {"answer": "A", "split": "dev", "category": "Math", **OPTIONS}))
-    out.tsv("HallusionBench", [row | {"index": f"image_VD_illusion_{row['index']}_0_1"} for row in rows(
-        {"answer": "Yes"}, {"answer": "No"}, category="VD", **{"l2-category": "illusion"})])
+    out.tsv(
+        "MMMU_DEV_VAL",
+        rows(
+            {"answer": "A", "split": "validation", "image": pair, "category": "Art", **OPTIONS},
+            {"answer": "7", "split": "validation", "category": "Math"},
+            {"answer": "A", "split": "dev", "category": "Math", **OPTIONS},
+        ),
+    )
+    out.tsv(
+        "HallusionBench",
+        [
+            row | {"index": f"image_VD_illusion_{row['index']}_0_1"}
+            for row in rows(
+                {"answer": "Yes"}, {"answer": "No"}, category="VD", **{"l2-category": "illusion"}
+            )
+        ],
+    )
     out.tsv("MathVista_MINI", rows(
         {"answer": "3", "question_type": "free_form", "answer_type": "integer"},
         {"answer": "1.5", "question_type": "free_form", "answer_type": "float"},
         {"answer": "red", "question_type": "multi_choice", "answer_type": "text", "choices": "['blue', 'red']",
          "answer_option": "B"}))  # fmt: skip
-    out.tsv("LLaVABench", rows({"gpt4_ans": "A thing.", "caption": "Thing", "category": "conv"},
-                               {"gpt4_ans": "A cat.", "caption": "Cat", "category": "complex"}))
+    out.tsv(
+        "LLaVABench",
+        rows(
+            {"gpt4_ans": "A thing.", "caption": "Thing", "category": "conv"},
+            {"gpt4_ans": "A cat.", "caption": "Cat", "category": "complex"},
+        ),
+    )

@@ -6,10 +6,10 @@ import shlex
 import pytest
 from mini_data import ROOT
 
-from internvlx_jax.chat import main as chat
-from internvlx_jax.evaluation.command import parser
+from internvlx_jax.cli.chat import main as chat
+from internvlx_jax.cli.evaluate import parser
+from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.evaluation.scoring import COMPAT
-from internvlx_jax.evaluation.selection import Selection
 from internvlx_jax.evaluation.sources import Roots
 
 TEXT = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -19,17 +19,29 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 def test_flags_exist(capsys):
     known = set(parser()._option_string_actions)
     named = set(re.findall(r"`(--\w+)", TEXT)) | {
-        word for language, block in BLOCKS if language == "bash" for line in block.splitlines() if "eval.py" in line
-        for word in shlex.split(line) if word.startswith("--")}
+        word
+        for language, block in BLOCKS
+        if language == "bash"
+        for line in block.splitlines()
+        if "eval.py" in line
+        for word in shlex.split(line)
+        if word.startswith("--")
+    }
     assert len(named) > 15 and not named - known
     with pytest.raises(SystemExit):
         chat(["--help"])
-    chats = [line for _, block in BLOCKS for line in block.splitlines() if "internvlx_jax.chat" in line]
-    assert chats and all(word in capsys.readouterr().out for word in re.findall(r"--\w+", chats[0])[:1])
+    chats = [
+        line for _, block in BLOCKS for line in block.splitlines() if "internvlx_jax.chat" in line
+    ]
+    assert chats and all(
+        word in capsys.readouterr().out for word in re.findall(r"--\w+", chats[0])[:1]
+    )
 
 
 def test_deviations_are_listed():
-    assert re.findall(r"^\| `(\w+)` \| \w+", TEXT.partition("## Deviations")[2], re.MULTILINE) == list(COMPAT)
+    assert re.findall(
+        r"^\| `(\w+)` \| \w+", TEXT.partition("## Deviations")[2], re.MULTILINE
+    ) == list(COMPAT)
 
 
 def test_files_exist():
@@ -41,7 +53,7 @@ def test_examples_run(data_root):
     selection, task = (block for language, block in BLOCKS if language == "python")
     names = {}
     exec(selection, names)
-    assert isinstance(names["evaluation"], Selection)
+    assert isinstance(names["evaluation"], EvaluationConfig)
     exec(task, names)
     (task,) = names["TASKS"]
     roots = Roots(data_root, data_root / "tsv")

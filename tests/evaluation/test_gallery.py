@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.gallery import CARD, RIGHT, WRONG, write_gallery
 
 PAGE = (10, 200, 30)  # a colour that nothing else in the picture has
@@ -20,8 +20,15 @@ def page(tmp_path):
 
 
 def row(images, **changes):
-    return {"question_id": 0, "prompt": "What is the total?", "images": images, "prediction": "5",
-            "answer": ["5"], "score": 1.0, "error": None} | changes
+    return {
+        "question_id": 0,
+        "prompt": "What is the total?",
+        "images": images,
+        "prediction": "5",
+        "answer": ["5"],
+        "score": 1.0,
+        "error": None,
+    } | changes
 
 
 def draw(tmp_path, rows, **options):

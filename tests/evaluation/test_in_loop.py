@@ -5,43 +5,81 @@ import json
 import jax
 import pytest
 
-from internvlx_jax.config import from_dict, to_dict
-from internvlx_jax.data.config import DataConfig
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.overrides import from_dict, to_dict
+from internvlx_jax.core.run_config import ComputeConfig, TrainConfig
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
-from internvlx_jax.evaluation.selection import Selection
+from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training import loop
-from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.config import ComputeConfig, TrainConfig
-from internvlx_jax.training.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("in_loop") / "data"
-    generate(folder, SyntheticConfig(train_samples=8, val_samples=2, text_share=0.0, two_page_share=0.0))
+    generate(
+        folder, SyntheticConfig(train_samples=8, val_samples=2, text_share=0.0, two_page_share=0.0)
+    )
     return folder
 
 
-def test_tasks_are_scored_while_training(pages, checkpoint, configure, run_on, data_root, tmp_path, monkeypatch):
-    selection = Selection(tasks="mme,chartqa_human", data_root=str(data_root), data=str(pages / FILES["val_vqa"]),
-                          metric="exact", limit=4, max_new_tokens=6)
+def test_tasks_are_scored_while_training(
+    pages, checkpoint, configure, run_on, data_root, tmp_path, monkeypatch
+):
+    selection = EvaluationConfig(
+        tasks="mme,chartqa_human",
+        data_root=str(data_root),
+        data=str(pages / FILES["val_vqa"]),
+        metric="exact",
+        limit=4,
+        max_new_tokens=6,
+    )
     config = TrainConfig(
-        output_dir=str(tmp_path / "run"), init_from=str(checkpoint), steps=2, eval_every=2, save_every=2, log_every=1,
-        data=DataConfig(meta=str(pages / FILES["meta_train"]), tokenizer=str(TOKENIZER_FOLDER), max_length=256,
-                        batch_mode="samples", samples_per_step=2, max_executables=1),
-        compute=ComputeConfig(dtype="float32", remat="none"), evaluation=selection)
+        output_dir=str(tmp_path / "run"),
+        init_from=str(checkpoint),
+        steps=2,
+        eval_every=2,
+        save_every=2,
+        log_every=1,
+        data=DataConfig(
+            meta=str(pages / FILES["meta_train"]),
+            tokenizer=str(TOKENIZER_FOLDER),
+            max_length=256,
+            batch_mode="samples",
+            samples_per_step=2,
+            max_executables=1,
+        ),
+        compute=ComputeConfig(dtype="float32", remat="none"),
+        evaluation=selection,
+    )
     assert from_dict(TrainConfig, to_dict(config)) == config
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh, rows: make_mesh(mesh, devices=jax.devices()[:1], rows=rows))
+    monkeypatch.setattr(
+        loop, "make_mesh", lambda mesh, rows: make_mesh(mesh, devices=jax.devices()[:1], rows=rows)
+    )
     latest = loop.train(config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     scored = [row for row in rows if "eval/mme" in row]
-    assert [row["step"] for row in scored] == [0, 2] and latest["eval/mme"] == scored[-1]["eval/mme"]
+    assert [row["step"] for row in scored] == [0, 2] and latest["eval/mme"] == scored[-1][
+        "eval/mme"
+    ]
     assert {"eval/chartqa_human", "eval/val_vqa"} <= scored[0].keys()
-    assert max(row["executables"] for row in rows if "executables" in row) == 1, "the training step compiled once"
+    assert max(row["executables"] for row in rows if "executables" in row) == 1, (
+        "the training step compiled once"
+    )
 
     # What eval.py makes of the saved checkpoint.
     eval_settings = {name: value for name, value in vars(selection).items() if value is not None}
-    run_on(configure(tmp_path / "out", checkpoint=str(RunFolder(tmp_path / "run").path), **eval_settings))
-    for task, folder in (("mme", tmp_path / "out" / "run-2" / "mme"), ("val_vqa", tmp_path / "out")):
+    run_on(
+        configure(
+            tmp_path / "out", checkpoint=str(RunFolder(tmp_path / "run").path), **eval_settings
+        )
+    )
+    for task, folder in (
+        ("mme", tmp_path / "out" / "run-2" / "mme"),
+        ("val_vqa", tmp_path / "out"),
+    ):
         here = tmp_path / "run" / "evaluation" / "step-2" / task / "predictions.jsonl"
         assert here.read_bytes() == (folder / "predictions.jsonl").read_bytes()

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.job import JudgeConfig
-from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.sharding import MeshConfig
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
@@ -26,12 +26,23 @@ NEW_TOKENS = 6
 def questions(tmp_path_factory) -> Path:
     """The questions on generated pages, one without an image between them, and one on two pages at the end."""
     folder = tmp_path_factory.mktemp("job") / "data"
-    generate(folder, SyntheticConfig(train_samples=1, val_samples=3, text_share=0.0, two_page_share=0.0))
+    generate(
+        folder, SyntheticConfig(train_samples=1, val_samples=3, text_share=0.0, two_page_share=0.0)
+    )
     path = folder / FILES["val_vqa"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     pages = sorted({row["image"] for row in rows})
-    rows.insert(3, {"question_id": "text", "question": "Which number comes after 3?", "answer": "4"})
-    rows.append({"question_id": "two", "question": "<image> and <image>?", "answer": "x", "image": pages[:2]})
+    rows.insert(
+        3, {"question_id": "text", "question": "Which number comes after 3?", "answer": "4"}
+    )
+    rows.append(
+        {
+            "question_id": "two",
+            "question": "<image> and <image>?",
+            "answer": "x",
+            "image": pages[:2],
+        }
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -41,13 +52,27 @@ def run_job(configure, run_on, questions, tmp_path_factory):
     """Runs a job -> (summary, bytes of predictions.jsonl, its rows); `devices` limits the mesh to the first ones."""
 
     def run(*, devices=1, **settings):
-        config = configure(**dict(data=str(questions), metric="exact", max_new_tokens=NEW_TOKENS, batch_size=1,
-                                  out_dir=tmp_path_factory.mktemp("job") / "out") | settings)
+        config = configure(
+            **dict(
+                data=str(questions),
+                metric="exact",
+                max_new_tokens=NEW_TOKENS,
+                batch_size=1,
+                out_dir=tmp_path_factory.mktemp("job") / "out",
+            )
+            | settings
+        )
         (summary,) = run_on(config, devices)
         predictions = (Path(config.out_dir) / "predictions.jsonl").read_bytes()
-        assert json.loads((Path(config.out_dir) / "summary.json").read_text()) == json.loads(json.dumps(summary))
+        assert json.loads((Path(config.out_dir) / "summary.json").read_text()) == json.loads(
+            json.dumps(summary)
+        )
         how = json.loads((Path(config.out_dir) / "run.json").read_text())
-        return summary | {"run": how}, predictions, [json.loads(line) for line in predictions.splitlines()]
+        return (
+            summary | {"run": how},
+            predictions,
+            [json.loads(line) for line in predictions.splitlines()],
+        )
 
     return run
 
@@ -96,27 +121,39 @@ def test_batches_and_devices_do_not_change_a_byte(settings, one_by_one, run_job,
     assert f"{total}/{total}" in capsys.readouterr().err, "the bar ends at the last answer"
     assert summary["run"]["executables"] == one_by_one[0]["run"]["executables"]
     assert {name: value for name, value in summary.items() if name != "run"} == {
-        name: value for name, value in one_by_one[0].items() if name != "run"}
+        name: value for name, value in one_by_one[0].items() if name != "run"
+    }
 
 
 def test_the_summary_says_what_was_measured(one_by_one, questions, checkpoint):
     summary, _, rows = one_by_one
     assert summary["score"] == np.mean([row["score"] for row in rows])
-    assert (summary["settings"]["metric"], summary["samples"], summary["errors"]) == ("exact", len(rows), 0)
+    assert (summary["settings"]["metric"], summary["samples"], summary["errors"]) == (
+        "exact",
+        len(rows),
+        0,
+    )
     assert summary["stopped_by_length"] == sum(row["finish"] == "length" for row in rows)
     settings = summary["settings"]
     assert (settings["checkpoint"], settings["data"]) == (str(checkpoint), str(questions))
     assert settings["tiles"] == dataclasses.asdict(RunFolder(checkpoint).config.prompt.tiles)
     assert settings["template"] == "internlm2-chat"
     (sha,) = settings["data_sha256"].values()
-    assert sha == hashlib.sha256(questions.read_bytes()).hexdigest() and summary["versions"]["jax"] == jax.__version__
+    assert (
+        sha == hashlib.sha256(questions.read_bytes()).hexdigest()
+        and summary["versions"]["jax"] == jax.__version__
+    )
     run = summary["run"]
     assert run["executables"] == 2, "text, and three tiles"
-    assert run["seconds"] > 0 and run["speed"]["new_tokens"] == sum(row["new_tokens"] for row in rows)
+    assert run["seconds"] > 0 and run["speed"]["new_tokens"] == sum(
+        row["new_tokens"] for row in rows
+    )
     assert all(value > 0 for value in run["speed"].values())
 
 
-def test_a_failed_question_is_an_error_row_that_counts_as_wrong(run_job, one_by_one, questions, tmp_path):
+def test_a_failed_question_is_an_error_row_that_counts_as_wrong(
+    run_job, one_by_one, questions, tmp_path
+):
     """Known from the header, known only when decoded beside a good row, and too long for the decoder."""
     page, text = read(questions)[0], read(questions)[3]
     page["image"] = str(questions.parent / page["image"])
@@ -137,9 +174,16 @@ def test_a_failed_question_is_an_error_row_that_counts_as_wrong(run_job, one_by_
                 "line 4: a prompt of "]  # fmt: skip
     for row, problem in zip(failed, problems):
         assert row["error"].startswith(f"{data} {problem}")
-        assert (row["score"], row["prediction"], row["finish"], row["new_tokens"]) == (0.0, "", "error", 0)
+        assert (row["score"], row["prediction"], row["finish"], row["new_tokens"]) == (
+            0.0,
+            "",
+            "error",
+            0,
+        )
     assert (summary["errors"], summary["samples"]) == (3, 5)
-    assert summary["score"] == sum(row["score"] for row in good) / 5, "an empty text is no right answer to anything"
+    assert summary["score"] == sum(row["score"] for row in good) / 5, (
+        "an empty text is no right answer to anything"
+    )
 
 
 def test_a_job_in_which_everything_fails_still_reports(run_job, questions, tmp_path):
@@ -154,11 +198,19 @@ def test_settings_replace_those_of_the_checkpoint(run_job, questions, tmp_path):
     data = tmp_path / "questions.jsonl"
     row = read(questions)[0]
     data.write_text(json.dumps(row | {"answer": ["x", row["answer"]]}) + "\n")
-    summary, _, (answered,) = run_job(data=str(data), image_root=str(questions.parent), dynamic=False, limit=1,
-                                      prompt="Q: {question}", metric="anls")
+    summary, _, (answered,) = run_job(
+        data=str(data),
+        image_root=str(questions.parent),
+        dynamic=False,
+        limit=1,
+        prompt="Q: {question}",
+        metric="anls",
+    )
     assert (answered["tiles"], answered["prompt"]) == (1, f"Q: {row['question']}")
     assert answered["answer"] == ["x", row["answer"]]
-    assert summary["settings"]["tiles"]["dynamic"] is False and summary["settings"]["metric"] == "anls"
+    assert (
+        summary["settings"]["tiles"]["dynamic"] is False and summary["settings"]["metric"] == "anls"
+    )
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -191,13 +243,20 @@ def test_the_command_writes_both_files(checkpoint, questions, one_by_one, tmp_pa
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith("exact 0.0000 on 3 samples, 0 errors; see ")
     assert (out / "predictions.jsonl").read_bytes().splitlines() == one_by_one[1].splitlines()[:3]
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.jsonl", "run.json", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "predictions.jsonl",
+        "run.json",
+        "summary.json",
+    ]
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(command, checkpoint, questions, tmp_path):
     for flags, message in [
         ({"checkpoint": "nowhere", "data": questions}, "error: nowhere: no such folder"),
-        ({"checkpoint": checkpoint, "data": "gone.jsonl"}, "error: question file gone.jsonl does not exist"),
+        (
+            {"checkpoint": checkpoint, "data": "gone.jsonl"},
+            "error: question file gone.jsonl does not exist",
+        ),
         ({"checkpoint": checkpoint, "data": questions, "batch_size": 0}, "error: batch_size is 0"),
     ]:
         status, _, error = command(metric="exact", **flags)
@@ -208,7 +267,11 @@ def test_wrong_input_is_one_line_and_leaves_nothing(command, checkpoint, questio
 
 def test_an_unknown_metric_lists_the_known_ones(command, checkpoint, questions, tmp_path):
     status, _, error = command(checkpoint=checkpoint, data=questions, metric="exakt")
-    assert status not in (0, None) and "anls" in error.splitlines()[-1] and "exact" in error.splitlines()[-1]
+    assert (
+        status not in (0, None)
+        and "anls" in error.splitlines()[-1]
+        and "exact" in error.splitlines()[-1]
+    )
     assert not (tmp_path / "out").exists()
 
 

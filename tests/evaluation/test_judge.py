@@ -7,7 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from internvlx_jax.evaluation.job import JudgeConfig, rescore
-from internvlx_jax.evaluation.judge import EndpointJudge, JudgeError, NoJudge, Request, ask_until, fill
+from internvlx_jax.evaluation.judge import (
+    EndpointJudge,
+    JudgeError,
+    NoJudge,
+    Request,
+    ask_until,
+    fill,
+)
 
 
 @pytest.fixture
@@ -60,7 +67,9 @@ def test_replies_come_in_order_and_once(server, judge, monkeypatch):
     replies = first.ask(requests)
     asked = {body["messages"][0]["content"]: i for i, (_, _, body) in enumerate(server.asked)}
     assert replies == [f"r{asked[f'q{i}']}" for i in range(20)]
-    assert judge().ask(requests) == replies and len(server.asked) == 20, "the second time from the cache"
+    assert judge().ask(requests) == replies and len(server.asked) == 20, (
+        "the second time from the cache"
+    )
     path, key, body = server.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
     assert body["temperature"] == 0 and "max_tokens" not in body
@@ -73,9 +82,13 @@ def test_what_is_a_new_question_to_the_judge(server, judge):
                  Request("q2"))  # fmt: skip
     for model, request in (("n", Request("q")), *(("m", request) for request in different)):
         judge(model).ask([request, request])
-    assert len({json.dumps(body) for _, _, body in server.asked}) == 5, "a try is not part of the body"
+    assert len({json.dumps(body) for _, _, body in server.asked}) == 5, (
+        "a try is not part of the body"
+    )
     assert len(server.asked) == 6
-    assert any(body["messages"][0] == {"role": "system", "content": "s"} for _, _, body in server.asked)
+    assert any(
+        body["messages"][0] == {"role": "system", "content": "s"} for _, _, body in server.asked
+    )
 
 
 def test_busy_servers_and_nonsense_are_retried(server, judge):
@@ -107,13 +120,17 @@ def test_what_came_before_a_failure_stays(server, judge):
 
 def test_no_server(tmp_path):
     with pytest.raises(JudgeError, match="gives no answer"):
-        EndpointJudge("http://localhost:9", "m", tmp_path, retries=2, pause=0.001).ask([Request("q")])
+        EndpointJudge("http://localhost:9", "m", tmp_path, retries=2, pause=0.001).ask(
+            [Request("q")]
+        )
 
 
 def test_asking_until_understood():
     asked = NoJudge()
     assert ask_until(asked, ["a", "b"], int, temperatures=(0, 1)) == [None, None]
-    assert [request.attempt for request in asked.requests] == [0, 0], "nobody there: not asked again"
+    assert [request.attempt for request in asked.requests] == [0, 0], (
+        "nobody there: not asked again"
+    )
 
 
 def test_fields_are_filled_in_one_pass():
@@ -122,7 +139,9 @@ def test_fields_are_filled_in_one_pass():
 
 
 def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_root, tmp_path):
-    settings = dict(tasks="mmvet", data_root=str(data_root), max_new_tokens=6, batch_size=8, dynamic=False)
+    settings = dict(
+        tasks="mmvet", data_root=str(data_root), max_new_tokens=6, batch_size=8, dynamic=False
+    )
     (pending,) = run_on(configure(tmp_path / "out", **settings))
     folder = tmp_path / "out" / "run" / "mmvet"
     assert (pending["score"], pending["judge"]) == (None, "pending")
@@ -137,5 +156,8 @@ def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_r
     assert (summary["score"], summary["judge"]["model"]) == (50, "m")
     assert not (folder / "judge_requests.jsonl").exists()
     asked = len(server.asked)
-    assert rescore(str(folder / "predictions.jsonl"), data_root=str(data_root), judge=config) == summary
+    assert (
+        rescore(str(folder / "predictions.jsonl"), data_root=str(data_root), judge=config)
+        == summary
+    )
     assert len(server.asked) == asked

@@ -5,14 +5,33 @@ import sys
 
 import pytest
 
-from internvlx_jax.evaluation.metrics.mathvista import Key, internvl_matches, internvl_prefetch, matches, parse
+from internvlx_jax.evaluation.metrics import (
+    METRICS,
+    anls,
+    exact,
+    levenshtein,
+    relaxed,
+    soft_accuracy,
+)
+from internvlx_jax.evaluation.metrics.mathvista import (
+    Key,
+    internvl_matches,
+    internvl_prefetch,
+    matches,
+    parse,
+)
 from internvlx_jax.evaluation.metrics.mmmu import open_answers, open_matches
 from internvlx_jax.evaluation.metrics.options import circular, first_option, infer_option
 from internvlx_jax.evaluation.metrics.text import exact_without_stops
 from internvlx_jax.evaluation.metrics.vqa import clean
-from internvlx_jax.evaluation.metrics.yes_no import (all_right, binary_scores, mme_label, mme_scores, pope_label,
-                                                     yes_or_no)
-from internvlx_jax.evaluation.metrics import METRICS, anls, exact, levenshtein, relaxed, soft_accuracy
+from internvlx_jax.evaluation.metrics.yes_no import (
+    all_right,
+    binary_scores,
+    mme_label,
+    mme_scores,
+    pope_label,
+    yes_or_no,
+)
 
 
 @pytest.mark.parametrize("prediction, answers, score", [
@@ -120,7 +139,10 @@ def test_first_option(answer, letter):
 
 
 def test_circular_needs_all_rotations():
-    assert circular([3, 1_000_003, 2_000_003, 4, 1_000_004], [True, True, False, True, True]) == {3: False, 4: True}
+    assert circular([3, 1_000_003, 2_000_003, 4, 1_000_004], [True, True, False, True, True]) == {
+        3: False,
+        4: True,
+    }
 
 
 @pytest.mark.parametrize("text, label", [
@@ -135,7 +157,13 @@ def test_mme_scores_by_hand():
     """color: 3 of 4 right, one of two images whole: 75 + 50; count: 1 of 2 and none: 50 + 0."""
     tasks = ["color"] * 4 + ["count"] * 2 + ["code_reasoning"] * 2
     scores = mme_scores(tasks, [True, True, True, False, True, False, True, True])
-    assert scores == {"color": 125, "count": 50, "code_reasoning": 200, "perception": 175, "cognition": 200}
+    assert scores == {
+        "color": 125,
+        "count": 50,
+        "code_reasoning": 200,
+        "perception": 175,
+        "cognition": 200,
+    }
     assert mme_scores(["count"] * 3, [True, True, False])["count"] == pytest.approx(200 / 3 + 100)
     assert mme_scores(["count"], [True])["count"] == 100
 
@@ -155,7 +183,12 @@ def test_pope_arithmetic():
     keys = [True] * 1256 + [False] * 39 + [False] * 1371 + [True] * 244
     scores = binary_scores(predicted, keys)
     assert {name: round(value, 4) for name, value in scores.items()} == {
-        "accuracy": 0.9027, "precision": 0.9699, "recall": 0.8373, "f1": 0.8987, "yes_ratio": 0.4450}
+        "accuracy": 0.9027,
+        "precision": 0.9699,
+        "recall": 0.8373,
+        "f1": 0.8987,
+        "yes_ratio": 0.4450,
+    }
     assert binary_scores([False], [True])["f1"] == 0
 
 
@@ -222,7 +255,14 @@ def test_mathvista_in_internvl(extraction, key, right):
 
 
 def test_mathvista_prefetch_in_internvl():
-    cases = (("1/2", CHOICE), ("B", CHOICE), ("12", INTEGER), ("1.0", INTEGER), ("2", FLOAT), ("red", TEXT))
+    cases = (
+        ("1/2", CHOICE),
+        ("B", CHOICE),
+        ("12", INTEGER),
+        ("1.0", INTEGER),
+        ("2", FLOAT),
+        ("red", TEXT),
+    )
     assert [internvl_prefetch(*case) for case in cases] == ["1/2", None, "12", None, "2.0", None]
 
 
@@ -232,4 +272,9 @@ def test_the_table_names_the_metrics_of_single_answers():
 
 def test_metrics_and_tasks_import_no_jax():
     code = "import sys, internvlx_jax.evaluation.scoring, internvlx_jax.evaluation.tasks; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )

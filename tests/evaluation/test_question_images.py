@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.data.errors import SampleError
-from internvlx_jax.data.tiles import TileConfig, cut_tiles
-from internvlx_jax.evaluation.images import EACH, FIRST_ONLY, MMMU_GRID, VLMEVALKIT, ImageBytes, Tiler
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.tiles import cut_tiles
 from internvlx_jax.evaluation.tasks import TASKS
+from internvlx_jax.inference.tiling import (
+    EACH,
+    FIRST_ONLY,
+    MMMU_GRID,
+    VLMEVALKIT,
+    ImageBytes,
+    Tiler,
+)
 
 TILES = TileConfig(tile_size=56, rule="edge", max_num=6)
 
@@ -41,7 +49,9 @@ def test_tiles_of_the_images_of_a_question(policy, images, blocks):
 def test_mmmu_enlarges_the_first_image_bilinearly():
     first, second = Tiler(TILES, MMMU_GRID).cut([SMALL, SMALL], "here")
     image = Image.open(SMALL.open())
-    np.testing.assert_array_equal(first, cut_tiles(image.resize((100, 100), Image.Resampling.BILINEAR), TILES))
+    np.testing.assert_array_equal(
+        first, cut_tiles(image.resize((100, 100), Image.Resampling.BILINEAR), TILES)
+    )
     np.testing.assert_array_equal(second, cut_tiles(image, TILES))
 
 
@@ -58,7 +68,9 @@ def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
     (after,) = Tiler(TILES, rgb="after_tiling").cut([palette], "here")
     assert after.shape == before.shape and (after != before).any()
     colours = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
-    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, "none between two of them"
+    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, (
+        "none between two of them"
+    )
     plain = Tiler(TILES, rgb="after_tiling").cut([WIDE], "here")
     np.testing.assert_array_equal(plain[0], Tiler(TILES).cut([WIDE], "here")[0])
 

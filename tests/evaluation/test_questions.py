@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.questions import Question, read_questions
 
 ROW = {"question_id": 3, "image": "images/a.png", "question": "What?", "answer": "This"}
@@ -16,7 +16,9 @@ def write(tmp_path):
     def write(*lines: dict | str | bytes):
         path = tmp_path / "questions.jsonl"
         texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
-        path.write_bytes(b"\n".join(text if isinstance(text, bytes) else text.encode() for text in texts) + b"\n")
+        path.write_bytes(
+            b"\n".join(text if isinstance(text, bytes) else text.encode() for text in texts) + b"\n"
+        )
         return path
 
     return write
@@ -74,7 +76,9 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
 ])  # fmt: skip
 def test_a_bad_line_is_one_error_with_file_and_line(line, problem, write):
     path = write(ROW | {"question_id": 0}, "", line)
-    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))} line 3: .*{re.escape(problem)}"):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(str(path))} line 3: .*{re.escape(problem)}"
+    ):
         read_questions(path)
 
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
+from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics.mathvista import Key
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context
-from internvlx_jax.evaluation.selection import Selection, select
+from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.tasks import TASKS
 
 OPTIONS = {"A": "cat", "B": "dog"}
@@ -30,7 +31,11 @@ class Scripted:
 
 
 def row(text, answer, id=0, error=None, options=None, question="What?", **fields):
-    return Answered(Question("here", id, (), question, (answer,), options=options or {}, fields=fields), text, error)
+    return Answered(
+        Question("here", id, (), question, (answer,), options=options or {}, fields=fields),
+        text,
+        error,
+    )
 
 
 def score(scorer, rows, judge=None, compat=()):
@@ -45,7 +50,9 @@ PERFECT = {"mme": 2800, "pope": 1}
 @pytest.mark.parametrize("name, protocol", ALL)
 def test_perfect_answers_reach_the_top_and_failures_the_bottom(name, protocol, data_root):
     """So the references reach the metric, from the files of each layout."""
-    (unit,) = select(Selection(tasks=name, protocol=protocol, data_root=str(data_root), compat="none"))
+    (unit,) = select(
+        EvaluationConfig(tasks=name, protocol=protocol, data_root=str(data_root), compat="none")
+    )
     if not unit.questions[0].answers:
         assert unit.view.submission is not None
         return
@@ -59,8 +66,10 @@ def test_perfect_answers_reach_the_top_and_failures_the_bottom(name, protocol, d
     if "MMBench_TEST" in unit.view.dataset:
         assert score(unit.view.score, best).score is None
         return
-    for scored, expected in ((score(unit.view.score, best), PERFECT.get(name, 100)),
-                             (score(unit.view.score, failed), 0)):
+    for scored, expected in (
+        (score(unit.view.score, best), PERFECT.get(name, 100)),
+        (score(unit.view.score, failed), 0),
+    ):
         assert scored.score == pytest.approx(expected)
         assert all(value == (expected > 0) for value in scored.scores)
 
@@ -70,16 +79,28 @@ def test_mmbench_counts_questions_not_rotations():
             row("A", "B", 1_000_001, options=OPTIONS, category="x", **{"l2-category": "p"}),
             row("the dog", "B", 2, options=OPTIONS, category="y", **{"l2-category": "p"})]  # fmt: skip
     result = score(scoring.circular, rows)
-    assert (result.score, result.scores, list(result.predictions)) == (50, [1, 0, 1], ["A", "A", "B"])
-    assert result.parts == {"questions": 2, "one_rotation": pytest.approx(200 / 3), "l2-category": {"p": 50},
-                            "category": {"x": 0, "y": 100}}
+    assert (result.score, result.scores, list(result.predictions)) == (
+        50,
+        [1, 0, 1],
+        ["A", "A", "B"],
+    )
+    assert result.parts == {
+        "questions": 2,
+        "one_rotation": pytest.approx(200 / 3),
+        "l2-category": {"p": 50},
+        "category": {"x": 0, "y": 100},
+    }
 
 
 def test_options_that_rules_do_not_find_go_to_the_judge():
-    rows = [row("B", "B", options=OPTIONS, category="c"), row("the pet that barks", "B", options=OPTIONS, category="d")]
+    rows = [
+        row("B", "B", options=OPTIONS, category="c"),
+        row("the pet that barks", "B", options=OPTIONS, category="d"),
+    ]
     alone = score(scoring.vanilla_choice, rows)
     assert alone.score == 50 and alone.notes == [
-        "1 answers state no option by the rules and count as wrong; a judge would read them"]
+        "1 answers state no option by the rules and count as wrong; a judge would read them"
+    ]
     judge = Scripted("B")
     judged = score(scoring.vanilla_choice, rows, judge)
     assert (judged.score, judged.notes, judged.parts) == (100, [], {"c": 100, "d": 100})
@@ -96,8 +117,12 @@ def test_seed_reports_images():
             row("B", "B", question_type_id=10)]  # fmt: skip
     result = score(scoring.seed, rows)
     assert result.score == 50
-    assert result.parts == {"image": 50, "video": 100, "total": pytest.approx(200 / 3), "by_type": {
-        "1": 100, "9": 0, "10": 100}}
+    assert result.parts == {
+        "image": 50,
+        "video": 100,
+        "total": pytest.approx(200 / 3),
+        "by_type": {"1": 100, "9": 0, "10": 100},
+    }
 
 
 def test_mmmu_by_subject_and_domain():
@@ -106,8 +131,10 @@ def test_mmmu_by_subject_and_domain():
             row("so it is 3.141", "3.14", question_type="open", subject="Physics")]  # fmt: skip
     result = score(scoring.mmmu_score, rows)
     assert result.score == pytest.approx(200 / 3)
-    assert result.parts == {"subjects": {"Art": 100, "Math": 0, "Physics": 100},
-                            "domains": {"Art and Design": 100, "Science": 50}}
+    assert result.parts == {
+        "subjects": {"Art": 100, "Math": 0, "Physics": 100},
+        "domains": {"Art and Design": 100, "Science": 50},
+    }
 
 
 def test_mmmu_open_questions_of_vlmevalkit_are_choices():
@@ -122,8 +149,13 @@ def test_pope_is_the_mean_of_its_categories():
             row("no", "yes", category="adversarial"), row("no", "no", category="adversarial")]  # fmt: skip
     result = score(scoring.pope, rows)
     assert result.score == pytest.approx(4 / 9)
-    assert result.parts["popular"] == {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": pytest.approx(2 / 3),
-                                       "yes_ratio": 1}
+    assert result.parts["popular"] == {
+        "accuracy": 0.5,
+        "precision": 0.5,
+        "recall": 1,
+        "f1": pytest.approx(2 / 3),
+        "yes_ratio": 1,
+    }
 
 
 def test_pope_of_vlmevalkit_counts_a_row_in_each_of_its_categories():
@@ -169,14 +201,25 @@ def test_chartqa_swap():
 
 def test_mathvista_prefetches_what_rules_read():
     """3 is read by rule; 0 counts as not read and goes to the judge, as does a sentence."""
-    keys = [Key("free_form", "integer", "3"), Key("free_form", "integer", "0"), Key("free_form", "float", "1.5")]
+    keys = [
+        Key("free_form", "integer", "3"),
+        Key("free_form", "integer", "0"),
+        Key("free_form", "float", "1.5"),
+    ]
     rows = [row(text, key.answer, key=key) for text, key in zip(("3", "0", "it is 1.5"), keys)]
     alone = score(scoring.mathvista_vlm, rows)
     assert alone.pending and alone.score is None and alone.scores == [1, None, None]
-    assert alone.parts == {"prefetch_rate": pytest.approx(1 / 3), "without_judge": pytest.approx(100 / 3)}
+    assert alone.parts == {
+        "prefetch_rate": pytest.approx(1 / 3),
+        "without_judge": pytest.approx(100 / 3),
+    }
     judge = Scripted("0", "1.5")
     judged = score(scoring.mathvista_vlm, rows, judge)
-    assert (judged.score, judged.pending, list(judged.predictions)) == (100, False, ["3", "0", "1.5"])
+    assert (judged.score, judged.pending, list(judged.predictions)) == (
+        100,
+        False,
+        ["3", "0", "1.5"],
+    )
     assert all(request.max_tokens == 128 for request in judge.requests)
     text = [row("red", "red", key=Key("free_form", "text", "red"))]
     assert score(scoring.mathvista_vlm, text).score == 100
@@ -190,9 +233,13 @@ def test_mmvet_asks_until_there_is_a_number():
     result = score(scoring.mmvet, rows, judge)
     assert result.scores == [0.5, 1.0, 0, 0.25] and result.score == pytest.approx(43.75)
     assert result.parts == {"math": 25, "ocr": 50, "rec": 75}
-    assert [(r.temperature, r.attempt) for r in judge.requests] == [(0, 0)] * 3 + [(0.5, 1)] * 2 + [(1.0, 2)]
+    assert [(r.temperature, r.attempt) for r in judge.requests] == [(0, 0)] * 3 + [(0.5, 1)] * 2 + [
+        (1.0, 2)
+    ]
     unreadable = score(scoring.mmvet, rows[:1], Scripted(*["?"] * 5))
-    assert unreadable.score == 0 and unreadable.notes == ["the judge gave no number for 1 answers; they count 0"]
+    assert unreadable.score == 0 and unreadable.notes == [
+        "the judge gave no number for 1 answers; they count 0"
+    ]
 
 
 def test_llavabench_relates_to_the_reference():

@@ -13,13 +13,14 @@ import openpyxl
 import pytest
 from mini_data import ROOT, read_rows
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation import parts
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.run_config import MeshConfig
+from internvlx_jax.evaluation import prediction_shards as parts
 from internvlx_jax.evaluation.job import EvalConfig, JudgeConfig, rescore
-from internvlx_jax.evaluation.selection import Decoding, Selection
+from internvlx_jax.evaluation.selection import Decoding
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
-from internvlx_jax.models.generate import Sampling
-from internvlx_jax.training.sharding import MeshConfig
 
 NEW_TOKENS = 6
 MODEL = "run"  # name of the folder of the checkpoint
@@ -28,8 +29,11 @@ SMALL = dict(max_new_tokens=NEW_TOKENS, batch_size=8, dynamic=False)
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """The files that must not depend on how a job ran, by path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.suffix in (".jsonl", ".json", ".md", ".csv") and path.name != "run.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".jsonl", ".json", ".md", ".csv") and path.name != "run.json"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +52,41 @@ def test_every_task_runs_under_its_own_protocol(all_tasks, data_root):
     folder, summaries = all_tasks
     assert [summary["task"] for summary in summaries] == list(TASKS)
     for summary in summaries:
-        task, rows = TASKS[summary["task"]], read_rows(folder / summary["task"] / "predictions.jsonl")
+        task, rows = (
+            TASKS[summary["task"]],
+            read_rows(folder / summary["task"] / "predictions.jsonl"),
+        )
         assert (summary["protocol"], summary["errors"]) == (task.default_protocol, 0)
         assert [row["index"] for row in rows] == list(range(summary["samples"]))
-        assert json.loads((folder / task.name / "summary.json").read_text()) == json.loads(json.dumps(summary))
-        assert {row["finish"] for row in rows} <= {"stop", "length"} and all(row["tiles"] > 0 for row in rows)
+        assert json.loads((folder / task.name / "summary.json").read_text()) == json.loads(
+            json.dumps(summary)
+        )
+        assert {row["finish"] for row in rows} <= {"stop", "length"} and all(
+            row["tiles"] > 0 for row in rows
+        )
         assert {path.name for path in (folder / task.name).iterdir()} == {
-            "predictions.jsonl", "summary.json", "run.json", *summary["files"]}
-    assert len({row["raw"] for row in read_rows(folder / "mme" / "predictions.jsonl")}) > 10, "or nothing is compared"
+            "predictions.jsonl",
+            "summary.json",
+            "run.json",
+            *summary["files"],
+        }
+    assert len({row["raw"] for row in read_rows(folder / "mme" / "predictions.jsonl")}) > 10, (
+        "or nothing is compared"
+    )
 
 
 def test_every_other_protocol_runs(settings, configure, run_on, tmp_path):
     names = [name for name, task in TASKS.items() if len(task.views) > 1]
     for protocol in ("vlmevalkit", "internvl"):
         tasks = [name for name in names if TASKS[name].default_protocol != protocol]
-        summaries = run_on(configure(tmp_path / protocol, **settings | dict(tasks=",".join(tasks), protocol=protocol)))
-        assert [(summary["task"], summary["protocol"], summary["errors"]) for summary in summaries] == [
-            (name, protocol, 0) for name in tasks]
+        summaries = run_on(
+            configure(
+                tmp_path / protocol, **settings | dict(tasks=",".join(tasks), protocol=protocol)
+            )
+        )
+        assert [
+            (summary["task"], summary["protocol"], summary["errors"]) for summary in summaries
+        ] == [(name, protocol, 0) for name in tasks]
 
 
 def test_the_minimum_of_new_tokens_is_that_of_the_protocol(all_tasks):
@@ -74,7 +96,13 @@ def test_the_minimum_of_new_tokens_is_that_of_the_protocol(all_tasks):
 
 
 def test_eight_devices_give_the_same_bytes(all_tasks, settings, configure, run_on, tmp_path):
-    run_on(configure(tmp_path / "out", **settings | dict(batch_size=16, mesh=MeshConfig(data=2, fsdp=2, tensor=2))), 8)
+    run_on(
+        configure(
+            tmp_path / "out",
+            **settings | dict(batch_size=16, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+        ),
+        8,
+    )
     assert files_of(tmp_path / "out" / MODEL) == files_of(all_tasks[0])
 
 
@@ -83,12 +111,37 @@ def test_two_processes_give_the_same_bytes(all_tasks, settings, configure, tmp_p
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     flags = " --xla_force_host_platform_device_count=1"  # the last one counts
-    args = ["--checkpoint", configure("o", **settings).checkpoint, "--tasks", settings["tasks"], "--data_root",
-            settings["data_root"], "--no_dynamic", "--max_new_tokens", str(NEW_TOKENS), "--batch_size", "8", "--dtype",
-            "float32", "--out_dir", str(tmp_path / "out"), "--coordinator", f"localhost:{port}", "--num_processes", "2"]
-    processes = [subprocess.Popen([sys.executable, ROOT / "eval.py", *args, "--process_id", str(rank)], text=True,
-                                  env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flags},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]
+    args = [
+        "--checkpoint",
+        configure("o", **settings).checkpoint,
+        "--tasks",
+        settings["tasks"],
+        "--data_root",
+        settings["data_root"],
+        "--no_dynamic",
+        "--max_new_tokens",
+        str(NEW_TOKENS),
+        "--batch_size",
+        "8",
+        "--dtype",
+        "float32",
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--coordinator",
+        f"localhost:{port}",
+        "--num_processes",
+        "2",
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "eval.py", *args, "--process_id", str(rank)],
+            text=True,
+            env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -99,7 +152,9 @@ def test_two_processes_give_the_same_bytes(all_tasks, settings, configure, tmp_p
     assert files_of(tmp_path / "out" / MODEL) == files_of(all_tasks[0])
 
 
-def test_an_interrupted_job_goes_on_where_it_stopped(all_tasks, settings, configure, run_on, tmp_path, monkeypatch):
+def test_an_interrupted_job_goes_on_where_it_stopped(
+    all_tasks, settings, configure, run_on, tmp_path, monkeypatch
+):
     """Stopped inside a task, with half a line on the disk: finished answers are kept, the others are made."""
     three = settings | dict(tasks="textvqa_val,mme,pope", batch_size=4)
     write, written = parts.PartWriter.write, []
@@ -116,7 +171,9 @@ def test_an_interrupted_job_goes_on_where_it_stopped(all_tasks, settings, config
         with pytest.raises(KeyboardInterrupt):
             run_on(configure(tmp_path / "out", **three))
     folder = tmp_path / "out" / MODEL
-    assert (folder / "textvqa_val" / "summary.json").is_file() and not (folder / "mme" / "summary.json").exists()
+    assert (folder / "textvqa_val" / "summary.json").is_file() and not (
+        folder / "mme" / "summary.json"
+    ).exists()
     with pytest.raises(ConfigError, match="unfinished job; --resume goes on"):
         run_on(configure(tmp_path / "out", **three))
     with pytest.raises(ConfigError, match="answered with other settings"):
@@ -129,9 +186,14 @@ def test_an_interrupted_job_goes_on_where_it_stopped(all_tasks, settings, config
     written.clear()
     monkeypatch.setattr(parts.PartWriter, "write", records)
     run_on(configure(tmp_path / "out", **three, resume=True))
-    assert sum(map(len, written)) == 28 - 2 * 4 + 6, "two batches of MME and all of TextVQA were there"
-    expected = {path: text for path, text in files_of(all_tasks[0]).items()
-                if path.split("/")[0] in ("textvqa_val", "mme", "pope")}
+    assert sum(map(len, written)) == 28 - 2 * 4 + 6, (
+        "two batches of MME and all of TextVQA were there"
+    )
+    expected = {
+        path: text
+        for path, text in files_of(all_tasks[0]).items()
+        if path.split("/")[0] in ("textvqa_val", "mme", "pope")
+    }
     assert {path: text for path, text in files_of(folder).items() if "/" in path} == expected
 
     written.clear()
@@ -182,7 +244,9 @@ def test_tables_hold_all_columns_and_the_raw_text(all_tasks, data_root):
     assert [*header] == [name for name in source[0] if name != "image"] + ["prediction"]
     raw = [row["raw"] for row in read_rows(folder / "realworldqa" / "predictions.jsonl")]
     assert [row[-1] or "" for row in rows] == raw
-    assert [row[0] for row in rows] == [int(line[0]) for line in source[1:]], "a number, as VLMEvalKit needs it"
+    assert [row[0] for row in rows] == [int(line[0]) for line in source[1:]], (
+        "a number, as VLMEvalKit needs it"
+    )
 
 
 def test_submissions(all_tasks):
@@ -220,7 +284,9 @@ def test_the_report_has_a_row_a_task_and_the_mean_of_chartqa(all_tasks):
 
 
 def test_missing_files_are_listed_together_before_the_model_loads(command, data_root, tmp_path):
-    status, _, error = command(checkpoint=ROOT / "tests/golden/internlm2", suite="x20", data_root=tmp_path / "nothing")
+    status, _, error = command(
+        checkpoint=ROOT / "tests/golden/internlm2", suite="x20", data_root=tmp_path / "nothing"
+    )
     assert status == 1 and "data files are missing" in error
     for task in SUITES["x20"]:
         assert f"  {task} (" in error
@@ -229,13 +295,17 @@ def test_missing_files_are_listed_together_before_the_model_loads(command, data_
 
 def test_the_command_lists_tasks_and_names_the_nearest(command, data_root, checkpoint):
     status, text, _ = command("--list", data_root=data_root)
-    assert status == 0 and len(text.splitlines()) == 1 + sum(len(task.views) for task in TASKS.values())
+    assert status == 0 and len(text.splitlines()) == 1 + sum(
+        len(task.views) for task in TASKS.values()
+    )
     assert not [line for line in text.splitlines()[1:] if "missing" in line]
     status, _, error = command(checkpoint=checkpoint, tasks="texvqa_val")
     assert status == 1 and 'Did you mean "textvqa_val"?' in error
     status, _, error = command(checkpoint=checkpoint, task="x")
     assert status == 2 and 'Did you mean "--tasks"?' in error
-    status, _, error = command(checkpoint=checkpoint, tasks="realworldqa", protocol="internvl", data_root=data_root)
+    status, _, error = command(
+        checkpoint=checkpoint, tasks="realworldqa", protocol="internvl", data_root=data_root
+    )
     assert status == 1 and "not defined under protocol internvl; it has vlmevalkit" in error
 
 
@@ -245,24 +315,54 @@ def test_a_question_keeps_its_randomness_in_any_batch(settings, configure, run_o
     texts = {}
     for name, size, seed in (("a", 4, 0), ("b", 4, 1), ("c", 8, 0)):
         decoding = Decoding(sampling=sampling, seed=seed, stop_strings=("e",))
-        run_on(configure(tmp_path / name, **settings | dict(tasks="mme", limit=5, batch_size=size, decoding=decoding)))
-        texts[name] = [row["raw"] for row in read_rows(tmp_path / name / MODEL / "mme" / "predictions.jsonl")]
+        run_on(
+            configure(
+                tmp_path / name,
+                **settings | dict(tasks="mme", limit=5, batch_size=size, decoding=decoding),
+            )
+        )
+        texts[name] = [
+            row["raw"] for row in read_rows(tmp_path / name / MODEL / "mme" / "predictions.jsonl")
+        ]
     assert texts["a"] == texts["c"] != texts["b"]
     assert not any("e" in text for text in texts["a"]), "stop strings are cut off"
 
 
 def test_flags_become_settings(command, monkeypatch):
     seen = []
-    monkeypatch.setattr("internvlx_jax.evaluation.command.run", lambda config: seen.append(config) or [])
+    monkeypatch.setattr("internvlx_jax.cli.evaluate.run", lambda config: seen.append(config) or [])
     assert command("--resume", "--no_dynamic", checkpoint="c", tasks="a,b", suite="x20", protocol="internvl",
                    data_root="d", tsv_root="t", limit=3, tile_rule="area", max_num=12, batch_size=5, max_new_tokens=9, temperature=0.5,
                    top_k=7, top_p=0.25, repetition_penalty=1.5, seed=4, stop_string="END", dtype="float32",
                    compat="acceptance", shard="1/2", judge_url="u", judge_model="m", judge_cache="j", mesh_fsdp=2,
                    out_dir="o")[0] == 0  # fmt: skip
-    assert seen == [EvalConfig(
-        checkpoint="c", out_dir="o", tile_rule="area", max_num=12, dynamic=False, batch_size=5, dtype="float32",
-        selection=Selection(tasks="a,b", suite="x20", protocol="internvl", data_root="d", tsv_root="t", limit=3,
-                            max_new_tokens=9, compat="acceptance"),
-        decoding=Decoding(sampling=Sampling(temperature=0.5, top_k=7, top_p=0.25, repetition_penalty=1.5), seed=4,
-                          stop_strings=("END",)),
-        judge=JudgeConfig(url="u", model="m", cache="j"), mesh=MeshConfig(fsdp=2), resume=True, shard="1/2")]
+    assert seen == [
+        EvalConfig(
+            checkpoint="c",
+            out_dir="o",
+            tile_rule="area",
+            max_num=12,
+            dynamic=False,
+            batch_size=5,
+            dtype="float32",
+            selection=EvaluationConfig(
+                tasks="a,b",
+                suite="x20",
+                protocol="internvl",
+                data_root="d",
+                tsv_root="t",
+                limit=3,
+                max_new_tokens=9,
+                compat="acceptance",
+            ),
+            decoding=Decoding(
+                sampling=Sampling(temperature=0.5, top_k=7, top_p=0.25, repetition_penalty=1.5),
+                seed=4,
+                stop_strings=("END",),
+            ),
+            judge=JudgeConfig(url="u", model="m", cache="j"),
+            mesh=MeshConfig(fsdp=2),
+            resume=True,
+            shard="1/2",
+        )
+    ]

@@ -8,9 +8,8 @@ import mini_data
 import openpyxl
 import pytest
 
-from internvlx_jax.data.errors import SampleError
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.images import image_size
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.evaluation.tables import write_table, write_tsv
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
 
@@ -35,20 +34,38 @@ def test_images_of_all_kinds(write):
                  ["9", "", "q", "y", "", ""],
                  ["10", f"[{CELLS[0]}, {CELLS[1]}]", "q\r\nr", "y", "a", ""])  # fmt: skip
     first, second, third = read_tsv(path)
-    assert (first.text, first.answers, first.options) == ('one\n"two"\tthree', ("x",), {"A": "a", "B": "b"})
+    assert (first.text, first.answers, first.options) == (
+        'one\n"two"\tthree',
+        ("x",),
+        {"A": "a", "B": "b"},
+    )
     assert (second.id, second.answers, second.images) == ("8", (), first.images)
     assert third.text == "q\r\nr" and third.options == {"A": "a"}
-    assert [image_size(image) for image in (*first.images, *third.images)] == [(61, 60), (61, 60), (62, 60)]
+    assert [image_size(image) for image in (*first.images, *third.images)] == [
+        (61, 60),
+        (61, 60),
+        (62, 60),
+    ]
     assert first.images[0].open().read() == mini_data.picture(1)
-    assert [str(image).rpartition("/")[2] for image in third.images] == ["table.tsv row 10", "table.tsv row 10 image 2"]
+    assert [str(image).rpartition("/")[2] for image in third.images] == [
+        "table.tsv row 10",
+        "table.tsv row 10 image 2",
+    ]
     assert first.where == f"{path} line 2" and second.where == f"{path} line 4"
     assert "image" not in first.fields and first.fields["question"] == first.text
 
 
 def test_paths_in_place_of_images(write, tmp_path):
-    path = write(["1", "a.png", "q"], ["2", "['a.png', 'b.png']", "q"], names=("index", "image_path", "question"))
+    path = write(
+        ["1", "a.png", "q"],
+        ["2", "['a.png', 'b.png']", "q"],
+        names=("index", "image_path", "question"),
+    )
     one, two = read_tsv(path)
-    assert one.images == (str(tmp_path / "a.png"),) and two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert one.images == (str(tmp_path / "a.png"),) and two.images == (
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+    )
 
 
 @pytest.mark.parametrize("rows, names, problem", [
@@ -76,8 +93,10 @@ def test_list_cells():
         list_cell("[a, b]", "w")
 
 
-ROWS = [{"index": "007", "text": "=1+1", "long": 'two\nlines\tand "quotes"', "n": 3}, {
-    "index": "1e5", "text": "None", "long": " spaces ", "n": 4}]
+ROWS = [
+    {"index": "007", "text": "=1+1", "long": 'two\nlines\tand "quotes"', "n": 3},
+    {"index": "1e5", "text": "None", "long": " spaces ", "n": 4},
+]
 
 
 def test_xlsx_gives_the_same_cells_back(tmp_path):

@@ -30,7 +30,12 @@ def load_golden(golden):
         if name not in cache:
             folder = golden / name
             model = load_pretrained(folder, dtype="float32").model
-            cache[name] = Golden(name, model, dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz")))
+            cache[name] = Golden(
+                name,
+                model,
+                dict(np.load(folder / "inputs.npz")),
+                dict(np.load(folder / "outputs.npz")),
+            )
         return cache[name]
 
     return load

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from internvlx_jax.models.config import DecoderConfig, LvtcConfig, ModelConfig
+from internvlx_jax.core.model_config import DecoderConfig, LvtcConfig, ModelConfig
 
 Piece = np.ndarray | int
 PVTC_HEADS = 16
@@ -65,7 +65,7 @@ class Oracle:
         return self.config.lvtc
 
     def hidden(self, pieces: list[Piece], positions: np.ndarray) -> np.ndarray:
-        """Residual stream behind the last layer: [slots of the long frame, d]. `positions` are of the long frame."""
+        """Residual stream behind the last layer: [slots of the long layout, d]. `positions` are of the long layout."""
         lvtc = self.lvtc
         stride = lvtc.high_grid // lvtc.low_grid
         # Shallow: the tokens of the low grid in the place of each tile.
@@ -73,8 +73,11 @@ class Oracle:
         for piece in pieces:
             if isinstance(piece, int):
                 x.append(self.low(piece))
-                at += [positions[slot + a * stride * lvtc.high_grid + b * stride]
-                       for a in range(lvtc.low_grid) for b in range(lvtc.low_grid)]
+                at += [
+                    positions[slot + a * stride * lvtc.high_grid + b * stride]
+                    for a in range(lvtc.low_grid)
+                    for b in range(lvtc.low_grid)
+                ]
                 slot += lvtc.high_grid**2
             else:
                 x.append(self.params["decoder.embedding"][piece])
@@ -102,7 +105,9 @@ class Oracle:
                 for piece in pieces:
                     width = lvtc.high_grid**2 if isinstance(piece, int) else len(piece)
                     if isinstance(piece, int):
-                        x[slot : slot + width] += self.added(f"lvtc.inject_{layer}", lvtc.inject_projector, piece)
+                        x[slot : slot + width] += self.added(
+                            f"lvtc.inject_{layer}", lvtc.inject_projector, piece
+                        )
                     slot += width
             x = self.layer(layer, x, positions)
         return x
@@ -110,25 +115,38 @@ class Oracle:
     # Projectors
 
     def low(self, tile: int) -> np.ndarray:
-        released = self.lvtc.low_projector == "pvtc" and self.lvtc.low_grid == self.config.token_grid
-        return self.visual_tokens("projector" if released else "lvtc.low", self.lvtc.low_projector, self.lvtc.low_grid,
-                                  tile)
+        released = (
+            self.lvtc.low_projector == "pvtc" and self.lvtc.low_grid == self.config.token_grid
+        )
+        return self.visual_tokens(
+            "projector" if released else "lvtc.low",
+            self.lvtc.low_projector,
+            self.lvtc.low_grid,
+            tile,
+        )
 
     def added(self, path: str, kind: str, tile: int) -> np.ndarray:
         """gate * P(V) on the high grid; without a gate P(V) itself. The released projector has no copy under `path`."""
         gate = 1.0 if self.lvtc.gate is None else self.params[f"{path}.gate"]
         own = any(name.startswith(f"{path}.projector.") for name in self.params)
-        return gate * self.visual_tokens(f"{path}.projector" if own else "projector", kind, self.lvtc.high_grid, tile)
+        return gate * self.visual_tokens(
+            f"{path}.projector" if own else "projector", kind, self.lvtc.high_grid, tile
+        )
 
     def _visual_tokens(self, path: str, kind: str, grid: int, tile: int) -> np.ndarray:
         """Tokens of one tile, row-major over the grid: [q, d]."""
         side = math.isqrt(self.tiles.shape[1] - 1) // grid
         patches = self.tiles[tile, 1:].reshape(grid * side, grid * side, -1)
-        regions = [patches[a * side : (a + 1) * side, b * side : (b + 1) * side].reshape(side * side, -1)
-                   for a in range(grid) for b in range(grid)]
+        regions = [
+            patches[a * side : (a + 1) * side, b * side : (b + 1) * side].reshape(side * side, -1)
+            for a in range(grid)
+            for b in range(grid)
+        ]
         if kind == "mlp":
             return np.stack([self.mlp(path, region.reshape(-1)) for region in regions])
-        return np.stack([self.pvtc(path, region, query, tile) for query, region in enumerate(regions)])
+        return np.stack(
+            [self.pvtc(path, region, query, tile) for query, region in enumerate(regions)]
+        )
 
     def mlp(self, path: str, region: np.ndarray) -> np.ndarray:
         normed = rms(region, self.params[f"{path}.norm.weight"], 1e-6)
@@ -138,18 +156,29 @@ class Oracle:
         """One region [m, v] -> its token [d]: what the region asks of itself, and what the class token asks of it."""
         keys = self.small_map(f"{path}.region_kv", region)
         local = self.small_map(f"{path}.local_query", region.reshape(-1))
-        by_class = self.small_map(f"{path}.global_query", self.tiles[tile, 0]) * self.params[f"{path}.cls_scale"][query]
-        return self.block(f"{path}.attn_local", local, keys) + self.block(f"{path}.attn_global", by_class, keys)
+        by_class = (
+            self.small_map(f"{path}.global_query", self.tiles[tile, 0])
+            * self.params[f"{path}.cls_scale"][query]
+        )
+        return self.block(f"{path}.attn_local", local, keys) + self.block(
+            f"{path}.attn_global", by_class, keys
+        )
 
     def small_map(self, path: str, x: np.ndarray) -> np.ndarray:
-        return silu(rms(x, self.params[f"{path}.norm.weight"], 1e-6) @ self.params[f"{path}.linear.kernel"])
+        return silu(
+            rms(x, self.params[f"{path}.norm.weight"], 1e-6) @ self.params[f"{path}.linear.kernel"]
+        )
 
     def block(self, path: str, u: np.ndarray, kv: np.ndarray) -> np.ndarray:
         """One query [d] and the keys of its region [m, d]."""
+
         def weight(name):
             return self.params[f"{path}.{name}"]
 
-        query, keys = rms(u, weight("attn.q_norm.weight"), 1e-6), rms(kv, weight("attn.kv_norm.weight"), 1e-6)
+        query, keys = (
+            rms(u, weight("attn.q_norm.weight"), 1e-6),
+            rms(kv, weight("attn.kv_norm.weight"), 1e-6),
+        )
         heads = []
         for n in range(PVTC_HEADS):
             q = query @ weight("attn.q.kernel")[:, n]
@@ -158,7 +187,9 @@ class Oracle:
             heads.append(softmax(k @ q / math.sqrt(len(q))) @ v @ weight("attn.proj.kernel")[n])
         u = u + sum(heads)
         y = rms(u, weight("mlp.norm.weight"), 1e-6)
-        return u + (silu(y @ weight("mlp.gate.kernel")) * (y @ weight("mlp.up.kernel"))) @ weight("mlp.down.kernel")
+        return u + (silu(y @ weight("mlp.gate.kernel")) * (y @ weight("mlp.up.kernel"))) @ weight(
+            "mlp.down.kernel"
+        )
 
     # Decoder
 
@@ -174,7 +205,7 @@ class Oracle:
         group = config.heads // config.kv_heads
         attended = 0
         for k in range(config.kv_heads):
-            kernel = weight("attn.qkv.kernel")[:, k]    # [d, queries of the group | key | value, h]
+            kernel = weight("attn.qkv.kernel")[:, k]  # [d, queries of the group | key | value, h]
             key, value = self.rotate(y @ kernel[:, group], positions), y @ kernel[:, group + 1]
             for j in range(group):
                 query = self.rotate(y @ kernel[:, j], positions)
@@ -182,7 +213,9 @@ class Oracle:
                 attended = attended + mixed @ weight("attn.out.kernel")[k * group + j]
         x = x + attended
         y = rms(x, weight("mlp_norm.weight"), config.eps)
-        return x + (silu(y @ weight("mlp.gate.kernel")) * (y @ weight("mlp.up.kernel"))) @ weight("mlp.down.kernel")
+        return x + (silu(y @ weight("mlp.gate.kernel")) * (y @ weight("mlp.up.kernel"))) @ weight(
+            "mlp.down.kernel"
+        )
 
     def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         half = self.config.decoder.head_dim // 2

@@ -8,16 +8,31 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from internvlx_jax.convert.lora import merge_params, stored_adapters
-from internvlx_jax.data.tiles import TileConfig
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
-from internvlx_jax.models.inputs import Inputs
-from internvlx_jax.models.lora import (LoraConfig, draw_dropout, init_adapters, is_adapter, with_adapters,
-                                       without_adapters)
+from internvlx_jax.checkpoints.lora_files import merge_params, stored_adapters
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.models.lora import (
+    draw_dropout,
+    init_adapters,
+    is_adapter,
+    with_adapters,
+    without_adapters,
+)
 from internvlx_jax.models.params import abstract_model, init_params, unflatten
 
-LORAS = (LoraConfig(part="vision", rank=3, alpha=6.0), LoraConfig(part="decoder", rank=4, alpha=2.0, use_rslora=True))
+LORAS = (
+    LoraConfig(part="vision", rank=3, alpha=6.0),
+    LoraConfig(part="decoder", rank=4, alpha=2.0, use_rslora=True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +40,13 @@ def inputs():
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 90, (2, 20)).astype(np.int32)
     index = np.where(np.arange(20) < 4, np.arange(20), 4)[None].repeat(2, 0).astype(np.int32)
-    return Inputs(tokens, np.arange(20, dtype=np.int32)[None].repeat(2, 0), np.ones_like(tokens),
-                  rng.integers(0, 256, (2, 1, 56, 56, 3), np.uint8), index)
+    return Inputs(
+        tokens,
+        np.arange(20, dtype=np.int32)[None].repeat(2, 0),
+        np.ones_like(tokens),
+        rng.integers(0, 256, (2, 1, 56, 56, 3), np.uint8),
+        index,
+    )
 
 
 @pytest.fixture(scope="module", params=["internlm2", "qwen2"])
@@ -34,9 +54,19 @@ def model(request):
     """Config, structures without and with adapters, parameters of the base."""
     config = ModelConfig(
         vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
-        decoder=DecoderConfig(family=request.param, vocab_size=99, width=32, layers=2, heads=4, kv_heads=2, head_dim=8,
-                              mlp_width=48, initializer_range=0.2),
-        prompt=PromptConfig(tiles=TileConfig(tile_size=56)))
+        decoder=DecoderConfig(
+            family=request.param,
+            vocab_size=99,
+            width=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            mlp_width=48,
+            initializer_range=0.2,
+        ),
+        prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
+    )
     base = abstract_model(config, dtype="float32", attention="xla")
     return config, base, with_adapters(base, config, LORAS), init_params(config, 0)
 
@@ -46,7 +76,9 @@ def fresh(adapted, seed=0):
     return init_adapters(adapted, seed, dict.fromkeys(adapted.shapes, here))
 
 
-@jax.jit(static_argnums=0, compiler_options={"xla_backend_optimization_level": 3})  # as a run is: bits are compared
+@jax.jit(
+    static_argnums=0, compiler_options={"xla_backend_optimization_level": 3}
+)  # as a run is: bits are compared
 def hidden(graphdef, params, inputs, key=None):
     model = nnx.merge(graphdef, unflatten(params))
     if key is not None:
@@ -58,7 +90,11 @@ def test_names_and_shapes(model):
     """Every linear map of the layers; checkpoints of Qwen2 keep q, k and v apart, those of InternLM2 do not."""
     config, base, adapted, _ = model
     adapters = {path: leaf.shape for path, leaf in adapted.shapes.items() if is_adapter(path)}
-    maps = {path.removesuffix(".kernel") for path in base.shapes if ".layers." in path and path.endswith(".kernel")}
+    maps = {
+        path.removesuffix(".kernel")
+        for path in base.shapes
+        if ".layers." in path and path.endswith(".kernel")
+    }
     assert {path.rpartition(".")[0] for path in adapters} == maps and len(maps) == 9
     assert without_adapters(adapted).shapes == base.shapes
     assert adapters["vision.layers.attn.qkv.lora_b"] == (2, 3, 3, 2, 8)
@@ -70,23 +106,38 @@ def test_names_and_shapes(model):
         assert packed == {f"{module}lora_a": (2, 32, 4), f"{module}lora_b": (2, 4, 2, 4, 8)}
     else:
         assert {path: shape for path, shape in packed.items() if "lora_b" in path} == {
-            f"{module}lora_b_q": (2, 4, 2, 2, 8), f"{module}lora_b_k": (2, 4, 2, 1, 8),
-            f"{module}lora_b_v": (2, 4, 2, 1, 8)}
+            f"{module}lora_b_q": (2, 4, 2, 2, 8),
+            f"{module}lora_b_k": (2, 4, 2, 1, 8),
+            f"{module}lora_b_v": (2, 4, 2, 1, 8),
+        }
         assert {packed[f"{module}lora_a_{x}"] for x in "qkv"} == {(2, 32, 4)}
 
 
 @pytest.mark.parametrize("family", ["internlm2", "llama", "qwen2", "phi3"])
 def test_checkpoints_of_every_family_know_the_names(family):
     """Where gate and up are one tensor of a checkpoint (Phi-3), they still have two adapters here."""
-    config = ModelConfig(vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
-                         projector=ProjectorConfig(kind="mlp1"),
-                         decoder=DecoderConfig(family=family, vocab_size=99, width=32, layers=2, heads=4, kv_heads=2,
-                                               head_dim=8, mlp_width=48),
-                         prompt=PromptConfig(tiles=TileConfig(tile_size=56)))
+    config = ModelConfig(
+        vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
+        projector=ProjectorConfig(kind="mlp1"),
+        decoder=DecoderConfig(
+            family=family,
+            vocab_size=99,
+            width=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            mlp_width=48,
+        ),
+        prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
+    )
     adapted = with_adapters(abstract_model(config, dtype="float32", attention="xla"), config, LORAS)
     for lora in LORAS:
         found = stored_adapters(config, lora.part, adapted.shapes)
-        assert len({adapter.base.target for adapter in found}) == {"vision": 4, "decoder": 5}[lora.part]
+        assert (
+            len({adapter.base.target for adapter in found})
+            == {"vision": 4, "decoder": 5}[lora.part]
+        )
         for adapter in found:
             for pair in adapter.pairs:
                 a, b = (adapted.shapes[entry.target].shape for entry in pair)
@@ -97,8 +148,12 @@ def test_the_first_step_is_that_of_the_base(model, inputs):
     _, base, adapted, params = model
     adapters = fresh(adapted)
     expected = hidden(base.graphdef, params, inputs)
-    np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs), expected)
-    np.testing.assert_array_equal(hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0)), expected)
+    np.testing.assert_array_equal(
+        hidden(adapted.graphdef, {**params, **adapters}, inputs), expected
+    )
+    np.testing.assert_array_equal(
+        hidden(adapted.graphdef, {**params, **adapters}, inputs, jax.random.key(0)), expected
+    )
     for path, value in adapters.items():
         if ".lora_b" in path:
             assert not np.any(value), path
@@ -114,8 +169,14 @@ def trained(model):
     """Parameters with adapters that do something."""
     _, _, adapted, params = model
     rng = np.random.default_rng(1)
-    return {**params, **{path: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
-                         for path, leaf in adapted.shapes.items() if is_adapter(path)}}
+    return {
+        **params,
+        **{
+            path: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
+            for path, leaf in adapted.shapes.items()
+            if is_adapter(path)
+        },
+    }
 
 
 def test_merged_weights_compute_the_same(model, inputs, trained):
@@ -125,13 +186,17 @@ def test_merged_weights_compute_the_same(model, inputs, trained):
     assert merged.keys() == params.keys()
     np.testing.assert_allclose(hidden(base.graphdef, merged, inputs), unmerged, atol=1e-4)
     assert np.abs(unmerged - hidden(base.graphdef, params, inputs)).max() > 0.05
-    kept = merge_params({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, config, LORAS)
+    kept = merge_params(
+        {path: value.astype(jnp.bfloat16) for path, value in trained.items()}, config, LORAS
+    )
     assert {value.dtype for value in kept.values()} == {jnp.bfloat16.dtype}
 
 
 def test_dropout_acts_in_training_only(model, inputs, trained):
     graphdef = model[2].graphdef
-    draws = [np.asarray(hidden(graphdef, trained, inputs, jax.random.key(seed))) for seed in (0, 0, 1)]
+    draws = [
+        np.asarray(hidden(graphdef, trained, inputs, jax.random.key(seed))) for seed in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert np.abs(draws[0] - draws[2]).max() > 1e-3
     plain = np.asarray(hidden(graphdef, trained, inputs))

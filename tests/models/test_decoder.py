@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from internvlx_jax.core.model_config import DecoderConfig, RopeConfig
 from internvlx_jax.models import attention
 from internvlx_jax.models.attention import SelfAttention, attend
-from internvlx_jax.models.config import DecoderConfig, RopeConfig
-from internvlx_jax.models.decoder import Decoder, Frame, KeyValues, Past
+from internvlx_jax.models.decoder import Decoder, KeyValues, KVCacheView, TokenLayout
 from internvlx_jax.models.rope import rotation
 
 ATOL = 1e-4
@@ -22,7 +22,7 @@ def frame(tokens, positions=None, mask=None):
     batch, length = tokens.shape
     positions = np.broadcast_to(np.arange(length), tokens.shape) if positions is None else positions
     mask = np.ones_like(tokens) if mask is None else mask
-    return Frame(jnp.asarray(positions, jnp.int32), jnp.asarray(mask, jnp.int32))
+    return TokenLayout(jnp.asarray(positions, jnp.int32), jnp.asarray(mask, jnp.int32))
 
 
 run_layers = jax.jit(Decoder.run_layers, static_argnames=("start", "stop", "keep_kv"))
@@ -41,8 +41,12 @@ def test_hidden_states_and_caches(parity):
         np.testing.assert_allclose(x, outputs[f"llm_hidden_{layer}"], atol=ATOL, rtol=0)
         x, kv = run_layers(decoder, x, frame(tokens), start=layer, stop=layer + 1, keep_kv=True)
         for ours, name in zip(kv, ("k", "v")):
-            np.testing.assert_allclose(ours[0].swapaxes(1, 2), outputs[f"llm_cache_{name}_{layer}"], atol=ATOL, rtol=0)
-    np.testing.assert_allclose(decoder.norm(x), outputs[f"llm_hidden_{decoder.config.layers}"], atol=ATOL, rtol=0)
+            np.testing.assert_allclose(
+                ours[0].swapaxes(1, 2), outputs[f"llm_cache_{name}_{layer}"], atol=ATOL, rtol=0
+            )
+    np.testing.assert_allclose(
+        decoder.norm(x), outputs[f"llm_hidden_{decoder.config.layers}"], atol=ATOL, rtol=0
+    )
 
 
 def test_masks_and_positions(parity):
@@ -50,11 +54,16 @@ def test_masks_and_positions(parity):
     tokens = inputs["llm_input_ids"]
     right, left = inputs["llm_mask_right"], inputs["llm_mask_left"]
     np.testing.assert_allclose(logits(decoder, tokens), outputs["llm_logits"], atol=ATOL, rtol=0)
-    for name, mask, positions in (("mask_right", right, None), ("mask_left", left, None),
-                                  ("mask_left_pos", left, inputs["llm_position_ids_left"])):
+    for name, mask, positions in (
+        ("mask_right", right, None),
+        ("mask_left", left, None),
+        ("mask_left_pos", left, inputs["llm_position_ids_left"]),
+    ):
         ours = np.asarray(logits(decoder, tokens, mask=mask, positions=positions))
         assert np.isfinite(ours).all()
-        np.testing.assert_allclose(ours[mask == 1], outputs[f"llm_logits_{name}"][mask == 1], atol=ATOL, rtol=0)
+        np.testing.assert_allclose(
+            ours[mask == 1], outputs[f"llm_logits_{name}"][mask == 1], atol=ATOL, rtol=0
+        )
     ours = logits(decoder, tokens, positions=inputs["llm_position_ids_custom"])
     np.testing.assert_allclose(ours, outputs["llm_logits_pos_custom"], atol=ATOL, rtol=0)
 
@@ -67,20 +76,33 @@ def test_prefill_and_single_steps(parity):
     x = decoder.embed(jnp.asarray(tokens[:, :prefill]), jnp.float32)
     x, kv = run_layers(decoder, x, frame(tokens[:, :prefill]), keep_kv=True)
     rows = [decoder.logits(x)]
-    kv = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - prefill), (0, 0), (0, 0))), kv)
+    kv = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - prefill), (0, 0), (0, 0))), kv
+    )
     for slot in range(prefill, length):
-        past = Past(kv, jnp.broadcast_to(jnp.arange(length) <= slot, (batch, length)).astype(jnp.int32),
-                    jnp.int32(slot))
-        one = Frame(jnp.full((batch, 1), slot, jnp.int32), jnp.ones((batch, 1), jnp.int32))
-        x, new = run_layers(decoder, decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32), one,
-                            past=past, keep_kv=True)
+        past = KVCacheView(
+            kv,
+            jnp.broadcast_to(jnp.arange(length) <= slot, (batch, length)).astype(jnp.int32),
+            jnp.int32(slot),
+        )
+        one = TokenLayout(jnp.full((batch, 1), slot, jnp.int32), jnp.ones((batch, 1), jnp.int32))
+        x, new = run_layers(
+            decoder,
+            decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32),
+            one,
+            past=past,
+            keep_kv=True,
+        )
         kv = KeyValues(*(old.at[:, :, slot : slot + 1].set(fresh) for old, fresh in zip(kv, new)))
         rows.append(decoder.logits(x))
-    np.testing.assert_allclose(jnp.concatenate(rows, axis=1), parity.outputs["llm_logits_incremental"], atol=ATOL,
-                               rtol=0)
+    np.testing.assert_allclose(
+        jnp.concatenate(rows, axis=1), parity.outputs["llm_logits_incremental"], atol=ATOL, rtol=0
+    )
 
 
-TINY = DecoderConfig(vocab_size=40, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=32)
+TINY = DecoderConfig(
+    vocab_size=40, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=32
+)
 
 
 @functools.cache
@@ -114,20 +136,27 @@ def test_tied_output():
     decoder = tiny(tie_embeddings=True)
     x = jax.random.normal(jax.random.key(0), (1, 3, 16))
     assert decoder.head is None
-    np.testing.assert_allclose(decoder.logits(x), decoder.norm(x) @ decoder.embedding[...].T, atol=1e-6)
+    np.testing.assert_allclose(
+        decoder.logits(x), decoder.norm(x) @ decoder.embedding[...].T, atol=1e-6
+    )
 
 
 def test_rope_scaling():
     positions = jnp.arange(40)[None]
     plain = RopeConfig(theta=1e4, max_positions=32)
-    dynamic = RopeConfig(theta=1e4, max_positions=32, scaling="dynamic", factor=2.0, allow_longer=True)
+    dynamic = RopeConfig(
+        theta=1e4, max_positions=32, scaling="dynamic", factor=2.0, allow_longer=True
+    )
     linear = RopeConfig(theta=1e4, max_positions=64, scaling="linear", factor=4.0)
-    np.testing.assert_array_equal(rotation(dynamic, positions, 8, 32).cos, rotation(plain, positions, 8, 32).cos)
+    np.testing.assert_array_equal(
+        rotation(dynamic, positions, 8, 32).cos, rotation(plain, positions, 8, 32).cos
+    )
     theta = 1e4 * (2.0 * 40 / 32 - 1.0) ** (8 / 6)
     expected = np.cos(np.arange(40)[:, None] * theta ** (-np.arange(0, 8, 2) / 8))
     np.testing.assert_allclose(rotation(dynamic, positions, 8, 40).cos[0], expected, atol=1e-5)
-    np.testing.assert_allclose(rotation(linear, 4 * positions, 8, 40).sin, rotation(plain, positions, 8, 32).sin,
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        rotation(linear, 4 * positions, 8, 40).sin, rotation(plain, positions, 8, 32).sin, atol=1e-6
+    )
     with pytest.raises(ValueError, match="40 key slots exceed.*allow_longer"):
         rotation(plain, positions, 8, 40)
 
@@ -137,27 +166,52 @@ def test_sliding_window(backend, monkeypatch):
     """A query sees itself and the `window - 1` slots before it, in its segment: the same as without the other keys."""
     monkeypatch.setattr(attention, "CHUNK", 4)
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 9, 4, 8), (1, 9, 2, 8), (1, 9, 2, 8)))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((1, 9, 4, 8), (1, 9, 2, 8), (1, 9, 2, 8))
+    )
     segments = jnp.asarray([[1, 1, 1, 1, 1, 1, 2, 2, 2]], jnp.int32)
     windowed = SelfAttention(backend)(q, k, v, segments, causal=True, window=3)
     for slot in range(9):
         first = max(0 if slot < 6 else 6, slot - 2)
-        alone = attend(q[:, slot : slot + 1], k[:, first : slot + 1], v[:, first : slot + 1], q_start=slot - first)
+        alone = attend(
+            q[:, slot : slot + 1],
+            k[:, first : slot + 1],
+            v[:, first : slot + 1],
+            q_start=slot - first,
+        )
         np.testing.assert_allclose(windowed[:, slot], alone[:, 0], atol=1e-5)
         if slot >= 1:  # one step of decoding
-            step = attend(q[:, slot : slot + 1], k, v, q_segments=segments[:, slot : slot + 1], kv_segments=segments,
-                          q_start=slot, window=3)
+            step = attend(
+                q[:, slot : slot + 1],
+                k,
+                v,
+                q_segments=segments[:, slot : slot + 1],
+                kv_segments=segments,
+                q_start=slot,
+                window=3,
+            )
             np.testing.assert_allclose(step[:, 0], alone[:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("scaling, scale", [("su", (1 + np.log(4) / np.log(16)) ** 0.5), ("yarn", 0.1 * np.log(4) + 1)])
+@pytest.mark.parametrize(
+    "scaling, scale", [("su", (1 + np.log(4) / np.log(16)) ** 0.5), ("yarn", 0.1 * np.log(4) + 1)]
+)
 def test_phi3_rope(scaling, scale):
     """Frequencies are stretched by the short factors, by the long ones once a position is beyond the original range."""
     short, long = (1.0, 1.5, 2.0, 2.5), (2.0, 3.0, 4.0, 5.0)
-    config = RopeConfig(theta=100.0, max_positions=64, scaling=scaling, short_factor=short, long_factor=long,
-                        original_max_positions=16)
+    config = RopeConfig(
+        theta=100.0,
+        max_positions=64,
+        scaling=scaling,
+        short_factor=short,
+        long_factor=long,
+        original_max_positions=16,
+    )
     for length, factors in ((16, short), (17, long)):
-        angles = np.arange(length)[:, None] / (np.asarray(factors) * 100.0 ** (np.arange(0, 8, 2) / 8))
+        angles = np.arange(length)[:, None] / (
+            np.asarray(factors) * 100.0 ** (np.arange(0, 8, 2) / 8)
+        )
         ours = rotation(config, jnp.arange(length)[None], 8, length)
         np.testing.assert_allclose(ours.cos[0], scale * np.cos(angles), atol=1e-5)
         np.testing.assert_allclose(ours.sin[0], scale * np.sin(angles), atol=1e-5)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from internvlx_jax.convert.names import name_table
+from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.convert.verify import inputs_from_flat
+from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.data.tiles import NORMALIZATIONS
 from internvlx_jax.data.tiles import normalize as normalize_on_host
-from internvlx_jax.models.inputs import Inputs
 from internvlx_jax.models.internvlx import normalize_tiles
 from internvlx_jax.models.loss import CHUNK, token_losses, weighted_loss
 from internvlx_jax.models.params import flatten
@@ -23,8 +23,13 @@ run = jax.jit(lambda model, inputs: model(inputs))
 
 def batch(parity):
     flags = parity.inputs["image_flags"] == 1
-    return inputs_from_flat(parity.model.config, IMAGE_TOKEN, parity.inputs["input_ids"],
-                            parity.inputs["pixel_values"][flags], parity.inputs["attention_mask"])
+    return inputs_from_flat(
+        parity.model.config,
+        IMAGE_TOKEN,
+        parity.inputs["input_ids"],
+        parity.inputs["pixel_values"][flags],
+        parity.inputs["attention_mask"],
+    )
 
 
 def loss_of(model, inputs, labels):
@@ -48,7 +53,11 @@ def test_rows_alone_equal_rows_in_the_batch(parity):
         ours = parity.model.decoder.logits(run(parity.model, inputs))
         np.testing.assert_allclose(ours, parity.outputs[f"{name}_logits"], atol=1e-4, rtol=0)
         labels = jnp.asarray(parity.inputs["labels"][row : row + 1, : lengths[row]], jnp.int32)
-        np.testing.assert_allclose(jax.jit(loss_of)(parity.model, inputs, labels), parity.outputs[f"{name}_loss"], atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(loss_of)(parity.model, inputs, labels),
+            parity.outputs[f"{name}_loss"],
+            atol=1e-5,
+        )
 
 
 def test_loss_and_gradients(parity, golden):
@@ -57,7 +66,11 @@ def test_loss_and_gradients(parity, golden):
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(parity.model, batch(parity), labels)
     np.testing.assert_allclose(loss, parity.outputs["loss"], atol=1e-5)
     flat = flatten(nnx.to_pure_dict(nnx.state(grads)))
-    stored = {name.removeprefix("grad/"): value for name, value in parity.outputs.items() if name.startswith("grad/")}
+    stored = {
+        name.removeprefix("grad/"): value
+        for name, value in parity.outputs.items()
+        if name.startswith("grad/")
+    }
     norms = json.loads((golden / parity.name / "grad_norms.json").read_text())
     compared = 0
     for entry in name_table(parity.model.config):
@@ -68,7 +81,9 @@ def test_loss_and_gradients(parity, golden):
                     np.testing.assert_allclose(ours, stored[name], atol=1e-5, rtol=0, err_msg=name)
                     compared += 1
                 # A tensor without a stored norm is behind select_layer: no gradient reaches it.
-                np.testing.assert_allclose(np.linalg.norm(ours), norms.get(name, 0.0), atol=1e-4, err_msg=name)
+                np.testing.assert_allclose(
+                    np.linalg.norm(ours), norms.get(name, 0.0), atol=1e-4, err_msg=name
+                )
     assert compared == len(stored)
     if parity.name == "internlm2":
         assert compared == 83
@@ -87,25 +102,36 @@ def test_masked_tiles_change_nothing(load_golden):
     extra = np.full((inputs.tiles.shape[0], 2, *inputs.tiles.shape[2:]), 1e3, np.float32)
     tiles = np.concatenate([inputs.tiles, extra], axis=1)
     text = inputs.tiles.shape[1] * parity.model.config.tokens_per_tile
-    index = np.where(inputs.feature_index == text, tiles.shape[1] * parity.model.config.tokens_per_tile,
-                     inputs.feature_index)
+    index = np.where(
+        inputs.feature_index == text,
+        tiles.shape[1] * parity.model.config.tokens_per_tile,
+        inputs.feature_index,
+    )
     padded = inputs._replace(tiles=tiles, feature_index=index)
     np.testing.assert_allclose(run(parity.model, padded), run(parity.model, inputs), atol=1e-5)
-    grad = jax.jit(jax.grad(lambda tiles: jnp.sum(parity.model(padded._replace(tiles=tiles)))))(jnp.asarray(tiles))
+    grad = jax.jit(jax.grad(lambda tiles: jnp.sum(parity.model(padded._replace(tiles=tiles)))))(
+        jnp.asarray(tiles)
+    )
     assert float(jnp.abs(grad[:, -2:]).max()) == 0.0
 
 
 def test_wrong_number_of_tiles_is_named(load_golden):
     parity = load_golden("internlm2")
     with pytest.raises(ValueError, match=r"placeholders \(id 7\); 1 tiles"):
-        inputs_from_flat(parity.model.config, IMAGE_TOKEN, parity.inputs["input_ids"],
-                         parity.inputs["pixel_values"][:1])
+        inputs_from_flat(
+            parity.model.config,
+            IMAGE_TOKEN,
+            parity.inputs["input_ids"],
+            parity.inputs["pixel_values"][:1],
+        )
 
 
 def test_uint8_tiles_are_normalised_on_the_device():
     tiles = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     assert set(NORMALIZATIONS) >= {"imagenet"}
-    np.testing.assert_allclose(normalize_tiles(jnp.asarray(tiles)), normalize_on_host(tiles), atol=1e-6)
+    np.testing.assert_allclose(
+        normalize_tiles(jnp.asarray(tiles)), normalize_on_host(tiles), atol=1e-6
+    )
 
 
 def test_chunked_loss_equals_the_whole(load_golden):
@@ -118,7 +144,9 @@ def test_chunked_loss_equals_the_whole(load_golden):
 
     def plain(hidden):
         logits, targets = decoder.logits(hidden)[:, :-1], labels[:, 1:]
-        ce = -jnp.take_along_axis(jax.nn.log_softmax(logits), np.maximum(targets, 0)[..., None], -1)[..., 0]
+        ce = -jnp.take_along_axis(
+            jax.nn.log_softmax(logits), np.maximum(targets, 0)[..., None], -1
+        )[..., 0]
         return jnp.sum(jnp.where(targets == -100, 0.0, ce))
 
     def chunked(hidden):
@@ -135,4 +163,6 @@ def test_text_only_bucket_has_no_tower_in_it(load_golden):
     model = load_golden("internlm2").model
     tokens = jnp.zeros((2, 8), jnp.int32)
     empty = Inputs(tokens, tokens, tokens + 1, jnp.zeros((2, 0, 56, 56, 3), jnp.uint8), tokens)
-    assert "vit_block" not in jax.jit(lambda m, x: m(x)).lower(model, empty).as_text(debug_info=True)
+    assert "vit_block" not in jax.jit(lambda m, x: m(x)).lower(model, empty).as_text(
+        debug_info=True
+    )

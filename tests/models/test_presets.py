@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from internvlx_jax.config import load_config_file, override
-from internvlx_jax.convert.hf_config import model_config
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.presets import internvlx_2b, internvlx_8b, lvtc_preset
 from internvlx_jax.models.params import abstract_model
-from internvlx_jax.models.presets import internvlx_2b, internvlx_8b, lvtc_preset
 
 SIZES = {"2b": internvlx_2b, "8b": internvlx_8b}
 
@@ -20,7 +20,9 @@ def test_off_is_the_released_model(golden, size):
     stored = json.loads((golden / f"shapes-{size}.json").read_text())
     released, ours = model_config(stored["config"], stored["shapes"]), SIZES[size]()
     fresh = dict(layer_scale_init=ours.vision.layer_scale_init, drop_path=ours.vision.drop_path)
-    assert dataclasses.replace(released, vision=dataclasses.replace(released.vision, **fresh)) == ours
+    assert (
+        dataclasses.replace(released, vision=dataclasses.replace(released.vision, **fresh)) == ours
+    )
 
 
 @pytest.mark.parametrize("preset, role, tokens, mean", [
@@ -38,19 +40,26 @@ def test_each_preset(preset, role, tokens, mean):
         if preset.endswith("inject"):
             assert len(lvtc.inject_layers) == 2 and first_deep < min(lvtc.inject_layers) < layers
 
-    added = abstract_model(model, dtype="bfloat16").shapes.keys() - abstract_model(make(), dtype="bfloat16").shapes.keys()
+    added = (
+        abstract_model(model, dtype="bfloat16").shapes.keys()
+        - abstract_model(make(), dtype="bfloat16").shapes.keys()
+    )
     assert all(path.startswith("lvtc.") for path in added) and bool(added) == (preset != "off")
 
 
 def test_an_unknown_preset():
-    with pytest.raises(ConfigError, match="LVTC preset 'quick' is unknown; choose one of off, paper"):
+    with pytest.raises(
+        ConfigError, match="LVTC preset 'quick' is unknown; choose one of off, paper"
+    ):
         lvtc_preset("quick", token_grid=16, expand_layer=1, inject_layers=())
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", ["off", "paper", "fast"])
 def test_run_configs(size, preset):
-    config = load_config_file(f"configs/internvlx_{size}_hd" + ("" if preset == "off" else f"_{preset}") + ".py")
+    config = load_config_file(
+        f"configs/internvlx_{size}_hd" + ("" if preset == "off" else f"_{preset}") + ".py"
+    )
     assert config.model.lvtc == SIZES[size](preset).lvtc
     tiles = config.model.prompt.tiles
     assert (tiles.rule, tiles.max_num, tiles.use_thumbnail) == ("edge", 6, True)
@@ -60,7 +69,9 @@ def test_run_configs(size, preset):
 def test_lvtc_from_the_command_line():
     """Field by field, also where the config has none yet; a misspelt one is named."""
     config = load_config_file("configs/demo.py")
-    set_to = override(config, ["model.lvtc.expand_layer=1", "model.lvtc.low_grid=1", "model.lvtc.high_grid=2"]).model.lvtc
+    set_to = override(
+        config, ["model.lvtc.expand_layer=1", "model.lvtc.low_grid=1", "model.lvtc.high_grid=2"]
+    ).model.lvtc
     assert (set_to.expand_layer, set_to.low_grid, set_to.high_grid, set_to.gate) == (1, 1, 2, 0.0)
     with pytest.raises(ConfigError, match="did you mean expand_layer"):
         override(config, ["model.lvtc.expnd_layer=1"])

@@ -8,13 +8,18 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from internvlx_jax.convert.names import name_table
+from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.convert.verify import variant
-from internvlx_jax.data.tiles import TileConfig
-from internvlx_jax.models.config import DecoderConfig, ModelConfig, ProjectorConfig, PromptConfig, VisionConfig
-from internvlx_jax.models.mlp1 import Mlp1
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.models.params import flatten, unflatten
-from internvlx_jax.models.pvtc import PVTC, split_regions, transpose_grid
+from internvlx_jax.models.projectors import PVTC, Mlp1, split_regions, transpose_grid
 
 ATOL = 1e-4
 run = jax.jit(lambda projector, x: projector(x))
@@ -36,13 +41,17 @@ def test_every_intermediate(parity):
     local = projector.local_query(shuffled)
     if projector.config.pixel_shuffle == "v1":
         shuffled, local = transpose_grid(shuffled), transpose_grid(local)
-    np.testing.assert_array_equal(shuffled.reshape(outputs["proj_shuffled"].shape), outputs["proj_shuffled"])
+    np.testing.assert_array_equal(
+        shuffled.reshape(outputs["proj_shuffled"].shape), outputs["proj_shuffled"]
+    )
     kv = projector.region_kv(regions)
     cls = projector.global_query(x[:, 0])
     gq = cls[:, None] * projector.cls_scale[...]
 
     def close(ours, name):
-        np.testing.assert_allclose(ours.reshape(outputs[name].shape), outputs[name], atol=ATOL, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            ours.reshape(outputs[name].shape), outputs[name], atol=ATOL, rtol=0, err_msg=name
+        )
 
     close(local, "proj_mlp1")
     close(cls, "proj_mlp2")
@@ -61,7 +70,9 @@ def test_tower_and_projector_together(parity):
     for layer in (-1, -2):
         x = run(variant(parity.model.vision, select_layer=layer), pixels)
         expected = parity.outputs[f"extract_feature_select{layer}"]
-        np.testing.assert_allclose(run(parity.model.projector, x).reshape(expected.shape), expected, atol=ATOL, rtol=0)
+        np.testing.assert_allclose(
+            run(parity.model.projector, x).reshape(expected.shape), expected, atol=ATOL, rtol=0
+        )
 
 
 def model_config(*, vision_width, grid, width, ratio, kind="pvtc"):
@@ -69,8 +80,11 @@ def model_config(*, vision_width, grid, width, ratio, kind="pvtc"):
     return ModelConfig(
         vision=VisionConfig(width=vision_width, layers=1, heads=2, mlp_width=32, image_size=size),
         projector=ProjectorConfig(kind=kind, downsample_ratio=ratio),
-        decoder=DecoderConfig(vocab_size=32, width=width, layers=1, heads=2, kv_heads=2, head_dim=16, mlp_width=32),
-        prompt=PromptConfig(tiles=TileConfig(tile_size=size)))
+        decoder=DecoderConfig(
+            vocab_size=32, width=width, layers=1, heads=2, kv_heads=2, head_dim=16, mlp_width=32
+        ),
+        prompt=PromptConfig(tiles=TileConfig(tile_size=size)),
+    )
 
 
 def build(config):
@@ -85,9 +99,15 @@ def test_regions_of_four_by_four(golden):
     config = model_config(vision_width=24, grid=8, width=32, ratio=0.25)
     projector = build(config)
     entries = [entry for entry in name_table(config) if entry.target.startswith("projector.")]
-    flat = {entry.target: entry.to_target([tensors[name.removeprefix("projector.")] for name in entry.sources(0)])
-            for entry in entries}
-    assert flat.keys() == {f"projector.{path}" for path in flatten(nnx.to_pure_dict(nnx.state(projector)))}
+    flat = {
+        entry.target: entry.to_target(
+            [tensors[name.removeprefix("projector.")] for name in entry.sources(0)]
+        )
+        for entry in entries
+    }
+    assert flat.keys() == {
+        f"projector.{path}" for path in flatten(nnx.to_pure_dict(nnx.state(projector)))
+    }
     graphdef, _ = nnx.split(projector)
     params = {path.removeprefix("projector."): jnp.asarray(value) for path, value in flat.items()}
     loaded = nnx.merge(graphdef, unflatten(params))
@@ -126,10 +146,23 @@ def test_mlp1_is_its_formula():
     config = model_config(vision_width=8, grid=4, width=16, ratio=0.5, kind="mlp1")
     projector = build(config)
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 17, 8)))
-    tokens = np.stack([[np.concatenate([x[i, 1 + (2 * a + y) * 4 + 2 * b + c] for y in (0, 1) for c in (0, 1)])
-                        for a in (0, 1) for b in (0, 1)] for i in (0, 1)])
+    tokens = np.stack(
+        [
+            [
+                np.concatenate(
+                    [x[i, 1 + (2 * a + y) * 4 + 2 * b + c] for y in (0, 1) for c in (0, 1)]
+                )
+                for a in (0, 1)
+                for b in (0, 1)
+            ]
+            for i in (0, 1)
+        ]
+    )
     mean, var = tokens.mean(-1, keepdims=True), tokens.var(-1, keepdims=True)
     y = (tokens - mean) / np.sqrt(var + 1e-5)
     y = y @ projector.fc1.kernel[...] + projector.fc1.bias[...]
-    y = np.asarray(jax.nn.gelu(y, approximate=False)) @ projector.fc2.kernel[...] + projector.fc2.bias[...]
+    y = (
+        np.asarray(jax.nn.gelu(y, approximate=False)) @ projector.fc2.kernel[...]
+        + projector.fc2.bias[...]
+    )
     np.testing.assert_allclose(projector(jnp.asarray(x)), y, atol=1e-5)

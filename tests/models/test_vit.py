@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from internvlx_jax.convert.verify import variant
-from internvlx_jax.models.config import VisionConfig
-from internvlx_jax.models.positions import bicubic_matrix, resize_positions
-from internvlx_jax.models.vit import VisionTower
+from internvlx_jax.core.model_config import VisionConfig
+from internvlx_jax.models.vit import VisionTower, bicubic_matrix, resize_positions
 
 ATOL = 1e-4
 run = jax.jit(lambda vision, pixels, key=None: vision(pixels, drop_path_key=key))
@@ -25,7 +24,9 @@ def test_every_hidden_state(parity):
     pixels = nhwc(parity.inputs["pixel_values"])
     for depth in range(parity.model.vision.config.layers + 1):
         vision = variant(parity.model.vision, select_layer=depth)
-        np.testing.assert_allclose(run(vision, pixels), parity.outputs[f"vit_hidden_{depth}"], atol=ATOL, rtol=0)
+        np.testing.assert_allclose(
+            run(vision, pixels), parity.outputs[f"vit_hidden_{depth}"], atol=ATOL, rtol=0
+        )
 
 
 def test_last_state_and_pooler(parity):
@@ -47,12 +48,17 @@ def test_resized_position_tables(parity):
         expected = parity.outputs[name][0]
         grid = int(round((len(expected) - 1) ** 0.5))
         assert np.sign(grid - side) == np.sign(change)
-        np.testing.assert_allclose(resize_positions(positions, (grid, grid)), expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            resize_positions(positions, (grid, grid)), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_bicubic_rows():
-    np.testing.assert_allclose(bicubic_matrix(4, 6)[:2], [[1.0868056, -0.0868056, 0, 0], [0.5, 0.59375, -0.09375, 0]],
-                               atol=1e-7)
+    np.testing.assert_allclose(
+        bicubic_matrix(4, 6)[:2],
+        [[1.0868056, -0.0868056, 0, 0], [0.5, 0.59375, -0.09375, 0]],
+        atol=1e-7,
+    )
     np.testing.assert_allclose(bicubic_matrix(4, 2)[0], [0.5, 0.59375, -0.09375, 0], atol=1e-7)
     np.testing.assert_array_equal(bicubic_matrix(5, 5), np.eye(5))
 
@@ -95,7 +101,9 @@ def test_drop_path_acts_in_training_only():
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_nothing(remat):
     vision, pixels = tiny(drop_path=0.0), jax.random.normal(jax.random.key(1), (2, 28, 28, 3))
-    grad = jax.jit(jax.grad(lambda v, policy: jnp.sum(v(pixels, remat=policy) ** 2)), static_argnums=1)
+    grad = jax.jit(
+        jax.grad(lambda v, policy: jnp.sum(v(pixels, remat=policy) ** 2)), static_argnums=1
+    )
     for a, b in zip(jax.tree.leaves(grad(vision, "none")), jax.tree.leaves(grad(vision, remat))):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import StabilityConfig
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.errors import ConfigError
 from internvlx_jax.training.bad_steps import MEDIAN_FROM, BadSteps, read_bad_steps
-from internvlx_jax.training.config import StabilityConfig
 from internvlx_jax.training.step import Metrics
 
 NAN, INF = float("nan"), float("inf")
@@ -17,16 +17,28 @@ NAN, INF = float("nan"), float("inf")
 def step(loss, norm=1.0, weight=1.0):
     applied = np.isfinite(loss) and np.isfinite(norm) and weight > 0
     norms = {"vision": np.float32(0.5), "decoder": np.float32(norm)}
-    return Metrics(*map(np.float32, (loss, [loss * weight], [weight], norm)), norms, *map(np.float32, (1, 1, 1)),
-                   np.bool_(applied))
+    return Metrics(
+        *map(np.float32, (loss, [loss * weight], [weight], norm)),
+        norms,
+        *map(np.float32, (1, 1, 1)),
+        np.bool_(applied),
+    )
 
 
 def bad_steps(run, first=0, writes=True, **limits):
-    return BadSteps(run, first, StabilityConfig(**limits), planned_ids=lambda number: [[f"pages:{number}"], []], writes=writes)
+    return BadSteps(
+        run,
+        first,
+        StabilityConfig(**limits),
+        planned_ids=lambda number: [[f"pages:{number}"], []],
+        writes=writes,
+    )
 
 
 def look(bad, *metrics, first=1):
-    return bad.look([(number, Bucket(3, 128), each) for number, each in enumerate(metrics, start=first)])
+    return bad.look(
+        [(number, Bucket(3, 128), each) for number, each in enumerate(metrics, start=first)]
+    )
 
 
 def test_a_bad_step_is_written_with_what_it_was_made_of(tmp_path):
@@ -39,14 +51,21 @@ def test_a_bad_step_is_written_with_what_it_was_made_of(tmp_path):
                         "grad_norm": {"all": "inf", "vision": 0.5, "decoder": "inf"},
                         "bucket": {"tiles": 3, "length": 128, "short_length": 0},
                         "samples": [["pages:1"], []]}  # fmt: skip
-    assert [(line["step"], line["kind"]) for line in lines] == [(2, "nonfinite"), (3, "unsupervised"), (4, "nonfinite")]
+    assert [(line["step"], line["kind"]) for line in lines] == [
+        (2, "nonfinite"),
+        (3, "unsupervised"),
+        (4, "nonfinite"),
+    ]
 
 
 def test_a_spike_is_held_against_the_running_median(tmp_path):
     bad = bad_steps(tmp_path, spike_factor=2.0)
-    assert look(bad, *[step(1.0)] * (MEDIAN_FROM - 1), step(50.0)) == [], "too few steps to know what is usual"
+    assert look(bad, *[step(1.0)] * (MEDIAN_FROM - 1), step(50.0)) == [], (
+        "too few steps to know what is usual"
+    )
     assert look(bad, step(2.0), step(NAN), step(2.1), first=30)[1] == (
-        "step 32: loss 2.1000 is over 2 x the median 1.0000; samples in bad_steps.jsonl")
+        "step 32: loss 2.1000 is over 2 x the median 1.0000; samples in bad_steps.jsonl"
+    )
     assert [line["kind"] for line in read_bad_steps(tmp_path)] == ["nonfinite", "spike"]
     look(bad, *[step(5.0)] * 200, first=40)
     assert look(bad, step(9.0), first=300) == [], "the median has moved on"
@@ -55,7 +74,9 @@ def test_a_spike_is_held_against_the_running_median(tmp_path):
 
 def test_too_many_in_a_row_end_the_run(tmp_path):
     bad = bad_steps(tmp_path, max_consecutive_nonfinite=3)
-    look(bad, step(NAN), step(NAN), step(1.0), step(NAN), step(0.0, weight=0.0), step(NAN), step(NAN))
+    look(
+        bad, step(NAN), step(NAN), step(1.0), step(NAN), step(0.0, weight=0.0), step(NAN), step(NAN)
+    )
     assert bad.verdict() is None
     look(bad, step(NAN), first=8)
     assert "3 steps in a row (max_consecutive_nonfinite = 3)" in bad.verdict()
@@ -79,11 +100,16 @@ def test_the_file_after_a_kill(tmp_path):
         file.write('{"step": 2, "ki')
     assert len(read_bad_steps(tmp_path)) == 1
     (tmp_path / "bad_steps.jsonl").write_text(json.dumps({"step": 2}) + "\n")
-    with pytest.raises(ConfigError, match="bad_steps.jsonl line 1: not a JSON object .* remove the line"):
+    with pytest.raises(
+        ConfigError, match="bad_steps.jsonl line 1: not a JSON object .* remove the line"
+    ):
         read_bad_steps(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [dict(max_total_nonfinite=0), dict(max_consecutive_nonfinite=0), dict(spike_factor=1.0)])
+@pytest.mark.parametrize(
+    "limit",
+    [dict(max_total_nonfinite=0), dict(max_consecutive_nonfinite=0), dict(spike_factor=1.0)],
+)
 def test_limits_that_make_no_sense(limit):
     with pytest.raises(ConfigError, match=f"stability.{next(iter(limit))}"):
         StabilityConfig(**limit)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.training.config import FreezeConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import FreezeConfig
 from internvlx_jax.training.freeze import describe, divide, join
 
 SIZES = {"vision.layers.attn.kernel": (4, 8, 8), "vision.embedding": (8,), "projector.fc.kernel": (8, 16),
@@ -48,16 +48,27 @@ def test_the_last_layers_of_the_tower():
     assert division.frozen_tower_layers == 3
     assert division.trained[path] == jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
     assert division.frozen[path] == jax.ShapeDtypeStruct((3, 8, 8), jnp.bfloat16)
-    assert division.whole[path] == SHAPES[path] and division.whole["vision.embedding"].dtype == jnp.bfloat16
+    assert (
+        division.whole[path] == SHAPES[path]
+        and division.whole["vision.embedding"].dtype == jnp.bfloat16
+    )
 
     rng = np.random.default_rng(0)
-    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in SIZES.items()}
+    params = {
+        path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in SIZES.items()
+    }
     trained, frozen = division.split(params)
-    assert {p: (a.shape, a.dtype) for p, a in trained.items()} == {p: (a.shape, a.dtype) for p, a in division.trained.items()}
-    assert {p: (a.shape, a.dtype) for p, a in frozen.items()} == {p: (a.shape, a.dtype) for p, a in division.frozen.items()}
+    assert {p: (a.shape, a.dtype) for p, a in trained.items()} == {
+        p: (a.shape, a.dtype) for p, a in division.trained.items()
+    }
+    assert {p: (a.shape, a.dtype) for p, a in frozen.items()} == {
+        p: (a.shape, a.dtype) for p, a in division.frozen.items()
+    }
     whole = join(trained, frozen)
     np.testing.assert_array_equal(whole[path][3], params[path][3])
-    np.testing.assert_array_equal(whole[path][:3], params[path][:3].astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(
+        whole[path][:3], params[path][:3].astype(jnp.bfloat16).astype(jnp.float32)
+    )
     again = join(*division.split(whole))  # what is stored in the compute dtype stays as it is
     for path in SIZES:
         np.testing.assert_array_equal(again[path], whole[path], err_msg=path)
@@ -88,7 +99,9 @@ def test_a_decoder_without_head_says_so():
 
 
 def test_the_counts_of_each_module_are_printed():
-    division = divide(SHAPES, FreezeConfig(vit=True, unfreeze_vit_last=1, paths=("decoder.head",)), "float32")
+    division = divide(
+        SHAPES, FreezeConfig(vit=True, unfreeze_vit_last=1, paths=("decoder.head",)), "float32"
+    )
     assert [line.split() for line in describe(division).splitlines()] == [
         ["decoder", "816", "trained", "16,000", "frozen"],
         ["lvtc", "1", "trained", "0", "frozen"],

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from internvlx_jax.training.hlo import _first_group, moved
-from internvlx_jax.training.sharding import MeshConfig, make_mesh
+from internvlx_jax.aot.hlo import _first_group, moved
+from internvlx_jax.core.run_config import MeshConfig
+from internvlx_jax.models.sharding import make_mesh
 
 LOOPS = 5
 
@@ -21,22 +22,41 @@ def scanned():
         def body(x, kernel):
             kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
             return jax.lax.psum(jnp.tanh(x @ kernel), "tensor"), None
+
         return jax.lax.scan(body, x, kernels)[0]
 
-    f = jax.shard_map(on_one_device, mesh=mesh, in_specs=(PartitionSpec(None, "fsdp"), spec), out_specs=spec, check_vma=False)
+    f = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, "fsdp"), spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+
     def struct(*shape, spec):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-    return jax.jit(f).lower(struct(LOOPS, 64, 64, spec=PartitionSpec(None, "fsdp")), struct(32, 64, spec=spec)).compile()
+
+    return (
+        jax.jit(f)
+        .lower(struct(LOOPS, 64, 64, spec=PartitionSpec(None, "fsdp")), struct(32, 64, spec=spec))
+        .compile()
+    )
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs(scanned):
     found = moved(scanned.as_text(), 8)
     assert found.unknown_loops == 0
-    received = {kind: (sum(c.times for c in found.collectives if c.kind == kind),
-                       sum(c.times * c.received for c in found.collectives if c.kind == kind))
-                for kind in {c.kind for c in found.collectives}}
-    assert received == {"all-gather": (LOOPS, LOOPS * 64 * 64 * 4 / 2),        # half of each kernel is there already
-                        "all-reduce": (LOOPS, LOOPS * 2 * 16 * 64 * 4 / 2)}    # a ring passes it twice, but for its own part
+    received = {
+        kind: (
+            sum(c.times for c in found.collectives if c.kind == kind),
+            sum(c.times * c.received for c in found.collectives if c.kind == kind),
+        )
+        for kind in {c.kind for c in found.collectives}
+    }
+    assert received == {
+        "all-gather": (LOOPS, LOOPS * 64 * 64 * 4 / 2),  # half of each kernel is there already
+        "all-reduce": (LOOPS, LOOPS * 2 * 16 * 64 * 4 / 2),
+    }  # a ring passes it twice, but for its own part
     assert {c.group for c in found.collectives if c.kind == "all-gather"} == {(0, 2)}
     assert {c.group for c in found.collectives if c.kind == "all-reduce"} == {(0, 1)}
 

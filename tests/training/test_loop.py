@@ -12,22 +12,32 @@ from flax import nnx
 from kill import finish, start, write_config
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.errors import CheckpointError, ConfigError
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.core.run_config import FreezeConfig, MeshConfig, OptimizerConfig
 from internvlx_jax.models.params import flatten
-from internvlx_jax.training.checkpoint import RunFolder
-from internvlx_jax.training.config import FreezeConfig, OptimizerConfig
 from internvlx_jax.training.loop import train
-from internvlx_jax.training.sharding import MeshConfig
 
 
 def metrics(config):
-    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows if "loss" in row]
+    rows = [
+        json.loads(line)
+        for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        (row["step"], row["loss"], row["grad_norm"], row["learning_rate"])
+        for row in rows
+        if "loss" in row
+    ]
 
 
 def params(folder):
-    return {path: np.asarray(value) for path, value in
-            flatten(nnx.to_pure_dict(nnx.state(load_pretrained(folder, dtype="float32").model))).items()}
+    return {
+        path: np.asarray(value)
+        for path, value in flatten(
+            nnx.to_pure_dict(nnx.state(load_pretrained(folder, dtype="float32").model))
+        ).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,10 @@ def test_two_processes_begin_what_one_finishes(straight, tiny_run, tmp_path):
 
 
 def test_one_executable_a_bucket(straight):
-    rows = [json.loads(line) for line in (Path(straight.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(straight.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     executables = [row["executables"] for row in rows if "executables" in row]
     assert 2 <= executables[-1] <= straight.data.max_executables < len(rows)
 
@@ -88,7 +101,9 @@ def test_run_folder_stands_alone(straight, tmp_path):
     run = Path(shutil.copytree(straight.output_dir, tmp_path / "copy"))
     loaded = load_pretrained(run, dtype="float32")
     assert loaded.config == straight.model and loaded.tokenizer.vocab_size == 655
-    np.testing.assert_array_equal(params(run / "checkpoints" / "6")["decoder.head"], params(run)["decoder.head"])
+    np.testing.assert_array_equal(
+        params(run / "checkpoints" / "6")["decoder.head"], params(run)["decoder.head"]
+    )
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 0
     assert list((run / "tensorboard").iterdir())
     assert not list(run.rglob("*.partial")) and not list(run.rglob("*.orbax-checkpoint-tmp*"))
@@ -111,7 +126,10 @@ def test_changed_data_is_refused(tiny_run, pages):
     lines = annotation.read_text()
     try:
         annotation.write_text("".join(lines.splitlines(keepends=True)[:-4]))
-        with pytest.raises(CheckpointError, match="the data .* changed since this checkpoint"), pytest.warns(UserWarning):
+        with (
+            pytest.raises(CheckpointError, match="the data .* changed since this checkpoint"),
+            pytest.warns(UserWarning),
+        ):
             train(config)
     finally:
         annotation.write_text(lines)
@@ -129,23 +147,40 @@ def test_wrong_checkpoint_is_one_report(straight):
     """Another model config against the stored parameters: every mismatch is listed."""
     run = RunFolder(straight.output_dir)
     from internvlx_jax.models.params import abstract_model
-    from internvlx_jax.training.sharding import make_mesh, param_shardings
+    from internvlx_jax.models.sharding import make_mesh, param_shardings
 
     model = straight.model
-    other = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, mlp_width=64, qkv_bias=True))
+    other = dataclasses.replace(
+        model, decoder=dataclasses.replace(model.decoder, mlp_width=64, qkv_bias=True)
+    )
     abstract = abstract_model(other, dtype="float32")
-    shardings = param_shardings(abstract.shapes, abstract.axes, make_mesh(MeshConfig(), jax.devices()[:1]))
+    shardings = param_shardings(
+        abstract.shapes, abstract.axes, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     with pytest.raises(CheckpointError) as error:
         run.load(abstract, shardings)
     assert len(error.value.problems) == 4
-    assert "decoder.layers.mlp.gate.kernel has shape [2, 32, 48] in the checkpoint, [2, 32, 64]" in str(error.value)
-    assert "decoder.layers.attn.qkv.bias [2, 2, 4, 8] is in the model, not in the checkpoint" in str(error.value)
+    assert (
+        "decoder.layers.mlp.gate.kernel has shape [2, 32, 48] in the checkpoint, [2, 32, 64]"
+        in str(error.value)
+    )
+    assert (
+        "decoder.layers.attn.qkv.bias [2, 2, 4, 8] is in the model, not in the checkpoint"
+        in str(error.value)
+    )
 
 
 def test_init_from_a_run_and_freeze(straight, tiny_run):
-    config = tiny_run("second", model=None, init_from=straight.output_dir, freeze=FreezeConfig(vit=True, projector=True),
-                      steps=2)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=None, max_executables=1))
+    config = tiny_run(
+        "second",
+        model=None,
+        init_from=straight.output_dir,
+        freeze=FreezeConfig(vit=True, projector=True),
+        steps=2,
+    )
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer=None, max_executables=1)
+    )
     train(config)
     before, after = params(straight.output_dir), params(config.output_dir)
     for path in before:
@@ -164,10 +199,19 @@ def test_init_from_a_hugging_face_folder(golden, tiny_run):
 
 def test_validation_reaches_the_metrics_file(tiny_run, pages):
     config = tiny_run("validated", eval_every=3)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_meta=str(pages / "meta_val.json"),
-                                                                   max_executables=1))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, val_meta=str(pages / "meta_val.json"), max_executables=1
+        ),
+    )
     final = train(config)
-    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
-    assert len(losses) == 3 and losses[2] < losses[0]  # before training, after three steps and after six
+    assert (
+        len(losses) == 3 and losses[2] < losses[0]
+    )  # before training, after three steps and after six
     assert final["eval/loss"] == losses[-1] and 0 <= final["eval/exact"] <= 1

@@ -9,13 +9,19 @@ import jax
 import numpy as np
 import pytest
 
+from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.batch import Row, collate
 from internvlx_jax.data.plan import Bucket, smallest_bucket
-from internvlx_jax.models.config import LvtcConfig
 from internvlx_jax.models.params import abstract_model, init_params
+from internvlx_jax.models.sharding import (
+    activation_shardings,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    placed,
+)
 from internvlx_jax.training.loop import train
-from internvlx_jax.training.sharding import (MeshConfig, activation_shardings, batch_sharding, make_mesh,
-                                             param_shardings, placed)
 from internvlx_jax.training.step import loss_and_grads
 
 LVTC = LvtcConfig(expand_layer=1, low_grid=2, high_grid=4, gate=0.3, inject_layers=(2,))
@@ -31,12 +37,20 @@ def make_batch(config, rows=8, tiles=2, text=40):
     """Rows of 0, 1 and 2 tiles in one bucket."""
     per_tile, lvtc = config.tokens_per_tile, config.lvtc
     generator, made = np.random.default_rng(0), []
-    bucket = Bucket(tiles, text + tiles * per_tile, 0 if lvtc is None else text + tiles * lvtc.low_grid**2)
+    bucket = Bucket(
+        tiles, text + tiles * per_tile, 0 if lvtc is None else text + tiles * lvtc.low_grid**2
+    )
     for row in range(rows):
         used = row % (tiles + 1)
         tokens = generator.integers(10, 600, text + used * per_tile).astype(np.int32)
-        made.append(Row(tokens, tokens, np.arange(used, dtype=np.int32) * per_tile + 2,
-                        generator.integers(0, 256, (used, 56, 56, 3), np.uint8)))
+        made.append(
+            Row(
+                tokens,
+                tokens,
+                np.arange(used, dtype=np.int32) * per_tile + 2,
+                generator.integers(0, 256, (used, 56, 56, 3), np.uint8),
+            )
+        )
     return collate(made, bucket, tile_size=56, tokens_per_tile=per_tile, pad_id=2, lvtc=lvtc)
 
 
@@ -49,20 +63,31 @@ def program(config, mesh):
         (loss, _), grads = loss_and_grads(abstract.graphdef, params, {}, batch, None)
         return loss, grads
 
-    jitted = jax.jit(gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(None, shardings))
+    jitted = jax.jit(
+        gradients, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(None, shardings)
+    )
     return jitted, placed(abstract.shapes, shardings)
 
 
 def collectives(text):
     """(kind, source scope) of every collective in compiled HLO."""
-    return set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?"
-                          r'op_name="([^"]*)"', text))
+    return set(
+        re.findall(
+            r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?"
+            r'op_name="([^"]*)"',
+            text,
+        )
+    )
 
 
 def at_indices(found):
     """Those that move rows for a lookup, a merge or an expansion."""
-    return {(kind, scope) for kind, scope in found if re.search("take|merge|lvtc_expand|gather|scatter|sharding", scope)
-            and "dot_general" not in scope}
+    return {
+        (kind, scope)
+        for kind, scope in found
+        if re.search("take|merge|lvtc_expand|gather|scatter|sharding", scope)
+        and "dot_general" not in scope
+    }
 
 
 def test_one_device_equals_eight(deeper):
@@ -90,15 +115,26 @@ def test_one_device_equals_eight(deeper):
 
 def temporaries(config, layers, expand_layer):
     """Bytes of XLA's temporaries for a gradient step on one device, nothing recomputed."""
-    lvtc = LvtcConfig(expand_layer=expand_layer, low_grid=1, high_grid=4, low_projector="mlp", high_projector="mlp")
+    lvtc = LvtcConfig(
+        expand_layer=expand_layer,
+        low_grid=1,
+        high_grid=4,
+        low_projector="mlp",
+        high_projector="mlp",
+    )
     decoder = dataclasses.replace(config.decoder, layers=layers, mlp_width=128)
     config = dataclasses.replace(config, lvtc=lvtc, decoder=decoder)
     step, shapes = program(config, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    return step.lower(shapes, make_batch(config, tiles=8, text=16)).compile().memory_analysis().temp_size_in_bytes
+    return (
+        step.lower(shapes, make_batch(config, tiles=8, text=16))
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def test_shallow_layers_keep_short_activations_only(tiny):
-    """Four more shallow layers cost what 24 slots cost, not 144: the long frame does not exist in them."""
+    """Four more shallow layers cost what 24 slots cost, not 144: the long layout does not exist in them."""
     deep = temporaries(tiny, 6, 0) - temporaries(tiny, 2, 0)
     shallow = temporaries(tiny, 6, 5) - temporaries(tiny, 2, 1)
     assert 0 < shallow < 1.2 * 24 / 144 * deep
@@ -110,7 +146,10 @@ def test_one_executable_a_bucket(tiny, tiny_run):
     lvtc = LvtcConfig(expand_layer=1, low_grid=2, high_grid=4)
     data = dataclasses.replace(run.data, max_length=384, max_executables=1)
     train(dataclasses.replace(run, model=dataclasses.replace(tiny, lvtc=lvtc), data=data))
-    rows = [json.loads(line) for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["executables"] for row in rows] == [1] * 8
     assert rows[-1]["loss"] < rows[0]["loss"]
 
@@ -122,5 +161,10 @@ def test_the_short_length_follows_from_the_bucket():
         for text in (10, 100, 500):
             length = tiles * 1024 + text
             bucket = smallest_bucket(tiles, length, saved_per_tile=lvtc.saved_per_tile)
-            assert bucket.short_length >= tiles * 256 + text and bucket.short_length <= bucket.length
-            assert seen.setdefault((bucket.tiles, bucket.length), bucket.short_length) == bucket.short_length
+            assert (
+                bucket.short_length >= tiles * 256 + text and bucket.short_length <= bucket.length
+            )
+            assert (
+                seen.setdefault((bucket.tiles, bucket.length), bucket.short_length)
+                == bucket.short_length
+            )

@@ -11,7 +11,13 @@ from tensorboardX.proto.event_pb2 import Event
 
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.training import metrics
-from internvlx_jax.training.metrics import MetricsWriter, Throughput, over_processes, progress_line, window_means
+from internvlx_jax.training.metrics import (
+    MetricsWriter,
+    Throughput,
+    over_processes,
+    progress_line,
+    window_means,
+)
 from internvlx_jax.training.step import Metrics
 
 
@@ -62,7 +68,9 @@ def test_a_half_written_last_line_is_dropped(half, tmp_path):
         file.write(half)
     write(tmp_path, 2, [3])
     assert [row["step"] for row in read(tmp_path)] == [1, 3]
-    assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"], "nothing stays aside"
+    assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"], (
+        "nothing stays aside"
+    )
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
@@ -72,7 +80,9 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     while data:  # records: length, its checksum, event, its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
-        values += [(event.step, value.tag, round(value.simple_value, 6)) for value in event.summary.value]
+        values += [
+            (event.step, value.tag, round(value.simple_value, 6)) for value in event.summary.value
+        ]
         data = data[16 + length :]
     assert values == [(1, "loss", 0.1), (2, "loss", 0.2)]
 
@@ -88,8 +98,18 @@ def clock(monkeypatch):
 def test_rates_count_real_quantities_and_leave_pauses_out(clock):
     throughput = Throughput({"train_s": 50.0, "checkpoint_s": 1.0})
     for _ in range(2):
-        throughput.add(StepCounts(samples=3, tokens=300, supervised=30, tiles=10, images=4, masked_rows=1, slots=400,
-                                  tile_slots=16))
+        throughput.add(
+            StepCounts(
+                samples=3,
+                tokens=300,
+                supervised=30,
+                tiles=10,
+                images=4,
+                masked_rows=1,
+                slots=400,
+                tile_slots=16,
+            )
+        )
     with throughput.paused("evaluation_s"):
         clock.now = 106.0
     clock.now = 110.0
@@ -98,7 +118,18 @@ def test_rates_count_real_quantities_and_leave_pauses_out(clock):
         "images_per_s": 2.0, "samples_per_s": 1.5, "step_s": 2.0, "token_fill": 0.75, "tile_fill": 0.625, "masked_rows": 2,
         "data_wait_share": 0.0, "train_s": 54.0, "compile_s": 0.0, "checkpoint_s": 1.0, "evaluation_s": 6.0}  # fmt: skip
     clock.now = 112.0
-    throughput.add(StepCounts(samples=1, tokens=100, supervised=1, tiles=0, images=0, masked_rows=0, slots=100, tile_slots=0))
+    throughput.add(
+        StepCounts(
+            samples=1,
+            tokens=100,
+            supervised=1,
+            tiles=0,
+            images=0,
+            masked_rows=0,
+            slots=100,
+            tile_slots=0,
+        )
+    )
     assert throughput.take()["useful_tokens_per_s"] == 50.0, "the next window begins anew"
 
 
@@ -139,30 +170,60 @@ def test_step_times_are_those_of_the_devices(clock, monkeypatch):
 
 
 def step_metrics(loss, norm=1.0, weight=1.0, rate=1.0, applied=True):
-    return Metrics(*map(np.float32, (loss, (loss * weight, 0), (weight, 0), norm)), {"decoder": np.float32(norm / 2)}, np.float32(10), np.float32(0.1),
-                   np.float32(rate), np.bool_(applied))
+    return Metrics(
+        *map(np.float32, (loss, (loss * weight, 0), (weight, 0), norm)),
+        {"decoder": np.float32(norm / 2)},
+        np.float32(10),
+        np.float32(0.1),
+        np.float32(rate),
+        np.bool_(applied),
+    )
 
 
 def test_a_window_shows_the_loss_of_its_tokens_and_the_last_rate():
-    window = [step_metrics(1, 4, 3, 0.5), step_metrics(5, 6, 1, 0.25), step_metrics(np.nan, np.nan, 7, 0.125, False)]
-    assert window_means(window, ("a", "b")) == pytest.approx({"loss": 2.0, "loss_by_dataset/a": 2.0, "grad_norm": 5.0, "grad_norm/decoder": 2.5, "param_norm": 10.0,
-                                                  "update_ratio": 0.01, "learning_rate": 0.125})
-    assert window_means(window[2:], ("a", "b")) == {"learning_rate": 0.125}, "no number where no step made an update"
+    window = [
+        step_metrics(1, 4, 3, 0.5),
+        step_metrics(5, 6, 1, 0.25),
+        step_metrics(np.nan, np.nan, 7, 0.125, False),
+    ]
+    assert window_means(window, ("a", "b")) == pytest.approx(
+        {
+            "loss": 2.0,
+            "loss_by_dataset/a": 2.0,
+            "grad_norm": 5.0,
+            "grad_norm/decoder": 2.5,
+            "param_norm": 10.0,
+            "update_ratio": 0.01,
+            "learning_rate": 0.125,
+        }
+    )
+    assert window_means(window[2:], ("a", "b")) == {"learning_rate": 0.125}, (
+        "no number where no step made an update"
+    )
 
 
 def test_the_largest_of_all_processes_and_the_sum_of_counts(monkeypatch):
-    monkeypatch.setattr(metrics.multihost_utils, "process_allgather",
-                        lambda tree: jax.tree.map(lambda x: np.stack([x, 2 * x]), tree))
+    monkeypatch.setattr(
+        metrics.multihost_utils,
+        "process_allgather",
+        lambda tree: jax.tree.map(lambda x: np.stack([x, 2 * x]), tree),
+    )
     largest, faults = over_processes({"data_wait_share": 0.25}, np.array([[5, 1]]))
     assert largest == {"data_wait_share": 0.5} and faults.tolist() == [[15, 3]]
 
 
 def test_device_memory_is_that_of_the_fullest(monkeypatch):
     def devices(*stats):
-        monkeypatch.setattr(metrics.jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats])
+        monkeypatch.setattr(
+            metrics.jax,
+            "local_devices",
+            lambda: [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats],
+        )
         return metrics.hbm_peak_gib()
 
-    assert devices({"peak_bytes_in_use": 2**30}, {"peak_bytes_in_use": 3 * 2**30}) == {"hbm_peak_gib": 3.0}
+    assert devices({"peak_bytes_in_use": 2**30}, {"peak_bytes_in_use": 3 * 2**30}) == {
+        "hbm_peak_gib": 3.0
+    }
     assert devices(None, None) == devices({}) == {}
 
 
@@ -170,5 +231,8 @@ def test_the_progress_line():
     values = {"loss": 1.23456, "learning_rate": 4e-5, "grad_norm": 0.987, "useful_tokens_per_s": 12345.6, "images_per_s": 7.89,
               "step_s": 2.5}  # fmt: skip
     assert progress_line(50, 100, values) == (
-        "step 50/100  loss 1.2346  lr 4.00e-05  grad 0.99  12,346 tokens/s  7.9 images/s  eta 2:05")
-    assert "loss nan" in progress_line(50, 100, {name: values[name] for name in values if name not in ("loss", "grad_norm")})
+        "step 50/100  loss 1.2346  lr 4.00e-05  grad 0.99  12,346 tokens/s  7.9 images/s  eta 2:05"
+    )
+    assert "loss nan" in progress_line(
+        50, 100, {name: values[name] for name in values if name not in ("loss", "grad_norm")}
+    )

@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.run_config import FreezeConfig, GroupConfig, OptimizerConfig
 from internvlx_jax.models.params import abstract_model
-from internvlx_jax.training.config import FreezeConfig, GroupConfig, OptimizerConfig
 from internvlx_jax.training.freeze import divide
-from internvlx_jax.training.optimizer import average, make_optimizer, make_schedule, relative_rates, weight_decays
+from internvlx_jax.training.optimizer import (
+    average,
+    make_optimizer,
+    make_schedule,
+    relative_rates,
+    weight_decays,
+)
 
 
 def after_warmup(schedule, k, warmup, steps, cooldown=0.1):
@@ -27,9 +33,14 @@ def after_warmup(schedule, k, warmup, steps, cooldown=0.1):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("ratio, warmup_steps, steps", [(0.03, None, 100), (0.1, None, 7), (0.0, None, 10), (0.5, 20, 90)])
+@pytest.mark.parametrize(
+    "ratio, warmup_steps, steps",
+    [(0.03, None, 100), (0.1, None, 7), (0.0, None, 10), (0.5, 20, 90)],
+)
 def test_schedule(schedule, ratio, warmup_steps, steps):
-    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_ratio=ratio, warmup_steps=warmup_steps)
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule=schedule, warmup_ratio=ratio, warmup_steps=warmup_steps
+    )
     warmup = math.ceil(ratio * steps) if warmup_steps is None else warmup_steps
     rate = make_schedule(config, steps)
     for k in {0, max(warmup - 1, 0), warmup, (warmup + steps) // 2, steps - 2, steps - 1}:
@@ -38,7 +49,9 @@ def test_schedule(schedule, ratio, warmup_steps, steps):
 
 
 def test_a_cooldown_that_does_not_fit():
-    with pytest.raises(ConfigError, match="60 updates of warm-up and 50 of cool-down .* a run of 100"):
+    with pytest.raises(
+        ConfigError, match="60 updates of warm-up and 50 of cool-down .* a run of 100"
+    ):
         make_schedule(OptimizerConfig(schedule="wsd", warmup_ratio=0.6, cooldown_ratio=0.5), 100)
 
 
@@ -48,7 +61,11 @@ def abstract(tiny):
 
 
 def decayed(config, abstract, model):
-    return {path for path, decay in weight_decays(config, abstract.shapes, abstract.axes, model).items() if decay}
+    return {
+        path
+        for path, decay in weight_decays(config, abstract.shapes, abstract.axes, model).items()
+        if decay
+    }
 
 
 def test_which_parameters_decay(tiny, abstract):
@@ -58,25 +75,54 @@ def test_which_parameters_decay(tiny, abstract):
     assert decayed(OptimizerConfig(decay_rule="all"), abstract, tiny) == abstract.shapes.keys()
 
     # The original trainer knows LayerNorm and Llama's RMSNorm, not those of InternLM2 and of the projector.
-    excluded = abstract.shapes.keys() - decayed(OptimizerConfig(decay_rule="trainer"), abstract, tiny)
+    excluded = abstract.shapes.keys() - decayed(
+        OptimizerConfig(decay_rule="trainer"), abstract, tiny
+    )
     assert excluded == {path for path in abstract.shapes if path.endswith(".bias")} | {
-        "vision.layers.norm1.weight", "vision.layers.norm2.weight"}
+        "vision.layers.norm1.weight",
+        "vision.layers.norm2.weight",
+    }
     llama = dataclasses.replace(tiny, decoder=dataclasses.replace(tiny.decoder, family="llama"))
-    also = abstract.shapes.keys() - decayed(OptimizerConfig(decay_rule="trainer"), abstract, llama) - excluded
-    assert also == {"decoder.norm.weight", "decoder.layers.attn_norm.weight", "decoder.layers.mlp_norm.weight"}
+    also = (
+        abstract.shapes.keys()
+        - decayed(OptimizerConfig(decay_rule="trainer"), abstract, llama)
+        - excluded
+    )
+    assert also == {
+        "decoder.norm.weight",
+        "decoder.layers.attn_norm.weight",
+        "decoder.layers.mlp_norm.weight",
+    }
 
 
-GROUPS = (GroupConfig(params="decoder.head", learning_rate=0.4, weight_decay=0.0),
-          GroupConfig(params="decoder", multiplier=0.5), GroupConfig(params=".*norm", weight_decay=0.7))
+GROUPS = (
+    GroupConfig(params="decoder.head", learning_rate=0.4, weight_decay=0.0),
+    GroupConfig(params="decoder", multiplier=0.5),
+    GroupConfig(params=".*norm", weight_decay=0.7),
+)
 
 
 @pytest.mark.parametrize("rule", ["all", "trainer", "standard"])
 def test_updates_equal_numpy_adamw(rule, tiny, abstract):
     """Four updates of a norm, a matrix, a head and a divided stack; the first match of a group counts."""
-    paths = ("projector.local_query.norm.weight", "projector.local_query.linear.kernel", "decoder.head",
-             "decoder.layers.mlp_norm.weight", "vision.layers.norm1.weight", "vision.layers.mlp.fc1.bias")
-    config = OptimizerConfig(learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.3, decay_rule=rule, clip_norm=1.0,
-                             groups=GROUPS, vit_layer_decay=0.5, ema_decay=0.9)
+    paths = (
+        "projector.local_query.norm.weight",
+        "projector.local_query.linear.kernel",
+        "decoder.head",
+        "decoder.layers.mlp_norm.weight",
+        "vision.layers.norm1.weight",
+        "vision.layers.mlp.fc1.bias",
+    )
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        warmup_ratio=0.0,
+        weight_decay=0.3,
+        decay_rule=rule,
+        clip_norm=1.0,
+        groups=GROUPS,
+        vit_layer_decay=0.5,
+        ema_decay=0.9,
+    )
     shapes = {path: abstract.shapes[path] for path in paths}
     schedule = make_schedule(config, 5)
     optimizer = make_optimizer(config, schedule, shapes, abstract.axes, tiny)
@@ -91,7 +137,10 @@ def test_updates_equal_numpy_adamw(rule, tiny, abstract):
     state, ours = optimizer.init(params), dict(params)
     m, v, mean = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0.0), dict(params)
     for k in range(4):
-        grads = {path: rng.normal(size=leaf.shape).astype(np.float32) * 3 for path, leaf in shapes.items()}
+        grads = {
+            path: rng.normal(size=leaf.shape).astype(np.float32) * 3
+            for path, leaf in shapes.items()
+        }
         updates, state = optimizer.update(grads, state, ours)
         ours = {path: ours[path] + updates[path] for path in ours}
         norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -99,7 +148,9 @@ def test_updates_equal_numpy_adamw(rule, tiny, abstract):
             g = g * min(1.0, 1.0 / norm)
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.999 * v[path] + 0.001 * g**2
-            step = (m[path] / (1 - 0.9 ** (k + 1))) / (np.sqrt(v[path] / (1 - 0.999 ** (k + 1))) + 1e-8)
+            step = (m[path] / (1 - 0.9 ** (k + 1))) / (
+                np.sqrt(v[path] / (1 - 0.999 ** (k + 1))) + 1e-8
+            )
             rate = float(schedule(k)) * rates[path]
             params[path] = params[path] - rate * (step + decays[path] * params[path])
             mean[path] = 0.9 * mean[path] + 0.1 * params[path]
@@ -130,7 +181,9 @@ def test_layer_decay_of_the_tower(tiny, abstract):
 def test_a_group_that_matches_nothing_is_an_error(groups, message, tiny, abstract):
     division = divide(abstract.shapes, FreezeConfig(vit=True), "float32")
     with pytest.raises(ConfigError, match=re.escape(message)):
-        make_optimizer(OptimizerConfig(groups=groups), lambda _: 0.1, division.trained, abstract.axes, tiny)
+        make_optimizer(
+            OptimizerConfig(groups=groups), lambda _: 0.1, division.trained, abstract.axes, tiny
+        )
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -145,13 +198,24 @@ def test_settings_out_of_range(fields, message):
 
 
 def test_a_group_that_learns_nothing_is_referred_to_freezing():
-    with pytest.raises(ConfigError, match="learning_rate of 'vision' is 0.0, it must be above 0; freeze.paths is for"):
+    with pytest.raises(
+        ConfigError,
+        match="learning_rate of 'vision' is 0.0, it must be above 0; freeze.paths is for",
+    ):
         GroupConfig(params="vision", learning_rate=0.0)
 
 
 def test_moments_in_bfloat16(tiny, abstract):
     shapes = {"decoder.head": abstract.shapes["decoder.head"]}
     config = OptimizerConfig(moments_dtype="bfloat16")
-    state = jax.eval_shape(make_optimizer(config, lambda _: 0.1, shapes, abstract.axes, tiny).init, shapes)
-    leaves = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-    assert leaves["[1].mu['decoder.head']"] == jnp.bfloat16 and leaves["[1].nu['decoder.head']"] == jnp.float32
+    state = jax.eval_shape(
+        make_optimizer(config, lambda _: 0.1, shapes, abstract.axes, tiny).init, shapes
+    )
+    leaves = {
+        jax.tree_util.keystr(path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    }
+    assert (
+        leaves["[1].mu['decoder.head']"] == jnp.bfloat16
+        and leaves["[1].nu['decoder.head']"] == jnp.float32
+    )

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from internvlx_jax.config import load_config_file
-from internvlx_jax.models.presets import internvlx_2b
-from internvlx_jax.training import recipes
+from internvlx_jax.core import recipes
+from internvlx_jax.core.overrides import load_config_file
+from internvlx_jax.core.presets import internvlx_2b
+from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training.setup import prepare
-from internvlx_jax.training.sharding import make_mesh
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 V, P, L = "vision", "projector", "decoder"
@@ -28,11 +28,28 @@ V, P, L = "vision", "projector", "decoder"
 def test_the_table(recipe, trained, lr, warmup, batch, length, tiles, drop_path, rule):
     config = getattr(recipes, recipe)(internvlx_2b(), name="x", init_from="y")
     freeze, optimizer, cut = config.freeze, config.optimizer, config.model.prompt.tiles
-    assert (freeze.vit, freeze.projector, freeze.llm) == (V not in trained, P not in trained, L not in trained)
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.decay_rule) == (lr, 0.01, rule)
-    assert warmup == (optimizer.warmup_steps or optimizer.warmup_ratio) and optimizer.schedule == "cosine"
-    assert (config.data.samples_per_step, config.data.max_length, config.data.batch_mode) == (batch, length, "samples")
-    assert tiles == (cut.max_num if cut.dynamic else 1) and config.model.vision.drop_path == drop_path
+    assert (freeze.vit, freeze.projector, freeze.llm) == (
+        V not in trained,
+        P not in trained,
+        L not in trained,
+    )
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.decay_rule) == (
+        lr,
+        0.01,
+        rule,
+    )
+    assert (
+        warmup == (optimizer.warmup_steps or optimizer.warmup_ratio)
+        and optimizer.schedule == "cosine"
+    )
+    assert (config.data.samples_per_step, config.data.max_length, config.data.batch_mode) == (
+        batch,
+        length,
+        "samples",
+    )
+    assert (
+        tiles == (cut.max_num if cut.dynamic else 1) and config.model.vision.drop_path == drop_path
+    )
     assert (freeze.vit_mode == "train") == ("2nd" in recipe)
 
 
@@ -40,24 +57,39 @@ def test_the_table(recipe, trained, lr, warmup, batch, length, tiles, drop_path,
 def test_the_lora_row_of_the_table(recipe, rule):
     config = getattr(recipes, recipe)(internvlx_2b(), name="x", init_from="y")
     assert config.freeze.train_lora_only and config.data.samples_per_step == 16
-    assert [(lora.part, lora.rank, lora.scale, lora.dropout) for lora in config.lora] == [("decoder", 16, 2.0, 0.05)]
+    assert [(lora.part, lora.rank, lora.scale, lora.dropout) for lora in config.lora] == [
+        ("decoder", 16, 2.0, 0.05)
+    ]
     assert (config.model.prompt.tiles.rule, config.model.prompt.tiles.max_num) == (rule, 6)
     assert (config.model.vision.drop_path, config.optimizer.learning_rate) == (0.0, 4e-5)
 
 
-@pytest.mark.parametrize("recipe, trained, lr, warmup, drop_path, steps", [
-    ("ivl25_stage1", (P,), 2e-4, 100, 0.0, 100_000),
-    ("ivl25_stage1_5", (V, P), 1e-5, 100, 0.1, None),
-    ("ivl25_stage2", (V, P, L), 4e-5, 0.03, 0.1, 5500),
-])
+@pytest.mark.parametrize(
+    "recipe, trained, lr, warmup, drop_path, steps",
+    [
+        ("ivl25_stage1", (P,), 2e-4, 100, 0.0, 100_000),
+        ("ivl25_stage1_5", (V, P), 1e-5, 100, 0.1, None),
+        ("ivl25_stage2", (V, P, L), 4e-5, 0.03, 0.1, 5500),
+    ],
+)
 def test_the_packed_rows_of_the_table(recipe, trained, lr, warmup, drop_path, steps):
-    also = {"ivl25_stage1": dict(weight_decay=0.05), "ivl25_stage2": dict(weight_decay=0.05, steps=5500)}
-    config = getattr(recipes, recipe)(internvlx_2b(), name="x", init_from="y", **also.get(recipe, {}))
+    also = {
+        "ivl25_stage1": dict(weight_decay=0.05),
+        "ivl25_stage2": dict(weight_decay=0.05, steps=5500),
+    }
+    config = getattr(recipes, recipe)(
+        internvlx_2b(), name="x", init_from="y", **also.get(recipe, {})
+    )
     assert (config.freeze.vit, config.freeze.llm) == (V not in trained, L not in trained)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (lr, 0.05)
     assert warmup == (config.optimizer.warmup_steps or config.optimizer.warmup_ratio)
     data = config.data
-    assert (data.batch_mode, data.max_length, data.pack.tiles, data.loss_reduction) == ("pack", 16384, 48, "square")
+    assert (data.batch_mode, data.max_length, data.pack.tiles, data.loss_reduction) == (
+        "pack",
+        16384,
+        48,
+        "square",
+    )
     assert data.tokens_per_step == 512 * data.max_length
     assert (config.model.vision.drop_path, config.steps) == (drop_path, steps)
 

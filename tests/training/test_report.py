@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.training.report import CHANCE, VALIDATION, draw_curves, main, read_metrics
 
-TRAINING = [{"step": step, "loss": 2.0 - step / 100, "learning_rate": 1e-3} for step in (20, 40, 60)]
+TRAINING = [
+    {"step": step, "loss": 2.0 - step / 100, "learning_rate": 1e-3} for step in (20, 40, 60)
+]
 VALIDATIONS = [{"step": step, "eval/loss": 2.0, "eval/exact": step / 100} for step in (30, 60)]
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from kill import Kill, differences, finish, logged, run_and_kill, start, tiny_config, write_config
 
-from internvlx_jax.training.checkpoint import RunFolder
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.preemption import EXIT_STATUS
-from internvlx_jax.training.sharding import MeshConfig
 
 STEPS, SAVE_EVERY = 16, 4
 
@@ -31,7 +31,9 @@ def straight(tmp_path_factory):
 
 
 def beside(config, name, **changes):
-    return dataclasses.replace(config, output_dir=str(Path(config.output_dir).with_name(name)), **changes)
+    return dataclasses.replace(
+        config, output_dir=str(Path(config.output_dir).with_name(name)), **changes
+    )
 
 
 def test_the_first_process_speaks(straight):
@@ -45,7 +47,9 @@ def test_kill_9_changes_no_bit(straight):
     config, _ = straight
     kills = [Kill("save", 4), Kill("step", 7), Kill("save", 12)]
     killed = beside(config, "killed")
-    result = run_and_kill(killed, Path(config.output_dir).parent, kills, random.Random(0), 4, Path(config.output_dir))
+    result = run_and_kill(
+        killed, Path(config.output_dir).parent, kills, random.Random(0), 4, Path(config.output_dir)
+    )
     assert result["differences"] == [] and result["starts"] >= 3
     assert any(happened["inside_a_save"] for happened in result["kills"]), result
 
@@ -67,7 +71,9 @@ def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
     processes = start(write_config(told, run.parent), 4)
     try:
         kill_after = kill.time.monotonic() + 300
-        while not logged(run) and kill.time.monotonic() < kill_after and processes[1].poll() is None:
+        while (
+            not logged(run) and kill.time.monotonic() < kill_after and processes[1].poll() is None
+        ):
             kill.time.sleep(0.01)
         processes[1].send_signal(signal.SIGTERM)
     finally:
@@ -80,13 +86,31 @@ def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
     for ours, theirs in zip(logged(run), logged(Path(config.output_dir)), strict=True):
         assert ours["supervised_tokens_per_s"] > 0
         for name in ("loss", "grad_norm", "learning_rate"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, err_msg=f"{name} of step {ours['step']}")
+            np.testing.assert_allclose(
+                ours[name], theirs[name], rtol=1e-3, err_msg=f"{name} of step {ours['step']}"
+            )
 
 
 def test_a_missing_process_is_named(straight):
     config, _ = straight
     file = write_config(config, Path(config.output_dir).parent)
-    command = [sys.executable, kill.ROOT / "train.py", "--config", file, "--coordinator", "localhost", "--port", "0"]
-    done = subprocess.run([*command, "--num_processes", "3", "--process_id", "0", "--timeout", "1"], text=True,
-                          capture_output=True, timeout=120)
-    assert done.returncode == 1 and "processes 1, 2 of 3 did not come to localhost:0 within 1 s" in done.stderr
+    command = [
+        sys.executable,
+        kill.ROOT / "train.py",
+        "--config",
+        file,
+        "--coordinator",
+        "localhost",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run(
+        [*command, "--num_processes", "3", "--process_id", "0", "--timeout", "1"],
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1
+        and "processes 1, 2 of 3 did not come to localhost:0 within 1 s" in done.stderr
+    )

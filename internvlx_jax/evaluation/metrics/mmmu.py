@@ -30,12 +30,16 @@ def open_answers(text: str) -> set[str | float]:
     for i, part in enumerate(parts):
         # An equation may end the answer: only the last part is cut at "=".
         indicators = _INDICATORS if i < len(parts) - 1 else (*_INDICATORS, "=")
-        tails = [part.rpartition(indicator)[2].strip() for indicator in indicators if indicator in part]
+        tails = [
+            part.rpartition(indicator)[2].strip() for indicator in indicators if indicator in part
+        ]
         shortest = min(filter(None, tails), key=len, default="")
         if shortest and shortest not in _TRIVIAL:
             stated.append(shortest)
     stated = stated or [text]
-    numbers = [number for tail in stated for pattern in _NUMBERS for number in pattern.findall(tail)]
+    numbers = [
+        number for tail in stated for pattern in _NUMBERS for number in pattern.findall(tail)
+    ]
     return {form for item in (*stated, *numbers) for form in _normalise(item)}
 
 
@@ -43,8 +47,12 @@ def open_matches(text: str, keys: Sequence[str]) -> bool:
     """A key's text is contained in a stated text, or a key's number is among the stated numbers."""
     wanted = {form for key in keys for form in _normalise(key)}
     given = open_answers(text)
-    return any(form in wanted if isinstance(form, float) else
-               any(isinstance(key, str) and key in form for key in wanted) for form in given)
+    return any(
+        form in wanted
+        if isinstance(form, float)
+        else any(isinstance(key, str) and key in form for key in wanted)
+        for form in given
+    )
 
 
 def _normalise(text: str) -> list[str | float]:

@@ -37,7 +37,12 @@ def relaxed(prediction: str, answers: Sequence[str], *, swap: bool = False) -> f
     swap: take the prediction as the target, as the InternVL script does (`--compat relaxed_swap`).
     """
     prediction = prediction.strip()
-    return float(any(_relaxed(prediction, answer) if swap else _relaxed(answer, prediction) for answer in answers))
+    return float(
+        any(
+            _relaxed(prediction, answer) if swap else _relaxed(answer, prediction)
+            for answer in answers
+        )
+    )
 
 
 def _relaxed(target: str, prediction: str) -> bool:

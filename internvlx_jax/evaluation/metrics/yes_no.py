@@ -10,13 +10,24 @@ from internvlx_jax.evaluation.metrics.vqa import strip_punctuation
 
 MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
                   "OCR")  # fmt: skip
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
 _CJK = re.compile(r"[\u4e00-\u9fff]+")
 
 
 def mme_label(text: str) -> str:
-    """"yes", "no" or "other", from the first four characters of the cleaned answer."""
-    text = text.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No").lower()
+    """ "yes", "no" or "other", from the first four characters of the cleaned answer."""
+    text = (
+        text.replace("\n", "")
+        .replace("不是", "No")
+        .replace("是", "Yes")
+        .replace("否", "No")
+        .lower()
+    )
     start = _CJK.sub("", text.replace("true", "yes").replace("false", "no"))[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
@@ -41,7 +52,7 @@ def mme_scores(tasks: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
 
 
 def pope_label(text: str) -> str:
-    """"no" if a word before the first full stop is No, not or no, else "yes"."""
+    """ "no" if a word before the first full stop is No, not or no, else "yes"."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"}.intersection(words) else "yes"
 
@@ -62,7 +73,7 @@ def binary_scores(predicted_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict
 
 
 def yes_or_no(text: str) -> str | None:
-    """"Yes" or "No" if only one of the two words occurs, else None (spec: HallusionBench)."""
+    """ "Yes" or "No" if only one of the two words occurs, else None (spec: HallusionBench)."""
     words = strip_punctuation(text.lower(), vlmevalkit=True).split()
     yes, no = "yes" in words, "no" in words
     return None if yes == no else "Yes" if yes else "No"

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from internvlx_jax.data.errors import did_you_mean
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation.tasks import (ai2d, chartqa, docvqa, gqa, hallusionbench, infovqa, llavabench, mathvista,
-                                            mmbench, mme, mmmu, mmvet, okvqa, pope, realworldqa, scienceqa, seed,
-                                            textvqa, vizwiz, vqav2)
-from internvlx_jax.evaluation.tasks.task import PROTOCOLS, Protocol, Task, View
+from internvlx_jax.core.errors import ConfigError, did_you_mean
+from internvlx_jax.core.evaluation_config import PROTOCOLS, Protocol
+from internvlx_jax.evaluation.tasks import (
+    ai2d,
+    chartqa,
+    docvqa,
+    gqa,
+    hallusionbench,
+    infovqa,
+    llavabench,
+    mathvista,
+    mmbench,
+    mme,
+    mmmu,
+    mmvet,
+    okvqa,
+    pope,
+    realworldqa,
+    scienceqa,
+    seed,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
+from internvlx_jax.evaluation.tasks.task import ProtocolSpec, Task
 
-__all__ = ["GROUPS", "PROTOCOLS", "SUITES", "TASKS", "Protocol", "Task", "View", "find_tasks", "find_view"]
+__all__ = [
+    "GROUPS",
+    "PROTOCOLS",
+    "SUITES",
+    "TASKS",
+    "Protocol",
+    "Task",
+    "ProtocolSpec",
+    "find_tasks",
+    "find_protocol",
+]
 
 _FILES = (textvqa, docvqa, chartqa, okvqa, infovqa, gqa, vqav2, vizwiz, mmbench, mme, mmvet, mmmu, pope, seed, ai2d,
           scienceqa, hallusionbench, mathvista, llavabench, realworldqa)  # fmt: skip
@@ -31,18 +60,24 @@ def find_tasks(names: str | None, suite: str | None) -> list[Task]:
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if suite is not None:
         if suite not in SUITES:
-            raise ConfigError(f'suite "{suite}" is unknown.{did_you_mean(suite, SUITES)} '
-                              f'Use one of {", ".join(SUITES)}.')
+            raise ConfigError(
+                f'suite "{suite}" is unknown.{did_you_mean(suite, SUITES)} '
+                f"Use one of {', '.join(SUITES)}."
+            )
         wanted += SUITES[suite]
     for name in wanted:
         if name not in TASKS:
-            raise ConfigError(f'task "{name}" is unknown.{did_you_mean(name, TASKS)} --list shows all tasks.')
+            raise ConfigError(
+                f'task "{name}" is unknown.{did_you_mean(name, TASKS)} --list shows all tasks.'
+            )
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 
-def find_view(task: Task, protocol: Protocol | None) -> tuple[Protocol, View]:
+def find_protocol(task: Task, protocol: Protocol | None) -> tuple[Protocol, ProtocolSpec]:
     """The task under a protocol, its own by default. Raises ConfigError if it has none."""
     protocol = protocol or task.default_protocol
     if protocol not in task.views:
-        raise ConfigError(f"task {task.name} is not defined under protocol {protocol}; it has {', '.join(task.views)}")
+        raise ConfigError(
+            f"task {task.name} is not defined under protocol {protocol}; it has {', '.join(task.views)}"
+        )
     return protocol, task.views[protocol]

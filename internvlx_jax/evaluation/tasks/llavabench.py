@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import ending
 from internvlx_jax.evaluation.questions import Question, read_jsonl
@@ -21,10 +21,15 @@ def _read(roots: Roots) -> list[Question]:
     def finish(question: Question) -> Question:
         name = question.images[0].rpartition("/")[2]
         if name not in captions or question.id not in references:
-            raise ConfigError(f"{question.where}: no caption of {name} or no reference answer in {roots.data / FOLDER}")
-        return dataclasses.replace(question, images=(image_path(f"{FOLDER}/images/{name}", roots),),
-                                   answers=(references[question.id],),
-                                   fields=dict(question.fields) | {"caption": captions[name]})
+            raise ConfigError(
+                f"{question.where}: no caption of {name} or no reference answer in {roots.data / FOLDER}"
+            )
+        return dataclasses.replace(
+            question,
+            images=(image_path(f"{FOLDER}/images/{name}", roots),),
+            answers=(references[question.id],),
+            fields=dict(question.fields) | {"caption": captions[name]},
+        )
 
     return [finish(question) for question in QUESTIONS.read(roots)]
 
@@ -33,7 +38,9 @@ def _tsv_reference(question: Question) -> Question:
     return dataclasses.replace(question, answers=(question.fields["gpt4_ans"],))
 
 
-SOURCE = Source(lambda roots: [*QUESTIONS.files(roots), roots.data / CONTEXT, roots.data / REFERENCE], _read)
+SOURCE = Source(
+    lambda roots: [*QUESTIONS.files(roots), roots.data / CONTEXT, roots.data / REFERENCE], _read
+)
 
 TASKS = (
     Task(name="llavabench", title="LLaVA-Bench, relative score", samples=60, views={

@@ -3,13 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation import scoring
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.evaluation import parquet, scoring
 from internvlx_jax.evaluation.metrics.mathvista import Key
 from internvlx_jax.evaluation.prompts import plain
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
-from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 from internvlx_jax.evaluation.tsv import list_cell
 
@@ -17,7 +16,13 @@ from internvlx_jax.evaluation.tsv import list_cell
 def _tsv_key(question: Question) -> Question:
     row = question.fields
     choices = list_cell(row.get("choices", ""), question.where) if row.get("choices") else ()
-    key = Key(row["question_type"], row["answer_type"], row["answer"], choices, row.get("answer_option", ""))
+    key = Key(
+        row["question_type"],
+        row["answer_type"],
+        row["answer"],
+        choices,
+        row.get("answer_option", ""),
+    )
     return dataclasses.replace(question, fields=dict(row) | {"key": key})
 
 
@@ -32,13 +37,31 @@ def _read(roots: Roots) -> list[Question]:
         for where, row in parquet.rows(file):
             try:
                 choices = tuple(row["choices"] or ())
-                letter = "ABCDEFGH"[choices.index(row["answer"])] if row["answer"] in choices else ""
-                key = Key(row["question_type"], row["answer_type"], row["answer"], choices, letter,
-                          int(row["precision"] or 0))
-                questions.append(Question(where, row["pid"], (parquet.image(where, "image", row["decoded_image"]),),
-                                          row["query"], (row["answer"],), fields={"key": key}))
+                letter = (
+                    "ABCDEFGH"[choices.index(row["answer"])] if row["answer"] in choices else ""
+                )
+                key = Key(
+                    row["question_type"],
+                    row["answer_type"],
+                    row["answer"],
+                    choices,
+                    letter,
+                    int(row["precision"] or 0),
+                )
+                questions.append(
+                    Question(
+                        where,
+                        row["pid"],
+                        (parquet.image(where, "image", row["decoded_image"]),),
+                        row["query"],
+                        (row["answer"],),
+                        fields={"key": key},
+                    )
+                )
             except KeyError as error:
-                raise ConfigError(f"{where}: no column {error}; this is not MathVista's testmini") from None
+                raise ConfigError(
+                    f"{where}: no column {error}; this is not MathVista's testmini"
+                ) from None
     return questions
 
 

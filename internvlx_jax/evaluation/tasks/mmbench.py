@@ -15,7 +15,9 @@ def _folder(file: str) -> Source:
         return dataclasses.replace(roots, tsv=roots.data / "mmbench")
 
     source = tsv(file)
-    return Source(lambda roots: [tsv_path(inside(roots), file)], lambda roots: source.read(inside(roots)))
+    return Source(
+        lambda roots: [tsv_path(inside(roots), file)], lambda roots: source.read(inside(roots))
+    )
 
 
 def _task(split: str, language: str, file: str) -> Task:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.metrics.yes_no import MME_COGNITION, MME_PERCEPTION
 from internvlx_jax.evaluation.prompts import BASE, ending
@@ -18,7 +18,9 @@ def _files(roots: Roots) -> list[Path]:
     """TASK.txt of each task; InternVL keeps them beside its scripts, so that place is tried too."""
     folders = (roots.data / "mme" / "Your_Results", roots.data.parent / "eval" / "mme" / "Your_Results",
                roots.data / IMAGES)  # fmt: skip
-    folder = next((folder for folder in folders if (folder / f"{KINDS[0]}.txt").is_file()), folders[0])
+    folder = next(
+        (folder for folder in folders if (folder / f"{KINDS[0]}.txt").is_file()), folders[0]
+    )
     return [folder / f"{kind}.txt" for kind in KINDS]
 
 
@@ -30,11 +32,24 @@ def _read(roots: Roots) -> list[Question]:
             try:
                 name, text, answer = line.split("\t")[:3]
             except ValueError:
-                raise ConfigError(f"{where}: expected image, question and answer with tabs between them") from None
-            places = (roots.data / IMAGES / kind / name, roots.data / IMAGES / kind / "images" / name)
+                raise ConfigError(
+                    f"{where}: expected image, question and answer with tabs between them"
+                ) from None
+            places = (
+                roots.data / IMAGES / kind / name,
+                roots.data / IMAGES / kind / "images" / name,
+            )
             image = next((path for path in places if path.is_file()), places[0])
-            questions.append(Question(where, f"{kind}/{name}/{number}", (str(image),), text, (answer.strip(),),
-                                      fields={"category": kind, "image_path": f"{kind}/{name}"}))
+            questions.append(
+                Question(
+                    where,
+                    f"{kind}/{name}/{number}",
+                    (str(image),),
+                    text,
+                    (answer.strip(),),
+                    fields={"category": kind, "image_path": f"{kind}/{name}"},
+                )
+            )
     return questions
 
 

@@ -3,15 +3,14 @@
 import ast
 from pathlib import Path
 
-from internvlx_jax.errors import ConfigError
-from internvlx_jax.evaluation import scoring
-from internvlx_jax.evaluation.images import FIRST_ONLY, MMMU_GRID
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.evaluation import parquet, scoring
 from internvlx_jax.evaluation.metrics.mmmu import DOMAINS
 from internvlx_jax.evaluation.prompts import BASE, LETTER, option_lines, vlm_choice
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.sources import Roots, Source, read_json, tsv
-from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+from internvlx_jax.inference.tiling import FIRST_ONLY, MMMU_GRID
 
 SUBJECTS = [subject for domain in DOMAINS.values() for subject in domain]
 IMAGES = [f"image_{i}" for i in range(1, 8)]
@@ -33,16 +32,29 @@ def _read(roots: Roots) -> list[Question]:
         for where, row in parquet.rows(file):
             try:
                 texts = ast.literal_eval(row["options"])
-                entry = key.get(row["id"], {"question_type": row["question_type"], "ground_truth": row["answer"]})
-                images = tuple(parquet.image(where, name, row[name]) for name in IMAGES if row.get(name))
+                entry = key.get(
+                    row["id"],
+                    {"question_type": row["question_type"], "ground_truth": row["answer"]},
+                )
+                images = tuple(
+                    parquet.image(where, name, row[name]) for name in IMAGES if row.get(name)
+                )
             except (KeyError, ValueError, SyntaxError) as error:
-                raise ConfigError(f"{where}: not a question of MMMU ({type(error).__name__}: {error})") from None
+                raise ConfigError(
+                    f"{where}: not a question of MMMU ({type(error).__name__}: {error})"
+                ) from None
             truth = entry["ground_truth"]
-            questions.append(Question(
-                where, row["id"], images, row["question"],
-                tuple(map(str, truth if isinstance(truth, list) else [truth])),
-                options={chr(ord("A") + i): str(text) for i, text in enumerate(texts)},
-                fields={"question_type": entry["question_type"], "subject": file.parent.name}))
+            questions.append(
+                Question(
+                    where,
+                    row["id"],
+                    images,
+                    row["question"],
+                    tuple(map(str, truth if isinstance(truth, list) else [truth])),
+                    options={chr(ord("A") + i): str(text) for i, text in enumerate(texts)},
+                    fields={"question_type": entry["question_type"], "subject": file.parent.name},
+                )
+            )
     return questions
 
 

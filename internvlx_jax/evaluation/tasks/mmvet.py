@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import scoring, submissions
 from internvlx_jax.evaluation.prompts import ending, plain
 from internvlx_jax.evaluation.questions import Question
@@ -20,11 +20,20 @@ def _read(roots: Roots) -> list[Question]:
         try:
             entry = key[f"v1_{str(question.id).removeprefix('v1_')}"]
         except KeyError:
-            raise ConfigError(f"{question.where}: question_id {question.id} is not in {roots.data / KEY}") from None
+            raise ConfigError(
+                f"{question.where}: question_id {question.id} is not in {roots.data / KEY}"
+            ) from None
         # The file names images without their folder.
-        images = tuple(image_path(f"mm-vet/images/{path.rpartition('/')[2]}", roots) for path in question.images)
-        return dataclasses.replace(question, images=images, answers=(entry["answer"],),
-                                   fields=dict(question.fields) | {"capability": ",".join(entry["capability"])})
+        images = tuple(
+            image_path(f"mm-vet/images/{path.rpartition('/')[2]}", roots)
+            for path in question.images
+        )
+        return dataclasses.replace(
+            question,
+            images=images,
+            answers=(entry["answer"],),
+            fields=dict(question.fields) | {"capability": ",".join(entry["capability"])},
+        )
 
     return [finish(question) for question in QUESTIONS.read(roots)]
 

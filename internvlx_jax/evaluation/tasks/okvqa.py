@@ -6,7 +6,9 @@ from internvlx_jax.evaluation.sources import coco_answers, jsonl
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 # VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
-SOURCE = jsonl("okvqa/okvqa_val.jsonl", annotations=("okvqa/mscoco_val2014_annotations.json", coco_answers))
+SOURCE = jsonl(
+    "okvqa/okvqa_val.jsonl", annotations=("okvqa/mscoco_val2014_annotations.json", coco_answers)
+)
 
 TASKS = (
     Task(name="okvqa_val", title="OK-VQA, validation", samples=5046, views={

@@ -12,7 +12,9 @@ from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 def _letters(question: Question) -> Question:
     """`choices` are texts, `answer` is the index of the right one."""
     options = {chr(ord("A") + i): text for i, text in enumerate(question.fields["choices"])}
-    return dataclasses.replace(question, options=options, answers=(chr(ord("A") + int(question.answers[0])),))
+    return dataclasses.replace(
+        question, options=options, answers=(chr(ord("A") + int(question.answers[0])),)
+    )
 
 
 TASKS = (

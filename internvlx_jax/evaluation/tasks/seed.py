@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from internvlx_jax.errors import ConfigError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import plain, vlm_choice
 from internvlx_jax.evaluation.questions import Question
@@ -18,10 +18,15 @@ def _read(roots: Roots) -> list[Question]:
 
     def finish(question: Question) -> Question:
         if str(question.id) not in key:
-            raise ConfigError(f"{question.where}: question_id {question.id} is not in {roots.data / KEY}")
+            raise ConfigError(
+                f"{question.where}: question_id {question.id} is not in {roots.data / KEY}"
+            )
         row = key[str(question.id)]
-        return dataclasses.replace(question, answers=(row["answer"],),
-                                   fields=dict(question.fields) | {"question_type_id": row["question_type_id"]})
+        return dataclasses.replace(
+            question,
+            answers=(row["answer"],),
+            fields=dict(question.fields) | {"question_type_id": row["question_type_id"]},
+        )
 
     return [finish(question) for question in QUESTIONS.read(roots)]
 

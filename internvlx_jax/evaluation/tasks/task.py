@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
 
-from internvlx_jax.evaluation.images import EACH, VLMEVALKIT, ImagePolicy
+from internvlx_jax.core.evaluation_config import Protocol
 from internvlx_jax.evaluation.prompts import Prompt, vlm_images
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
+from internvlx_jax.inference.tiling import EACH, VLMEVALKIT, ImagePolicy
 
-Protocol = Literal["internvl", "vlmevalkit"]
-PROTOCOLS: tuple[Protocol, ...] = ("internvl", "vlmevalkit")
 VLMEVALKIT_NEW_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class View:
+class ProtocolSpec:
     """A benchmark under one protocol.
 
     Attributes:
@@ -55,21 +53,45 @@ class Task:
     title: str
     samples: int | None
     baseline_tiles: int = 6
-    views: Mapping[Protocol, View]
+    views: Mapping[Protocol, ProtocolSpec]
 
     @property
     def default_protocol(self) -> Protocol:
         return next(iter(self.views))
 
 
-def internvl(source: Source, prompt: Prompt, score: Scorer, *, max_new_tokens: int, dataset: str,
-             min_new_tokens: int = 1, **rest) -> View:
+def internvl(
+    source: Source,
+    prompt: Prompt,
+    score: Scorer,
+    *,
+    max_new_tokens: int,
+    dataset: str,
+    min_new_tokens: int = 1,
+    **rest,
+) -> ProtocolSpec:
     """A view as the InternVL repository runs it."""
-    return View(source=source, prompt=prompt, score=score, max_new_tokens=max_new_tokens, dataset=dataset,
-                min_new_tokens=min_new_tokens, **rest)
+    return ProtocolSpec(
+        source=source,
+        prompt=prompt,
+        score=score,
+        max_new_tokens=max_new_tokens,
+        dataset=dataset,
+        min_new_tokens=min_new_tokens,
+        **rest,
+    )
 
 
-def vlmevalkit(source: Source, prompt: Prompt, score: Scorer, *, dataset: str, **rest) -> View:
+def vlmevalkit(
+    source: Source, prompt: Prompt, score: Scorer, *, dataset: str, **rest
+) -> ProtocolSpec:
     """A view as VLMEvalKit runs InternVL models."""
-    return View(source=source, prompt=vlm_images(prompt), score=score, max_new_tokens=VLMEVALKIT_NEW_TOKENS,
-                dataset=dataset, images=lambda dynamic: VLMEVALKIT, **rest)
+    return ProtocolSpec(
+        source=source,
+        prompt=vlm_images(prompt),
+        score=score,
+        max_new_tokens=VLMEVALKIT_NEW_TOKENS,
+        dataset=dataset,
+        images=lambda dynamic: VLMEVALKIT,
+        **rest,
+    )

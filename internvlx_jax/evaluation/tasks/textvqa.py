@@ -9,8 +9,13 @@ ANSWERS = ("textvqa/textvqa_val_annotations.json", coco_answers)
 
 
 def _view(file: str):
-    return internvl(jsonl(file, annotations=ANSWERS), ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10,
-                    dataset="TextVQA_VAL")
+    return internvl(
+        jsonl(file, annotations=ANSWERS),
+        ending(f" {BASE}"),
+        scoring.vqa_soft,
+        max_new_tokens=10,
+        dataset="TextVQA_VAL",
+    )
 
 
 TASKS = (

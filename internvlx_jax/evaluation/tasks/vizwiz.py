@@ -6,8 +6,12 @@ from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed_answers
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-PROMPT = ending(f" When the provided information is insufficient, respond with 'Unanswerable'. {BASE}")
-VAL = jsonl("vizwiz/vizwiz_val.jsonl", annotations=("vizwiz/vizwiz_val_annotations.json", coco_answers))
+PROMPT = ending(
+    f" When the provided information is insufficient, respond with 'Unanswerable'. {BASE}"
+)
+VAL = jsonl(
+    "vizwiz/vizwiz_val.jsonl", annotations=("vizwiz/vizwiz_val_annotations.json", coco_answers)
+)
 
 TASKS = (
     Task(name="vizwiz_val", title="VizWiz, validation", samples=4319, views={

@@ -7,7 +7,9 @@ from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 # VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
-VAL = jsonl("vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers))
+VAL = jsonl(
+    "vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers)
+)
 TESTDEV = jsonl("vqav2/vqav2_testdev.jsonl")
 SERVER = dict(submission=answers_by("question_id"))
 

@@ -1,0 +1,203 @@
+"""Reading a folder of safetensors files, one tensor at a time and memory-mapped (spec: checkpoints.md 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from internvlx_jax.core.errors import CheckpointError
+
+FLOAT_TYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CHECKSUMS = "SHA256SUMS"  # as sha256sum(1) writes and checks them
+
+
+class SafetensorsFolder:
+    """`STEM.safetensors`, or the shards that `STEM.safetensors.index.json` names.
+
+    Attributes:
+        notes: what a report should mention: a wrong total_size, .bin files that are not read.
+
+    Raises CheckpointError for missing, unreadable or contradicting files.
+    """
+
+    def __init__(self, path: Path, stem: str = "model"):
+        self.path = Path(path)
+        self.notes: list[str] = []
+        self._where: dict[str, tuple[str, int]] = {}  # tensor -> file, first byte
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        problems: list[str] = []
+        index, single = self.path / f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+        weight_map, total = {}, None
+        if index.is_file():
+            weight_map, total = read_index(index)
+            names = sorted(set(weight_map.values()))
+        elif (self.path / single).is_file():
+            names = [single]
+        else:
+            raise CheckpointError(
+                self.path,
+                [f"no {single} and no {index.name}; convert other formats to safetensors first"],
+            )
+        for name in names:
+            problems += self._open(name, index.name)
+        for tensor, name in weight_map.items():
+            if (self.path / name).is_file() and self._where.get(tensor, ("",))[0] != name:
+                problems.append(
+                    f"tensor {tensor}: {index.name} places it in {name}, which does not hold it"
+                )
+        if problems:
+            raise CheckpointError(self.path, problems)
+        if total not in (None, self.nbytes()):
+            self.notes.append(
+                f"{index.name}: metadata.total_size is {total}, the tensors have {self.nbytes()} bytes"
+            )
+        if bins := sorted(file.name for file in self.path.glob("pytorch_model*.bin")):
+            self.notes.append(f"{', '.join(bins)} not read: safetensors files come first")
+
+    def _open(self, name: str, index: str) -> list[str]:
+        """List the tensors of one file; returns what is wrong with it."""
+        try:
+            # The library checks that the header parses and that its offsets fill the file exactly.
+            with safe_open(self.path / name, framework="np") as file:
+                tensors = {key: file.get_slice(key) for key in file.keys()}
+                types = {
+                    key: (tensor.get_dtype(), tuple(tensor.get_shape()))
+                    for key, tensor in tensors.items()
+                }
+            header, start = read_header(self.path / name)
+        except FileNotFoundError:
+            return [f"{name}: named by {index} but missing; copy the shard into the folder"]
+        except (SafetensorError, OSError, ValueError) as error:
+            return [f"{name}: not a readable safetensors file ({error}); copy it again"]
+        problems = [
+            f"{name}: tensor {tensor} stands twice in the header; its values are ambiguous"
+            for tensor in header.twice
+        ]
+        for tensor, (dtype, shape) in types.items():
+            if tensor in self._where:
+                problems.append(f"tensor {tensor} is in both {self._where[tensor][0]} and {name}")
+            self._where[tensor] = (name, start + header[tensor]["data_offsets"][0])
+            self._shapes[tensor], self._dtypes[tensor] = shape, dtype
+        return problems
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """File type, e.g. `BF16`."""
+        return self._dtypes[name]
+
+    def nbytes(self) -> int:
+        return sum(
+            int(np.prod(self._shapes[name])) * _bits(self._dtypes[name]) // 8
+            for name in self._where
+        )
+
+    def files(self) -> list[str]:
+        return sorted({name for name, _ in self._where.values()})
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of the file: bytes are read when touched, and unmapped with the last view."""
+        file, start = self._where[name]
+        shape = self._shapes[name]
+        if 0 in shape:
+            return np.zeros(shape, FLOAT_TYPES[self._dtypes[name]])
+        return np.memmap(self.path / file, FLOAT_TYPES[self._dtypes[name]], "r", start, shape)
+
+    def check_sums(self) -> int:
+        """Compare every file with its known SHA-256, if there is one -> how many files had one.
+
+        Sums stand in `SHA256SUMS`, or are the names of the files in a Hugging Face cache. Raises CheckpointError.
+        """
+        listed = read_sums(self.path / CHECKSUMS)
+        problems, checked = [], 0
+        for name in self.files():
+            target = (self.path / name).resolve().name
+            expected = listed.get(name) or (
+                target if re.fullmatch(r"[0-9a-f]{64}", target) else None
+            )
+            if expected is None:
+                continue
+            checked += 1
+            if (found := sha256(self.path / name)) != expected:
+                problems.append(
+                    f"{name}: SHA-256 is {found}, expected {expected}; the file is damaged, copy it again"
+                )
+        if problems:
+            raise CheckpointError(self.path, problems)
+        return checked
+
+
+class _Header(dict):
+    """A safetensors header that remembers names which stand in it twice."""
+
+    def __init__(self, pairs):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.twice = (
+            sorted({name for name in names if names.count(name) > 1})
+            if len(names) > len(self)
+            else []
+        )
+
+
+def read_header(file: Path) -> tuple[_Header, int]:
+    """The JSON header of a safetensors file, and where the tensors begin. Raises ValueError."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return json.loads(stream.read(length), object_pairs_hook=_Header), 8 + length
+
+
+def read_index(index: Path) -> tuple[dict[str, str], int | None]:
+    """weight_map and total_size of an index file. Raises CheckpointError."""
+    try:
+        value = json.loads(index.read_text(), object_pairs_hook=_Header)
+        weight_map, total = value["weight_map"], value.get("metadata", {}).get("total_size")
+        twice = weight_map.twice
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            index, [f"not a safetensors index ({error!r}); expected an object with weight_map"]
+        )
+    if twice:
+        raise CheckpointError(
+            index, [f"weight_map lists tensor {tensor} twice" for tensor in twice]
+        )
+    return weight_map, total
+
+
+def read_sums(file: Path) -> dict[str, str]:
+    """File name -> SHA-256 of a sums file; empty where there is none."""
+    if not file.is_file():
+        return {}
+    rows = (line.split(maxsplit=1) for line in file.read_text().splitlines() if line.strip())
+    return {row[1].lstrip("*"): row[0] for row in rows if len(row) == 2}
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _bits(dtype: str) -> int:
+    """Bits of an element: the number in its type's name."""
+    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype).group())

@@ -1,0 +1,121 @@
+"""Writing safetensors shards tensor by tensor, in any order (spec: checkpoints.md 6).
+
+The library's own writer wants all tensors of a file in memory. A header with names, types and offsets is all there is
+to the format, so the shapes fix the files, and tensors (or rows of them) are put in their places as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from internvlx_jax.checkpoints.safetensors_folder import CHECKSUMS, FLOAT_TYPES, format_sums, sha256
+from internvlx_jax.core.files import write_text
+
+MAX_SHARD_BYTES = 5_000_000_000
+TYPES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+
+
+Plan = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape, dtype
+
+
+def plan_files(
+    tensors: Plan, *, stem: str = "model", max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, str]:
+    """Name -> file, in the given order: a new file begins before a tensor would push the last one past the limit."""
+    shards, size = [[]], 0
+    for name, each in tensors.items():
+        if shards[-1] and size + _nbytes(*each) > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _nbytes(*each)
+    if len(shards) == 1:
+        return dict.fromkeys(tensors, f"{stem}.safetensors")
+    return {
+        name: f"{stem}-{n:05}-of-{len(shards):05}.safetensors"
+        for n, shard in enumerate(shards, 1)
+        for name in shard
+    }
+
+
+def index_text(tensors: Plan, files: Mapping[str, str]) -> str:
+    """What `model.safetensors.index.json` holds."""
+    total = sum(_nbytes(*each) for each in tensors.values())
+    return (
+        json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": files}, indent=2, sort_keys=True
+        )
+        + "\n"
+    )
+
+
+class SafetensorsWriter:
+    """Files for `tensors` (name -> shape, dtype) in `folder`; `finish` checks that every byte was written.
+
+    stem: `model` gives model.safetensors, or shards of at most `max_bytes` and an index.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Plan, *, stem: str = "model", max_bytes: int = MAX_SHARD_BYTES
+    ):
+        self.folder, self._tensors, self._stem = folder, dict(tensors), stem
+        self._files = plan_files(tensors, stem=stem, max_bytes=max_bytes)
+        self._start: dict[str, int] = {}
+        self._left = {name: _nbytes(*each) for name, each in tensors.items()}
+        self.files = list(dict.fromkeys(self._files.values()))
+        for file in self.files:
+            self._create(file, [name for name, home in self._files.items() if home == file])
+
+    def _create(self, file: str, names: list[str]) -> None:
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            shape, dtype = self._tensors[name]
+            end = offset + _nbytes(shape, dtype)
+            header[name] = {
+                "dtype": TYPES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        for name in names:
+            self._start[name] = 8 + len(text) + header[name]["data_offsets"][0]
+        with (self.folder / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(8 + len(text) + offset)
+
+    def write(self, name: str, array: np.ndarray, first_row: int = 0) -> None:
+        """A whole tensor, or its rows from `first_row` on."""
+        shape, dtype = self._tensors[name]
+        if array.dtype != dtype or array.shape[1:] != shape[1:]:
+            raise ValueError(f"{name}: {array.dtype}{list(array.shape)} for {dtype}{list(shape)}")
+        row = _nbytes(shape[1:], dtype) if shape else 0
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        with (self.folder / self._files[name]).open("r+b") as stream:
+            stream.seek(self._start[name] + first_row * row)
+            stream.write(data.data)
+        self._left[name] -= data.size
+
+    def finish(self) -> None:
+        """Index and checksums."""
+        if unfinished := [name for name, left in self._left.items() if left]:
+            raise ValueError(f"not all bytes were written of {', '.join(unfinished[:5])}")
+        if len(self.files) > 1:
+            write_text(
+                self.folder / f"{self._stem}.safetensors.index.json",
+                index_text(self._tensors, self._files),
+            )
+        write_text(
+            self.folder / CHECKSUMS,
+            format_sums({file: sha256(self.folder / file) for file in self.files}),
+        )
+
+
+def _nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

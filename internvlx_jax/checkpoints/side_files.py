@@ -1,0 +1,76 @@
+"""The small files around the weights of a PyTorch checkpoint (spec: checkpoints.md 6)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+OTHER_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def copy_side_files(source: Path, target: Path, *, remote_code: bool = True) -> list[str]:
+    """Copy what is there, unchanged -> the names. remote_code: the *.py files that `auto_map` may name, too."""
+    names = [name for name in (*TOKENIZER_FILES, *OTHER_FILES) if (source / name).is_file()]
+    code = sorted(file.name for file in source.glob("*.py"))
+    names += [name for name in code if remote_code or name.startswith("tokenization_")]
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer files of a folder -> their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names += sorted(file.name for file in source.glob("tokenization_*.py"))
+    if names:
+        target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def same_tokenizer(folder: Path, other: Path) -> bool:
+    """Whether both hold the same vocabulary file; added tokens are in a run's tokenizer as in its source."""
+    return any(
+        (other / name).is_file()
+        and (folder / name).is_file()
+        and (folder / name).read_bytes() == (other / name).read_bytes()
+        for name in ("tokenizer.model", "tokenizer.json", "vocab.json")
+    )
+
+
+def replace_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer files of `source` instead of those in `target`."""
+    for name in TOKENIZER_FILES:
+        (target / name).unlink(missing_ok=True)
+    copy_tokenizer(source, target)
+
+
+def missing_remote_code(config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Files of the same folder that `auto_map` names and that are not there; others cannot load it then."""
+    named = set()
+    for section in (config, config.get("llm_config") or {}, config.get("vision_config") or {}):
+        for value in (section.get("auto_map") or {}).values():
+            for each in value if isinstance(value, list) else [value]:
+                if each and "--" not in each:  # `owner/name--module.Class` lives elsewhere
+                    named.add(each.partition(".")[0] + ".py")
+    return sorted(name for name in named if not (folder / name).is_file())

@@ -1,0 +1,132 @@
+"""A checkpoint's parameters in a model that differs from it in LVTC: other presets, layers or grids, or none before
+(spec: lvtc.md 2, checkpoints.md 8).
+
+A projector is taken over whole or not at all. What the checkpoint lacks is initialised; nothing of this is silent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.models.params import AbstractModel, abstract_model, init_params
+from internvlx_jax.models.sharding import param_shardings
+
+# What a model may change without changing the meaning of its weights.
+MAY_DIFFER = {
+    "prompt",
+    "lvtc",
+    "vision.drop_path",
+    "vision.layer_scale_init",
+    "projector.drop_path",
+    "decoder.initializer_range",
+    "decoder.rope.allow_longer",
+}
+PART = re.compile(r"projector|lvtc\.low|lvtc\.high\.projector|lvtc\.inject_\d+\.projector")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transferred:
+    """Parameters by dotted path, and what became of the checkpoint's projectors, a line each."""
+
+    params: dict[str, jax.Array]
+    report: tuple[str, ...]
+
+
+def check_same_model(wanted: ModelConfig, stored: ModelConfig, checkpoint: Path) -> None:
+    """Raises ConfigError with every setting in which a run's model and its checkpoint's contradict each other."""
+    differences = list(_differences(to_dict(wanted), to_dict(stored)))
+    if differences:
+        raise ConfigError(
+            f"model is not that of the checkpoint {checkpoint} (config, checkpoint); correct model, or set "
+            "it to none to take the checkpoint's:\n  " + "\n  ".join(differences)
+        )
+
+
+def transfer(
+    source: HFFolder | RunFolder,
+    config: ModelConfig,
+    abstract: AbstractModel,
+    mesh: Mesh,
+    *,
+    seed: int,
+) -> Transferred:
+    """Load `source` into a model of `config`, which may differ from it in `lvtc` only.
+
+    abstract: of `config`; its dtypes are those of the result. Raises CheckpointError as `source.load` does.
+    """
+    shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
+    if config.lvtc == source.config.lvtc:
+        return Transferred(source.load(abstract, shardings), ())
+    dtype = jnp.result_type(*{leaf.dtype for leaf in abstract.shapes.values()})
+    stored = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
+    loaded = source.load(stored, param_shardings(stored.shapes, stored.axes, mesh))
+
+    ours, theirs = _parts(abstract.shapes), _parts(stored.shapes)
+    taken = [part for part in ours if ours[part] == theirs.get(part)]
+    params = {path: loaded[path] for part in taken for path in ours[part]}
+    new = [path for path in abstract.shapes if path not in params]
+    if new:
+        params |= init_params(config, seed, param_dtype=dtype, shardings=shardings, paths=new)
+    params = {path: array.astype(abstract.shapes[path].dtype) for path, array in params.items()}
+    return Transferred(
+        params, tuple(_report(config, abstract, source, new, theirs.keys() - set(taken), seed))
+    )
+
+
+def _report(
+    config: ModelConfig,
+    abstract: AbstractModel,
+    source: HFFolder | RunFolder,
+    new: Iterable[str],
+    left: Iterable[str],
+    seed: int,
+) -> Iterable[str]:
+    role, lvtc = config.released_role, config.lvtc
+    if lvtc is None:
+        yield f"LVTC is off: projector.* of {source.path} makes the {config.tokens_per_tile} tokens of a tile"
+    elif role is not None:
+        grid, where = (
+            (lvtc.low_grid, "decoder layer 0")
+            if role == "low"
+            else (lvtc.high_grid, f"the residual before decoder layer {lvtc.expand_layer}")
+        )
+        yield f"projector.* of {source.path} is the {role} projector: {grid**2} tokens a tile for {where}"
+    else:
+        yield f"projector.* has no role: no LVTC projector is a pvtc of {config.token_grid**2} tokens a tile"
+    for path in new:
+        yield f"new, seed {seed}: {path} {list(abstract.shapes[path].shape)} ~ {abstract.inits[path]}"
+    for part in sorted(left):
+        yield f"not taken over from {source.path}: {part} (absent here, or of another grid or kind)"
+
+
+def _parts(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes by path: each projector together, every other parameter by itself."""
+    parts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for path, leaf in shapes.items():
+        part = PART.match(path)
+        parts[part.group() if part else path][path] = leaf.shape
+    return dict(parts)
+
+
+def _differences(wanted: Any, stored: Any, path: str = "") -> Iterable[str]:
+    if path in MAY_DIFFER:
+        return
+    if isinstance(wanted, dict) and isinstance(stored, dict):
+        for name in wanted:
+            yield from _differences(wanted[name], stored[name], f"{path}.{name}" if path else name)
+    elif wanted != stored:
+        yield f"model.{path}: {wanted!r}, {stored!r}"

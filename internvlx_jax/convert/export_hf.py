@@ -1,0 +1,299 @@
+"""`convert export`: a checkpoint of ours -> a folder that PyTorch loads, one parameter at a time (spec: checkpoints.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.checkpoints.hf_config_write import chat_config, hf_config, vit_config
+from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
+from internvlx_jax.checkpoints.lora_files import stored_adapters, write_adapters
+from internvlx_jax.checkpoints.name_table import LAYOUTS, Entry, name_table, tensor_shapes
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
+from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
+from internvlx_jax.checkpoints.side_files import OTHER_FILES, TOKENIZER_FILES, missing_remote_code
+from internvlx_jax.checkpoints.tensors import (
+    Dtype,
+    changed_by_cast,
+    copy_strided,
+    count_not_finite,
+    difference,
+)
+from internvlx_jax.convert.conversion_report import Report
+from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.core.files import new_folder, write_json
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.models.params import abstract_model
+
+ExportLayout = Literal["internvl-x", "internvl", "hf", "vit", "projector", "peft"]
+Source = RunFolder | TorchCheckpoint
+
+
+def export_checkpoint(
+    source: Source,
+    out: Path,
+    *,
+    layout: ExportLayout,
+    dtype: Dtype = "bfloat16",
+    verify: bool = False,
+    image_token_id: int | None = None,
+    drop_lvtc: bool = False,
+) -> Report:
+    """Write the new folder `out`: weights, index, checksums, config.json, and the side files of the source.
+
+    The largest parameter is in memory, and one tensor of it. Nothing of `out` exists before all of it is right.
+    Adapters that lie beside the weights are merged, but in layout `peft`, which holds nothing else.
+
+    dtype: of the tensors; `keep` is the stored one.
+    verify: read back what was written, and compare every tensor with the source bit for bit.
+    image_token_id: for the hf config, where neither source nor tokenizer says it.
+    drop_lvtc: leave the parameters of LVTC out.
+
+    Raises ConfigError where the model has no such layout, FileExistsError, and CheckpointError for values that are
+    not finite.
+    """
+    config = dataclasses.replace(source.config, lvtc=None) if drop_lvtc else source.config
+    if drop_lvtc and (source.config.lvtc is None or source.config.released_role is None):
+        raise ConfigError("--drop_lvtc: the model has no LVTC, or no projector without it")
+    source.check(abstract_model(source.config, dtype="float32"))
+    report = Report("export", config, layout)
+    if layout == "peft":
+        with new_folder(out) as folder:
+            _write_adapters(source, folder, report, verify)
+        return report
+    table = _table(config, layout)
+    if isinstance(source, TorchCheckpoint):
+        source.check_sums()
+    with new_folder(out) as folder:
+        weights = _Weights(source, table, dtype)
+        writer = SafetensorsWriter(folder, weights.plan)
+        for path, name, rows, piece in weights.pieces(report):
+            writer.write(name, piece, rows)
+            report.count(path, piece)
+        writer.finish()
+        report.files = writer.files
+        if layout in LAYOUTS:
+            fields = _config_fields(source, config, layout, dtype, weights, image_token_id)
+            report.notes += _side_files(source, folder, layout, fields)
+        elif layout == "vit":
+            write_json(folder / "config.json", vit_config(config.vision, dtype=weights.dtype_name))
+        if verify:
+            report.verified = weights.compare(SafetensorsFolder(folder))
+    return report
+
+
+def _table(config: ModelConfig, layout: str) -> list[Entry]:
+    if layout in LAYOUTS:
+        return name_table(config, layout)
+    path, strip = {"vit": ("vision.", "vision_model."), "projector": ("projector.", "")}[layout]
+    entries = [entry for entry in name_table(config) if entry.target.startswith(path)]
+    return [
+        dataclasses.replace(
+            entry,
+            parts=tuple(
+                dataclasses.replace(part, source=part.source.removeprefix(strip))
+                for part in entry.parts
+            ),
+        )
+        for entry in entries
+    ]
+
+
+class _Weights:
+    """The tensors of an export: what they are, and their values in the order of the parameters.
+
+    Attributes:
+        plan: name -> shape, dtype, in file order.
+    """
+
+    def __init__(self, source: Source, table: Sequence[Entry], dtype: Dtype):
+        self._source, self._table = source, table
+        self._adapters = (
+            {}
+            if isinstance(source, TorchCheckpoint)
+            else {
+                adapter.base.target: (lora, adapter)
+                for lora in source.lora
+                for adapter in stored_adapters(source.config, lora.part, source.shapes)
+            }
+        )
+        self._dtypes = {
+            name: source.dtype(entry.target) if dtype == "keep" else np.dtype(dtype)
+            for entry in table
+            for layer in range(entry.layers or 1)
+            for name in entry.sources(layer)
+        }
+        shapes = tensor_shapes(table, {entry.target: source.shape(entry.target) for entry in table})
+        self.plan = {name: (shape, self._dtypes[name]) for name, shape in shapes.items()}
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of most values."""
+        sizes: dict[str, int] = {}
+        for shape, dtype in self.plan.values():
+            sizes[str(dtype)] = sizes.get(str(dtype), 0) + int(np.prod(shape))
+        return max(sizes, key=sizes.get)
+
+    def pieces(self, report: Report | None = None) -> Iterator[tuple[str, str, int, np.ndarray]]:
+        """(parameter, tensor, first row, values). Raises CheckpointError at the end for values that are not finite."""
+        problems = []
+        entries = {entry.target: entry for entry in self._table}
+        pending: dict[str, np.ndarray] = {}  # adapters of the parameter that comes next
+        for path, leaf in self._source.read_all(self._paths()):
+            if path not in entries:
+                pending[path] = leaf
+                continue
+            entry, pairs = entries[path], []
+            if path in self._adapters:
+                lora, adapter = self._adapters[path]
+                pairs = [(pending.pop(a.target), pending.pop(b.target)) for a, b in adapter.pairs]
+            for layer in range(entry.layers or 1):
+                array = np.asarray(leaf) if entry.layers is None else leaf[layer]
+                if pairs:
+                    array = adapter.merge(
+                        array, [(a[layer], b[layer]) for a, b in pairs], lora.scale
+                    )
+                for part, name, values in zip(
+                    entry.parts, entry.sources(layer), entry.to_sources(array)
+                ):
+                    cast = np.empty(values.shape, self._dtypes[name])
+                    copy_strided(cast, values)
+                    if bad := count_not_finite(cast):
+                        problems.append(
+                            f"tensor {name} holds {bad} values that are NaN or infinite"
+                        )
+                    if report is not None and (changed := changed_by_cast(values, cast)):
+                        report.rounded[name] = report.rounded.get(name, 0) + changed
+                    yield entry.target, name, part.rows[0] if part.rows else 0, cast
+            if report is not None and pairs:
+                report.merged.append(entry.target)
+            del leaf, array, values  # or the parameter would stay in memory beside the next one
+        if problems:
+            raise CheckpointError(self._source.path, problems)
+
+    def compare(self, written: SafetensorsFolder) -> int:
+        """Raises CheckpointError for each tensor that is not, bit for bit, as it should be -> how many are."""
+        problems = []
+        for _, name, row, values in self.pieces():
+            problems += difference(
+                name,
+                values,
+                written.read(name)[row : row + len(values)] if values.ndim else written.read(name),
+            )
+        problems += [
+            f"{name} was not asked for" for name in set(written.names()) - self.plan.keys()
+        ]
+        if problems:
+            raise CheckpointError(written.path, problems)
+        return len(self.plan)
+
+    def _paths(self) -> Iterator[str]:
+        """The adapters of each parameter, then it."""
+        for entry in self._table:
+            if entry.target in self._adapters:
+                yield from self._adapters[entry.target][1].targets
+            yield entry.target
+
+
+def _config_fields(
+    source: Source,
+    config: ModelConfig,
+    layout: str,
+    dtype: Dtype,
+    weights: _Weights,
+    image_token_id: int | None,
+) -> dict[str, Any]:
+    """config.json: the source's own where it says the same, else with our fields in it."""
+    base = source.fields
+    kind = "internvl" if layout == "hf" else "internvl_chat"
+    if base is None or base.get("model_type") != kind:
+        base = None
+    name = weights.dtype_name
+    if base is not None and _says(base, config, list(weights.plan)):
+        fields = dict(base)
+        for lora in ("use_backbone_lora", "use_llm_lora"):
+            if fields.get(lora):
+                fields[lora] = 0
+        if dtype != "keep":
+            fields |= {field: name for field in ("torch_dtype", "dtype") if field in fields} or {
+                "torch_dtype": name
+            }
+        return fields
+    if layout != "hf":
+        return chat_config(config, dtype=name, base=base)
+    if image_token_id is None and base is not None:
+        image_token_id = base.get("image_token_id")
+    if image_token_id is None and (tokenizer := source.tokenizer()) is not None:
+        image_token_id = tokenizer.image_token_id
+    if image_token_id is None:
+        raise ConfigError(
+            "the hf config needs image_token_id, and there is no tokenizer that knows it; give "
+            "--image_token_id"
+        )
+    return hf_config(config, dtype=name, image_token_id=image_token_id, base=base)
+
+
+def _says(base: Mapping[str, Any], config: ModelConfig, tensors: Sequence[str]) -> bool:
+    try:
+        return model_config(base, tensors) == config
+    except ConfigError:
+        return False
+
+
+def _side_files(source: Source, folder: Path, layout: str, fields: dict[str, Any]) -> list[str]:
+    source.write_side_files(folder)
+    if layout == "hf":  # transformers has its own code for this layout
+        fields.pop("auto_map", None)
+        for file in folder.glob("*.py"):
+            if not file.name.startswith("tokenization_"):
+                file.unlink()
+    write_json(folder / "config.json", fields)
+    notes = []
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        notes.append("no tokenizer files: the source has none")
+    if missing := missing_remote_code(fields, folder):
+        notes.append(
+            f"config.json names {', '.join(missing)}, which the source does not hold: PyTorch users cannot load "
+            "the folder without them"
+        )
+    elif layout != "hf" and "auto_map" not in fields:
+        notes.append(
+            "config.json names no remote code (auto_map): the source brought none, so transformers needs the "
+            "modelling files of the original repository to load this folder"
+        )
+    extra = [name for name in OTHER_FILES if (folder / name).is_file()]
+    return notes + ([f"copied {', '.join(extra)}"] if extra else [])
+
+
+def _write_adapters(source: Source, folder: Path, report: Report, verify: bool) -> None:
+    """One folder a part: vision_model, language_model."""
+    if isinstance(source, TorchCheckpoint) or not source.lora:
+        raise ConfigError(
+            "layout peft: no adapters lie beside the weights; import with --keep_lora keeps them there"
+        )
+    verified = 0
+    for lora in source.lora:
+        adapters = stored_adapters(source.config, lora.part, source.shapes)
+        params = dict(source.read_all(path for adapter in adapters for path in adapter.targets))
+        target = folder / {"vision": "vision_model", "decoder": "language_model"}[lora.part]
+        tensors = write_adapters(target, params, source.config, lora)
+        for array in tensors.values():
+            report.count(lora.part, array)
+        written = SafetensorsFolder(target, "adapter_model")
+        report.files += [f"{target.name}/{file}" for file in written.files()]
+        if verify:
+            problems = [
+                text
+                for name, array in tensors.items()
+                for text in difference(name, array, written.read(name))
+            ]
+            if problems:
+                raise CheckpointError(target, problems)
+            verified += len(tensors)
+    report.verified = verified if verify else None

@@ -1,0 +1,145 @@
+"""Settings of the input pipeline (spec: data.md 3, 7, 10 to 15)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from internvlx_jax.core.errors import ConfigError
+
+MAX_PIXELS = 178_956_970
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Rows of batch_mode `pack`, each `data.max_length` tokens long.
+
+    Attributes:
+        tiles: tile slots of a row; None: 5 % more than the samples need on average, so that tokens are what fills it.
+        open_rows: rows that best fit chooses among; more of them fill better and mix less freely.
+    """
+
+    tiles: int | None = None
+    open_rows: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How image files are read.
+
+    Attributes:
+        trust_sizes: take width and height from the annotation where it states them; False reads every image header.
+        max_pixels: larger images are bad samples.
+        exif: what to do with an EXIF orientation; the release ignores it.
+        truncated: whether damaged files are used as far as they can be decoded, or are bad samples.
+    """
+
+    trust_sizes: bool = True
+    max_pixels: int = MAX_PIXELS
+    exif: Literal["ignore", "apply"] = "ignore"
+    truncated: Literal["use", "reject"] = "use"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """Frames of a video: their number is uniform in min_frames..max_frames, and how the prompt announces them."""
+
+    min_frames: int = 4
+    max_frames: int = 12
+    template: Literal["model_card", "x_release", "internvl2_5"] = "model_card"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What a bad sample does.
+
+    Attributes:
+        on_bad: `replace` takes another sample of the same bucket, `skip` leaves the slot empty, `fail` stops the run.
+        max_share: the run stops when a larger share of a dataset's samples is bad (judged as if it had 100 at least).
+        exclude: quarantine files of earlier runs; the samples they list are left out.
+    """
+
+    on_bad: Literal["replace", "skip", "fail"] = "replace"
+    max_share: float = 0.05
+    exclude: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they are batched.
+
+    Attributes:
+        meta, val_meta: InternVL meta JSON of training and validation data.
+        tokenizer: folder or file of the tokenizer; None takes the one of the checkpoint in `init_from`.
+        mixture: `repeat` takes every dataset as often as its "repeat_time" says; `weight` gives each the share of
+            its "weight", `sqrt` that of the square root of its size, of as many samples an epoch.
+        batch_mode: `tokens` fills buckets and keeps tokens per step near `tokens_per_step`; `samples` fills buckets
+            and uses one number of rows; `pack` puts several samples into rows of `max_length` tokens.
+        max_length: token slots of the longest bucket, or of a packed row; lengths are multiples of `length_step`.
+        tiles_per_step: also bounds a step's tile slots in `tokens` mode; None: no bound.
+        max_executables: at most this many (tiles, length) buckets remain; the rarest merge upward.
+        row_quantum: rows of a step are a multiple of it; None: data-parallel devices * accumulation of the first
+            start. It is part of the order of the data: a run can go on with any number of devices that divides it.
+        loss_reduction: weight of a supervised token in a sample with n of them: 1, 1/n or 1/sqrt(n).
+        special_text: what reserved text inside a turn does: reject the sample, escape it, or allow it.
+        index_dir: folder of the size indexes; None: beside each annotation.
+        num_workers: loader processes; 0 decodes in threads of this process.
+    """
+
+    meta: str
+    val_meta: str | None = None
+    tokenizer: str | None = None
+    mixture: Literal["repeat", "weight", "sqrt"] = "repeat"
+    batch_mode: Literal["tokens", "samples", "pack"] = "tokens"
+    max_length: int = 4096
+    length_step: int = 64
+    tokens_per_step: int = 65536
+    tiles_per_step: int | None = None
+    samples_per_step: int = 128
+    max_executables: int = 16
+    row_quantum: int | None = None
+    pack: PackConfig = PackConfig()
+    images: ImageConfig = ImageConfig()
+    video: VideoConfig = VideoConfig()
+    faults: FaultConfig = FaultConfig()
+    loss_reduction: Literal["token", "sample", "square"] = "token"
+    special_text: Literal["reject", "escape", "allow"] = "reject"
+    index_dir: str | None = None
+    num_workers: int = 0
+
+    def __post_init__(self):
+        counts = {
+            name: getattr(self, name)
+            for name in (
+                "max_length",
+                "length_step",
+                "tokens_per_step",
+                "samples_per_step",
+                "max_executables",
+                "tiles_per_step",
+                "row_quantum",
+            )
+        }
+        counts |= {
+            "pack.tiles": self.pack.tiles,
+            "pack.open_rows": self.pack.open_rows,
+            "images.max_pixels": self.images.max_pixels,
+            "video.min_frames": self.video.min_frames,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ConfigError(f"data.{name} is {count}, it must be at least 1")
+        if self.video.max_frames < self.video.min_frames:
+            raise ConfigError(
+                f"data.video.max_frames {self.video.max_frames} is below data.video.min_frames "
+                f"{self.video.min_frames}"
+            )
+        if not 0 <= self.faults.max_share <= 1:
+            raise ConfigError(
+                f"data.faults.max_share is {self.faults.max_share}, it must be from 0 to 1"
+            )
+        if self.max_length % self.length_step:
+            raise ConfigError(
+                f"data.max_length {self.max_length} is not a multiple of data.length_step "
+                f"{self.length_step}"
+            )

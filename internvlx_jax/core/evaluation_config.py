@@ -1,0 +1,58 @@
+"""What is evaluated (spec: evaluation.md 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from internvlx_jax.core.errors import ConfigError, did_you_mean
+
+Protocol = Literal["internvl", "vlmevalkit"]
+PROTOCOLS: tuple[Protocol, ...] = ("internvl", "vlmevalkit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is asked.
+
+    Attributes:
+        data, metric, image_root, prompt: a question file, its metric, the folder of its images and how it is asked;
+            `{question}` stands for the text.
+        tasks, suite: benchmarks, by name. protocol: theirs by default.
+        data_root, tsv_root: where their data lie; TSV files lie in data_root/tsv by default.
+        limit: only the first questions of each.
+        max_new_tokens: in place of the task's own.
+        compat: comma-separated names of the scorers' deviations, `none` or `acceptance`, in place of the protocol's own.
+    """
+
+    data: str | None = None
+    metric: str | None = None
+    image_root: str | None = None
+    prompt: str = "{question}"
+    tasks: str | None = None
+    suite: str | None = None
+    protocol: Protocol | None = None
+    data_root: str = "data"
+    tsv_root: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    compat: str | None = None
+
+    def __post_init__(self):
+        if (self.data is None) != (self.metric is None):
+            raise ConfigError(
+                "data and metric belong together: a question file and how its answers are scored"
+            )
+        if self.data is None and self.tasks is None and self.suite is None:
+            raise ConfigError("nothing to evaluate: give tasks, a suite, or data and metric")
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"protocol {self.protocol!r} is unknown;{did_you_mean(self.protocol, PROTOCOLS)} choose "
+                f"one of {', '.join(PROTOCOLS)}"
+            )
+        if "{question}" not in self.prompt:
+            raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")
+        for name in ("limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, it must be at least 1")

@@ -1,0 +1,322 @@
+"""What a model is: sizes and variants, as frozen dataclasses (spec: model.md 1, checkpoints.md 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.tile_config import TileConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT. `select_layer` indexes [embeddings, layer 1, ..., layer L]; -1 is the last output."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    image_size: int = 448
+    patch_size: int = 14
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale_init: float = 1.0
+    drop_path: float = 0.0
+    select_layer: int = -1
+
+    def __post_init__(self):
+        _require(
+            self.width % self.heads == 0,
+            f"vision.width {self.width} is not divisible by heads {self.heads}",
+        )
+        _require(
+            0 <= self.layers_run <= self.layers,
+            f"vision.select_layer {self.select_layer} is outside "
+            f"-{self.layers + 1}..{self.layers} of a tower with {self.layers} layers",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def layers_run(self) -> int:
+        """Layers in front of the selected output; the others keep their parameters and are not run."""
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """`pvtc` (InternVL-X) or `mlp1` (InternVL2 baseline); `drop_path` acts on PVTC only."""
+
+    kind: Literal["pvtc", "mlp1"] = "pvtc"
+    downsample_ratio: float = 0.5
+    pixel_shuffle: Literal["v1", "v2"] = "v2"
+    drop_path: float = 0.1
+
+    def __post_init__(self):
+        side = self.region_side
+        _require(
+            side >= 1 and side & (side - 1) == 0 and 1 / side == self.downsample_ratio,
+            f"projector.downsample_ratio {self.downsample_ratio} is not 1, 1/2, 1/4, ...",
+        )
+
+    @property
+    def region_side(self) -> int:
+        return round(1 / self.downsample_ratio)
+
+
+LvtcProjector = Literal["pvtc", "mlp"]
+Upsample = Literal["bilinear", "nearest"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LvtcConfig:
+    """Layer-wise visual token compression: few visual tokens in the shallow layers, many in the deep ones (lvtc.md 2).
+
+    Attributes:
+        expand_layer: first decoder layer, counted from 0, that sees the high grid (k).
+        low_grid, high_grid: visual tokens along one side of a tile in the shallow and in the deep layers.
+        low_projector, high_projector, inject_projector: what makes the tokens of layer 0, of layer k and of the
+            injections. The `pvtc` of the model's own token grid is the released projector, the others are new.
+        upsample: how hidden states of the low grid become those of the high grid.
+        gate: start value of the learned scalar in front of each added projector; None adds it as it is.
+        inject_layers: decoder layers in front of which a further projection is added.
+    """
+
+    expand_layer: int
+    low_grid: int = 16
+    high_grid: int = 32
+    low_projector: LvtcProjector = "pvtc"
+    high_projector: LvtcProjector = "mlp"
+    inject_projector: LvtcProjector = "mlp"
+    upsample: Upsample = "bilinear"
+    gate: float | None = 0.0
+    inject_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("low_grid", "high_grid"):
+            side = getattr(self, name)
+            _require(
+                side >= 1 and side & (side - 1) == 0, f"lvtc.{name} {side} is not a power of two"
+            )
+        _require(
+            self.high_grid % self.low_grid == 0,
+            f"lvtc.low_grid {self.low_grid} does not divide lvtc.high_grid {self.high_grid}",
+        )
+        for name in ("low_projector", "high_projector", "inject_projector", "upsample"):
+            value, known = (
+                getattr(self, name),
+                get_args(Upsample if name == "upsample" else LvtcProjector),
+            )
+            _require(
+                value in known,
+                f"lvtc.{name} {value!r} is unknown; choose one of {', '.join(known)}",
+            )
+        _require(self.expand_layer >= 0, f"lvtc.expand_layer {self.expand_layer} is negative")
+        _require(
+            all(
+                a < b for a, b in zip((self.expand_layer, *self.inject_layers), self.inject_layers)
+            ),
+            f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind lvtc.expand_layer "
+            f"{self.expand_layer}",
+        )
+
+    @property
+    def scale(self) -> int:
+        """Children of a low token along one side (s)."""
+        return self.high_grid // self.low_grid
+
+    @property
+    def saved_per_tile(self) -> int:
+        """Slots by which a tile is shorter in the short layout."""
+        return self.high_grid**2 - self.low_grid**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8).
+
+    `su` and `yarn` (Phi-3, model.md 9) stretch each frequency by its entry of `short_factor`, or of `long_factor`
+    once a call holds positions beyond `original_max_positions`; the factors have H/2 entries.
+    """
+
+    theta: float = 1e4
+    max_positions: int = 32768
+    scaling: Literal["none", "linear", "dynamic", "su", "yarn"] = "none"
+    factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    original_max_positions: int = 0
+    allow_longer: bool = False
+
+    def __post_init__(self):
+        if self.scaling in ("su", "yarn"):
+            _require(
+                0 < len(self.short_factor) == len(self.long_factor)
+                and self.original_max_positions > 0,
+                f"decoder.rope.scaling {self.scaling!r} needs short_factor and long_factor of one length, and "
+                "original_max_positions",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation.
+
+    initializer_range: standard deviation of fresh weights; 0.02 suits a width near 2048.
+    sliding_window: a query sees that many slots, its own included; None is all of them.
+    """
+
+    family: Literal["internlm2", "llama", "qwen2", "phi3"] = "internlm2"
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    tie_embeddings: bool = False
+    sliding_window: int | None = None
+    initializer_range: float = 0.02
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"decoder.heads {self.heads} is not a multiple of decoder.kv_heads {self.kv_heads}",
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head (J)."""
+        return self.heads // self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How text and images become tokens for this model.
+
+    Attributes:
+        template: name in data/templates.py; it also decides the stop id wherever there is a tokenizer.
+        system_message: replaces the template's own.
+        tiles: how images are cut; tile_size is the tower's image_size.
+        eos_ids, pad_id: what ends a row and fills it afterwards where there is no template.
+    """
+
+    template: str = "internlm2-chat"
+    system_message: str | None = None
+    tiles: TileConfig = TileConfig()
+    eos_ids: tuple[int, ...] = (2,)
+    pad_id: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Vision tower + projector + decoder + prompt; `lvtc` None is off."""
+
+    vision: VisionConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    decoder: DecoderConfig
+    lvtc: LvtcConfig | None = None
+    prompt: PromptConfig = PromptConfig()
+
+    def __post_init__(self):
+        _require(
+            self.vision.grid % self.projector.region_side == 0,
+            f"a patch grid of side {self.vision.grid} does not divide into regions of side "
+            f"{self.projector.region_side} (vision.image_size, projector.downsample_ratio)",
+        )
+        _require(
+            self.prompt.tiles.tile_size == self.vision.image_size,
+            f"prompt.tiles.tile_size {self.prompt.tiles.tile_size} differs from vision.image_size "
+            f"{self.vision.image_size}",
+        )
+        if self.lvtc is not None:
+            self._check_lvtc(self.lvtc)
+
+    def _check_lvtc(self, lvtc: LvtcConfig) -> None:
+        layers, grid = self.decoder.layers, self.vision.grid
+        _require(
+            self.projector.kind == "pvtc",
+            f"lvtc needs projector.kind pvtc, it is {self.projector.kind}",
+        )
+        _require(
+            lvtc.expand_layer < layers,
+            f"lvtc.expand_layer {lvtc.expand_layer} is outside 0..{layers - 1} of a "
+            f"decoder with {layers} layers (decoder.layers)",
+        )
+        _require(
+            all(layer < layers for layer in lvtc.inject_layers),
+            f"lvtc.inject_layers {list(lvtc.inject_layers)} "
+            f"go beyond layer {layers - 1}, the last of a decoder with {layers} layers (decoder.layers)",
+        )
+        _require(
+            grid % lvtc.high_grid == 0,
+            f"lvtc.high_grid {lvtc.high_grid} does not divide the patch grid of side "
+            f"{grid} (vision.image_size / vision.patch_size)",
+        )
+
+    @property
+    def token_grid(self) -> int:
+        """Tokens that `projector` makes along one side of a tile."""
+        return self.vision.grid // self.projector.region_side
+
+    @property
+    def released_role(self) -> Literal["low", "high"] | None:
+        """What `projector`, the one that released checkpoints hold, makes: the tokens of layer 0 (so without LVTC), or
+        those that join at `expand_layer`. None: both LVTC projectors are new, and `projector` is not there."""
+        lvtc = self.lvtc
+        if lvtc is None or (lvtc.low_projector, lvtc.low_grid) == ("pvtc", self.token_grid):
+            return "low"
+        return (
+            "high" if (lvtc.high_projector, lvtc.high_grid) == ("pvtc", self.token_grid) else None
+        )
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Slots of a tile in a sequence; with LVTC those of the long layout."""
+        return (self.token_grid if self.lvtc is None else self.lvtc.high_grid) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapters of one part of a model, on every linear map of its layers.
+
+    Attributes:
+        alpha: the addition is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
+        dropout: on the input of A, in training.
+    """
+
+    part: Literal["vision", "decoder"]
+    rank: int
+    alpha: float
+    dropout: float = 0.05
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, dropout "
+                f"{self.dropout} from 0 to below 1"
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)

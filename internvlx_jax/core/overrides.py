@@ -1,0 +1,157 @@
+"""Run configs: one short Python file each, nested frozen dataclasses, `--set a.b=c` overrides, JSON and back."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from internvlx_jax.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config_file(path: str | Path) -> Any:
+    """The config that a file's `get_config()` returns. Raises ConfigError when there is no such file or function."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")])
+        raise ConfigError(f"--config {path}: no such file{_did_you_mean(near)}")
+    module = runpy.run_path(str(path))
+    if "get_config" not in module:
+        raise ConfigError(f"--config {path}: the file defines no get_config()")
+    return module["get_config"]()
+
+
+def override(config: T, settings: Iterable[str]) -> T:
+    """Apply `a.b=value` settings, all before the result is checked, so that fields can change together.
+
+    Raises ConfigError naming the field and the nearest known one.
+    """
+    data = to_dict(config)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--set {setting}: expected field=value, e.g. optimizer.learning_rate=1e-4"
+            )
+        _set(type(config), data, path.split("."), text, f"--set {path}")
+    return from_dict(type(config), data)
+
+
+def to_dict(config: Any) -> Any:
+    """Nested dataclasses -> what JSON can hold."""
+    if dataclasses.is_dataclass(config):
+        return {
+            field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)
+        }
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
+    """The inverse of to_dict, checked against the field types. Raises ConfigError naming the field."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"{path or cls.__name__}: expected fields of {cls.__name__}, got {data!r}"
+        )
+    hints = typing.get_type_hints(cls)
+    for name in data:
+        if name not in hints:
+            raise ConfigError(
+                f"{_join(path, name)}: {cls.__name__} has no such field{_nearest(name, hints)}"
+            )
+    values = {name: _coerce(value, hints[name], _join(path, name)) for name, value in data.items()}
+    return _build(cls, values, path)
+
+
+def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str) -> None:
+    hints = typing.get_type_hints(cls)
+    key, *rest = keys
+    if key not in hints:
+        raise ConfigError(f"{full}: {cls.__name__} has no field {key!r}{_nearest(key, hints)}")
+    if not rest:
+        data[key] = to_dict(_coerce(_parse(text, hints[key]), hints[key], full))
+        return
+    if data.get(key) is None and dataclasses.is_dataclass(_required(hints[key])):
+        data[key] = {}  # an optional part of the config, begun field by field
+    if isinstance(data[key], dict):
+        _set(_required(hints[key]), data[key], rest, text, full)
+    else:
+        raise ConfigError(f"{full}: {key!r} is {data[key]!r}, it has no fields")
+
+
+def _required(hint: Any) -> Any:
+    """`X` for `X | None`, any other hint as it is."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    return inner
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path or cls.__name__}: {error}") from error
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """A command-line value: text where the field takes text, else a literal; none, true, false in any case."""
+    required = _required(hint)
+    if hint is not required and text.lower() == "none":
+        return None
+    if required is str or text in typing.get_args(required):
+        return text
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(value, _required(hint), path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(
+                f"{path}: {value!r} is not one of {', '.join(map(repr, args))}"
+                f"{_nearest(str(value), [str(arg) for arg in args])}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}: expected a list, got {value!r}")
+        return tuple(_coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")
+    return hint(value)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return _did_you_mean(near) if near else f"; known: {', '.join(known)}"
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,225 @@
+"""What a training run is (spec: training.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.model_config import LoraConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """Other settings for some of the trained parameters.
+
+    Attributes:
+        params: regular expression over parameter paths, matched from their beginning. Of several groups that match a
+            parameter, the first counts.
+        learning_rate: in place of the optimiser's; the schedule scales it alike.
+        multiplier: factor on the learning rate.
+        weight_decay: in place of the optimiser's; the decay rule still says which parameters decay.
+    """
+
+    params: str
+    learning_rate: float | None = None
+    multiplier: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self):
+        for name in ("learning_rate", "multiplier"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"optimizer.groups: {name} of {self.params!r} is {getattr(self, name)}, it must be "
+                    "above 0; freeze.paths is for parameters that stay as they are"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW behind a clip of the global gradient norm (training.md 3).
+
+    Attributes:
+        learning_rate: the highest of the schedule.
+        schedule: what follows a linear warm-up: `cosine` and `linear` fall to zero at the end of the run; `wsd`
+            stays, then falls linearly over the last `cooldown_ratio` of the run; `constant` stays.
+        warmup_ratio: of the updates of the whole run; warmup_steps, where given, counts them instead.
+        decay_rule: what decays. `all`: every trained parameter, the released scripts. `trainer`: all but biases and the
+            weights of LayerNorm and Llama's RMSNorm. `standard`: matrices that are not embeddings.
+        groups: other learning rates and weight decays for some parameters.
+        vit_layer_decay: d; layer n of the tower learns with d ** (layers - n) of its rate, embeddings being layer 0.
+        moments_dtype: of the first moment; the second one is float32.
+        ema_decay: keep an average of the trained parameters in float32, `decay * average + (1 - decay) * new`.
+    """
+
+    learning_rate: float = 4e-5
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
+    cooldown_ratio: float = 0.1
+    weight_decay: float = 0.01
+    decay_rule: Literal["all", "trainer", "standard"] = "standard"
+    groups: tuple[GroupConfig, ...] = ()
+    vit_layer_decay: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        for name in ("learning_rate", "vit_layer_decay", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, it must be above 0")
+        for name in ("warmup_ratio", "cooldown_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"optimizer.{name} is {getattr(self, name)}, it must be from 0 to 1"
+                )
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(
+                f"optimizer.warmup_steps is {self.warmup_steps}, it must be 0 or more"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"optimizer.ema_decay is {self.ema_decay}, it must be between 0 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezeConfig:
+    """What is not trained (training.md 2): no gradient, no optimiser state, stored in the compute dtype.
+
+    Attributes:
+        vit, projector, llm: the tower; the projector and what LVTC adds to it; the decoder with embeddings and head.
+        unfreeze_vit_last: with `vit`, the tower's last layers, as many as this says, are trained all the same.
+        unfreeze_head: with `llm`, the output head is trained all the same.
+        train_lora_only: everything but adapters is frozen. None of the settings above freezes adapters.
+        paths: regular expressions over parameter paths, matched from their beginning; frozen in any case.
+        vit_mode: whether a tower that is frozen as a whole keeps its drop path (`train`, as the released scripts do).
+    """
+
+    vit: bool = False
+    projector: bool = False
+    llm: bool = False
+    unfreeze_vit_last: int = 0
+    unfreeze_head: bool = False
+    train_lora_only: bool = False
+    paths: tuple[str, ...] = ()
+    vit_mode: Literal["train", "eval"] = "eval"
+
+    def __post_init__(self):
+        if self.unfreeze_vit_last and not self.vit:
+            raise ConfigError(
+                "freeze.unfreeze_vit_last needs freeze.vit=true: nothing else freezes the tower as a whole"
+            )
+        if self.unfreeze_head and not self.llm:
+            raise ConfigError(
+                "freeze.unfreeze_head needs freeze.llm=true: nothing else freezes the decoder as a whole"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, attention backend
+    (models/attention.py), micro-batches. peak_tflops: of a device, which MFU is a share of; None: that of its kind, where
+    it is known (aot/topologies.py)."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "full", "attention", "dots", "offload"] = "full"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    accumulation: int = 1
+    peak_tflops: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """Bad steps: when a run stops, and what is reported.
+
+    max_consecutive_nonfinite, max_total_nonfinite: steps whose loss or gradient norm is not finite. spike_factor: a loss
+    over so many times the running median is reported.
+    """
+
+    max_consecutive_nonfinite: int = 5
+    max_total_nonfinite: int = 50
+    spike_factor: float = 3.0
+
+    def __post_init__(self):
+        for name in ("max_consecutive_nonfinite", "max_total_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"stability.{name} is {getattr(self, name)}, it must be at least 1"
+                )
+        if self.spike_factor <= 1:
+            raise ConfigError(f"stability.spike_factor is {self.spike_factor}, it must be over 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; data extends over the slices of a multi-slice TPU, the others stay inside one.
+
+    A single -1 takes what the others leave. Of several, tensor is as small as the rows of a step allow, fsdp at most
+    FSDP_WIDTH, and data takes the rest.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Running it again in the same output_dir resumes it.
+
+    Attributes:
+        output_dir: run folder: checkpoints, resolved config, tokenizer, metrics.
+        model: the model; None takes that of `init_from`. Together with `init_from` it must be the same but for LVTC,
+            prompt and drop path.
+        init_from: Hugging Face folder or run folder whose parameters to start from; None trains from scratch. LVTC
+            parameters that it lacks are initialised and listed.
+        steps: optimiser updates; None runs `epochs` passes over the data.
+        freeze: what is not trained.
+        lora: adapters on the tower's and the decoder's layers; the layers under them have to be frozen.
+        evaluation: benchmarks or a question file to score every `eval_every` steps, besides data.val_meta.
+        keep_last: checkpoints kept besides the one being written.
+    """
+
+    output_dir: str
+    model: ModelConfig | None = None
+    init_from: str | None = None
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    steps: int | None = None
+    epochs: int = 1
+    freeze: FreezeConfig = FreezeConfig()
+    lora: tuple[LoraConfig, ...] = ()
+    seed: int = 0
+    stability: StabilityConfig = StabilityConfig()
+    evaluation: EvaluationConfig | None = None
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    keep_last: int = 2
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Rows that are computed at a time, where that is one number for all steps."""
+        return (
+            self.data.samples_per_step // self.compute.accumulation
+            if self.data.batch_mode == "samples"
+            else None
+        )
+
+    def __post_init__(self):
+        if self.model is None and self.init_from is None:
+            raise ConfigError(
+                "set model (to train from scratch) or init_from (a checkpoint folder), or both"
+            )
+        for name in ("log_every", "eval_every", "save_every", "keep_last", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")

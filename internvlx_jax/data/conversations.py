@@ -1,0 +1,226 @@
+"""Sample records -> samples with checked roles and placeholders (spec: data.md 2 and 3)."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from internvlx_jax.core.errors import SampleError, placeholder_mismatch
+from internvlx_jax.data import storage
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+
+Size = tuple[int, int]  # (width, height) in pixels
+Image = str | bytes  # a path or URL, or the encoded file itself
+
+_VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSample:
+    """One record of a dataset.
+
+    Attributes
+      dataset, line: name in the meta file, the record in its source counted from 1.
+      where: the place for messages, such as "receipts/train.jsonl line 41".
+      id: the record's own id as text, None without one.
+      images: joined with the dataset's root; empty for a text sample, and for a video until its frames are chosen.
+      sizes: of each image as the record states it, None where it does not.
+      turns: human and gpt in turn, beginning with human; with images, one "<image>" for each in human turns; with a
+        video, one "<video>" in the first.
+      system: the record's system message, None for the template's.
+      video: folder or list of frames, None without a video.
+    """
+
+    dataset: str
+    line: int
+    where: str
+    id: str | None
+    images: tuple[Image, ...]
+    sizes: tuple[Size | None, ...]
+    turns: tuple[Turn, ...]
+    system: str | None
+    video: str | tuple[Image, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}:{self.line}"
+
+
+def parse_sample(
+    record: bytes | Mapping[str, Any], *, dataset: str, line: int, where: str, root: str
+) -> ChatSample:
+    """A JSON object, as bytes or parsed. Raises SampleError naming `where`."""
+    try:
+        return _parse(record, dataset, line, where, root)
+    except SampleError as error:
+        raise error.at(where) from None
+
+
+def _parse(
+    record: bytes | Mapping[str, Any], dataset: str, line: int, where: str, root: str
+) -> ChatSample:
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(f"not valid JSON: {error}") from error
+    if not isinstance(record, Mapping):
+        raise _malformed("not a JSON object")
+    images, sizes = _images(record, root)
+    video = _video(record, root)
+    system, turns = _conversation(record)
+    if video is not None:
+        if images:
+            raise _malformed('a sample has "image" or "video", not both')
+        turns = _place_video(turns)
+    elif images:
+        turns = _place_images(turns, len(images), prefix=not isinstance(record["image"], list))
+    id = record.get("id")
+    return ChatSample(
+        dataset=dataset,
+        line=line,
+        where=where,
+        id=None if id is None else str(id),
+        images=images,
+        sizes=sizes,
+        turns=tuple(turns),
+        system=system,
+        video=video,
+    )
+
+
+def _malformed(problem: str) -> SampleError:
+    return SampleError("json", f"{problem}.", "Correct the line, or leave it out.")
+
+
+def _images(
+    record: Mapping[str, Any], root: str
+) -> tuple[tuple[Image, ...], tuple[Size | None, ...]]:
+    """(paths or encoded files, sizes) of the images of a record."""
+    image = record.get("image") or []
+    if isinstance(image, Image):
+        paths, widths, heights = [image], [record.get("width")], [record.get("height")]
+    else:
+        paths, widths, heights = image, record.get("width_list"), record.get("height_list")
+    if not _is_paths(paths):
+        raise _malformed(f'"image" must be a path or a list of paths, got {image!r}')
+    return _joined(paths, root), _sizes(widths, heights, len(paths))
+
+
+def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | None:
+    video = record.get("video")
+    if not video:
+        return None
+    if isinstance(video, str):
+        frames = [video]
+    elif _is_paths(video):
+        frames = video
+    else:
+        raise _malformed(f'"video" must be a folder or a list of frames, got {video!r}')
+    if any(isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES) for frame in frames):
+        raise SampleError(
+            "missing_decoder",
+            "video files are not decoded.",
+            'Extract frames to a folder, and name the folder or list the frames under "video".',
+        )
+    if record.get("clip"):
+        raise SampleError(
+            "missing_decoder",
+            '"clip" gives seconds, which frames do not have.',
+            'List the frames of the clip under "video".',
+        )
+    frames = _joined(frames, root)
+    return frames[0] if isinstance(video, str) else frames
+
+
+def _is_paths(paths: Any) -> bool:
+    return isinstance(paths, list) and all(isinstance(path, Image) and path for path in paths)
+
+
+def _joined(paths: list[Image], root: str) -> tuple[Image, ...]:
+    for path in paths:
+        if isinstance(path, str) and path.startswith("s3://"):
+            raise SampleError(
+                "unreadable", f"{path} is not a local file.", "Copy the files to a disk."
+            )
+    return tuple(path if isinstance(path, bytes) else storage.join(root, path) for path in paths)
+
+
+def _sizes(widths: Any, heights: Any, n_images: int) -> tuple[Size | None, ...]:
+    unknown = [None] * n_images
+    widths, heights = widths or unknown, heights or unknown
+    if (
+        isinstance(widths, list)
+        and isinstance(heights, list)
+        and len(widths) == len(heights) == n_images
+    ):
+        sizes = tuple(zip(widths, heights, strict=True))
+        if all(map(_is_size, sizes)):
+            return tuple(None if size == (None, None) else size for size in sizes)
+    raise SampleError(
+        "size_mismatch", "the size fields do not give each image a positive width and height.",
+        "Correct width and height (width_list and height_list), or remove them to have the files read.",
+    )  # fmt: skip
+
+
+def _is_size(size: tuple) -> bool:
+    return all(side is None for side in size) or all(
+        type(side) is int and side > 0 for side in size
+    )
+
+
+def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
+    """(system message or None, turns) with a leading gpt turn dropped."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("from"), str)
+        and isinstance(turn.get("value"), str)
+        for turn in turns
+    ):
+        raise _malformed('"conversations" must be a list of {"from": ..., "value": ...} with texts')
+    turns = [(turn["from"], turn["value"]) for turn in turns]
+    try:
+        "".join(text for _, text in turns).encode()
+    except UnicodeEncodeError as error:
+        raise _malformed(f"a text is not valid Unicode: {error}") from error
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]
+    roles = [role for role, _ in turns]
+    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        raise SampleError(
+            "role_order", f"the turns are from {', '.join(roles) or 'nobody'}.",
+            "They must alternate human, gpt, human, ...; only a system turn and a gpt turn may come before.",
+        )  # fmt: skip
+    return system, turns
+
+
+def _place_images(turns: list[Turn], n_images: int, *, prefix: bool) -> list[Turn]:
+    """The turns with one placeholder for each image; `prefix` adds the missing one of a single image."""
+    found = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
+    if prefix and found == 0:
+        (role, text), *rest = turns
+        return [(role, f"{IMAGE_PLACEHOLDER}\n{text}"), *rest]
+    if found != n_images:
+        raise placeholder_mismatch(n_images, found)
+    return turns
+
+
+def _place_video(turns: list[Turn]) -> list[Turn]:
+    """The turns with one "<video>" and a line end in the first human turn."""
+    (role, first), *rest = turns
+    videos = sum(text.count(VIDEO_PLACEHOLDER) for role, text in turns if role == "human")
+    if videos == 0:
+        return [(role, f"{VIDEO_PLACEHOLDER}\n{first}"), *rest]
+    if (
+        videos > 1
+        or VIDEO_PLACEHOLDER not in first
+        or any(IMAGE_PLACEHOLDER in text for role, text in turns if role == "human")
+    ):
+        raise SampleError(
+            "placeholder_mismatch",
+            'a video needs one "<video>" in the first human turn and no "<image>".',
+            'Correct the turns; without any "<video>" it is put in front.',
+        )
+    return turns
