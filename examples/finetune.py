@@ -1,4 +1,6 @@
-"""Fine-tunes a checkpoint on your own JSONL: `python examples/finetune.py CHECKPOINT DATA.jsonl OUT`.
+"""Fine-tunes a checkpoint on your own data.
+
+    python examples/finetune.py CHECKPOINT DATA.jsonl OUT
 
 Each line of DATA.jsonl is a conversation, and image paths are relative to its folder:
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from PIL import Image
 
-from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from internvlx_jax.core.model_config import (
     DecoderConfig,
     ModelConfig,
@@ -64,7 +64,7 @@ def test_caption(workplace):
 
 def test_finetune_and_resume(workplace, tmp_path):
     train = example("finetune").main
-    data = workplace / "runs/demo/data" / FILES["train"]
+    data = workplace / "runs/demo/data/synthetic_pages/train.jsonl"
     arguments = str(workplace / "runs/demo/train"), str(data), str(tmp_path)
     metrics = train(*arguments, steps=2)
     assert np.isfinite(metrics["loss"])
