@@ -279,17 +279,6 @@ class ModelConfig:
         return self.vision.grid // self.projector.region_side
 
     @property
-    def released_role(self) -> Literal["low", "high"] | None:
-        """What `projector`, the one that released checkpoints hold, makes: the tokens of layer 0 (so without LVTC), or
-        those that join at `expand_layer`. None: both LVTC projectors are new, and `projector` is not there."""
-        lvtc = self.lvtc
-        if lvtc is None or (lvtc.low_projector, lvtc.low_grid) == ("pvtc", self.token_grid):
-            return "low"
-        return (
-            "high" if (lvtc.high_projector, lvtc.high_grid) == ("pvtc", self.token_grid) else None
-        )
-
-    @property
     def tokens_per_tile(self) -> int:
         """Slots of a tile in a sequence; with LVTC those of the long layout."""
         return (self.token_grid if self.lvtc is None else self.lvtc.high_grid) ** 2

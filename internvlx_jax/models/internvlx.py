@@ -16,13 +16,14 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import ModelConfig
-from internvlx_jax.data.tiles import NORMALIZATIONS
+from internvlx_jax.core.projector_sites import released_site
+from internvlx_jax.core.tile_config import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
 from internvlx_jax.models.layers import gather, insert_visual_tokens
 from internvlx_jax.models.loss import LossShardings, token_losses
 from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
-from internvlx_jax.models.projectors import PVTC, Mlp1
+from internvlx_jax.models.projectors import make_projector
 from internvlx_jax.models.vit import VisionTower
 
 
@@ -63,7 +64,6 @@ class InternVLX(nnx.Module):
         shardings: ActivationShardings | None = None,
     ):
         kwargs = dict(rngs=rngs, dtype=param_dtype)
-        width = config.decoder.width
         self.config, self.dtype, self.remat, self.shardings = (
             config,
             jnp.dtype(dtype),
@@ -75,14 +75,8 @@ class InternVLX(nnx.Module):
             self.attention = SelfAttention(attention, rows=shardings.rows, heads=shardings.heads)
         self.attention.check(self.dtype, (config.vision.head_dim, config.decoder.head_dim))
         self.vision = VisionTower(config.vision, **kwargs)
-        if config.released_role is None:
-            self.projector = None
-        elif config.projector.kind == "pvtc":
-            self.projector = PVTC(
-                config.projector, config.vision.width, config.token_grid, width, **kwargs
-            )
-        else:
-            self.projector = Mlp1(config.projector, config.vision.width, width, **kwargs)
+        released = released_site(config)
+        self.projector = None if released is None else make_projector(config, released, **kwargs)
         self.lvtc = None if config.lvtc is None else Lvtc(config, **kwargs)
         self.decoder = Decoder(config.decoder, **kwargs)
 
