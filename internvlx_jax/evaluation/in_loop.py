@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation.job import TaskRun
 from internvlx_jax.evaluation.selection import Decoding, generation_spec, select
@@ -38,18 +37,9 @@ class InLoop:
         mesh: Mesh,
     ):
         self.folder, self.abstract, self.mesh = folder, abstract, mesh
-        prompt = model.prompt
-        self.processor = Processor(
-            tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            prompt.tiles,
-            model.tokens_per_tile,
-            special_text="escape",
-            lvtc=model.lvtc,
-        )
+        self.processor = Processor.for_model(model, tokenizer, special_text="escape")
         self.units = [
-            (unit, *generation_spec(unit, selection, model, prompt.tiles, None, Decoding()))
+            (unit, *generation_spec(unit, selection, model, model.prompt.tiles, None, Decoding()))
             for unit in select(selection)
         ]
         self.answerer: BatchGenerator | None = None

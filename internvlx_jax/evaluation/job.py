@@ -32,7 +32,6 @@ from internvlx_jax.core.files import write_json
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
 from internvlx_jax.evaluation.identity import checkpoint_hash, settings_hash
 from internvlx_jax.evaluation.judge import EndpointJudge, Judge, JudgeError, NoJudge
 from internvlx_jax.evaluation.prediction_shards import Parts, Row, read_rows, write_rows
@@ -131,10 +130,9 @@ def run(config: EvalConfig) -> list[Summary]:
     """Answer and score; returns the summaries written, which with `shard` and on other processes than the first are
     none. Raises ConfigError, FileNotFoundError, CheckpointError or JudgeError."""
     source = open_checkpoint(config.checkpoint, ema=config.ema)
-    prompt = source.config.prompt
     overrides = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
     tiles = dataclasses.replace(
-        prompt.tiles, **{k: v for k, v in overrides.items() if v is not None}
+        source.config.prompt.tiles, **{k: v for k, v in overrides.items() if v is not None}
     )
     units = select(config.selection)
     stored = (
@@ -170,14 +168,8 @@ def run(config: EvalConfig) -> list[Summary]:
             raise ConfigError(
                 f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
             )
-        processor = Processor(
-            pretrained.tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            tiles,
-            pretrained.config.tokens_per_tile,
-            special_text="escape",
-            lvtc=pretrained.config.lvtc,
+        processor = Processor.for_model(
+            pretrained.config, pretrained.tokenizer, special_text="escape", tiles=tiles
         )
         answerer = BatchGenerator(pretrained.model, processor, mesh, batch_size=config.batch_size)
         del pretrained  # on a CPU the answerer has its own copy of the layers

@@ -20,7 +20,7 @@ from internvlx_jax.data.batch import Row, collate
 from internvlx_jax.data.encode import encode_prompt
 from internvlx_jax.data.plan import smallest_bucket
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, get_template
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.batch_generator import read_answer
 from internvlx_jax.inference.loading import Pretrained
 from internvlx_jax.models.generation import (
@@ -61,17 +61,10 @@ class Chat:
             )
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-        config, prompt = pretrained.config, pretrained.config.prompt
         self.model, self.stop_strings = for_decoding(pretrained.model), tuple(stop_strings)
         tokenizer = pretrained.tokenizer
-        self.processor = Processor(
-            tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            tiles or prompt.tiles,
-            config.tokens_per_tile,
-            special_text="escape",
-            lvtc=config.lvtc,
+        self.processor = Processor.for_model(
+            pretrained.config, tokenizer, special_text="escape", tiles=tiles
         )
         self.stop_id = tokenizer.token_id(self.processor.template.stop)
         self.max_new_tokens, self.seed = max_new_tokens, seed
