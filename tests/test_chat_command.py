@@ -1,4 +1,4 @@
-"""Chat: streams, remembers, stops at texts, and writes what evaluation writes (spec: evaluation.md 3, data.md 4)."""
+"""Chat streams, remembers, stops at texts and writes what evaluation writes (design: data.md 4)."""
 
 import io
 import sys
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from internvlx_jax.cli import chat as chat_command
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.model_config import (
     DecoderConfig,
@@ -22,16 +23,17 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.encode import encode_prompt
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.inference import chat as chat_module
-from internvlx_jax.inference.chat import Chat
+from internvlx_jax.inference.decoding import settled
 from internvlx_jax.inference.loading import Pretrained
+from internvlx_jax.inference.requests import Request
+from internvlx_jax.inference.vlm import VLM
 from internvlx_jax.models.params import abstract_model, unflatten
 
 NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def pretrained() -> Pretrained:
+def model() -> VLM:
     """A random model whose every token counts."""
     config = ModelConfig(
         vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
@@ -52,7 +54,7 @@ def pretrained() -> Pretrained:
         path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in abstract.shapes.items()
     }
     model = nnx.merge(abstract.graphdef, unflatten(jax.tree.map(jax.numpy.asarray, params)))
-    return Pretrained(model, config, Tokenizer.load(TOKENIZER_FOLDER))
+    return VLM(Pretrained(model, config, Tokenizer.load(TOKENIZER_FOLDER)))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,8 @@ def image(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def chat(pretrained):
-    return Chat(pretrained, max_new_tokens=NEW_TOKENS)
+def chat(model):
+    return model.chat(max_new_tokens=NEW_TOKENS)
 
 
 @pytest.fixture
@@ -74,24 +76,25 @@ def fresh(chat):
 
 
 def test_pieces_add_up_and_turns_are_remembered(fresh, image):
-    pieces = list(fresh.ask("What is it?", [image]))
+    pieces = list(fresh.stream("What is it?", [image]))
     assert len(pieces) > 3, "the answer streams"
     first = "".join(pieces)
-    assert fresh.history == [("<image>\nWhat is it?", first)] and len(fresh.tiles) == 1
-    second = "".join(fresh.ask("And now?", [image]))
-    assert [question for question, _ in fresh.history] == [
+    (turn,) = fresh.history
+    assert (turn.prompt, turn.answer) == ("<image>\nWhat is it?", first) and len(turn.images) == 1
+    second = "".join(fresh.stream("And now?", [image]))
+    assert [turn.prompt for turn in fresh.history] == [
         "<image>\nWhat is it?",
         "<image>\nAnd now?",
     ]
     fresh.reset()
-    alone = "".join(fresh.ask("And now?", [image]))
+    alone = "".join(fresh.stream("And now?", [image]))
     assert second != alone, "the second answer knows the first turn"
-    assert "".join(Chat.ask(fresh, "What is it?")) != first
+    assert fresh.send("What is it?") != first
 
 
 def test_a_bad_turn_changes_nothing(fresh, image, tmp_path):
-    list(fresh.ask("Hello"))
-    before = (list(fresh.history), list(fresh.tiles))
+    list(fresh.stream("Hello"))
+    before = fresh.history
     gone = str(tmp_path / "gone.png")
     for question, images, problem in (
         ("<image> and <image>?", [image], '1 image but 2 "<image>"'),
@@ -99,68 +102,68 @@ def test_a_bad_turn_changes_nothing(fresh, image, tmp_path):
         ("a" * 999, [], "512 positions"),
     ):
         with pytest.raises(SampleError, match=problem):
-            list(fresh.ask(question, images))
-    assert (fresh.history, fresh.tiles) == before
+            list(fresh.stream(question, images))
+    assert fresh.history == before
 
 
-def test_stop_strings_never_show(pretrained, fresh):
-    whole = "".join(fresh.ask("Tell me"))
+def test_stop_strings_never_show(model, fresh):
+    whole = "".join(fresh.stream("Tell me"))
     stop = whole[4:7]
-    stopping = Chat(pretrained, max_new_tokens=NEW_TOKENS, stop_strings=[stop])
+    stopping = model.chat(max_new_tokens=NEW_TOKENS, stop=[stop])
     seen = ""
-    for piece in stopping.ask("Tell me"):
+    for piece in stopping.stream("Tell me"):
         seen += piece
         assert stop not in seen and whole.startswith(seen)
     assert seen == whole[: whole.index(stop)].strip()
 
 
-def test_half_of_a_character_or_a_stop_string_waits(fresh):
-    settled = Chat.__new__(Chat)
-    settled.stop_strings = ("END", "###")
+def test_half_of_a_character_or_a_stop_string_waits():
     texts = ("a \ufffd", "a EN", "a ##", "a E b", "a ")
-    assert [settled._settled(text) for text in texts] == ["a", "a", "a", "a E b", "a"]
+    assert [settled(text, ("END", "###")) for text in texts] == ["a", "a", "a", "a E b", "a"]
 
 
-def test_the_prompt_is_that_of_the_template_with_history(fresh, image):
-    list(fresh.ask("One", [image]))
-    tokens = fresh._inputs("Two", fresh.tiles).tokens[0]
-    processor = fresh.processor
+def test_the_prompt_is_that_of_the_template_with_history(model, fresh, image):
+    list(fresh.stream("One", [image]))
+    request = Request(prompt="Two", history=fresh.history)
+    prompts = model._generator.prompts
+    tokens = prompts.row(request, prompts.bucket(request, fresh.spec), fresh.spec).tokens
+    processor = prompts.processor
     expected = encode_prompt(
         "Two",
-        history=fresh.history,
+        history=[(turn.prompt, turn.answer) for turn in fresh.history],
         system="",
         template=processor.template,
         tokenizer=processor.tokenizer,
         tiles_per_image=[1],
         tokens_per_tile=4,
     ).tokens
-    assert tokens[: len(expected)].tolist() == expected.tolist()
+    assert tokens.tolist() == expected.tolist()
 
 
-def test_the_terminal(pretrained, image, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(chat_module, "load_pretrained", lambda path, dtype: pretrained)
+def test_the_terminal(model, image, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
     lines = f"What?\n/image {tmp_path / 'gone.png'}\nWhat?\n/reset\nWhat?\n\nnot read"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert (
-        chat_module.main(
+        chat_command.main(
             ["--checkpoint", "x", "--image", image, "--max_new_tokens", str(NEW_TOKENS)]
         )
         == 0
     )
     out, error = capsys.readouterr()
-    chat = Chat(pretrained, max_new_tokens=NEW_TOKENS)
-    first = "".join(chat.ask("What?", [image]))
+    chat = model.chat(max_new_tokens=NEW_TOKENS)
+    first = chat.send("What?", [image])
     chat.reset()
-    alone = "".join(chat.ask("What?"))
+    alone = chat.send("What?")
     assert out == f"> {first}\n> > > > {alone}\n> ", (
         "the second question has no answer, the third stands alone"
     )
     assert first and alone and first != alone
     assert "gone.png" in error
-    assert chat_module.main(["--checkpoint", "x", "--top_p", "2"]) == 1
+    assert chat_command.main(["--checkpoint", "x", "--top_p", "2"]) == 1
     assert "error: top_p is 2.0" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chat", "--checkpoint", str(Path("nowhere"))])
-    assert chat_module.main() == 1 and "nowhere" in capsys.readouterr().err
+    assert chat_command.main() == 1 and "nowhere" in capsys.readouterr().err

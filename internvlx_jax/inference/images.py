@@ -1,0 +1,145 @@
+"""Images as callers have them -> sources that a tiler reads."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.data import storage
+from internvlx_jax.data.images import ImageSource
+
+# A path or URL, an encoded file, a Pillow image, or pixels uint8[H, W, 3].
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+Images = ImageLike | Sequence[ImageLike] | None
+
+ACCEPTED = (
+    "give a path, a URL, the bytes of an image file, a PIL image or a NumPy array uint8[H, W, 3]"
+)
+URL_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image in memory, with a name for messages."""
+
+    name: str
+    data: bytes = dataclasses.field(repr=False)
+
+    def open(self) -> BinaryIO:
+        """Returns the encoded image as a file."""
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def image_sources(images: Images) -> tuple[ImageSource, ...]:
+    """Returns the sources of one image, of several or of none, in order.
+
+    Files and URLs are read here, once; so a conversation does not change with them.
+
+    Raises:
+        TypeError: an image has a type that is not accepted.
+        ValueError: an array has another shape or dtype than uint8[H, W, 3].
+        SampleError: a file or URL cannot be read.
+    """
+    if images is None:
+        return ()
+    if isinstance(images, (list, tuple)):
+        return tuple(_source(image, f"images[{i}]") for i, image in enumerate(images))
+    return (_source(images, "images"),)
+
+
+def _source(image: object, name: str) -> ImageSource:
+    if isinstance(image, ImageBytes):
+        return image
+    if isinstance(image, bytes):
+        return ImageBytes(f"{name} (bytes)", image)
+    if isinstance(image, Image.Image):
+        return _encoded(image, f"{name} ({type(image).__name__})")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"{name} is an array {image.dtype}{list(image.shape)}; give RGB pixels as "
+                "uint8[H, W, 3]"
+            )
+        return _encoded(Image.fromarray(np.ascontiguousarray(image)), f"{name} (array)")
+    if isinstance(image, str) and image.startswith("data:"):
+        return ImageBytes(f"{name} (data: URL)", _data_url(image, name))
+    if isinstance(image, (str, os.PathLike)):
+        return ImageBytes(os.fspath(image), _read(image))
+    raise TypeError(f"{name} is a {type(image).__name__}; {ACCEPTED}")
+
+
+def _encoded(image: Image.Image, name: str) -> ImageBytes:
+    """Encodes a decoded image without loss, so that every kind of image takes the same way."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'{name} has the mode "{image.mode}", which has no defined range of values; convert it '
+            "to 8-bit RGB"
+        )
+    file = io.BytesIO()
+    try:
+        if image.mode.startswith("I;16"):  # keeps 16-bit values, which files have too
+            image.save(file, "PNG", compress_level=1)
+        else:
+            copy = image.copy()
+            copy.info.pop("transparency", None)  # alpha is dropped, as it is for files
+            copy.convert("RGB").save(file, "PPM")
+    except OSError as error:  # a lazily opened file that is damaged
+        raise unreadable(name, error) from error
+    return ImageBytes(name, file.getvalue())
+
+
+def _data_url(url: str, name: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma behind its media type")
+        payload = urllib.parse.unquote_to_bytes(payload)
+        return base64.b64decode(payload, validate=True) if header.endswith(";base64") else payload
+    except (ValueError, binascii.Error) as error:
+        raise SampleError(
+            "unreadable",
+            f"the data: URL is not well formed ({error}).",
+            "Write data:image/png;base64, and the base64 text of the file.",
+            name,
+        ) from error
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    text = os.fspath(path)
+    try:
+        if text.startswith(("http://", "https://")):
+            request = urllib.request.Request(text, headers={"User-Agent": "internvlx-jax"})
+            with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
+                return response.read()
+        with storage.open_binary(text if storage.is_url(text) else Path(text)) as file:
+            return file.read()
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise unreadable(text, error) from error
+
+
+def unreadable(where: str, error: Exception) -> SampleError:
+    """Returns the error of an image that cannot be read."""
+    return SampleError(
+        "unreadable",
+        f"the image cannot be read ({type(error).__name__}: {error}).",
+        "Check the path or URL, and that it is an image file.",
+        where,
+    )
