@@ -93,8 +93,17 @@ def make_request(
     history: Sequence[Turn] = (),
     system: str | None = None,
     where: str = "prompt",
+    read_files: bool = False,
 ) -> Request:
-    """Returns the request of one prompt, images read and placeholders in place.
+    """Returns the request of one prompt with its placeholders in place.
+
+    Args:
+        prompt: text of the newest turn.
+        images: images of the newest turn.
+        history: earlier turns, oldest first.
+        system: replaces the system message of the model.
+        where: names the request in messages.
+        read_files: whether image files of the newest turn are read here.
 
     Raises:
         TypeError: the prompt or an image has a type that is not accepted.
@@ -103,16 +112,19 @@ def make_request(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"{where} is a {type(prompt).__name__}; give a text")
-    turns = tuple(
-        dataclasses.replace(turn, prompt=asked.prompt, images=asked.images)
+    asked = [
+        make_request(turn.prompt, turn.images, where=f"history[{i}]")
         for i, turn in enumerate(history)
-        for asked in [make_request(turn.prompt, turn.images, where=f"history[{i}]")]
-    )
-    sources = image_sources(images)
+    ]
+    turns = [
+        Turn(request.prompt, turn.answer, request.images)
+        for request, turn in zip(asked, history, strict=True)
+    ]
+    sources = image_sources(images, read_files=read_files)
     return Request(
         prompt=place_images(prompt, len(sources), where),
         images=sources,
-        history=turns,
+        history=tuple(turns),
         system=system,
         where=where,
     )

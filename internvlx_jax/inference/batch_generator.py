@@ -82,14 +82,14 @@ class BatchGenerator:
         return len(self._shapes)
 
     def answer(
-        self, requests: Mapping[int, Request], design: GenerationSpec
+        self, requests: Mapping[int, Request], spec: GenerationSpec
     ) -> Iterator[dict[int, Answer]]:
         """Yields answers by number, one batch at a time; a failed request gets an error instead.
 
         Args:
             requests: requests by number, the same on every process. The number decides the
                 randomness of an answer.
-            design: how they are asked.
+            spec: how they are asked.
         """
         numbers = sorted(requests)
         for first in range(0, len(numbers), WINDOW):
@@ -100,7 +100,7 @@ class BatchGenerator:
             for loaded in self._load(window, plan.batches, spec):
                 yield self._generate(loaded, spec)
 
-    def stream(self, request: Request, design: GenerationSpec, *, number: int = 0) -> Iterator[str]:
+    def stream(self, request: Request, spec: GenerationSpec, *, number: int = 0) -> Iterator[str]:
         """Yields pieces of one answer while it is written; joined they are the answer's text.
 
         Raises:
@@ -132,7 +132,7 @@ class BatchGenerator:
         self,
         requests: Mapping[int, Request],
         batches: Sequence[PlannedBatch],
-        design: GenerationSpec,
+        spec: GenerationSpec,
     ) -> Iterator[_Loaded]:
         """Yields this process's rows of each batch; images are decoded ahead, in threads."""
 
@@ -158,7 +158,7 @@ class BatchGenerator:
             .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         )
 
-    def _start(self, loaded: _Loaded, design: GenerationSpec) -> Decoding:
+    def _start(self, loaded: _Loaded, spec: GenerationSpec) -> Decoding:
         numbers = np.zeros(len(loaded.rows), np.uint32)
         numbers[: len(loaded.numbers)] = loaded.numbers
         sharding = batch_sharding(self.mesh)
@@ -170,7 +170,7 @@ class BatchGenerator:
         self._shapes.add((bucket, capacity, loaded.batch.rows))
         return self.decoder.start(self.model, inputs, numbers, spec, capacity=capacity)
 
-    def _generate(self, loaded: _Loaded, design: GenerationSpec) -> dict[int, Answer]:
+    def _generate(self, loaded: _Loaded, spec: GenerationSpec) -> dict[int, Answer]:
         compiled, begun = self.decoder.executables, time.perf_counter()
         state = self._start(loaded, spec)
         first_steps = int(state.step)
@@ -203,7 +203,7 @@ class BatchGenerator:
         self.speed += Speed.of(answers.values(), images=loaded.images, **costs)
         return answers
 
-    def _read(self, row: Row, ids: list[int], design: GenerationSpec) -> Answer:
+    def _read(self, row: Row, ids: list[int], spec: GenerationSpec) -> Answer:
         text, stopped = self.decoder.read(ids, spec.stop_strings)
         stop = self.decoder.stop_id
         new_tokens = ids.index(stop) + 1 if stop in ids else len(ids)

@@ -20,7 +20,7 @@ class Chat:
         history: turns so far, oldest first, with the images as they were when they were sent.
     """
 
-    def __init__(self, model: VLM, design: GenerationSpec, *, system: str | None = None):
+    def __init__(self, model: VLM, spec: GenerationSpec, *, system: str | None = None):
         self.model, self.spec, self.system = model, spec, system
         self.history: tuple[Turn, ...] = ()
 
@@ -48,7 +48,9 @@ class Chat:
         The turn joins the history after the last piece, so a stream that is left early changes
         nothing.
         """
-        request = make_request(prompt, images, history=self.history, system=self.system)
+        request = make_request(
+            prompt, images, history=self.history, system=self.system, read_files=True
+        )
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:

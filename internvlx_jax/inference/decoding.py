@@ -39,7 +39,7 @@ class TokenDecoder:
         model: InternVLX,
         inputs: Inputs,
         numbers: jax.Array,
-        design: GenerationSpec,
+        spec: GenerationSpec,
         *,
         capacity: int,
     ) -> Decoding:
@@ -49,7 +49,7 @@ class TokenDecoder:
             model: model in its decoding layout.
             inputs: batch of prompts.
             numbers: uint32[B], with the seed the randomness of each row.
-            design: how tokens are chosen.
+            spec: how tokens are chosen.
             capacity: cache slots for new tokens.
         """
         return self._start(
@@ -63,7 +63,7 @@ class TokenDecoder:
         )
 
     def advance(
-        self, model: InternVLX, state: Decoding, until: int, design: GenerationSpec
+        self, model: InternVLX, state: Decoding, until: int, spec: GenerationSpec
     ) -> Decoding:
         """Goes on until `until` tokens are written or every row has stopped; consumes `state`."""
         return self._advance(

@@ -7,11 +7,9 @@ import binascii
 import dataclasses
 import io
 import os
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -46,10 +44,13 @@ class ImageBytes:
         return self.name
 
 
-def image_sources(images: Images) -> tuple[ImageSource, ...]:
+def image_sources(images: Images, *, read_files: bool = False) -> tuple[ImageSource, ...]:
     """Returns the sources of one image, of several or of none, in order.
 
-    Files and URLs are read here, once; so a conversation does not change with them.
+    Args:
+        images: what the caller gave.
+        read_files: whether files are read here, so that later changes of them have no effect.
+            Otherwise only http(s) URLs are, and files are opened when their batch is prepared.
 
     Raises:
         TypeError: an image has a type that is not accepted.
@@ -59,11 +60,12 @@ def image_sources(images: Images) -> tuple[ImageSource, ...]:
     if images is None:
         return ()
     if isinstance(images, (list, tuple)):
-        return tuple(_source(image, f"images[{i}]") for i, image in enumerate(images))
-    return (_source(images, "images"),)
+        named = [(image, f"images[{i}]") for i, image in enumerate(images)]
+        return tuple(_source(image, name, read_files) for image, name in named)
+    return (_source(images, "images", read_files),)
 
 
-def _source(image: object, name: str) -> ImageSource:
+def _source(image: object, name: str, read_files: bool) -> ImageSource:
     if isinstance(image, ImageBytes):
         return image
     if isinstance(image, bytes):
@@ -80,7 +82,7 @@ def _source(image: object, name: str) -> ImageSource:
     if isinstance(image, str) and image.startswith("data:"):
         return ImageBytes(f"{name} (data: URL)", _data_url(image, name))
     if isinstance(image, (str, os.PathLike)):
-        return ImageBytes(os.fspath(image), _read(image))
+        return _file(os.fspath(image), read_files)
     raise TypeError(f"{name} is a {type(image).__name__}; {ACCEPTED}")
 
 
@@ -120,19 +122,23 @@ def _data_url(url: str, name: str) -> bytes:
         ) from error
 
 
-def _read(path: str | os.PathLike) -> bytes:
-    text = os.fspath(path)
+def _file(path: str, read_files: bool) -> ImageSource:
+    """Returns a file or URL as it is, or its bytes. http(s) URLs are fetched once, with urllib."""
     try:
-        if text.startswith(("http://", "https://")):
-            request = urllib.request.Request(text, headers={"User-Agent": "internvlx-jax"})
+        if path.startswith(("http://", "https://")):
+            request = urllib.request.Request(path, headers={"User-Agent": "internvlx-jax"})
             with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
-                return response.read()
-        with storage.open_binary(text if storage.is_url(text) else Path(text)) as file:
-            return file.read()
-    except ConfigError:
+                return ImageBytes(path, response.read())
+        if not (read_files or storage.is_url(path)):
+            os.stat(path)  # a missing file is reported before anything is computed
+        if not read_files:
+            return path
+        with storage.open_binary(path) as file:
+            return ImageBytes(path, file.read())
+    except ConfigError:  # a URL whose package is missing; the message names it
         raise
     except (OSError, ValueError) as error:
-        raise unreadable(text, error) from error
+        raise unreadable(path, error) from error
 
 
 def unreadable(where: str, error: Exception) -> SampleError:

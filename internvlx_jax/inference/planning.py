@@ -68,7 +68,7 @@ class BatchSizes:
 
 def plan_batches(
     requests: Mapping[int, Request],
-    design: GenerationSpec,
+    spec: GenerationSpec,
     prompts: PromptBuilder,
     sizes: BatchSizes,
 ) -> Plan:
@@ -98,7 +98,7 @@ def plan_batches(
 
 
 def _buckets(
-    requests: Mapping[int, Request], design: GenerationSpec, prompts: PromptBuilder
+    requests: Mapping[int, Request], spec: GenerationSpec, prompts: PromptBuilder
 ) -> dict[int, Bucket | SampleError]:
     """Returns the shape of each request, or what is wrong with it; headers are read in threads."""
 

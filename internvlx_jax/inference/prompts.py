@@ -30,7 +30,7 @@ class PromptBuilder:
     processor: Processor
     rope: RopeConfig
 
-    def bucket(self, request: Request, design: GenerationSpec) -> Bucket:
+    def bucket(self, request: Request, spec: GenerationSpec) -> Bucket:
         """Returns the shape that the request needs, from image headers alone.
 
         Raises:
@@ -53,7 +53,7 @@ class PromptBuilder:
                 )
             return bucket
 
-    def row(self, request: Request, bucket: Bucket, design: GenerationSpec) -> Row:
+    def row(self, request: Request, bucket: Bucket, spec: GenerationSpec) -> Row:
         """Returns the tokens and tiles of the request.
 
         Raises:
@@ -84,7 +84,7 @@ class PromptBuilder:
             lvtc=processor.lvtc,
         ).inputs
 
-    def capacity(self, bucket: Bucket, design: GenerationSpec) -> int:
+    def capacity(self, bucket: Bucket, spec: GenerationSpec) -> int:
         """Returns the cache slots for new tokens: a power of two, so that specs share executables.
 
         The decoder's positions bound it.

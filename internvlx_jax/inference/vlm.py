@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -25,6 +26,7 @@ from internvlx_jax.inference.requests import Answer, GenerationSpec, Request, Tu
 from internvlx_jax.models.internvlx import InternVLX
 
 BATCH_SIZE = 16
+THREADS = 8
 
 
 def load(
@@ -65,7 +67,7 @@ def load(
         pretrained = dataclasses.replace(pretrained, tokenizer=Tokenizer.load(tokenizer))
     if pretrained.tokenizer is None:
         raise ConfigError(
-            f"{path_or_id} holds no tokenizer files; copy tokenizer.model and the JSON files beside "
+            f"{path_or_id} has no tokenizer files; copy tokenizer.model and the JSON files beside "
             "it into the folder, or name their folder: load(..., tokenizer=FOLDER)"
         )
     return VLM(pretrained, mesh=mesh, batch_size=batch_size)
@@ -136,17 +138,16 @@ class VLM:
     @overload
     def generate(
         self,
-        prompt: Sequence[str],
+        prompt: list[str] | tuple[str, ...],
         images: Sequence[Images] | None = None,
         *,
-        history: Sequence[Turn] = (),
         system: str | None = None,
         **options: Unpack[Options],
     ) -> list[str]: ...
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str] | tuple[str, ...],
         images: Any = None,
         *,
         history: Sequence[Turn] = (),
@@ -183,10 +184,15 @@ class VLM:
             return answer.text
         if history:
             raise ValueError("history belongs to a single prompt; give one text as prompt")
-        requests = [
-            make_request(text, entry, system=system, where=f"prompt[{i}]")
-            for i, (text, entry) in enumerate(_pairs(list(prompt), images))
-        ]
+        if not isinstance(prompt, (list, tuple)):
+            raise TypeError(f"prompt is a {type(prompt).__name__}; give a text or a list of texts")
+
+        def request_of(item: tuple[int, tuple[str, Images]]) -> Request:
+            number, (text, entry) = item
+            return make_request(text, entry, system=system, where=f"prompt[{number}]")
+
+        with ThreadPoolExecutor(THREADS) as pool:  # images behind URLs are fetched here
+            requests = list(pool.map(request_of, enumerate(_pairs(prompt, images))))
         return [answer.text for answer in self._answer(dict(enumerate(requests)), spec)]
 
     def stream(
@@ -221,11 +227,11 @@ class VLM:
         """Returns the options as a generation spec. Raises TypeError or ValueError."""
         return make_spec(self.config.prompt.tiles, **options)
 
-    def stream_request(self, request: Request, design: GenerationSpec) -> Iterator[str]:
+    def stream_request(self, request: Request, spec: GenerationSpec) -> Iterator[str]:
         """Yields pieces of the answer to a request."""
         return self._generator.stream(request, spec, number=len(request.history))
 
-    def _answer(self, requests: dict[int, Request], design: GenerationSpec) -> list[Answer]:
+    def _answer(self, requests: dict[int, Request], spec: GenerationSpec) -> list[Answer]:
         """Answers requests by number, and raises the error of the first that fails."""
         found: dict[int, Answer] = {}
         for answers in self._generator.answer(requests, spec):
@@ -236,7 +242,7 @@ class VLM:
         return [found[number] for number in sorted(found)]
 
 
-def _pairs(prompts: list[str], images: Any) -> list[tuple[str, Images]]:
+def _pairs(prompts: Sequence[str], images: Any) -> list[tuple[str, Images]]:
     """Returns each prompt with its entry of images."""
     if images is None:
         return [(prompt, None) for prompt in prompts]
