@@ -32,7 +32,9 @@ class TokenDecoder:
     @property
     def executables(self) -> int:
         """Number of programs compiled so far."""
-        return self._start._cache_size() + self._advance._cache_size()
+        # jax has no public count of the programs of a jitted function.
+        programs = (self._start, self._advance)
+        return sum(p._cache_size() for p in programs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def start(
         self,

@@ -10,17 +10,18 @@ import os
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.images import ImageSource
+from internvlx_jax.data.images import ImageSource, StoredImage
 
-# A path or URL, an encoded file, a Pillow image, or pixels uint8[H, W, 3].
-ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+# A path or URL, an encoded file, an image stored in another file, a Pillow image, or pixels
+# uint8[H, W, 3].
+ImageLike = ImageSource | Image.Image | np.ndarray
 Images = ImageLike | Sequence[ImageLike] | None
 
 ACCEPTED = (
@@ -66,8 +67,6 @@ def image_sources(images: Images, *, read_files: bool = False) -> tuple[ImageSou
 
 
 def _source(image: object, name: str, read_files: bool) -> ImageSource:
-    if isinstance(image, ImageBytes):
-        return image
     if isinstance(image, bytes):
         return ImageBytes(f"{name} (bytes)", image)
     if isinstance(image, Image.Image):
@@ -83,6 +82,8 @@ def _source(image: object, name: str, read_files: bool) -> ImageSource:
         return ImageBytes(f"{name} (data: URL)", _data_url(image, name))
     if isinstance(image, (str, os.PathLike)):
         return _file(os.fspath(image), read_files)
+    if hasattr(image, "open"):
+        return cast(StoredImage, image)
     raise TypeError(f"{name} is a {type(image).__name__}; {ACCEPTED}")
 
 

@@ -4,64 +4,15 @@ import io
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from flax import nnx
-from PIL import Image
 
 from internvlx_jax.cli import chat as chat_command
 from internvlx_jax.core.errors import SampleError
-from internvlx_jax.core.model_config import (
-    DecoderConfig,
-    ModelConfig,
-    PromptConfig,
-    RopeConfig,
-    VisionConfig,
-)
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.encode import encode_prompt
-from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.inference.decoding import settled
-from internvlx_jax.inference.loading import Pretrained
 from internvlx_jax.inference.requests import Request
-from internvlx_jax.inference.vlm import VLM
-from internvlx_jax.models.params import abstract_model, unflatten
 
 NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model() -> VLM:
-    """A random model whose every token counts."""
-    config = ModelConfig(
-        vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=16, image_size=56),
-        decoder=DecoderConfig(
-            vocab_size=655,
-            width=32,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            head_dim=8,
-            mlp_width=32,
-            rope=RopeConfig(max_positions=512),
-        ),
-        prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, dynamic=False)),
-    )
-    abstract, rng = abstract_model(config, dtype="float32"), np.random.default_rng(3)
-    params = {
-        path: np.float32(rng.normal(0, 0.5, leaf.shape)) for path, leaf in abstract.shapes.items()
-    }
-    model = nnx.merge(abstract.graphdef, unflatten(jax.tree.map(jax.numpy.asarray, params)))
-    return VLM(Pretrained(model, config, Tokenizer.load(TOKENIZER_FOLDER)))
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("chat") / "a.png"
-    Image.fromarray(np.random.default_rng(4).integers(0, 256, (60, 60, 3), np.uint8)).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
