@@ -41,8 +41,9 @@ from internvlx_jax.evaluation.scoring import Answered, Context, Result
 from internvlx_jax.evaluation.selection import GENERIC, Decoding, TaskSpec, generation_spec, select
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tables import write_table
-from internvlx_jax.inference.batch_generator import Answer, BatchGenerator, GenerationSpec
+from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.loading import load_pretrained
+from internvlx_jax.inference.requests import Answer, GenerationSpec
 from internvlx_jax.models.sharding import make_mesh
 
 LIBRARIES = ("internvlx-jax", "jax", "flax", "numpy", "pillow", "sentencepiece")
@@ -297,7 +298,8 @@ class TaskRun:
                 disable=jax.process_index() > 0,
             ) as bar,
         ):
-            for answers in answerer.answer(open_, self.asking):
+            requests = {number: question.request for number, question in open_.items()}
+            for answers in answerer.answer(requests, self.asking):
                 part.write(
                     {
                         number: raw_row(number, questions[number], answer)
@@ -395,7 +397,7 @@ def raw_row(number: int, question: Question, answer: Answer) -> Row:
         "prediction": None,
         "answer": list(question.answers),
         "score": None,
-        "error": answer.error,
+        "error": None if answer.error is None else str(answer.error),
     }
 
 

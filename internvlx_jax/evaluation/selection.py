@@ -22,7 +22,7 @@ from internvlx_jax.evaluation.tasks import (
     find_protocol,
     find_tasks,
 )
-from internvlx_jax.inference.batch_generator import GenerationSpec
+from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.inference.tiling import Tiler
 
 GENERIC = "generic"  # protocol of a question file

@@ -9,15 +9,10 @@ from PIL import Image
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.tiles import cut_tiles
+from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID, VLMEVALKIT
 from internvlx_jax.evaluation.tasks import TASKS
-from internvlx_jax.inference.tiling import (
-    EACH,
-    FIRST_ONLY,
-    MMMU_GRID,
-    VLMEVALKIT,
-    ImageBytes,
-    Tiler,
-)
+from internvlx_jax.inference.images import ImageBytes
+from internvlx_jax.inference.tiling import EACH, Tiler
 
 TILES = TileConfig(tile_size=56, rule="edge", max_num=6)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet, scoring
+from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID
 from internvlx_jax.evaluation.metrics.mmmu import DOMAINS
 from internvlx_jax.evaluation.prompts import BASE, LETTER, option_lines, vlm_choice
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.sources import Roots, Source, read_json, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
-from internvlx_jax.inference.tiling import FIRST_ONLY, MMMU_GRID
 
 SUBJECTS = [subject for domain in DOMAINS.values() for subject in domain]
 IMAGES = [f"image_{i}" for i in range(1, 8)]

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from internvlx_jax.core.evaluation_config import Protocol
+from internvlx_jax.evaluation.image_policies import VLMEVALKIT
 from internvlx_jax.evaluation.prompts import Prompt, vlm_images
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
-from internvlx_jax.inference.tiling import EACH, VLMEVALKIT, ImagePolicy
+from internvlx_jax.inference.tiling import EACH, ImagePolicy
 
 VLMEVALKIT_NEW_TOKENS = 4096
 
