@@ -10,7 +10,8 @@ import numpy as np
 from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
 from internvlx_jax.checkpoints.lora_files import Lora
 from internvlx_jax.checkpoints.name_table import Entry
-from internvlx_jax.checkpoints.run_folder import ParamsWriter, RunFolder
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.run_writer import ParamsWriter
 from internvlx_jax.checkpoints.side_files import copy_tokenizer
 from internvlx_jax.checkpoints.tensors import Dtype, difference
 from internvlx_jax.convert.conversion_report import Report

@@ -12,10 +12,10 @@ import numpy as np
 from internvlx_jax.aot.compile_report import check_fits, compile_report, table
 from internvlx_jax.aot.topologies import local_topology
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import (
+from internvlx_jax.checkpoints.run_folder import saved_metadata
+from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
-    saved_metadata,
     write_run_folder,
 )
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
