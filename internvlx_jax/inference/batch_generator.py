@@ -160,7 +160,7 @@ class BatchGenerator:
         self._decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.decoder)))
         self.shapes: set[tuple[Bucket, int]] = set()
         static = ("sampling", "vocabulary")
-        self._start = jax.jit(start, static_argnames=("room", *static))
+        self._start = jax.jit(start, static_argnames=("max_new_tokens", *static))
         self._advance = jax.jit(advance, static_argnames=static, donate_argnames="state")
 
     def use(self, model: InternVLX) -> None:
@@ -334,7 +334,7 @@ class BatchGenerator:
             inputs,
             row_keys(asking.seed, numbers),
             asking.min_new_tokens,
-            room=room,
+            max_new_tokens=room,
             **options,
         )
         first_steps = int(state.step)
@@ -358,7 +358,8 @@ class BatchGenerator:
             self.speed.compile_seconds += decoded - begun
         else:
             cache = sum(
-                leaf.nbytes for leaf in jax.tree.leaves([frame.kv for frame in state.cache.frames])
+                leaf.nbytes
+                for leaf in jax.tree.leaves([layers.kv for layers in state.cache.ranges])
             )
             self.speed.time(
                 answers.values(),

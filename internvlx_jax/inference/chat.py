@@ -83,7 +83,7 @@ class Chat:
         )
         self._start = jax.jit(
             lambda model, inputs, keys: start(
-                model, inputs, keys, 0, room=max_new_tokens, **options
+                model, inputs, keys, 0, max_new_tokens=max_new_tokens, **options
             )
         )
         self._advance = jax.jit(

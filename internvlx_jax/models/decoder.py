@@ -1,7 +1,7 @@
 """The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (spec: model.md 8, 9).
 
 Positions and segments come with the call as a `TokenLayout`, and a call runs any range of layers. That is the seam of
-LVTC: two ranges of one stack, each in its own frame.
+LVTC: two ranges of one stack, each in its own layout.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from internvlx_jax.models.layers import (
     constant,
     normal,
     param,
-    rematerialise,
+    rematerialize,
     scan_layers,
     slice_layers,
     split_key,
     stack_layers,
 )
 from internvlx_jax.models.lora import WHOLE, make_linear
-from internvlx_jax.models.rope import RopeTables, rotate, rotation
+from internvlx_jax.models.rope import RopeTables, rope_tables, rotate
 
 
 class TokenLayout(NamedTuple):
@@ -88,32 +88,32 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        frame: TokenLayout,
-        by: RopeTables,
-        past: KVCacheView | None,
+        layout: TokenLayout,
+        tables: RopeTables,
+        cached: KVCacheView | None,
         attention: SelfAttention,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
         key1, key2 = split_key(dropout_key, 2)
         qkv = self.qkv(x, key1)
-        q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
+        q, k, v = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables), qkv[..., -1, :]
         q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
-        if past is None:
-            y = attention(q, k, v, frame.segments, causal=True, window=self.window)
+        if cached is None:
+            y = attention(q, k, v, layout.segments, causal=True, window=self.window)
             return self.out(y, key2), new
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(
-                cached, fresh.astype(cached.dtype), past.start, axis=1
+                cached, fresh.astype(cached.dtype), cached.start, axis=1
             )
-            for cached, fresh in zip(past.cache, new)
+            for cached, fresh in zip(cached.cache, new)
         )
         y = attend(
             q,
             k,
             v,
-            q_segments=frame.segments,
-            kv_segments=past.segments,
-            q_start=past.start,
+            q_segments=layout.segments,
+            kv_segments=cached.segments,
+            q_start=cached.start,
             window=self.window,
         )
         return self.out(y, key2), new
@@ -146,14 +146,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        frame: TokenLayout,
-        by: RopeTables,
-        past: KVCacheView | None,
+        layout: TokenLayout,
+        tables: RopeTables,
+        cached: KVCacheView | None,
         attention: SelfAttention,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
         key1, key2 = split_key(dropout_key, 2)
-        y, new = self.attn(self.attn_norm(x), frame, by, past, attention, key1)
+        y, new = self.attn(self.attn_norm(x), layout, tables, cached, attention, key1)
         x = x + y
         return x + self.mlp(self.mlp_norm(x), key2), new
 
@@ -188,42 +188,42 @@ class Decoder(nnx.Module):
     def run_layers(
         self,
         x: jax.Array,
-        frame: TokenLayout,
+        layout: TokenLayout,
         *,
         start: int = 0,
         stop: int | None = None,
-        past: KVCacheView | None = None,
+        cached: KVCacheView | None = None,
         key_length: int | None = None,
         keep_kv: bool = False,
         remat: str = "none",
         attention: SelfAttention = SelfAttention(),
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Blocks start..stop-1 on one frame.
+        """Blocks start..stop-1 on one layout.
 
         x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
-        key_length: slots of the long layout, where this is the short one: all layers rotate alike. None: of this frame.
+        key_length: slots of the long layout, where this is the short one: all layers rotate alike. None: of this layout.
         """
         stop = self.config.layers if stop is None else stop
         if start == stop:  # LVTC without shallow layers
             none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
             return x, KeyValues(none, none) if keep_kv else None
         if key_length is None:
-            key_length = x.shape[1] if past is None else past.segments.shape[1]
-        by = rotation(self.config.rope, frame.positions, self.config.head_dim, key_length)
+            key_length = x.shape[1] if cached is None else cached.segments.shape[1]
+        tables = rope_tables(self.config.rope, layout.positions, self.config.head_dim, key_length)
 
         def body(x, block_and_inputs):
             block, (cache, dropout_key) = block_and_inputs
-            view = None if past is None else past._replace(cache=cache)
+            view = None if cached is None else cached._replace(cache=cache)
             with jax.named_scope("decoder_block"):
-                x, new = block(x, frame, by, view, attention, dropout_key)
+                x, new = block(x, layout, tables, view, attention, dropout_key)
             return x, new if keep_kv else None
 
-        cache, keys = None if past is None else past.cache, None
+        cache, keys = None if cached is None else cached.cache, None
         if dropout_key is not None and self.lora is not None:
             keys = jax.random.split(dropout_key, self.config.layers)[start:stop]
         layers = slice_layers(self.layers, start, stop)
-        return scan_layers(rematerialise(body, remat), x, layers, (cache, keys))
+        return scan_layers(rematerialize(body, remat), x, layers, (cache, keys))
 
     @property
     def head_kernel(self) -> jax.Array:

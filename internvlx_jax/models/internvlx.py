@@ -48,7 +48,7 @@ class ActivationShardings(NamedTuple):
 class InternVLX(nnx.Module):
     """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
 
-    dtype: of the activations; param_dtype: of the parameters. remat: see layers.rematerialise, for both layer stacks.
+    dtype: of the activations; param_dtype: of the parameters. remat: see layers.rematerialize, for both layer stacks.
     attention: backend of both stacks, see models/attention.py. shardings: of activations, on a mesh (see
     ActivationShardings). Raises ConfigError when the backend cannot do what these ask for.
     """

@@ -166,7 +166,7 @@ def drop_path(
     return jnp.where(keep, branch / jnp.asarray(1 - rate, branch.dtype), 0)
 
 
-def rematerialise(body: Callable, policy: str) -> Callable:
+def rematerialize(body: Callable, policy: str) -> Callable:
     """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `attention` keeps what the splash kernel
     leaves, `dots` keeps matmul outputs, `offload` keeps those in the memory of the host."""
     if policy == "none":

@@ -22,7 +22,7 @@ from internvlx_jax.models.layers import (
     drop_path,
     normal,
     param,
-    rematerialise,
+    rematerialize,
     scan_layers,
     slice_layers,
     split_key,
@@ -191,7 +191,7 @@ class VisionTower(nnx.Module):
 
         def run(x, layers, start, stop, remat):
             inputs = jax.tree.map(lambda leaf: leaf[start:stop], (draws, rates))
-            return scan_layers(rematerialise(body, remat), x, layers, inputs)[0]
+            return scan_layers(rematerialize(body, remat), x, layers, inputs)[0]
 
         frozen = min(self.frozen_layers, depth)
         if frozen:
