@@ -1,4 +1,4 @@
-"""Compile a run for devices that need not be there, and say what each step takes (spec: training.md 5, 8; platform.md 2).
+"""Compile a run for devices that need not be there, and say what each step takes (design: training.md 5, 8; platform.md 2).
 
     internvlx compile --config configs/hd_finetune.py --topology v5e:16x16 --out report.json
 

@@ -1,4 +1,4 @@
-"""`convert import`: a PyTorch checkpoint -> a run folder of parameters, one parameter at a time (spec: checkpoints.md)."""
+"""`convert import`: a PyTorch checkpoint -> a run folder of parameters, one parameter at a time (design: checkpoints.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of the paper, with LVTC by name (spec: model.md 1, lvtc.md 2)."""
+"""The models of the paper, with LVTC by name (design: model.md 1, lvtc.md 2)."""
 
 from __future__ import annotations
 

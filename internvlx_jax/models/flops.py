@@ -1,4 +1,4 @@
-"""Analytic FLOPs of a batch, by part (spec: training.md 8, lvtc.md 5).
+"""Analytic FLOPs of a batch, by part (design: training.md 8, lvtc.md 5).
 
 A multiply-add is 2. Counted are all matrix products, causal attention at half and the tower's attention in full; not
 counted are recomputation, element-wise work, the embedding lookup and the optimiser. No import of jax.

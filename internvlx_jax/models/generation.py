@@ -1,4 +1,4 @@
-"""Generation with static key/value caches, greedy or sampled (spec: model.md 11, lvtc.md 4, evaluation.md 3).
+"""Generation with static key/value caches, greedy or sampled (design: model.md 11, lvtc.md 4, evaluation.md 3).
 
 `start` runs the prompts and chooses the first token of every row, `advance` goes on from there, any number of steps a
 call. So a caller can stream, look at the text in between, and end early. What a row gets depends on its prompt and its
@@ -21,7 +21,7 @@ from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.layers import gather, separate_layers
 
 
-class FrameCache(NamedTuple):
+class LayerRangeCache(NamedTuple):
     """Keys and values of the layers that share a frame.
 
     Attributes:
@@ -43,7 +43,7 @@ class Cache(NamedTuple):
         position: int32[B], rotary position of the next token at every depth = number of real tokens before it.
     """
 
-    frames: tuple[FrameCache, ...]
+    ranges: tuple[LayerRangeCache, ...]
     position: jax.Array
 
 
@@ -56,7 +56,7 @@ def for_decoding(model: InternVLX) -> InternVLX:
     return other
 
 
-def prefill(model: InternVLX, inputs: Inputs, room: int) -> tuple[Cache, jax.Array]:
+def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cache, jax.Array]:
     """Run the prompts and leave `room` free slots -> (cache, float32[B, W] logits of each row's last real token)."""
     hidden, kvs = model.run(inputs, keep_kv=True)
     segments = (inputs.segment_ids > 0).astype(jnp.int32)
@@ -64,9 +64,13 @@ def prefill(model: InternVLX, inputs: Inputs, room: int) -> tuple[Cache, jax.Arr
     last = length - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     logits = model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
-    def cache(kv: KeyValues, segments: jax.Array) -> FrameCache:
-        kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), kv)
-        return FrameCache(kv, jnp.pad(segments, ((0, 0), (0, room))), jnp.int32(segments.shape[1]))
+    def cache(kv: KeyValues, segments: jax.Array) -> LayerRangeCache:
+        kv = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))), kv
+        )
+        return LayerRangeCache(
+            kv, jnp.pad(segments, ((0, 0), (0, max_new_tokens))), jnp.int32(segments.shape[1])
+        )
 
     all_segments = (
         [segments]
@@ -81,9 +85,9 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
     ones = jnp.ones_like(tokens)[:, None]
     frame = TokenLayout(positions=cache.position[:, None], segments=ones)
     x = model.decoder.embed(tokens[:, None], model.dtype)
-    key_length = cache.frames[-1].segments.shape[1]
+    key_length = cache.ranges[-1].segments.shape[1]
     frames, start = [], 0
-    for kv, segments, slot in cache.frames:
+    for kv, segments, slot in cache.ranges:
         segments = jax.lax.dynamic_update_slice_in_dim(segments, ones, slot, axis=1)
         stop = start + kv.keys.shape[0]
         x, new = model.decoder.run_layers(
@@ -91,7 +95,7 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
             frame,
             start=start,
             stop=stop,
-            past=KVCacheView(kv, segments, slot),
+            cached=KVCacheView(kv, segments, slot),
             key_length=key_length,
             keep_kv=True,
         )
@@ -100,7 +104,7 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
             kv,
             new,
         )
-        frames.append(FrameCache(kv, segments, slot + 1))
+        frames.append(LayerRangeCache(kv, segments, slot + 1))
         start = stop
     return Cache(tuple(frames), cache.position + 1), model.decoder.logits(x[:, 0])
 
@@ -141,7 +145,7 @@ def start(
     keys: jax.Array,
     min_new_tokens: jax.Array | int,
     *,
-    room: int,
+    max_new_tokens: int,
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> Decoding:
@@ -150,12 +154,12 @@ def start(
     keys: key[B], used with a temperature. min_new_tokens: as many tokens come before a stop id may. room: most new
     tokens (static).
     """
-    cache, logits = prefill(model, inputs, room)
+    cache, logits = prefill(model, inputs, max_new_tokens)
     rows, words = logits.shape
     written = jnp.zeros((rows, words if sampling.repetition_penalty != 1 else 0), bool)
     if sampling.repetition_penalty != 1:
         written = written.at[:, vocabulary.bos_id].set(True)
-    tokens = jnp.full((rows, room), vocabulary.pad_id, jnp.int32)
+    tokens = jnp.full((rows, max_new_tokens), vocabulary.pad_id, jnp.int32)
     empty = ~jnp.any(inputs.segment_ids > 0, axis=1)
     state = Decoding(
         cache, tokens, empty, jnp.zeros((rows,), jnp.int32), jnp.int32(0), written, keys
@@ -257,7 +261,7 @@ def greedy(
         inputs,
         row_keys(0, jnp.arange(len(inputs.tokens))),
         0,
-        room=max_new_tokens,
+        max_new_tokens=max_new_tokens,
         **options,
     )
     state = advance(model, state, max_new_tokens, 0, **options)

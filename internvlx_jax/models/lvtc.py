@@ -1,4 +1,4 @@
-"""LVTC: few visual tokens in the shallow decoder layers, many in the deep ones (spec: lvtc.md 1, 3).
+"""LVTC: few visual tokens in the shallow decoder layers, many in the deep ones (design: lvtc.md 1, 3).
 
     X_low = P_low(V)                              image embeddings of layer 0
     h     = layers[0:k]([text ; X_low])           in the short layout, R slots

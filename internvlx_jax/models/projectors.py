@@ -1,4 +1,4 @@
-"""PVTC, the point-to-region projector: local and global queries attend to small regions (spec: model.md 4)."""
+"""PVTC, the point-to-region projector: local and global queries attend to small regions (design: model.md 4)."""
 
 from __future__ import annotations
 
