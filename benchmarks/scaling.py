@@ -32,7 +32,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
 HEAD = (
     "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | "
-    "collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n" + "|" + "---|" * 14
+    "collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
+    + "|"
+    + "---|" * 14
 )
 
 

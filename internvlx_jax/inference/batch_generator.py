@@ -70,14 +70,7 @@ class BatchGenerator:
         self.speed = Speed()
         self._shapes: set[tuple[Bucket, int, int]] = set()
         self._decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.decoder)))
-<<<<<<< HEAD
         self.use(model)
-=======
-        self.shapes: set[tuple[Bucket, int]] = set()
-        static = ("sampling", "vocabulary")
-        self._start = jax.jit(start, static_argnames=("max_new_tokens", *static))
-        self._advance = jax.jit(advance, static_argnames=static, donate_argnames="state")
->>>>>>> h-models
 
     def use(self, model: InternVLX) -> None:
         """Goes on with other parameters of the same model."""
@@ -172,7 +165,6 @@ class BatchGenerator:
         inputs, numbers = jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(sharding, x), (loaded.inputs, numbers)
         )
-<<<<<<< HEAD
         bucket = loaded.batch.bucket
         capacity = self.prompts.capacity(bucket, spec)
         self._shapes.add((bucket, capacity, loaded.batch.rows))
@@ -181,17 +173,6 @@ class BatchGenerator:
     def _generate(self, loaded: _Loaded, spec: GenerationSpec) -> dict[int, Answer]:
         compiled, begun = self.decoder.executables, time.perf_counter()
         state = self._start(loaded, spec)
-=======
-        compiled, begun = self._compiled(), time.perf_counter()
-        state = self._start(
-            self.model,
-            inputs,
-            row_keys(asking.seed, numbers),
-            asking.min_new_tokens,
-            max_new_tokens=room,
-            **options,
-        )
->>>>>>> h-models
         first_steps = int(state.step)
         prefilled = time.perf_counter()
         state = self.decoder.advance(self.model, state, spec.max_new_tokens, spec)
@@ -208,8 +189,7 @@ class BatchGenerator:
         if self.decoder.executables > compiled:
             costs: dict[str, float] = {"compile_seconds": decoded - begun}
         else:
-<<<<<<< HEAD
-            cache = jax.tree.leaves([frame.kv for frame in state.cache.frames])
+            cache = jax.tree.leaves([layers.kv for layers in state.cache.ranges])
             bytes_per_step = self._decoder_bytes + sum(leaf.nbytes for leaf in cache)
             costs = {
                 "prefill_seconds": prefilled - begun,
@@ -221,20 +201,6 @@ class BatchGenerator:
                 "timed_bytes": (steps - first_steps) * bytes_per_step,
             }
         self.speed += Speed.of(answers.values(), images=loaded.images, **costs)
-=======
-            cache = sum(
-                leaf.nbytes
-                for leaf in jax.tree.leaves([layers.kv for layers in state.cache.ranges])
-            )
-            self.speed.time(
-                answers.values(),
-                images=loaded.images,
-                prefill=prefilled - begun,
-                decode=decoded - prefilled,
-                steps=steps - first_steps,
-                bytes_a_step=self._decoder_bytes + cache,
-            )
->>>>>>> h-models
         return answers
 
     def _read(self, row: Row, ids: list[int], spec: GenerationSpec) -> Answer:

@@ -59,7 +59,7 @@ class TokenDecoder:
             inputs,
             row_keys(spec.seed, numbers),
             spec.min_new_tokens,
-            room=capacity,
+            max_new_tokens=capacity,
             sampling=spec.sampling,
             vocabulary=self.vocabulary,
         )
