@@ -34,6 +34,7 @@ def configure_logging(process: int = 0) -> None:
     for handler in [each for each in logger.handlers if isinstance(each, _ConsoleHandler)]:
         logger.removeHandler(handler)
     logger.addHandler(_ConsoleHandler(narrates=process == 0))
+    logger.propagate = False  # some libraries give the root logger a handler of their own
     _skip_absent_tpu()
 
 
