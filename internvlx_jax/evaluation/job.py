@@ -333,16 +333,20 @@ class TaskRun:
             Answered(question, row["raw"], row["error"])
             for question, row in zip(unit.questions, rows)
         ]
-        result = unit.view.score(answered, Context(judge, unit.compat))
+        result = unit.protocol_spec.score(answered, Context(judge, unit.compat))
         self.folder.mkdir(parents=True, exist_ok=True)
         files = []
         if not unit.generic:
             table = vlmevalkit_rows(unit.questions, [row["raw"] for row in rows])
             files.append(
-                write_table(self.folder / f"{self.model_name}_{unit.view.dataset}", table).name
+                write_table(
+                    self.folder / f"{self.model_name}_{unit.protocol_spec.dataset}", table
+                ).name
             )
-        if unit.view.submission is not None:
-            files.append(unit.view.submission(self.folder, unit.questions, result.predictions).name)
+        if unit.protocol_spec.submission is not None:
+            files.append(
+                unit.protocol_spec.submission(self.folder, unit.questions, result.predictions).name
+            )
         notes = [*unit.notes, *result.notes]
         requests = self.folder / "judge_requests.jsonl"
         requests.unlink(missing_ok=True)

@@ -73,7 +73,7 @@ class TaskSpec:
 
     task: Task
     protocol: str
-    view: ProtocolSpec
+    protocol_spec: ProtocolSpec
     questions: list[Question]
     compat: frozenset[str]
     hashes: dict[str, str]
@@ -96,7 +96,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     ]
     if selection.data is not None:
         task = generic_task(selection)
-        chosen.append((task, GENERIC, task.views[GENERIC]))
+        chosen.append((task, GENERIC, task.protocols[GENERIC]))
     missing = [
         f"  {task.name} ({protocol}): {path}"
         for task, protocol, view in chosen
@@ -129,7 +129,7 @@ def generic_task(selection: EvaluationConfig) -> Task:
         name=path.stem,
         title=f"{path.name}, {selection.metric}",
         samples=None,
-        views={GENERIC: view},
+        protocols={GENERIC: view},
     )
 
 
@@ -165,7 +165,7 @@ def generation_spec(
 
     tiles: how the model cuts images; max_num: the user's own maximum, None if it is not set.
     """
-    view = unit.view
+    view = unit.protocol_spec
     if (
         model.projector.kind == "mlp1"
         and tiles.rule == "off"
