@@ -1,4 +1,4 @@
-"""The one table between checkpoint tensors and our parameters (spec: checkpoints.md 2 to 5).
+"""The one table between checkpoint tensors and our parameters (design: checkpoints.md 2 to 5).
 
 Read forwards it imports, read backwards it exports. Every transform is an einops pattern, `source -> target`, so its
 inverse is the same pattern turned round and a round trip is bit-equal. `{l}` is a layer number: those tensors are
@@ -16,6 +16,7 @@ from einops import rearrange
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
+from internvlx_jax.core.projector_sites import RELEASED, projector_sites, released_site
 from internvlx_jax.models.projectors import NUM_HEADS
 
 # Rotary tables of old files: derived, never needed.
@@ -119,7 +120,7 @@ def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
     else:
         projector = (
             []
-            if config.released_role is None
+            if released_site(config) is None
             else _pvtc(config, "projector.", "projector.", config.token_grid)
         )
     decoder = {"internlm2": _internlm2, "llama": _llama, "qwen2": _llama, "phi3": _phi3}[
@@ -305,27 +306,18 @@ def _lvtc(config: ModelConfig) -> list[Entry]:
     if lvtc is None:
         return entries
 
-    def projector(kind: str, grid: int, path: str, target: str) -> None:
-        if kind == "pvtc":
-            entries.extend(_pvtc(config, path, target, grid))
-            return
-        table = _Table(path, target, None)
+    for site in projector_sites(config):
+        prefix, target = f"lvtc.{site.name}.", f"{site.path}."
+        if site.path == RELEASED:  # name_table has it, by its public names
+            continue
+        if site.kind == "pvtc":
+            entries.extend(_pvtc(config, prefix, target, site.grid))
+            continue
+        table = _Table(prefix, target, None)
         table.norm("norm", "norm")
         table.linear("fc1", "fc1")
         table.linear("fc2", "fc2")
         entries.extend(table.entries)
-
-    if config.released_role != "low":
-        projector(lvtc.low_projector, lvtc.low_grid, "lvtc.low.", "lvtc.low.")
-    if config.released_role != "high":
-        projector(lvtc.high_projector, lvtc.high_grid, "lvtc.high.", "lvtc.high.projector.")
-    for layer in lvtc.inject_layers:
-        projector(
-            lvtc.inject_projector,
-            lvtc.high_grid,
-            f"lvtc.inject_{layer}.",
-            f"lvtc.inject_{layer}.projector.",
-        )
     if lvtc.gate is not None:
         gates = _Table("lvtc.", "lvtc.", None)
         for name in ("high", *(f"inject_{layer}" for layer in lvtc.inject_layers)):

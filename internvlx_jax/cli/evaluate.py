@@ -1,4 +1,4 @@
-"""The command line of eval.py (spec: evaluation.md 2).
+"""The command line of eval.py (design: evaluation.md 2).
 
 DIR is a Hugging Face folder or a run folder of train.py. Exit status: 0 done, 1 wrong input, 2 wrong flags, 3 some
 questions failed (they count as wrong, and predictions.jsonl says why).

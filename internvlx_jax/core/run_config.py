@@ -1,4 +1,4 @@
-"""What a training run is (spec: training.md)."""
+"""What a training run is (design: training.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One chat sample -> tokens, labels and tiles, for one model (spec: data.md 3 to 8, 10)."""
+"""One chat sample -> tokens, labels and tiles, for one model (design: data.md 3 to 8, 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generated dataset on which a tiny model learns to read pages from scratch (spec: data.md 1, 2).
+"""Generated dataset on which a tiny model learns to read pages from scratch (design: data.md 1, 2).
 
     python -m internvlx_jax.data.synthetic --out runs/synthetic
 

@@ -1,4 +1,4 @@
-"""What a result was computed from: hashes of checkpoints, data files and settings (spec: evaluation.md 8, 9)."""
+"""What a result was computed from: hashes of checkpoints, data files and settings (design: evaluation.md 8, 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation job: a checkpoint and tasks -> predictions, scores and a report (spec: evaluation.md 2, 8, 9).
+"""An evaluation job: a checkpoint and tasks -> predictions, scores and a report (design: evaluation.md 2, 8, 9).
 
 The files of a task lie in OUT_DIR/MODEL/TASK, those of a question file (--data) in OUT_DIR itself:
 

@@ -1,4 +1,4 @@
-"""A judge: any OpenAI-compatible endpoint, every reply cached on disk (spec: evaluation.md 7)."""
+"""A judge: any OpenAI-compatible endpoint, every reply cached on disk (design: evaluation.md 7)."""
 
 from __future__ import annotations
 

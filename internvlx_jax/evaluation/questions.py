@@ -1,4 +1,4 @@
-"""Questions, and the generic question file: one JSON object a line (spec: evaluation.md 5)."""
+"""Questions, and the generic question file: one JSON object a line (design: evaluation.md 5)."""
 
 from __future__ import annotations
 

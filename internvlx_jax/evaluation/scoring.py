@@ -1,4 +1,4 @@
-"""From the answers of a task to its score: one function a way of scoring (spec: evaluation.md 6).
+"""From the answers of a task to its score: one function a way of scoring (design: evaluation.md 6).
 
 Scores of a task are in the unit in which it is published: points of 100, MME points, POPE's F1 as a fraction.
 """

@@ -1,4 +1,4 @@
-"""Which questions a job asks, and how: flags -> tasks that are ready to run (spec: evaluation.md 1, 2)."""
+"""Which questions a job asks, and how: flags -> tasks that are ready to run (design: evaluation.md 1, 2)."""
 
 from __future__ import annotations
 

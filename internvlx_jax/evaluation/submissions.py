@@ -1,4 +1,4 @@
-"""Files that the servers of benchmarks accept (spec: evaluation.md 8)."""
+"""Files that the servers of benchmarks accept (design: evaluation.md 8)."""
 
 from __future__ import annotations
 

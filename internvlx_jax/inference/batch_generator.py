@@ -189,7 +189,7 @@ class BatchGenerator:
         if self.decoder.executables > compiled:
             costs: dict[str, float] = {"compile_seconds": decoded - begun}
         else:
-            cache = jax.tree.leaves([frame.kv for frame in state.cache.frames])
+            cache = jax.tree.leaves([layers.kv for layers in state.cache.ranges])
             bytes_per_step = self._decoder_bytes + sum(leaf.nbytes for leaf in cache)
             costs = {
                 "prefill_seconds": prefilled - begun,

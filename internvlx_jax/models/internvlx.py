@@ -1,9 +1,9 @@
-"""The whole model: tiles -> tower -> projector -> merge with text -> decoder (spec: model.md 2, 7; lvtc.md 1)."""
+"""The whole model: tiles -> tower -> projector -> merge with text -> decoder (design: model.md 2, 7; lvtc.md 1)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,14 +15,16 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.inputs import Inputs
-from internvlx_jax.core.model_config import ModelConfig
-from internvlx_jax.data.tiles import NORMALIZATIONS
+from internvlx_jax.core.model_config import LoraConfig, ModelConfig
+from internvlx_jax.core.projector_sites import released_site
+from internvlx_jax.core.tile_config import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
-from internvlx_jax.models.layers import gather, insert_visual_tokens
+from internvlx_jax.models.layers import gather, insert_visual_tokens, split_key
+from internvlx_jax.models.lora import by_part
 from internvlx_jax.models.loss import LossShardings, token_losses
 from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
-from internvlx_jax.models.projectors import PVTC, Mlp1
+from internvlx_jax.models.projectors import make_projector
 from internvlx_jax.models.vit import VisionTower
 
 
@@ -46,7 +48,7 @@ class ActivationShardings(NamedTuple):
 class InternVLX(nnx.Module):
     """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
 
-    dtype: of the activations; param_dtype: of the parameters. remat: see layers.rematerialise, for both layer stacks.
+    dtype: of the activations; param_dtype: of the parameters. remat: see layers.rematerialize, for both layer stacks.
     attention: backend of both stacks, see models/attention.py. shardings: of activations, on a mesh (see
     ActivationShardings). Raises ConfigError when the backend cannot do what these ask for.
     """
@@ -61,9 +63,11 @@ class InternVLX(nnx.Module):
         remat: str = "none",
         attention: Backend = "auto",
         shardings: ActivationShardings | None = None,
+        lora: Sequence[LoraConfig] = (),
+        frozen_layers: int = 0,
     ):
+        adapters = by_part(lora)
         kwargs = dict(rngs=rngs, dtype=param_dtype)
-        width = config.decoder.width
         self.config, self.dtype, self.remat, self.shardings = (
             config,
             jnp.dtype(dtype),
@@ -74,27 +78,32 @@ class InternVLX(nnx.Module):
         if shardings is not None:
             self.attention = SelfAttention(attention, rows=shardings.rows, heads=shardings.heads)
         self.attention.check(self.dtype, (config.vision.head_dim, config.decoder.head_dim))
-        self.vision = VisionTower(config.vision, **kwargs)
-        if config.released_role is None:
-            self.projector = None
-        elif config.projector.kind == "pvtc":
-            self.projector = PVTC(
-                config.projector, config.vision.width, config.token_grid, width, **kwargs
-            )
-        else:
-            self.projector = Mlp1(config.projector, config.vision.width, width, **kwargs)
+        self.vision = VisionTower(
+            config.vision, lora=adapters.get("vision"), frozen_layers=frozen_layers, **kwargs
+        )
+        released = released_site(config)
+        self.projector = None if released is None else make_projector(config, released, **kwargs)
         self.lvtc = None if config.lvtc is None else Lvtc(config, **kwargs)
-        self.decoder = Decoder(config.decoder, **kwargs)
+        self.decoder = Decoder(config.decoder, lora=adapters.get("decoder"), **kwargs)
 
     def encode_tiles(self, tiles: jax.Array) -> jax.Array:
         """uint8 or normalised float[I, Y, X, 3] -> the visual tokens of decoder layer 0, [I, Q, D]."""
         return self.low_projector(self.features(tiles))
 
-    def features(self, tiles: jax.Array, drop_path_key: jax.Array | None = None) -> jax.Array:
+    def features(
+        self,
+        tiles: jax.Array,
+        drop_path_key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
         """uint8 or normalised float[I, Y, X, 3] -> the tower's output [I, 1+P, V], class token first."""
         pixels = normalize_tiles(tiles).astype(self.dtype)
         return self.vision(
-            pixels, drop_path_key=drop_path_key, remat=self.remat, attention=self.attention
+            pixels,
+            drop_path_key=drop_path_key,
+            dropout_key=dropout_key,
+            remat=self.remat,
+            attention=self.attention,
         )
 
     @property
@@ -103,20 +112,23 @@ class InternVLX(nnx.Module):
         return self.projector if self.lvtc is None or self.lvtc.low is None else self.lvtc.low
 
     def run(
-        self, inputs: Inputs, *, keep_kv: bool = False, drop_path_key: jax.Array | None = None
+        self,
+        inputs: Inputs,
+        *,
+        keep_kv: bool = False,
+        drop_path_key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeyValues | None]]:
         """Hidden states after the last block, [B, S, D]; if asked for, keys and values of each frame: of all layers, or
         with LVTC of the shallow and of the deep ones."""
-        tower_key, projector_key = (
-            (None, None) if drop_path_key is None else jax.random.split(drop_path_key)
-        )
-        rows, tiles = inputs.tiles.shape[:2]
+        tower_key, projector_key = split_key(drop_path_key, 2)
+        tower_dropout, decoder_dropout = split_key(dropout_key, 2)
+        rows = len(inputs.tiles)
         # A text-only bucket compiles without the tower.
         features = None
-        if tiles:
-            features = self._by_row(
-                self.features(rearrange(inputs.tiles, "b t y x c -> (b t) y x c"), tower_key)
-            )
+        if inputs.tiles.shape[1]:
+            tiles = rearrange(inputs.tiles, "b t y x c -> (b t) y x c")
+            features = self._by_row(self.features(tiles, tower_key, tower_dropout))
 
         def visual(projector: Callable, key: jax.Array | None) -> jax.Array | None:
             if features is None:
@@ -126,7 +138,11 @@ class InternVLX(nnx.Module):
             )
 
         run_layers = functools.partial(
-            self.decoder.run_layers, keep_kv=keep_kv, remat=self.remat, attention=self.attention
+            self.decoder.run_layers,
+            keep_kv=keep_kv,
+            remat=self.remat,
+            attention=self.attention,
+            dropout_key=decoder_dropout,
         )
         frame = TokenLayout(inputs.positions, inputs.segment_ids)
         if self.lvtc is None:
@@ -175,15 +191,26 @@ class InternVLX(nnx.Module):
             else jax.lax.with_sharding_constraint(x, self.shardings.rows)
         )
 
-    def __call__(self, inputs: Inputs, *, drop_path_key: jax.Array | None = None) -> jax.Array:
-        """Hidden states [B, S, D]; `decoder.logits` or `token_losses` follow. drop_path_key: training only."""
-        return self.run(inputs, drop_path_key=drop_path_key)[0]
+    def __call__(
+        self,
+        inputs: Inputs,
+        *,
+        drop_path_key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, S, D]; `decoder.logits` or `token_losses` follow. The keys: training only."""
+        return self.run(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)[0]
 
     def token_losses(
-        self, inputs: Inputs, labels: jax.Array, *, drop_path_key: jax.Array | None = None
+        self,
+        inputs: Inputs,
+        labels: jax.Array,
+        *,
+        drop_path_key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See loss.token_losses."""
-        hidden = self(inputs, drop_path_key=drop_path_key)
+        hidden = self(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)
         return token_losses(
             self.decoder, hidden, labels, None if self.shardings is None else self.shardings.loss
         )

@@ -1,4 +1,4 @@
-"""LVTC: few visual tokens in the shallow decoder layers, many in the deep ones (spec: lvtc.md 1, 3).
+"""LVTC: few visual tokens in the shallow decoder layers, many in the deep ones (design: lvtc.md 1, 3).
 
     X_low = P_low(V)                              image embeddings of layer 0
     h     = layers[0:k]([text ; X_low])           in the short layout, R slots
@@ -12,7 +12,6 @@ Further dims: U, C low and high grid side (g_l, g_h), R short slots.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -24,9 +23,10 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
+from internvlx_jax.core.projector_sites import RELEASED, projector_sites
 from internvlx_jax.models.decoder import TokenLayout
 from internvlx_jax.models.layers import constant, gather, insert_visual_tokens, param
-from internvlx_jax.models.projectors import PVTC, RegionMlp
+from internvlx_jax.models.projectors import PVTC, RegionMlp, make_projector
 
 
 class GatedProjector(nnx.Module):
@@ -65,29 +65,15 @@ class Lvtc(nnx.Module):
         kwargs = dict(rngs=rngs, dtype=dtype)
         lvtc = self.config = config.lvtc
 
-        def projector(kind: str, grid: int) -> PVTC | RegionMlp:
-            patches, vision_width, width = (
-                config.vision.grid,
-                config.vision.width,
-                config.decoder.width,
+        for site in projector_sites(config):
+            released = site.path == RELEASED
+            projector = None if released else make_projector(config, site, **kwargs)
+            gated = site.name != "low"
+            setattr(
+                self,
+                site.name,
+                GatedProjector(projector, lvtc.gate, **kwargs) if gated else projector,
             )
-            if kind == "mlp":
-                return RegionMlp(patches // grid, vision_width, width, **kwargs)
-            regions = dataclasses.replace(config.projector, downsample_ratio=grid / patches)
-            return PVTC(regions, vision_width, grid, width, **kwargs)
-
-        self.low = (
-            None if config.released_role == "low" else projector(lvtc.low_projector, lvtc.low_grid)
-        )
-        high = (
-            None
-            if config.released_role == "high"
-            else projector(lvtc.high_projector, lvtc.high_grid)
-        )
-        self.high = GatedProjector(high, lvtc.gate, **kwargs)
-        for layer in lvtc.inject_layers:
-            added = projector(lvtc.inject_projector, lvtc.high_grid)
-            setattr(self, f"inject_{layer}", GatedProjector(added, lvtc.gate, **kwargs))
 
     def injection(self, layer: int) -> GatedProjector:
         """What is added before `layer`, one of inject_layers."""

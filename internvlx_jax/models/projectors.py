@@ -1,6 +1,9 @@
-"""PVTC, the point-to-region projector: local and global queries attend to small regions (spec: model.md 4)."""
+"""PVTC, the point-to-region projector: local and global queries attend to small regions (design: model.md 4)."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Union
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,26 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.core.model_config import ProjectorConfig
+from internvlx_jax.core.model_config import ModelConfig, ProjectorConfig
+from internvlx_jax.core.projector_sites import ProjectorSite
 from internvlx_jax.models.layers import LayerNorm, Linear, RMSNorm, drop_path, normal, param
+
+Projector = Union["PVTC", "Mlp1", "RegionMlp"]
+
+
+def make_projector(
+    config: ModelConfig, site: ProjectorSite, *, rngs: nnx.Rngs, dtype: DTypeLike
+) -> Projector:
+    """Makes the projector of one place of a model."""
+    kwargs = dict(rngs=rngs, dtype=dtype)
+    patches, vision_width, width = config.vision.grid, config.vision.width, config.decoder.width
+    if site.kind == "mlp":
+        return RegionMlp(patches // site.grid, vision_width, width, **kwargs)
+    if site.kind == "mlp1":
+        return Mlp1(config.projector, vision_width, width, **kwargs)
+    regions = dataclasses.replace(config.projector, downsample_ratio=site.grid / patches)
+    return PVTC(regions, vision_width, site.grid, width, **kwargs)
+
 
 NUM_HEADS = 16  # at every size
 EPS = 1e-6

@@ -1,4 +1,4 @@
-"""Steps that went wrong: written down with their samples, and when a run stops (spec: training.md 4, 6).
+"""Steps that went wrong: written down with their samples, and when a run stops (design: training.md 4, 6).
 
 The step itself skips the update, on the devices (training/step.py). Here, on the host, its metrics are looked at when a
 window of them is read, so a run stops at most `log_every` steps after the limit; all of these are skipped as well.

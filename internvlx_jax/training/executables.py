@@ -1,4 +1,4 @@
-"""One executable a bucket, all compiled before the first step (spec: training.md 5, 12)."""
+"""One executable a bucket, all compiled before the first step (design: training.md 5, 12)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: mesh, model, data, state, steps (spec: training.md)."""
+"""The training loop, top to bottom: mesh, model, data, state, steps (design: training.md)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from internvlx_jax.aot.compile_report import check_fits, compile_report, table
 from internvlx_jax.aot.topologies import local_topology
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import (
+from internvlx_jax.checkpoints.run_folder import saved_metadata
+from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
-    saved_metadata,
     write_run_folder,
 )
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
@@ -26,8 +26,7 @@ from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.flops import forward_flops
-from internvlx_jax.models.lora import init_adapters, without_adapters
-from internvlx_jax.models.params import init_params
+from internvlx_jax.models.params import init_adapters, init_params, without_adapters
 from internvlx_jax.models.sharding import batch_sharding, make_mesh, placed
 from internvlx_jax.training.data import open_loaders, open_tokenizer
 from internvlx_jax.training.executables import compile_train_steps

@@ -1,4 +1,4 @@
-"""The picture of answered questions (spec: evaluation.md 8)."""
+"""The picture of answered questions (design: evaluation.md 8)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The judge's client against a server of this test: cache, retries, refusals, nonsense (spec: evaluation.md 7)."""
+"""The judge's client against a server of this test: cache, retries, refusals, nonsense (design: evaluation.md 7)."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Metric vectors (spec: evaluation.md 6)."""
+"""Metric vectors (design: evaluation.md 6)."""
 
 import subprocess
 import sys

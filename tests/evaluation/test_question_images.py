@@ -1,4 +1,4 @@
-"""How several images of a question become tiles, and the order of tiling and RGB (spec: evaluation.md 1, 4)."""
+"""How several images of a question become tiles, and the order of tiling and RGB (design: evaluation.md 1, 4)."""
 
 import io
 

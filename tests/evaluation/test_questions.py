@@ -1,4 +1,4 @@
-"""Question files (spec: evaluation.md 5)."""
+"""Question files (design: evaluation.md 5)."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Scores of whole tasks, computed by hand, and perfect answers to every benchmark (spec: evaluation.md 6)."""
+"""Scores of whole tasks, computed by hand, and perfect answers to every benchmark (design: evaluation.md 6)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""TSV files in and out (spec: evaluation.md 5, 8, tests 4 and 9)."""
+"""TSV files in and out (design: evaluation.md 5, 8, tests 4 and 9)."""
 
 import base64
 import csv

@@ -9,6 +9,7 @@ from internvlx_jax.checkpoints.hf_config import model_config
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import load_config_file, override
 from internvlx_jax.core.presets import internvlx_2b, internvlx_8b, lvtc_preset
+from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.models.params import abstract_model
 
 SIZES = {"2b": internvlx_2b, "8b": internvlx_8b}
@@ -33,7 +34,7 @@ def test_each_preset(preset, role, tokens, mean):
     """Which projector is the released one, slots of a tile, and the mean visual tokens of lvtc.md 5."""
     for make, expected in zip(SIZES.values(), mean):
         model = make(preset)
-        assert (model.released_role, model.tokens_per_tile) == (role, tokens)
+        assert (released_site(model).name, model.tokens_per_tile) == (role, tokens)
         layers, lvtc = model.decoder.layers, model.lvtc
         low, first_deep = (lvtc.low_grid, lvtc.expand_layer) if lvtc else (16, 0)
         assert round((first_deep * low**2 + (layers - first_deep) * tokens) / layers) == expected

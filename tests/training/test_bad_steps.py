@@ -1,4 +1,4 @@
-"""Steps that went wrong: written down with their samples, reported, and when they end a run (spec: training.md 6)."""
+"""Steps that went wrong: written down with their samples, reported, and when they end a run (design: training.md 6)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A watched run: bad steps, metrics, profiler, SIGTERM, replay, report (spec: training.md 4, 6, 7, 10)."""
+"""A watched run: bad steps, metrics, profiler, SIGTERM, replay, report (design: training.md 4, 6, 7, 10)."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Scores of answers against their references, one family a file (spec: evaluation.md 6). No import of jax."""
+"""Scores of answers against their references, one family a file (design: evaluation.md 6). No import of jax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MathVista: an extracted answer against the key, in the two published variants (spec: evaluation.md 6)."""
+"""MathVista: an extracted answer against the key, in the two published variants (design: evaluation.md 6)."""
 
 from __future__ import annotations
 

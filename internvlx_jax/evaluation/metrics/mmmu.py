@@ -1,4 +1,4 @@
-"""Open questions of MMMU: what a text may state as its answer (spec: evaluation.md 6)."""
+"""Open questions of MMMU: what a text may state as its answer (design: evaluation.md 6)."""
 
 from __future__ import annotations
 

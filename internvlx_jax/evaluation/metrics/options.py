@@ -1,4 +1,4 @@
-"""Which option an answer means, and circular accuracy (spec: evaluation.md 6: MMBench, option inference)."""
+"""Which option an answer means, and circular accuracy (design: evaluation.md 6: MMBench, option inference)."""
 
 from __future__ import annotations
 

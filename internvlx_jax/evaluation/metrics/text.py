@@ -1,4 +1,4 @@
-"""Equality, edit distance and numbers within five per cent (spec: evaluation.md 6: exact, ANLS, relaxed, GQA)."""
+"""Equality, edit distance and numbers within five per cent (design: evaluation.md 6: exact, ANLS, relaxed, GQA)."""
 
 from __future__ import annotations
 

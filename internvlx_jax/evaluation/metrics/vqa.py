@@ -1,4 +1,4 @@
-"""VQA soft accuracy: agreement with ten human answers after a fixed cleaning (spec: evaluation.md 6)."""
+"""VQA soft accuracy: agreement with ten human answers after a fixed cleaning (design: evaluation.md 6)."""
 
 from __future__ import annotations
 

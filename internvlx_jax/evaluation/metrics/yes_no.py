@@ -1,4 +1,4 @@
-"""Yes or no questions: MME, POPE and HallusionBench (spec: evaluation.md 6)."""
+"""Yes or no questions: MME, POPE and HallusionBench (design: evaluation.md 6)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def binary_scores(predicted_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict
 
 
 def yes_or_no(text: str) -> str | None:
-    """ "Yes" or "No" if only one of the two words occurs, else None (spec: HallusionBench)."""
+    """ "Yes" or "No" if only one of the two words occurs, else None (design: evaluation.md 6; HallusionBench)."""
     words = strip_punctuation(text.lower(), vlmevalkit=True).split()
     yes, no = "yes" in words, "no" in words
     return None if yes == no else "Yes" if yes else "No"

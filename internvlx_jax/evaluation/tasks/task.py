@@ -1,4 +1,4 @@
-"""What a benchmark is: where its questions lie, how they are put, how answers are scored (spec: evaluation.md 1, 4)."""
+"""What a benchmark is: where its questions lie, how they are put, how answers are scored (design: evaluation.md 1, 4)."""
 
 from __future__ import annotations
 
