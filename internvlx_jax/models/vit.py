@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class VisionTower(nnx.Module):
         lora: LoraConfig | None = None,
         frozen_layers: int = 0,
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
         self.config, self.lora, self.frozen_layers = config, lora, frozen_layers
         v, features = config.width, 3 * config.patch_size**2
         self.patch_embed = Linear(
