@@ -286,3 +286,6 @@ class SelfAttention:
         except ValueError:
             return self.rows
         return self.heads
+
+
+DEFAULT_ATTENTION = SelfAttention()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.model_config import LoraConfig, VisionConfig
-from internvlx_jax.models.attention import SelfAttention
+from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention
 from internvlx_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -130,7 +130,7 @@ class VisionTower(nnx.Module):
         lora: LoraConfig | None = None,
         frozen_layers: int = 0,
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
         self.config, self.lora, self.frozen_layers = config, lora, frozen_layers
         v, features = config.width, 3 * config.patch_size**2
         self.patch_embed = Linear(
@@ -169,7 +169,7 @@ class VisionTower(nnx.Module):
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
-        attention: SelfAttention = SelfAttention(),
+        attention: SelfAttention = DEFAULT_ATTENTION,
     ) -> jax.Array:
         """Output of `config.select_layer`. drop_path_key: None outside training."""
         depth, total = self.config.layers_run, self.config.layers
