@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 def make_spec(
     tiles: TileConfig,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
     min_new_tokens: int = 0,
     seed: int = 0,
     stop: str | Sequence[str] = (),

@@ -17,7 +17,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.inference.arguments import Options, make_request, make_spec
+from internvlx_jax.inference.arguments import MAX_NEW_TOKENS, Options, make_request, make_spec
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.chat import Chat
 from internvlx_jax.inference.images import Images
@@ -224,8 +224,14 @@ class VLM:
         return [found[number] for number in numbered]
 
     def spec(self, **options: Unpack[Options]) -> GenerationSpec:
-        """Returns the options as a generation spec. Raises TypeError or ValueError."""
-        return make_spec(self.config.prompt.tiles, **options)
+        """Returns the options as a generation spec. Raises TypeError or ValueError.
+
+        Without `max_new_tokens`, answers may fill half of the decoder's positions, but at most
+        `MAX_NEW_TOKENS`.
+        """
+        half = self.config.decoder.rope.max_positions // 2
+        defaults: Options = {"max_new_tokens": min(MAX_NEW_TOKENS, half)}
+        return make_spec(self.config.prompt.tiles, **(defaults | options))
 
     def stream_request(self, request: Request, spec: GenerationSpec) -> Iterator[str]:
         """Yields pieces of the answer to a request."""

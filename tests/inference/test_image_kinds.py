@@ -1,4 +1,4 @@
-"""Every kind of image gives the same tiles; what is not one is named (design: serving.md 1)."""
+"""Every kind of image gives the same tiles; what is not one is named."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""`load` and `VLM`: one answer by call, batch, stream or conversation (design: serving.md 1)."""
+"""`load` and `VLM`: one answer by call, batch, stream or conversation."""
 
 import dataclasses
 import shutil
@@ -130,6 +130,7 @@ def test_an_answer_ends_at_stop_texts_and_lengths(model, pixels):
     for given in (stop, [stop, "never"]):
         assert model.generate("Tell me", pixels, stop=given, **SHORT) == expected
     assert whole.startswith(model.generate("Tell me", pixels, max_new_tokens=3))
+    assert model.spec().max_new_tokens == 256, "half of the positions, which are few here"
 
 
 def test_tile_options_replace_those_of_the_model(model, pixels):
