@@ -26,7 +26,7 @@ TILE = 112  # px, the tile side that pages are laid out for
 # Grids (columns, rows) of TILE px tiles that a page covers, with their shares. Most pages are one tile, so
 # that a page stays cheap on a CPU. Under rule `edge` with maximum 6 and a thumbnail a page has
 #   tiles  1     3    4    5    7
-#   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average, against 3.0 under rule `off`
+#   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average, 3.0 under rule `off`
 GRIDS: dict[tuple[int, int], float] = {
     (1, 1): 0.82,
     (1, 2): 0.05, (2, 1): 0.04,
