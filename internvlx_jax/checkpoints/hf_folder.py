@@ -1,4 +1,4 @@
-"""PyTorch checkpoints -> our parameters, strict about every name, shape, dtype and value (spec: checkpoints.md 6, 8)."""
+"""PyTorch checkpoints -> our parameters, strict about every name, shape, dtype and value (design: checkpoints.md 6, 8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: peft's tensors as parameters of ours, and their merge into the weights (spec: checkpoints.md 9).
+"""LoRA adapters: peft's tensors as parameters of ours, and their merge into the weights (design: checkpoints.md 9).
 
 An adapter of the linear map `M.kernel` is two parameters beside it, in the axes of that kernel:
 

@@ -1,4 +1,4 @@
-"""The one table between checkpoint tensors and our parameters (spec: checkpoints.md 2 to 5).
+"""The one table between checkpoint tensors and our parameters (design: checkpoints.md 2 to 5).
 
 Read forwards it imports, read backwards it exports. Every transform is an einops pattern, `source -> target`, so its
 inverse is the same pattern turned round and a round trip is bit-equal. `{l}` is a layer number: those tensors are

@@ -1,21 +1,8 @@
-"""Run folders: what a training run leaves behind and how it is read again (spec: training.md 10, platform.md 5).
-
-    RUN/config.json            resolved run config and model config
-    RUN/tokenizer/             tokenizer files, so that the folder stands alone
-    RUN/source/                small files of the PyTorch checkpoint that the run began with, for its export
-    RUN/metrics.jsonl, tensorboard/
-    RUN/checkpoints/STEP/      orbax: `params` and `opt_state` as separate items, by dotted path; its metadata holds
-                               the configs again and the position in the data
-
-orbax writes a step aside and renames it, so a step that is there is complete. An imported checkpoint (convert/import_hf.py)
-is such a folder with one step, 0: parameters only, in orbax's item for a single tree.
-"""
+"""Reading run folders (checkpoints/run_format.py says what they hold)."""
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,117 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from internvlx_jax.checkpoints import run_format
 from internvlx_jax.checkpoints.lora_files import merge_params
+from internvlx_jax.checkpoints.run_format import collect, mismatches
 from internvlx_jax.checkpoints.side_files import replace_tokenizer, same_tokenizer
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel
-from internvlx_jax.models.sharding import replicated, spread, spread_sharding
-
-# Settings that a resumed run may change: none of them touches what is computed.
-MAY_CHANGE = {
-    "train.output_dir",
-    "train.mesh",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.compute.remat",
-    "train.data.num_workers",
-    "train.data.val_meta",
-    "train.data.index_dir",
-    "train.data.faults.max_share",
-    "train.evaluation",
-    "train.stability",
-    "train.compute.peak_tflops",
-}
-
-# The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
-SHARED_WRITING = ocp.Context()
-SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file at INFO and WARNING
-
-
-class CheckpointWriter:
-    """Asynchronous saves of one run; keeps the newest `keep_last`. Close it (or use `with`) to finish the last one."""
-
-    def __init__(self, run: Path, keep_last: int):
-        self._checkpointer = ocp.training.Checkpointer(
-            run / "checkpoints",
-            cleanup_tmp_directories=True,
-            context=SHARED_WRITING,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-                1
-            ),  # the loop decides
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
-        )
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
-
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
-
-    def save(
-        self,
-        step: int,
-        params: Mapping[str, jax.Array],
-        opt_state: Any,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        """Returns once the arrays are copied to the host; writing goes on behind the next steps."""
-        items = {"params": dict(params), "opt_state": _by_path(opt_state)}
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
-
-    def load(
-        self,
-        step: int,
-        params: Mapping[str, jax.ShapeDtypeStruct],
-        opt_state: Any,
-        data: Mapping[str, Any],
-    ) -> tuple[dict[str, jax.Array], Any]:
-        """Parameters and optimiser state after `step` updates, placed as the abstract leaves' shardings say.
-
-        data: the position that the data pipeline would go on from.
-
-        Raises CheckpointError with every mismatch, or when the data would not go on in the saved order.
-        """
-        stored = self._checkpointer.checkpointables_metadata(step)
-        items = {"params": dict(params), "opt_state": _by_path(opt_state)}
-        problems = [
-            problem
-            for name, leaves in items.items()
-            for problem in _mismatches(name, stored.metadata[name], leaves)
-        ]
-        saved = stored.custom_metadata.get("data", {})
-        if saved.get("plan_hash") != data["plan_hash"]:
-            changed = [
-                name
-                for name, part in data["parts"].items()
-                if saved.get("parts", {}).get(name) != part
-            ]
-            problems.append(
-                f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go on; "
-                "restore it, or start a new output_dir with init_from"
-            )
-        if problems:
-            raise CheckpointError(self._checkpointer.directory / str(step), problems)
-        loaded = self._checkpointer.load_checkpointables(step, items)
-        leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
-        return loaded["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+from internvlx_jax.models.sharding import replicated, spread_sharding
 
 
 def saved_metadata(run: Path) -> dict[str, Any]:
@@ -146,69 +35,6 @@ def saved_metadata(run: Path) -> dict[str, Any]:
         if steps
         else {}
     )
-
-
-GROUP_BYTES = (
-    2**28
-)  # small parameters are written and read together: each call of orbax takes tens of milliseconds
-
-
-def _collect(nbytes: int) -> None:
-    """Free what orbax leaves in reference cycles: the arrays of its last call. Takes long in a process with many objects."""
-    if nbytes > GROUP_BYTES // 16:
-        gc.collect()
-
-
-class ParamsWriter:
-    """Writes one step of parameters, a few at a time, so that they need not be in memory together.
-
-    What it needs beside the parameter in hand is small where the process has several CPU devices: orbax copies an array
-    as it writes, but no more than `write_concurrent_bytes` at once, counted in shards.
-
-    `finish` makes the step appear; without it there is none.
-    """
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any]):
-        self._path, self._metadata = path, dict(metadata)
-        self._waiting: dict[str, jax.Array] = {}
-        self._context = ocp.Context()
-        self._context.array.saving.storage_options.chunk_byte_size = (
-            2**26
-        )  # so that a reader needs little more, too
-        self._context.array.saving.use_compression = (
-            False  # takes longer than the disk, and wins little
-        )
-
-    def add(self, path: str, array: np.ndarray | jax.Array) -> None:
-        """The array may be written later, and must not change."""
-        if array.nbytes + sum(each.nbytes for each in self._waiting.values()) > GROUP_BYTES:
-            self._flush()
-        large = array.nbytes > GROUP_BYTES
-        self._waiting[path] = spread(array) if large else jax.device_put(array, may_alias=True)
-        if large:
-            self._flush()
-
-    def finish(self) -> None:
-        self._flush()
-        with self._context:
-            ocp.partial.finalize(self._path)
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        largest = max(
-            shard.data.nbytes
-            for array in self._waiting.values()
-            for shard in array.addressable_shards
-        )
-        self._context.memory.write_concurrent_bytes = max(
-            largest + 1, GROUP_BYTES
-        )  # orbax wants more than it needs
-        with self._context:
-            ocp.partial.save(self._path, self._waiting, custom_metadata=self._metadata)
-        nbytes = sum(array.nbytes for array in self._waiting.values())
-        self._waiting = {}
-        _collect(nbytes)
 
 
 class SplitArray:
@@ -305,7 +131,7 @@ class RunFolder:
         """Raises CheckpointError with every parameter whose name or shape is not the model's."""
         merged = self._merged(abstract)
         stored = {path: leaf for path, leaf in self.shapes.items() if path not in merged}
-        problems = _mismatches("params", stored, abstract.shapes)
+        problems = mismatches("params", stored, abstract.shapes)
         if problems:
             raise CheckpointError(self.path, problems)
 
@@ -352,7 +178,7 @@ class RunFolder:
         size = 0
         for path in [*paths, None]:
             nbytes = 0 if path is None else math.prod(self.shape(path)) * self.dtype(path).itemsize
-            if group and (path is None or size + nbytes > GROUP_BYTES):
+            if group and (path is None or size + nbytes > run_format.GROUP_BYTES):
                 arrays = self._read_group(group)
                 while group:  # the caller may be done with one array before it takes the next
                     path_read = group.pop(0)
@@ -367,7 +193,7 @@ class RunFolder:
         large = {
             path
             for path in paths
-            if math.prod(self.shape(path)) * self.dtype(path).itemsize > GROUP_BYTES
+            if math.prod(self.shape(path)) * self.dtype(path).itemsize > run_format.GROUP_BYTES
         }
         leaves = {
             path: jax.ShapeDtypeStruct(
@@ -383,8 +209,8 @@ class RunFolder:
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in leaves.values()
         ]
-        context.memory.read_concurrent_bytes = max(*shards, GROUP_BYTES) + 1
-        _collect(sum(shards))
+        context.memory.read_concurrent_bytes = max(*shards, run_format.GROUP_BYTES) + 1
+        collect(sum(shards))
         try:
             with context:
                 loaded = ocp.load_checkpointables(self.path, {self._item: leaves})[self._item]
@@ -446,84 +272,3 @@ class RunFolder:
         """The run's tokenizer, or None where an imported checkpoint had none."""
         folder = self.run / "tokenizer"
         return Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
-
-
-def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether there is a step to resume. Every process looks, so that all refuse together; nothing is written.
-
-    Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
-    """
-    steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
-    resuming = any(step.name.isdigit() for step in steps)
-    saved = run / "config.json"
-    if saved.exists():
-        differences = _differences(json.loads(saved.read_text()), settings)
-        if differences:
-            raise ConfigError(
-                f"output_dir {run} holds a run with other settings (saved -> now); continue with the "
-                "saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
-            )
-    elif run.exists() and any(run.iterdir()):
-        raise ConfigError(
-            f"output_dir {run} is not empty and holds no run (no config.json); choose another folder"
-        )
-    return resuming
-
-
-def write_run_folder(
-    run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, source: Any | None = None
-) -> None:
-    """Settings and tokenizer, by the first process once all have checked the folder.
-
-    source: the checkpoint that the run begins with; its side files are kept for the export.
-    """
-    multihost_utils.sync_global_devices("run folder checked")
-    if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(run / "tokenizer")
-        if source is not None:
-            source.write_side_files(run / "source")
-        write_json(run / "config.json", settings)
-
-
-def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
-    if path in MAY_CHANGE:
-        return []
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return [
-            line
-            for name in sorted(saved.keys() | now.keys())
-            for line in _differences(
-                saved.get(name), now.get(name), f"{path}.{name}" if path else name
-            )
-        ]
-    return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Leaves of any pytree by the text of their path, in tree order."""
-    return {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
-def _mismatches(
-    item: str, stored: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> list[str]:
-    """Names and shapes; dtypes may differ, orbax casts."""
-    problems = [
-        f"{item}: {name} is in the checkpoint, not in the model"
-        for name in sorted(stored.keys() - wanted.keys())
-    ]
-    for name, leaf in wanted.items():
-        if name not in stored:
-            problems.append(
-                f"{item}: {name} {list(leaf.shape)} is in the model, not in the checkpoint"
-            )
-        elif tuple(stored[name].shape) != tuple(leaf.shape):
-            problems.append(
-                f"{item}: {name} has shape {list(stored[name].shape)} in the checkpoint, "
-                f"{list(leaf.shape)} in the model"
-            )
-    return problems

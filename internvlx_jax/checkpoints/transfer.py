@@ -1,5 +1,5 @@
 """A checkpoint's parameters in a model that differs from it in LVTC: other presets, layers or grids, or none before
-(spec: lvtc.md 2, checkpoints.md 8).
+(design: lvtc.md 2, checkpoints.md 8).
 
 A projector is taken over whole or not at all. What the checkpoint lacks is initialised; nothing of this is silent.
 """

@@ -1,4 +1,4 @@
-"""What a conversion did, as JSON and as text (spec: checkpoints.md 8, 10)."""
+"""What a conversion did, as JSON and as text (design: checkpoints.md 8, 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`convert export`: a checkpoint of ours -> a folder that PyTorch loads, one parameter at a time (spec: checkpoints.md)."""
+"""`convert export`: a checkpoint of ours -> a folder that PyTorch loads, one parameter at a time (design: checkpoints.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`convert import`: a PyTorch checkpoint -> a run folder of parameters, one parameter at a time (spec: checkpoints.md)."""
+"""`convert import`: a PyTorch checkpoint -> a run folder of parameters, one parameter at a time (design: checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
 from internvlx_jax.checkpoints.lora_files import Lora
 from internvlx_jax.checkpoints.name_table import Entry
-from internvlx_jax.checkpoints.run_folder import ParamsWriter, RunFolder
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.run_writer import ParamsWriter
 from internvlx_jax.checkpoints.side_files import copy_tokenizer
 from internvlx_jax.checkpoints.tensors import Dtype, difference
 from internvlx_jax.convert.conversion_report import Report

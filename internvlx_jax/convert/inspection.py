@@ -1,4 +1,4 @@
-"""`convert inspect`: what a folder is, and what it lacks (spec: checkpoints.md 10, 11)."""
+"""`convert inspect`: what a folder is, and what it lacks (design: checkpoints.md 10, 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new model from a ViT folder, an LLM folder and, if there is one, a projector (spec: checkpoints.md 8, model.md 12)."""
+"""A new model from a ViT folder, an LLM folder and, if there is one, a projector (design: checkpoints.md 8, model.md 12)."""
 
 from __future__ import annotations
 

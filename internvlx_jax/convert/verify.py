@@ -1,4 +1,4 @@
-"""Run a loaded checkpoint on stored arrays and compare with stored results (spec: model.md 15).
+"""Run a loaded checkpoint on stored arrays and compare with stored results (design: model.md 15).
 
 Names of inputs and outputs are those of tests/golden/*/{inputs,outputs}.npz.
 """

@@ -1,4 +1,4 @@
-"""What a model is: sizes and variants, as frozen dataclasses (spec: model.md 1, checkpoints.md 7)."""
+"""What a model is: sizes and variants, as frozen dataclasses (design: model.md 1, checkpoints.md 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters a run trains (spec: training.md 2)."""
+"""Which parameters a run trains (design: training.md 2)."""
 
 from __future__ import annotations
 

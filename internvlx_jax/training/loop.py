@@ -1,7 +1,8 @@
-"""The training loop, top to bottom: mesh, model, data, state, steps (spec: training.md)."""
+"""The training loop, top to bottom: mesh, model, data, state, steps (design: training.md)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 from internvlx_jax.aot.compile_report import check_fits, compile_report, table
 from internvlx_jax.aot.topologies import local_topology
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import (
+from internvlx_jax.checkpoints.run_folder import saved_metadata
+from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
-    saved_metadata,
     write_run_folder,
 )
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
@@ -60,7 +61,10 @@ def train(
     NonFiniteError after too many bad steps, both with the run saved.
     """
     run = Path(config.output_dir).absolute()  # orbax wants absolute paths
-    speak = print if jax.process_index() == 0 else lambda *_: None
+    # Flushed: a line about a compilation is of use while it lasts, also behind a pipe.
+    speak = (
+        functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_, **__: None
+    )
 
     # --- mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
@@ -113,7 +117,7 @@ def train(
     resuming = check_run_folder(run, settings)
     throughput = Throughput(saved.get("clocks"))
     with throughput.paused("compile_s"):
-        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
+        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows, speak)
     write_run_folder(run, settings, tokenizer, source)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))

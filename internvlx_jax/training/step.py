@@ -1,4 +1,4 @@
-"""The jitted train and eval steps: arithmetic only (spec: training.md 4, 5)."""
+"""The jitted train and eval steps: arithmetic only (design: training.md 4, 5)."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvlx_jax.checkpoints import run_folder as checkpoint
-from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints import run_format
+from internvlx_jax.checkpoints.run_folder import RunFolder, SplitArray
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder, read_sums, sha256
 from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from internvlx_jax.cli.convert import main
@@ -189,7 +189,7 @@ def test_shards(tmp_path, make_checkpoint, same_tensors, monkeypatch):
 
 def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch):
     """Those beyond GROUP_BYTES are written and read alone, in parts, with a bound on what orbax holds at once."""
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 2**15)
+    monkeypatch.setattr(run_format, "GROUP_BYTES", 2**15)
     make_checkpoint(tmp_path / "source", "qwen2", "mlp1")
     assert run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax", "--verify") == 0
     folder = RunFolder(tmp_path / "jax")
@@ -198,7 +198,7 @@ def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch):
         for path, array in folder.read_all(["decoder.layers.mlp.up.kernel", "decoder.norm.weight"])
     }
     assert kinds == {
-        "decoder.layers.mlp.up.kernel": checkpoint.SplitArray,
+        "decoder.layers.mlp.up.kernel": SplitArray,
         "decoder.norm.weight": np.ndarray,
     }
     assert (

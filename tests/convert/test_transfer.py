@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from internvlx_jax import load_pretrained
 from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.name_table import name_table
-from internvlx_jax.checkpoints.run_folder import CheckpointWriter
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter
 from internvlx_jax.checkpoints.transfer import check_same_model
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.overrides import to_dict

@@ -10,7 +10,7 @@ import mini_data
 import numpy as np
 import pytest
 
-from internvlx_jax.checkpoints.run_folder import CheckpointWriter, write_run_folder
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import (
     DecoderConfig,

@@ -1,4 +1,4 @@
-"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (spec: lvtc.md 6)."""
+"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (design: lvtc.md 6)."""
 
 import dataclasses
 import functools
