@@ -185,48 +185,29 @@ def _stages(
             name, "decoder", ("decoder.layers.",), below, *_decoder(config, count, lengths)
         )
 
-    stages = [
+    head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
+    logits = _Map(head, sum(lengths), decoder.width, decoder.vocab_size)
+    low, *added = sites
+    middle = [projector(low)]
+    if lvtc is None:
+        middle.append(layers("deep", decoder.layers, lengths, "embedding", "low"))
+    else:
+        names = [site.name for site in added]
+        upsampled = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
+        below = ("embedding", "low", "shallow")
+        maps = [_Map("", upsampled, 1, decoder.width)]
+        middle += [
+            layers("shallow", shallow, short_lengths, "embedding", "low"),
+            _Stage("upsampling", "projector", (), below, maps),
+            *map(projector, added),
+            layers("deep", decoder.layers - shallow, lengths, "upsampling", *names),
+        ]
+    return [
         *_tower(config, tiles, min(frozen_layers, config.vision.layers_run)),
         _Stage("embedding", "decoder", ("decoder.embedding",), (), ()),
+        *middle,
+        _Stage("head", "head", (head, "decoder.norm."), ("deep",), [logits]),
     ]
-    if lvtc is None:
-        stages += [
-            projector(*sites),
-            layers("deep", decoder.layers, lengths, "embedding", "low"),
-        ]
-    else:
-        low, *added = sites
-        upsampling = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
-        stages += [
-            projector(low),
-            layers("shallow", shallow, short_lengths, "embedding", "low"),
-            _Stage(
-                "upsampling",
-                "projector",
-                (),
-                ("embedding", "low", "shallow"),
-                [_Map("", upsampling, 1, decoder.width)],
-            ),
-            *map(projector, added),
-            layers(
-                "deep",
-                decoder.layers - shallow,
-                lengths,
-                "upsampling",
-                *(site.name for site in added),
-            ),
-        ]
-    head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
-    stages.append(
-        _Stage(
-            "head",
-            "head",
-            (head, "decoder.norm."),
-            ("deep",),
-            [_Map(head, sum(lengths), decoder.width, decoder.vocab_size)],
-        )
-    )
-    return stages
 
 
 def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:

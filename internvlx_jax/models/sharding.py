@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 import optax
+from jax import Device
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -81,7 +82,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def make_mesh(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int | None = None
+    config: MeshConfig, devices: Sequence[Device] | None = None, *, rows: int | None = None
 ) -> Mesh:
     """Makes a data x fsdp x tensor mesh over all devices; see `mesh_sizes`.
 
@@ -206,7 +207,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     """
     shards = data_parallel_size(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    rows = sorted({index[0].start or 0 for index in held.values()})
+    rows = sorted({index[0].start or 0 for index in held.values() if index is not None})
     if (
         shards % len(rows)
         or rows != list(range(rows[0], rows[0] + len(rows)))
