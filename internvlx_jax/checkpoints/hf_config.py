@@ -6,7 +6,7 @@ There is one reader, for the `internvl_chat` fields; `chat_fields` brings the hf
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import (
@@ -21,7 +21,8 @@ from internvlx_jax.core.model_config import (
 from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.core.tile_config import TileConfig
 
-ARCHITECTURES = {
+Family = Literal["internlm2", "llama", "qwen2", "phi3"]
+ARCHITECTURES: Mapping[str, Family] = {
     "InternLM2ForCausalLM": "internlm2",
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
@@ -182,13 +183,13 @@ def _vision(config: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
 
 
 def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConfig:
-    names = config.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
+    name = (config.get("architectures") or [None])[0]
+    family = ARCHITECTURES.get(str(name))
+    if family is None:
         raise ConfigError(
-            f"config.json: llm_config.architectures[0] is {names[0]!r}; supported are "
+            f"config.json: llm_config.architectures[0] is {name!r}; supported are "
             f"{', '.join(ARCHITECTURES)}"
         )
-    family = ARCHITECTURES[names[0]]
     # InternLM2's class has a default for every size; for the others a missing size is an error.
     default = (
         {
@@ -294,9 +295,8 @@ def _phi3_rope(
         max_positions=max_positions,
         scaling=kind,
         original_max_positions=original,
-        **{
-            field: tuple(map(float, parameters[field])) for field in ("short_factor", "long_factor")
-        },
+        short_factor=tuple(map(float, parameters["short_factor"])),
+        long_factor=tuple(map(float, parameters["long_factor"])),
     )
 
 

@@ -105,8 +105,7 @@ class SafetensorsFolder:
 
     def nbytes(self) -> int:
         return sum(
-            int(np.prod(self._shapes[name])) * _bits(self._dtypes[name]) // 8
-            for name in self._where
+            int(np.prod(self._shapes[name])) * bits(self._dtypes[name]) // 8 for name in self._where
         )
 
     def files(self) -> list[str]:
@@ -198,6 +197,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _bits(dtype: str) -> int:
-    """Bits of an element: the number in its type's name."""
-    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype).group())
+def bits(dtype: str) -> int:
+    """Returns the bits of an element, e.g. 16 for `BF16`: the number in the name of its type."""
+    number = re.search(r"\d+", dtype)
+    return 8 if number is None else int(number.group())  # BOOL

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,8 @@ class SafetensorsWriter:
             self._create(file, [name for name, home in self._files.items() if home == file])
 
     def _create(self, file: str, names: list[str]) -> None:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in names:
             shape, dtype = self._tensors[name]
             end = offset + _nbytes(shape, dtype)

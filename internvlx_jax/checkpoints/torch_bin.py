@@ -28,7 +28,7 @@ class BinFolder:
         weight_map = read_index(index)[0] if index.is_file() else {}
         self._files = sorted(set(weight_map.values())) or [f"{stem}.bin"]
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise CheckpointError(
                 self.path,

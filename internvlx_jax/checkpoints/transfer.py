@@ -80,7 +80,7 @@ def transfer(
     params = {path: loaded[path] for part in taken for path in ours[part]}
     new = [path for path in abstract.shapes if path not in params]
     if new:
-        params |= init_params(config, seed, param_dtype=dtype, shardings=shardings, paths=new)
+        params |= init_params(config, seed, param_dtype=dtype, shardings=dict(shardings), paths=new)
     params = {path: array.astype(abstract.shapes[path].dtype) for path, array in params.items()}
     return Transferred(
         params, tuple(_report(config, abstract, source, new, theirs.keys() - set(taken), seed))

@@ -8,7 +8,7 @@ import pytest
 
 from internvlx_jax.cli import evaluate, train
 
-CONFIG = '''
+CONFIG = """
 import json
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from internvlx_jax.core.run_config import TrainConfig
 
 def get_config():
     return from_dict(TrainConfig, json.loads(Path("run/config.json").read_text())["train"])
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_folder import expected_tensors
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_writer import index_text, plan_files
+from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
 from internvlx_jax.models.params import abstract_model
 
 
@@ -22,7 +22,7 @@ def abstract(golden, size, **changes):
 @pytest.mark.parametrize("size", ["2b", "8b"])
 def test_names_shapes_and_totals(golden, size):
     stored, config, model = abstract(golden, size)
-    tensors = list(expected_tensors(name_table(config), model))
+    tensors = list(expected_tensors(name_table(config), model).items())
     assert len(tensors) == len(dict(tensors)) == stored["n_tensors"]
     assert [(name, list(shape)) for name, shape in tensors] == [
         (name, list(s)) for name, s in stored["shapes"].items()
@@ -66,12 +66,9 @@ def test_internvl2_baseline(golden, size, total, tensors):
     model = abstract_model(config, dtype="bfloat16")
     assert config.projector.kind == "mlp1"
     assert sum(leaf.size for leaf in model.shapes.values()) == total
-    listed = dict(expected_tensors(name_table(config), model))
+    listed = expected_tensors(name_table(config), model)
     assert len(listed) == tensors
-    assert (
-        len(dict(expected_tensors(name_table(config, "hf"), model)))
-        == {517: 661, 573: 733}[tensors]
-    )
+    assert len(expected_tensors(name_table(config, "hf"), model)) == {517: 661, 573: 733}[tensors]
     if size == "8b":
         plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in listed.items()}
         assert len(index_text(plan, plan_files(plan))) == 51_167  # bytes of the public file
@@ -84,7 +81,7 @@ def test_shards_of_the_public_files(golden):
     stored, config, model = abstract(golden, "8b")
     plan = {
         name: (shape, np.dtype(ml_dtypes.bfloat16))
-        for name, shape in expected_tensors(name_table(config), model)
+        for name, shape in expected_tensors(name_table(config), model).items()
     }
     files = plan_files(plan)
     tensors, sizes = {}, {}

@@ -177,7 +177,7 @@ def test_what_may_be_ignored_and_started_fresh_is_listed(
         folder, tmp_path, "--ignore_source", "extra", "--init_missing", "projector", "--verify"
     )
     out = capsys.readouterr().out
-    assert "initialised projector.cls_scale: [4, 32] ~ " in out and "seed 0" in out
+    assert "initialized projector.cls_scale: [4, 32] ~ " in out and "seed 0" in out
     assert "verified: 29 read back" in out  # what was read, not what is fresh
 
 
@@ -254,8 +254,8 @@ def test_hub_ids(refused, monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     message = refused(source="owner/name")
     assert (
-        "the Hugging Face hub did not give it (cannot reach the server)" in message
-        and "path of the copy" in message
+        "the Hugging Face hub did not deliver it (cannot reach the server)" in message
+        and "path of a downloaded copy" in message
     )
 
 
