@@ -1,41 +1,88 @@
-# `make demo` and `make test` need nothing but Python >= 3.11: each creates .venv and installs into it.
-# `make test-torch` compares with PyTorch, in an environment of its own; `make test-gpu` tries what an NVIDIA GPU alone runs.
+# Every target needs nothing but Python >= 3.11: it creates an environment and installs into it.
+# Another interpreter is `make test PYTHON=python3.12`.
+#
+#   demo        generate pages, train a tiny model on them, score it (about five minutes)
+#   test        the whole suite, on eight simulated CPU devices
+#   test-fast   the suite without the tests marked slow
+#   test-torch  exported checkpoints against transformers, in an environment of its own
+#   test-gpu    attention kernels on an NVIDIA GPU against the plain formula
+#   bench-gpu   measured speed of training and generation on an NVIDIA GPU
+#   lint        ruff: findings and format; `make format` fixes both
+#   check       lint, and types by pyright
+#   docs        the site, into site/; `make docs-serve` shows it while you write
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH_VENV ?= .venv-torch
 RUN    := $(VENV)/bin/python
-STAMP  := $(VENV)/.installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+# The environment is made anew for another version of Python. Inside it one stamp an extra says
+# what is installed, so that `make test` does not wait for the tools of `make docs`.
+BASE   := $(VENV)/.python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+HAS    := $(VENV)/.has
 
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test test-torch test-gpu install clean
+.PHONY: demo test test-fast test-torch test-gpu bench-gpu lint check format docs docs-serve \
+        install clean
 
-install: $(STAMP)
+install: $(HAS)-test
 
-$(STAMP): pyproject.toml
+$(BASE):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable '.[test,report]'
 	touch $@
 
-demo: $(STAMP)
+# .has-EXTRA, or several extras with + between them.
+$(HAS)-%: pyproject.toml $(BASE)
+	$(RUN) -m pip install --quiet --editable '.[$(subst +,$(comma),$*)]'
+	touch $@
+comma := ,
+.SECONDARY:
+
+demo: $(HAS)-report+tensorboard
 	$(RUN) -m internvlx_jax.demo
 
-test: $(STAMP)
+test: $(HAS)-test
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-fast: $(HAS)-test
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow"
 
 $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 	$(PYTHON) -m venv --clear $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install --quiet --editable . --requirement requirements-torch.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --editable '.[eval,tensorboard]' \
+	    --requirement requirements-torch.txt
 	touch $@
 
 test-torch: $(TORCH_VENV)/.installed
 	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py
 
-test-gpu: $(STAMP)
-	$(RUN) -m pip install --quiet --editable '.[cuda]'
+test-gpu: $(HAS)-test+cuda
 	$(RUN) benchmarks/attention.py --backend cudnn --check
 
+bench-gpu: $(HAS)-test+cuda
+	$(RUN) benchmarks/gpu.py
+
+lint: $(HAS)-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+check: lint
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(HAS)-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# The variable silences a banner about the future of MkDocs.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(HAS)-docs
+	$(RUN) -m mkdocs build --strict
+
+docs-serve: $(HAS)-docs
+	$(RUN) -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) runs
+	rm -rf $(VENV) $(TORCH_VENV) runs site

@@ -52,7 +52,7 @@ def main() -> int:
     options = dict(sampling=Sampling(), vocabulary=Vocabulary(stop_ids=(), pad_id=2, bos_id=1))
     begin = jax.jit(
         lambda model, inputs: start(
-            model, inputs, row_keys(0, [0]), 0, room=args.new_tokens, **options
+            model, inputs, row_keys(0, [0]), 0, max_new_tokens=args.new_tokens, **options
         )
     )
     go = jax.jit(lambda model, state: advance(model, state, args.new_tokens, 0, **options))

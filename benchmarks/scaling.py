@@ -1,10 +1,10 @@
-"""Compile the HD recipes for pods that are not there, and put the table into docs/scaling.md.
+"""Compiles configs/hd_finetune.py for pods that are not attached, for the table of docs/scaling.md.
 
     python benchmarks/scaling.py --write docs/scaling.md
 
-One row a model, LVTC preset and topology: its largest bucket, which has all tiles at full length. Needs the compiler of
-TPUs (pip install 'internvlx-jax[tpu]') and no TPU; JAX_OPTIMIZATION_LEVEL=O0 is several times faster and changes memory by
-about 1 %.
+Each row is a model, an LVTC preset and a topology, with the largest bucket: all tiles at full length.
+Needs the compiler for TPUs (pip install 'internvlx-jax[tpu]') but no TPU. JAX_OPTIMIZATION_LEVEL=O0
+compiles several times faster and changes memory by about 1 %.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ TILES = 7
 CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
 HEAD = (
-    "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | collectives GB | "
-    "compute ms | memory ms | network ms | roofline MFU | compile s |\n" + "|" + "---|" * 14
+    "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | "
+    "collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
+    + "|"
+    + "---|" * 14
 )
 
 
 def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[str, dict]:
-    name = f"internvlx_{model}_hd" + ("" if preset == "off" else f"_{preset}")
-    where, (report,), mesh = report_config(CONFIGS / f"{name}.py", settings, topology, [TILES])
+    name = f"hd_finetune.py:size={model},lvtc={preset}"
+    where, (report,), mesh = report_config(CONFIGS / name, settings, topology, [TILES])
     check_fits([report], where)
     received = sum(each["bytes"] for each in report.collectives.values())
     slots = f"{report.length}" + (f" ({report.short_length})" if report.short_length else "")

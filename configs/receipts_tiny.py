@@ -1,7 +1,9 @@
-"""Real receipts, the real InternLM2 vocabulary, RVTC with six tiles and a thumbnail: a small model from scratch.
+"""A small model from scratch on real receipts, with InternLM2's real vocabulary and RVTC.
 
-Shows the whole path on real input, on a CPU. The model is far too small and the data far too few to read receipts.
-`../shared/data` is third-party sample data beside the checkout. `python benchmarks/receipts.py` runs all of it.
+Shows the whole path on real input on a CPU: images are cut into up to six tiles and a thumbnail.
+The model is far too small, and the data far too few, to learn to read receipts. The sample data
+in `../shared/data` come from third parties and are expected beside the checkout.
+`python benchmarks/receipts.py` runs training, a stop, a resume and evaluation.
 """
 
 from internvlx_jax.core.data_config import DataConfig

@@ -1,4 +1,4 @@
-"""Runs `internvlx chat` under its earlier name."""
+"""Runs `internvlx chat` under its earlier name, `python -m internvlx_jax.chat`."""
 
 import sys
 

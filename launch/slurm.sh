@@ -9,7 +9,7 @@
 #SBATCH --requeue
 # One process a GPU. Coordinator and process numbers come from SLURM; the time limit sends SIGTERM 180 s before, the run
 # saves and ends with 75, and the job goes back into the queue.
-#   sbatch launch/slurm.sh --config configs/internvlx_2b_hd.py --set output_dir=/shared/runs/mine
+#   sbatch launch/slurm.sh --config configs/hd_finetune.py --set output_dir=/shared/runs/mine
 # DRY=1 bash launch/slurm.sh ... prints the command.
 set -uo pipefail
 command=(srun --kill-on-bad-exit=0 "${PYTHON:-python}" train.py "$@" --coordinator auto --timeout 600)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -168,3 +170,72 @@ def test_a_config_file_without_get_config_is_an_error(tmp_path):
     file.write_text("x = 1\n")
     with pytest.raises(ConfigError, match=r"empty.py: the file defines no get_config\(\)"):
         load_config_file(file)
+
+
+SIZES = """
+from typing import Literal
+
+def get_config(size: Literal["2b", "8b"] = "2b", lvtc="off", *, rate: float = 0.5, layers: tuple[int, ...] = ()):
+    return size, lvtc, rate, layers
+"""
+
+
+@pytest.fixture
+def sizes(tmp_path) -> Path:
+    file = tmp_path / "sizes.py"
+    file.write_text(SIZES)
+    return file
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("", ("2b", "off", 0.5, ())),
+        (":size=8b", ("8b", "off", 0.5, ())),
+        (":lvtc=paper,size=8b", ("8b", "paper", 0.5, ())),
+        (":rate=1,layers=[21,22],lvtc=3", ("2b", 3, 1.0, (21, 22))),
+        (":lvtc=gs://bucket/x.py:y", ("2b", "gs://bucket/x.py:y", 0.5, ())),
+    ],
+)
+def test_arguments_behind_the_file_reach_get_config(sizes, arguments, expected):
+    assert load_config_file(f"{sizes}{arguments}") == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("sise=8b", r"get_config\(size: .*'2b', lvtc='off', .*'sise'; did you mean size\?"),
+        ("qqq=1", r"has no parameter 'qqq'; known: size, lvtc, rate, layers$"),
+        ("size=7b", r"sizes.py: size: '7b' is not one of '2b', '8b'"),
+        ("rate=half", r"sizes.py: rate: expected float, got 'half'"),
+        ("size", r"expected name=value after the colon, got 'size'"),
+    ],
+)
+def test_a_wrong_argument_behind_the_file_names_what_get_config_takes(sizes, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config_file(f"{sizes}:{arguments}")
+
+
+def test_arguments_need_parameters_and_parameters_need_arguments(tmp_path):
+    file = tmp_path / "fixed.py"
+    file.write_text("def get_config():\n    return 1\n")
+    with pytest.raises(ConfigError, match=r"get_config\(\) has no parameter 'size'; known: none"):
+        load_config_file(f"{file}:size=8b")
+    file.write_text("def get_config(size):\n    return size\n")
+    with pytest.raises(ConfigError, match=r"missing a required argument: 'size'; add it"):
+        load_config_file(file)
+
+
+def test_a_config_file_loads_neither_jax_nor_the_evaluator():
+    code = """
+import sys
+from internvlx_jax.core.overrides import load_config_file
+for path in sys.argv[1:]:
+    load_config_file(path)
+rooms = sorted({".".join(m.split(".")[:2]) for m in sys.modules if m.startswith("internvlx_jax.")})
+assert rooms == ["internvlx_jax.core"], rooms
+for name in ("jax", "flax", "orbax", "pyarrow", "grain"):
+    assert name not in sys.modules, name
+"""
+    files = [str(file) for file in sorted(CONFIGS.glob("*.py"))]
+    subprocess.run([sys.executable, "-c", code, *files], check=True)

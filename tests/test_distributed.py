@@ -1,4 +1,4 @@
-"""Start on several hosts: who is missing is named by all who are there (spec: training.md 12)."""
+"""Start on several hosts: who is missing is named by all who are there (design: training.md 12)."""
 
 import argparse
 import json

@@ -1,6 +1,6 @@
-"""Compile a run for devices that need not be there, and say what each step takes (spec: training.md 5, 8; platform.md 2).
+"""Compile a run for devices that need not be there, and say what each step takes (design: training.md 5, 8; platform.md 2).
 
-    internvlx compile --config configs/internvlx_2b_hd.py --topology v5e:16x16 --out report.json
+    internvlx compile --config configs/hd_finetune.py --topology v5e:16x16 --out report.json
 
 Per bucket and device: memory against what the device has, analytic FLOPs by part, traffic of main memory and of the
 network as the compiled program has it, and the time that none of the three can go below.

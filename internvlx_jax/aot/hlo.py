@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its HLO text: collectives and traffic of main memory (spec: platform.md 2).
+"""What a compiled program moves, read from its HLO text: collectives and traffic of main memory (design: platform.md 2).
 
 `cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
 """

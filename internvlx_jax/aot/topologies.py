@@ -1,4 +1,4 @@
-"""Devices that are not attached, for compiling without hardware, and what the chips can do (spec: platform.md 2)."""
+"""Devices that are not attached, for compiling without hardware, and what the chips can do (design: platform.md 2)."""
 
 from __future__ import annotations
 

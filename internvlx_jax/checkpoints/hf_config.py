@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig (spec: checkpoints.md 5, 7, model.md 1, 9).
+"""config.json -> ModelConfig (design: checkpoints.md 5, 7, model.md 1, 9).
 
 There is one reader, for the `internvl_chat` fields; `chat_fields` brings the hf layout into that form first.
 """

@@ -1,4 +1,4 @@
-"""ModelConfig -> config.json, in the internvl_chat and the hf form (spec: checkpoints.md 5, 7)."""
+"""ModelConfig -> config.json, in the internvl_chat and the hf form (design: checkpoints.md 5, 7)."""
 
 from __future__ import annotations
 

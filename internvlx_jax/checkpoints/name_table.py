@@ -12,6 +12,7 @@ import re
 from internvlx_jax.checkpoints.name_entries import Entry, Part, Table
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.projector_sites import RELEASED, projector_sites, released_site
 from internvlx_jax.models.projectors import NUM_HEADS
 
 # Rotary tables of old files: they follow from the config and are never needed.
@@ -45,7 +46,7 @@ def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
     else:
         projector = (
             []
-            if config.released_role is None
+            if released_site(config) is None
             else _pvtc(config, "projector.", "projector.", config.token_grid)
         )
     decoder = {"internlm2": _internlm2, "llama": _llama, "qwen2": _llama, "phi3": _phi3}[
@@ -192,27 +193,18 @@ def _lvtc(config: ModelConfig) -> list[Entry]:
     if lvtc is None:
         return entries
 
-    def projector(kind: str, grid: int, path: str, target: str) -> None:
-        if kind == "pvtc":
-            entries.extend(_pvtc(config, path, target, grid))
-            return
-        table = Table(path, target, None)
+    for site in projector_sites(config):
+        if site.path == RELEASED:  # it is among the public names already
+            continue
+        prefix, target = f"lvtc.{site.name}.", f"{site.path}."
+        if site.kind == "pvtc":
+            entries.extend(_pvtc(config, prefix, target, site.grid))
+            continue
+        table = Table(prefix, target, None)
         table.norm("norm", "norm")
         table.linear("fc1", "fc1")
         table.linear("fc2", "fc2")
         entries.extend(table.entries)
-
-    if config.released_role != "low":
-        projector(lvtc.low_projector, lvtc.low_grid, "lvtc.low.", "lvtc.low.")
-    if config.released_role != "high":
-        projector(lvtc.high_projector, lvtc.high_grid, "lvtc.high.", "lvtc.high.projector.")
-    for layer in lvtc.inject_layers:
-        projector(
-            lvtc.inject_projector,
-            lvtc.high_grid,
-            f"lvtc.inject_{layer}.",
-            f"lvtc.inject_{layer}.projector.",
-        )
     if lvtc.gate is not None:
         gates = Table("lvtc.", "lvtc.", None)
         for name in ("high", *(f"inject_{layer}" for layer in lvtc.inject_layers)):

@@ -1,4 +1,4 @@
-"""Reading a folder of safetensors files, one tensor at a time and memory-mapped (spec: checkpoints.md 6)."""
+"""Reading a folder of safetensors files, one tensor at a time and memory-mapped (design: checkpoints.md 6)."""
 
 from __future__ import annotations
 

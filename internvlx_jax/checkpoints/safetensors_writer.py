@@ -1,4 +1,4 @@
-"""Writing safetensors shards tensor by tensor, in any order (spec: checkpoints.md 6).
+"""Writing safetensors shards tensor by tensor, in any order (design: checkpoints.md 6).
 
 The library's own writer wants all tensors of a file in memory. A header with names, types and offsets is all there is
 to the format, so the shapes fix the files, and tensors (or rows of them) are put in their places as they come.

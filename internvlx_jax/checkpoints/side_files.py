@@ -1,4 +1,4 @@
-"""The small files around the weights of a PyTorch checkpoint (spec: checkpoints.md 6)."""
+"""The small files around the weights of a PyTorch checkpoint (design: checkpoints.md 6)."""
 
 from __future__ import annotations
 

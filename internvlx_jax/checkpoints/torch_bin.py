@@ -1,4 +1,4 @@
-"""Reading `pytorch_model.bin` files: pickles, so only with torch, and only as weights (spec: checkpoints.md 6).
+"""Reading `pytorch_model.bin` files: pickles, so only with torch, and only as weights (design: checkpoints.md 6).
 
 The one module that imports torch, and only when such a file has to be read.
 """

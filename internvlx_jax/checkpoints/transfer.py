@@ -1,5 +1,5 @@
 """A checkpoint's parameters in a model that differs from it in LVTC: other presets, layers or grids, or none before
-(spec: lvtc.md 2, checkpoints.md 8).
+(design: lvtc.md 2, checkpoints.md 8).
 
 A projector is taken over whole or not at all. What the checkpoint lacks is initialised; nothing of this is silent.
 """
@@ -22,6 +22,7 @@ from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.models.params import AbstractModel, abstract_model, init_params
 from internvlx_jax.models.sharding import param_shardings
 
@@ -95,16 +96,16 @@ def _report(
     left: Iterable[str],
     seed: int,
 ) -> Iterable[str]:
-    role, lvtc = config.released_role, config.lvtc
+    site, lvtc = released_site(config), config.lvtc
     if lvtc is None:
         yield f"LVTC is off: projector.* of {source.path} makes the {config.tokens_per_tile} tokens of a tile"
-    elif role is not None:
-        grid, where = (
-            (lvtc.low_grid, "decoder layer 0")
-            if role == "low"
-            else (lvtc.high_grid, f"the residual before decoder layer {lvtc.expand_layer}")
+    elif site is not None:
+        where = (
+            "decoder layer 0"
+            if site.name == "low"
+            else f"the residual before decoder layer {lvtc.expand_layer}"
         )
-        yield f"projector.* of {source.path} is the {role} projector: {grid**2} tokens a tile for {where}"
+        yield f"projector.* of {source.path} is the {site.name} projector: {site.grid**2} tokens a tile for {where}"
     else:
         yield f"projector.* has no role: no LVTC projector is a pvtc of {config.token_grid**2} tokens a tile"
     for path in new:

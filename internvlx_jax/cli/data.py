@@ -133,14 +133,6 @@ def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:
         model, tokenizer = model or checkpoint.config, tokenizer or checkpoint.tokenizer()
     if tokenizer is None:
         raise ConfigError(f"{args.config} names no tokenizer; give --tokenizer")
-    prompt = model.prompt
-    return config, Processor(
-        tokenizer,
-        get_template(prompt.template),
-        prompt.system_message,
-        prompt.tiles,
-        model.tokens_per_tile,
-        config.special_text,
-        model.lvtc,
-        config.images,
+    return config, Processor.for_model(
+        model, tokenizer, special_text=config.special_text, images=config.images
     )

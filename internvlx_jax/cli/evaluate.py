@@ -1,4 +1,4 @@
-"""The command line of eval.py (spec: evaluation.md 2).
+"""The command line of eval.py (design: evaluation.md 2).
 
 DIR is a Hugging Face folder or a run folder of train.py. Exit status: 0 done, 1 wrong input, 2 wrong flags, 3 some
 questions failed (they count as wrong, and predictions.jsonl says why).
@@ -201,7 +201,7 @@ def list_tasks(data_root: Path, tsv_root: str | None) -> str:
     roots = Roots(data_root, Path(tsv_root) if tsv_root else data_root / "tsv")
     rows = [("task", "protocol", "questions", "data", "title")]
     for task in TASKS.values():
-        for protocol, view in task.views.items():
+        for protocol, view in task.protocols.items():
             missing = view.source.missing(roots)
             there = f"{len(missing)} missing, e.g. {missing[0]}" if missing else "there"
             rows.append((task.name, protocol, str(task.samples or "-"), there, task.title))

@@ -1,1 +1,1 @@
-"""PyTorch checkpoints in and out of JAX, and the proof that they agree (spec: checkpoints.md)."""
+"""PyTorch checkpoints in and out of JAX, and the proof that they agree (design: checkpoints.md)."""

@@ -31,6 +31,7 @@ from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.models.params import abstract_model
 
 ExportLayout = Literal["internvl-x", "internvl", "hf", "vit", "projector", "peft"]
@@ -66,7 +67,7 @@ def export_checkpoint(
         CheckpointError: the source does not fit its config, or holds values that are not finite.
     """
     config = dataclasses.replace(source.config, lvtc=None) if drop_lvtc else source.config
-    if drop_lvtc and (source.config.lvtc is None or source.config.released_role is None):
+    if drop_lvtc and (source.config.lvtc is None or released_site(source.config) is None):
         raise ConfigError("--drop_lvtc: the model has no LVTC, or no projector without it")
     source.check(abstract_model(source.config, dtype="float32"))
     report = Report("export", config, layout)

@@ -1,4 +1,4 @@
-"""What accelerators can do, by the figures of their vendors (spec: platform.md 2)."""
+"""What accelerators can do, by the figures of their vendors (design: platform.md 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the input pipeline (spec: data.md 3, 7, 10 to 15)."""
+"""Settings of the input pipeline (design: data.md 3, 7, 10 to 15)."""
 
 from __future__ import annotations
 

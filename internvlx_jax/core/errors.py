@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the hint that misspelt names share (spec: data.md 15)."""
+"""Errors that a user can act on, and the hint that misspelt names share (design: data.md 15)."""
 
 from __future__ import annotations
 

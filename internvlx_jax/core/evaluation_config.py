@@ -1,4 +1,4 @@
-"""What is evaluated (spec: evaluation.md 1)."""
+"""What is evaluated (design: evaluation.md 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tokens are chosen (spec: evaluation.md 3)."""
+"""How tokens are chosen (design: evaluation.md 3)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ IGNORED = -100  # label of a token that the model does not learn to write
 
 
 class ShortLayout(NamedTuple):
-    """The sequence of the shallow layers under LVTC: text slots as they are, few slots a tile (spec: lvtc.md 3).
+    """The sequence of the shallow layers under LVTC: text slots as they are, few slots a tile (design: lvtc.md 3).
 
     Attributes:
         short_to_long: int32[B, R], the long slot that a short slot represents, or S (out of range) on padding.
@@ -26,7 +26,7 @@ class ShortLayout(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Static-shape model inputs (spec: data.md 13).
+    """Static-shape model inputs (design: data.md 13).
 
     Attributes:
         tokens: int32[B, S], padded with the pad id.

@@ -1,4 +1,4 @@
-"""What a model is: sizes and variants, as frozen dataclasses (spec: model.md 1, checkpoints.md 7)."""
+"""What a model is: sizes and variants, as frozen dataclasses (design: model.md 1, checkpoints.md 7)."""
 
 from __future__ import annotations
 
@@ -277,17 +277,6 @@ class ModelConfig:
     def token_grid(self) -> int:
         """Tokens that `projector` makes along one side of a tile."""
         return self.vision.grid // self.projector.region_side
-
-    @property
-    def released_role(self) -> Literal["low", "high"] | None:
-        """What `projector`, the one that released checkpoints hold, makes: the tokens of layer 0 (so without LVTC), or
-        those that join at `expand_layer`. None: both LVTC projectors are new, and `projector` is not there."""
-        lvtc = self.lvtc
-        if lvtc is None or (lvtc.low_projector, lvtc.low_grid) == ("pvtc", self.token_grid):
-            return "low"
-        return (
-            "high" if (lvtc.high_projector, lvtc.high_grid) == ("pvtc", self.token_grid) else None
-        )
 
     @property
     def tokens_per_tile(self) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
+import re
 import runpy
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +19,52 @@ from internvlx_jax.core.errors import ConfigError
 T = TypeVar("T")
 
 
-def load_config_file(path: str | Path) -> Any:
-    """The config that a file's `get_config()` returns. Raises ConfigError when there is no such file or function."""
-    path = Path(path)
+def load_config_file(source: str | Path) -> Any:
+    """Returns the config that a file's `get_config` function makes.
+
+    Args:
+        source: Path of a Python file. Text after `.py:` passes keyword arguments, so that one
+            file serves several models: `configs/hd_finetune.py:size=8b,lvtc=paper` calls
+            `get_config(size="8b", lvtc="paper")`. Values are written as after `--set` and are
+            checked against the annotations of the parameters.
+
+    Raises:
+        ConfigError: The file or the function is missing, or an argument does not fit.
+    """
+    stem, colon, arguments = str(source).partition(".py:")
+    path = Path(stem + ".py") if colon else Path(source)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")])
         raise ConfigError(f"--config {path}: no such file{_did_you_mean(near)}")
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
         raise ConfigError(f"--config {path}: the file defines no get_config()")
-    return module["get_config"]()
+    return get_config(**_arguments(get_config, arguments, f"--config {path}"))
+
+
+def _arguments(function: Callable, text: str, full: str) -> dict[str, Any]:
+    """Returns the keyword arguments that `name=value,...` spells out for `function`."""
+    signature = inspect.signature(function).replace(return_annotation=inspect.Signature.empty)
+    hints = typing.get_type_hints(function)
+    shown = f"{function.__name__}{signature}"
+    values = {}
+    # A comma separates arguments only in front of the next name, so that lists can be values.
+    for argument in re.split(r",(?=\w+=)", text) if text else ():
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{full}: expected name=value after the colon, got {argument!r}")
+        if name not in signature.parameters:
+            raise ConfigError(
+                f"{full}: {shown} has no parameter {name!r}{_nearest(name, signature.parameters)}"
+            )
+        hint = hints.get(name, Any)
+        parsed = _parse(value, hint)
+        values[name] = parsed if hint is Any else _coerce(parsed, hint, f"{full}: {name}")
+    try:
+        signature.bind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{full}: {shown}: {error}; add it after the colon") from error
+    return values
 
 
 def override(config: T, settings: Iterable[str]) -> T:
@@ -150,7 +188,7 @@ def _join(path: str, name: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return _did_you_mean(near) if near else f"; known: {', '.join(known)}"
+    return _did_you_mean(near) if near else f"; known: {', '.join(known) or 'none'}"
 
 
 def _did_you_mean(near: list[str]) -> str:

@@ -1,7 +1,8 @@
-"""The models of the paper, with LVTC by name (spec: model.md 1, lvtc.md 2)."""
+"""The models of the paper, with LVTC by name (design: model.md 1, lvtc.md 2)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, get_args
 
 from internvlx_jax.core.errors import ConfigError
@@ -13,7 +14,9 @@ from internvlx_jax.core.model_config import (
     RopeConfig,
     VisionConfig,
 )
+from internvlx_jax.core.tile_config import TileConfig
 
+Size = Literal["2b", "8b"]
 LvtcPreset = Literal["off", "paper", "paper_inject", "fast", "fast_inject"]
 
 
@@ -97,3 +100,22 @@ def internvlx_8b(lvtc: LvtcPreset = "off") -> ModelConfig:
 _VISION = VisionConfig(width=1024, layers=24, heads=16, mlp_width=4096, drop_path=0.1)
 _ROPE = RopeConfig(theta=1e6, max_positions=32768, scaling="dynamic", factor=2.0)
 _PROMPT = PromptConfig(template="internlm2-chat")
+
+
+def internvlx(
+    size: Size, lvtc: LvtcPreset = "off", *, drop_path: float, tiles: TileConfig
+) -> ModelConfig:
+    """Returns a model of the paper as a run trains it.
+
+    Args:
+        size: Which of the two released models, `2b` or `8b`.
+        lvtc: Name of an LVTC preset.
+        drop_path: Largest rate of stochastic depth in the vision tower; its last layer has it.
+        tiles: How images are cut.
+    """
+    model = {"2b": internvlx_2b, "8b": internvlx_8b}[size](lvtc)
+    return dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, drop_path=drop_path),
+        prompt=dataclasses.replace(model.prompt, tiles=tiles),
+    )

@@ -1,4 +1,4 @@
-"""What a training run is (spec: training.md)."""
+"""What a training run is (design: training.md)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class StabilityConfig:
     """Bad steps: when a run stops, and what is reported.
 
     max_consecutive_nonfinite, max_total_nonfinite: steps whose loss or gradient norm is not finite. spike_factor: a loss
-    over so many times the running median is reported.
+    over so many times the running median is reported, unless the latest losses scatter that far.
     """
 
     max_consecutive_nonfinite: int = 5

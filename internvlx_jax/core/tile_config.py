@@ -1,4 +1,4 @@
-"""How images become tiles: the settings (spec: data.md 8)."""
+"""How images become tiles: the settings (design: data.md 8)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from internvlx_jax.core.errors import did_you_mean
 
 TILE_RULES = ("edge", "area", "off")
 
-# kind -> (mean, std) of the RGB channels on the scale 0..1 (spec: data.md 8.4)
+# kind -> (mean, std) of the RGB channels on the scale 0..1 (design: data.md 8.4)
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),

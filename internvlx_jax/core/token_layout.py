@@ -1,4 +1,4 @@
-"""Host-side index plans: which visual token stands in which slot (spec: model.md 7, lvtc.md 3). NumPy only."""
+"""Host-side index plans: which visual token stands in which slot (design: model.md 7, lvtc.md 3). NumPy only."""
 
 from __future__ import annotations
 

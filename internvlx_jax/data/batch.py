@@ -1,4 +1,4 @@
-"""Encoded samples -> one static-shape batch (spec: data.md 12, 13). NumPy only."""
+"""Encoded samples -> one static-shape batch (design: data.md 12, 13). NumPy only."""
 
 from __future__ import annotations
 

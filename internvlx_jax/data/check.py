@@ -1,4 +1,4 @@
-"""What a meta file holds, without a model: a table, histograms, and one sample to look at (spec: data.md 18)."""
+"""What a meta file holds, without a model: a table, histograms, and one sample to look at (design: data.md 18)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample records -> samples with checked roles and placeholders (spec: data.md 2 and 3)."""
+"""Sample records -> samples with checked roles and placeholders (design: data.md 2 and 3)."""
 
 import dataclasses
 import json

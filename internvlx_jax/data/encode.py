@@ -1,4 +1,4 @@
-"""Conversation -> token ids, labels and the slots of the image tokens (spec: data.md 3 and 6).
+"""Conversation -> token ids, labels and the slots of the image tokens (design: data.md 3 and 6).
 
 Only tile counts are needed, no pixels, so exact lengths are known before any image is decoded.
 Dims: S tokens, T tiles of all images together, N image tokens a tile.
@@ -68,7 +68,7 @@ def encode_prompt(
 ) -> Encoded:
     """A generation prompt: the (question, answer) pairs of history, the question, the header of the answer.
 
-    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is stripped (spec:
+    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is stripped (design:
     data.md 4). Placeholders and errors as in encode_sample; no label is set.
     """
     history = list(history)
@@ -109,7 +109,7 @@ def _encode(
 
 
 class _Writer:
-    """Collects ids and labels; neighbouring plain texts become one SentencePiece call (spec: data.md 6)."""
+    """Collects ids and labels; neighbouring plain texts become one SentencePiece call (design: data.md 6)."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Bad samples: what takes their place, how many there are, when a run stops (spec: data.md 15)."""
+"""Bad samples: what takes their place, how many there are, when a run stops (design: data.md 15)."""
 
 from __future__ import annotations
 

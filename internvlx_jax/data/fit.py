@@ -1,4 +1,4 @@
-"""Samples that are too long for the largest bucket or row: what gives way, in which order (spec: data.md 10)."""
+"""Samples that are too long for the largest bucket or row: what gives way, in which order (design: data.md 10)."""
 
 from __future__ import annotations
 

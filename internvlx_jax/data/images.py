@@ -1,4 +1,4 @@
-"""Image file -> RGB image (spec: data.md 7).
+"""Image file -> RGB image (design: data.md 7).
 
 Pillow keeps two settings in module globals: the pixel limit, and whether damaged files are decoded. Loader
 threads share them, so they are changed under a lock, only while a header is parsed and for the second

@@ -1,4 +1,4 @@
-"""Size index: shape of every sample of a dataset, known without decoding a pixel (spec: data.md 10).
+"""Size index: shape of every sample of a dataset, known without decoding a pixel (design: data.md 10).
 
 The index of a source lies beside it (or in `data.index_dir`) and is named by the hash of all that decides it: the records,
 the tokenizer, the template, the tiling, the room. What is slow, reading image headers, is kept apart by chunks of

@@ -1,4 +1,4 @@
-"""Meta files: which chat files make up the training data (spec: data.md 1 and 16)."""
+"""Meta files: which chat files make up the training data (design: data.md 1 and 16)."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Best fit of samples into rows of fixed budgets (spec: data.md 12). NumPy and plain Python."""
+"""Best fit of samples into rows of fixed budgets (design: data.md 12). NumPy and plain Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meta file -> batches in a seeded, resumable order (spec: data.md 11 to 17).
+"""Meta file -> batches in a seeded, resumable order (design: data.md 11 to 17).
 
 The order is a plan over global steps, so the position in the data is the step number: a restart asks for the steps
 from there on. Every process computes the same plan and decodes only its own rows.

@@ -1,4 +1,4 @@
-"""Which samples form which global step (spec: data.md 11, 12, 14). A pure function of its arguments, NumPy only.
+"""Which samples form which global step (design: data.md 11, 12, 14). A pure function of its arguments, NumPy only.
 
 Every global step has exactly one bucket, so all hosts run the same executable; the number of hosts does not enter.
 

@@ -1,4 +1,4 @@
-"""One chat sample -> tokens, labels and tiles, for one model (spec: data.md 3 to 8, 10)."""
+"""One chat sample -> tokens, labels and tiles, for one model (design: data.md 3 to 8, 10)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import PIL.Image
 
 from internvlx_jax.core.data_config import ImageConfig
 from internvlx_jax.core.errors import SampleError
-from internvlx_jax.core.model_config import LvtcConfig
+from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.conversations import ChatSample, Image, Size
 from internvlx_jax.data.encode import Encoded, encode_sample
@@ -49,6 +49,29 @@ class Processor:
     special_text: SpecialText = "reject"
     lvtc: LvtcConfig | None = None
     images: ImageConfig = ImageConfig()
+
+    @classmethod
+    def for_model(
+        cls,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        special_text: SpecialText = "reject",
+        tiles: TileConfig | None = None,
+        images: ImageConfig = ImageConfig(),
+    ) -> Processor:
+        """Returns the processor of a model; `tiles` replaces how the model's own prompt cuts images."""
+        prompt = config.prompt
+        return cls(
+            tokenizer,
+            get_template(prompt.template),
+            prompt.system_message,
+            prompt.tiles if tiles is None else tiles,
+            config.tokens_per_tile,
+            special_text=special_text,
+            lvtc=config.lvtc,
+            images=images,
+        )
 
     @property
     def saved_per_tile(self) -> int:

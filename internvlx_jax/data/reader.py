@@ -1,4 +1,4 @@
-"""One sample of the plan -> tokens, labels, tiles (spec: data.md 3, 7, 8.5, 10, 12, 14). What loader workers hold."""
+"""One sample of the plan -> tokens, labels, tiles (design: data.md 3, 7, 8.5, 10, 12, 14). What loader workers hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where sample records come from: JSONL files, ArrayRecord files, prepared TFDS datasets (spec: data.md 2 and 16).
+"""Where sample records come from: JSONL files, ArrayRecord files, prepared TFDS datasets (design: data.md 2 and 16).
 
 Every source has random access by position, so that a plan can be read in any order. A source is picklable: a copy in a
 worker opens its files on first use.
@@ -139,7 +139,7 @@ class ArrayRecords:
 
 
 def write_array_record(path: str | os.PathLike, samples: Iterable[Mapping[str, Any]]) -> int:
-    """Samples (spec: data.md 2) whose images are paths or encoded files, to an ArrayRecord file -> their number."""
+    """Samples (design: data.md 2) whose images are paths or encoded files, to an ArrayRecord file -> their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one record: samples are read one by one, in any order.

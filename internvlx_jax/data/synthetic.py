@@ -1,4 +1,4 @@
-"""Generated dataset on which a tiny model learns to read pages from scratch (spec: data.md 1, 2).
+"""Generated dataset on which a tiny model learns to read pages from scratch (design: data.md 1, 2).
 
     python -m internvlx_jax.data.synthetic --out runs/synthetic
 
@@ -43,7 +43,7 @@ TOKENIZER_FOLDER = (
     Path(__file__).parent / "assets" / "synthetic_tokenizer"
 )  # made by synthetic_tokenizer.py
 
-VERSION = 3  # raise it with every change that alters a page or a sample, so that old folders are not reused
+VERSION = 4  # raise it with every change that alters a page or a sample, so that old folders are not reused
 PAGES = "synthetic_pages"
 FILES = {
     "meta_train": "meta_train.json",

@@ -1,4 +1,4 @@
-"""Trains the small SentencePiece tokenizer that ships with the generated dataset (spec: data.md 5).
+"""Trains the small SentencePiece tokenizer that ships with the generated dataset (design: data.md 5).
 
     python -m internvlx_jax.data.synthetic_tokenizer --out DIR
 

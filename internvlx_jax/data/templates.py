@@ -1,4 +1,4 @@
-"""Chat templates and the one rendering that prompts and labels share (spec: data.md 4)."""
+"""Chat templates and the one rendering that prompts and labels share (design: data.md 4)."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator

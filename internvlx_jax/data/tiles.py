@@ -1,4 +1,4 @@
-"""Image -> tiles: how many, on which grid, and their pixels (spec: data.md 8).
+"""Image -> tiles: how many, on which grid, and their pixels (design: data.md 8).
 
 Dims: n tiles of s x s pixels, the thumbnail (if any) last. A grid is (columns, rows).
 """
@@ -14,12 +14,12 @@ from internvlx_jax.core.tile_config import NORMALIZATIONS, TileConfig
 
 
 def per_image_limit(max_num: int, n_images: int) -> int:
-    """Tile maximum for each of the n_images of a sample (spec: data.md 8.6)."""
+    """Tile maximum for each of the n_images of a sample (design: data.md 8.6)."""
     return max(1, max_num // n_images)
 
 
 def tile_limit(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
-    """Largest number of grid cells for an image of width x height pixels (spec: data.md 8.1).
+    """Largest number of grid cells for an image of width x height pixels (design: data.md 8.1).
 
     `max_num` replaces the maximum of the config (per-dataset or per-image limits).
     """
@@ -43,7 +43,7 @@ def _candidates(min_num: int, limit: int) -> list[tuple[int, int]]:
 def choose_grid(
     config: TileConfig, width: int, height: int, max_num: int | None = None
 ) -> tuple[int, int]:
-    """(columns, rows) whose aspect ratio is nearest to that of the image (spec: data.md 8.2).
+    """(columns, rows) whose aspect ratio is nearest to that of the image (design: data.md 8.2).
 
     Ties go to the larger grid if the image has more than half of its pixels. (1, 1) without candidates.
     """
@@ -68,7 +68,7 @@ def tile_count(config: TileConfig, width: int, height: int, max_num: int | None 
 
 
 def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None) -> np.ndarray:
-    """RGB image -> uint8[n, s, s, 3], row by row, thumbnail last (spec: data.md 8.3).
+    """RGB image -> uint8[n, s, s, 3], row by row, thumbnail last (design: data.md 8.3).
 
     Pillow 13's antialiased BICUBIC on uint8 defines the pixels. Raises ValueError on another mode than RGB.
     """
@@ -101,7 +101,7 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """RGB image centred on a square of its longer side, filled with the ImageNet mean (spec: data.md 8.4)."""
+    """RGB image centred on a square of its longer side, filled with the ImageNet mean (design: data.md 8.4)."""
     width, height = image.size
     side = max(width, height)
     mean, _ = NORMALIZATIONS["imagenet"]
@@ -111,7 +111,7 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 
 
 def normalize(tiles: np.ndarray, kind: str = "imagenet") -> np.ndarray:
-    """uint8[..., 3] -> float32[..., 3], bit-equal to the release (spec: data.md 8.4).
+    """uint8[..., 3] -> float32[..., 3], bit-equal to the release (design: data.md 8.4).
 
     (tiles / 255 - mean) / std with the constants of `kind`. Raises ValueError on an unknown kind.
     """

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers plus added tokens: InternLM2, Llama, Phi-3 (spec: data.md 5)."""
+"""SentencePiece tokenizers plus added tokens: InternLM2, Llama, Phi-3 (design: data.md 5)."""
 
 import functools
 import hashlib

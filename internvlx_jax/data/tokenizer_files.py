@@ -1,4 +1,4 @@
-"""Reading and writing the files of a tokenizer folder (spec: data.md 5, checkpoints.md 7)."""
+"""Reading and writing the files of a tokenizer folder (design: data.md 5, checkpoints.md 7)."""
 
 import json
 import os

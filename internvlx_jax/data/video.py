@@ -1,4 +1,4 @@
-"""Videos as frames: which frames are taken and how the prompt announces them (spec: data.md 3)."""
+"""Videos as frames: which frames are taken and how the prompt announces them (design: data.md 3)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a checkpoint and a question file to scores (spec: evaluation.md)."""
+"""From a checkpoint and a question file to scores (design: evaluation.md)."""

@@ -1,4 +1,4 @@
-"""A picture of a few answered questions, from predictions.jsonl (spec: evaluation.md 8). No import of jax."""
+"""A picture of a few answered questions, from predictions.jsonl (design: evaluation.md 8). No import of jax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result was computed from: hashes of checkpoints, data files and settings (spec: evaluation.md 8, 9)."""
+"""What a result was computed from: hashes of checkpoints, data files and settings (design: evaluation.md 8, 9)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,25 @@ WHOLE = 1 << 20  # bytes of a checkpoint file up to which all of it is read
 
 # First digits of the md5 of the published TSV files.
 TSV_MD5 = {
-    "MMBench_DEV_EN": "b6caf113", "SEEDBench_IMG": "68017231", "ScienceQA_TEST": "e42e9e00", "AI2D_TEST": "0f593e0d",
-    "RealWorldQA": "4de008f5", "MMMU_DEV_VAL": "585e8ad7", "TextVQA_VAL": "b233b31f", "DocVQA_VAL": "d5ee77e1",
-    "InfoVQA_VAL": "2342e9c2", "ChartQA_TEST": "c902e0aa", "GQA_TestDev_Balanced": "99b62f22", "VizWiz": "fa4ac416",
-    "MathVista_MINI": "f199b98e", "LLaVABench": "d382a093", "MMVet": "748aa6d4", "MME": "b36b43c3",
-    "HallusionBench": "0c23ac0d", "POPE": "c12f5acb",
-}  # fmt: skip
+    "MMBench_DEV_EN": "b6caf113",
+    "SEEDBench_IMG": "68017231",
+    "ScienceQA_TEST": "e42e9e00",
+    "AI2D_TEST": "0f593e0d",
+    "RealWorldQA": "4de008f5",
+    "MMMU_DEV_VAL": "585e8ad7",
+    "TextVQA_VAL": "b233b31f",
+    "DocVQA_VAL": "d5ee77e1",
+    "InfoVQA_VAL": "2342e9c2",
+    "ChartQA_TEST": "c902e0aa",
+    "GQA_TestDev_Balanced": "99b62f22",
+    "VizWiz": "fa4ac416",
+    "MathVista_MINI": "f199b98e",
+    "LLaVABench": "d382a093",
+    "MMVet": "748aa6d4",
+    "MME": "b36b43c3",
+    "HallusionBench": "0c23ac0d",
+    "POPE": "c12f5acb",
+}
 
 
 def file_hashes(paths: Iterable[Path]) -> tuple[dict[str, str], list[str]]:

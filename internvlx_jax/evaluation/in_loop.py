@@ -1,4 +1,7 @@
-"""Benchmarks while a model trains, on its parameters in memory (spec: training.md 9)."""
+"""Scores a model on benchmarks while it trains, from its parameters in memory.
+
+(design: training.md 9)
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from jax.sharding import Mesh
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation.job import TaskRun
 from internvlx_jax.evaluation.selection import Decoding, generation_spec, select
@@ -22,9 +24,10 @@ ROWS = 16
 
 
 class InLoop:
-    """The tasks of a selection, asked again and again; questions are read and executables compiled once.
+    """The tasks of a selection, scored at several steps of a run.
 
-    Files of step n lie in FOLDER/step-n/TASK, as eval.py writes them.
+    Questions are read once and executables are compiled once. The files of step n lie in
+    FOLDER/step-n/TASK, in the format of eval.py.
     """
 
     def __init__(
@@ -38,37 +41,36 @@ class InLoop:
         mesh: Mesh,
     ):
         self.folder, self.abstract, self.mesh = folder, abstract, mesh
-        prompt = model.prompt
-        self.processor = Processor(
-            tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            prompt.tiles,
-            model.tokens_per_tile,
-            special_text="escape",
-            lvtc=model.lvtc,
-        )
-        self.units = [
-            (unit, *generation_spec(unit, selection, model, prompt.tiles, None, Decoding()))
-            for unit in select(selection)
+        self.processor = Processor.for_model(model, tokenizer, special_text="escape")
+        self.tasks = [
+            (task, *generation_spec(task, selection, model, model.prompt.tiles, None, Decoding()))
+            for task in select(selection)
         ]
-        self.answerer: BatchGenerator | None = None
+        self.generator: BatchGenerator | None = None
 
     def __call__(self, step: int, params: dict[str, jax.Array]) -> dict[str, float]:
-        """{"eval/TASK": score} after `step` updates, without tasks that wait for a judge; empty on other processes than
-        the first."""
+        """Scores the parameters after `step` updates.
+
+        Args:
+            step: number of updates so far.
+            params: parameters by path.
+
+        Returns:
+            {"eval/TASK": score}, without tasks that wait for a judge. It is empty on all processes
+            but the first.
+        """
         model = nnx.merge(self.abstract.graphdef, unflatten(params))
-        if self.answerer is None:
-            self.answerer = BatchGenerator(model, self.processor, self.mesh, batch_size=ROWS)
+        if self.generator is None:
+            self.generator = BatchGenerator(model, self.processor, self.mesh, batch_size=ROWS)
         else:
-            self.answerer.use(model)
+            self.generator.use(model)
         scores = {}
-        for unit, asking, settings in self.units:
-            folder = self.folder / f"step-{step}" / unit.task.name
-            desk = TaskRun(unit, folder, f"step-{step}", settings | {"step": step}, asking)
-            desk.answer(self.answerer)
+        for task, spec, settings in self.tasks:
+            folder = self.folder / f"step-{step}" / task.task.name
+            run = TaskRun(task, folder, f"step-{step}", settings | {"step": step}, spec)
+            run.answer(self.generator)
             if jax.process_index() == 0:
-                score = desk.finish()["score"]
+                score = run.finish()["score"]
                 if score is not None:
-                    scores[f"eval/{unit.task.name}"] = score
+                    scores[f"eval/{task.task.name}"] = score
         return scores

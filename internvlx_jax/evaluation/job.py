@@ -1,4 +1,4 @@
-"""An evaluation job: a checkpoint and tasks -> predictions, scores and a report (spec: evaluation.md 2, 8, 9).
+"""An evaluation job: a checkpoint and tasks -> predictions, scores and a report (design: evaluation.md 2, 8, 9).
 
 The files of a task lie in OUT_DIR/MODEL/TASK, those of a question file (--data) in OUT_DIR itself:
 
@@ -32,7 +32,6 @@ from internvlx_jax.core.files import write_json
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
 from internvlx_jax.evaluation.identity import checkpoint_hash, settings_hash
 from internvlx_jax.evaluation.judge import EndpointJudge, Judge, JudgeError, NoJudge
 from internvlx_jax.evaluation.prediction_shards import Parts, Row, read_rows, write_rows
@@ -42,8 +41,9 @@ from internvlx_jax.evaluation.scoring import Answered, Context, Result
 from internvlx_jax.evaluation.selection import GENERIC, Decoding, TaskSpec, generation_spec, select
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tables import write_table
-from internvlx_jax.inference.batch_generator import Answer, BatchGenerator, GenerationSpec
+from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.loading import load_pretrained
+from internvlx_jax.inference.requests import Answer, GenerationSpec
 from internvlx_jax.models.sharding import make_mesh
 
 LIBRARIES = ("internvlx-jax", "jax", "flax", "numpy", "pillow", "sentencepiece")
@@ -131,10 +131,9 @@ def run(config: EvalConfig) -> list[Summary]:
     """Answer and score; returns the summaries written, which with `shard` and on other processes than the first are
     none. Raises ConfigError, FileNotFoundError, CheckpointError or JudgeError."""
     source = open_checkpoint(config.checkpoint, ema=config.ema)
-    prompt = source.config.prompt
     overrides = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
     tiles = dataclasses.replace(
-        prompt.tiles, **{k: v for k, v in overrides.items() if v is not None}
+        source.config.prompt.tiles, **{k: v for k, v in overrides.items() if v is not None}
     )
     units = select(config.selection)
     stored = (
@@ -170,14 +169,8 @@ def run(config: EvalConfig) -> list[Summary]:
             raise ConfigError(
                 f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
             )
-        processor = Processor(
-            pretrained.tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            tiles,
-            pretrained.config.tokens_per_tile,
-            special_text="escape",
-            lvtc=pretrained.config.lvtc,
+        processor = Processor.for_model(
+            pretrained.config, pretrained.tokenizer, special_text="escape", tiles=tiles
         )
         answerer = BatchGenerator(pretrained.model, processor, mesh, batch_size=config.batch_size)
         del pretrained  # on a CPU the answerer has its own copy of the layers
@@ -305,7 +298,8 @@ class TaskRun:
                 disable=jax.process_index() > 0,
             ) as bar,
         ):
-            for answers in answerer.answer(open_, self.asking):
+            requests = {number: question.request for number, question in open_.items()}
+            for answers in answerer.answer(requests, self.asking):
                 part.write(
                     {
                         number: raw_row(number, questions[number], answer)
@@ -339,16 +333,20 @@ class TaskRun:
             Answered(question, row["raw"], row["error"])
             for question, row in zip(unit.questions, rows)
         ]
-        result = unit.view.score(answered, Context(judge, unit.compat))
+        result = unit.protocol_spec.score(answered, Context(judge, unit.compat))
         self.folder.mkdir(parents=True, exist_ok=True)
         files = []
         if not unit.generic:
             table = vlmevalkit_rows(unit.questions, [row["raw"] for row in rows])
             files.append(
-                write_table(self.folder / f"{self.model_name}_{unit.view.dataset}", table).name
+                write_table(
+                    self.folder / f"{self.model_name}_{unit.protocol_spec.dataset}", table
+                ).name
             )
-        if unit.view.submission is not None:
-            files.append(unit.view.submission(self.folder, unit.questions, result.predictions).name)
+        if unit.protocol_spec.submission is not None:
+            files.append(
+                unit.protocol_spec.submission(self.folder, unit.questions, result.predictions).name
+            )
         notes = [*unit.notes, *result.notes]
         requests = self.folder / "judge_requests.jsonl"
         requests.unlink(missing_ok=True)
@@ -403,7 +401,7 @@ def raw_row(number: int, question: Question, answer: Answer) -> Row:
         "prediction": None,
         "answer": list(question.answers),
         "score": None,
-        "error": answer.error,
+        "error": None if answer.error is None else str(answer.error),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.inference.tiling import ImageBytes
+from internvlx_jax.inference.images import ImageBytes
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

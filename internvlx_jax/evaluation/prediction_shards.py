@@ -1,4 +1,4 @@
-"""Answers on their way to predictions.jsonl: one part file a process, flushed a batch (spec: evaluation.md 9)."""
+"""Answers on their way to predictions.jsonl: one part file a process, flushed a batch (design: evaluation.md 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How questions are put: the texts of both protocols (spec: evaluation.md 3, 4)."""
+"""How questions are put: the texts of both protocols (design: evaluation.md 3, 4)."""
 
 from __future__ import annotations
 

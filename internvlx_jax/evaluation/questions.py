@@ -1,4 +1,4 @@
-"""Questions, and the generic question file: one JSON object a line (spec: evaluation.md 5)."""
+"""Questions, and the generic question file: one JSON object a line (design: evaluation.md 5)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.images import ImageSource
+from internvlx_jax.inference.requests import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Question:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt: str = ""
+
+    @property
+    def request(self) -> Request:
+        """What the model is asked."""
+        return Request(prompt=self.prompt, images=self.images, where=self.where)
 
 
 def read_questions(

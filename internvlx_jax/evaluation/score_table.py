@@ -1,4 +1,4 @@
-"""The scores of a job as tables for people: Markdown and CSV (spec: evaluation.md 8)."""
+"""The scores of a job as tables for people: Markdown and CSV (design: evaluation.md 8)."""
 
 from __future__ import annotations
 

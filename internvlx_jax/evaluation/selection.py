@@ -1,4 +1,4 @@
-"""Which questions a job asks, and how: flags -> tasks that are ready to run (spec: evaluation.md 1, 2)."""
+"""Which questions a job asks, and how: flags -> tasks that are ready to run (design: evaluation.md 1, 2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from internvlx_jax.evaluation.tasks import (
     find_protocol,
     find_tasks,
 )
-from internvlx_jax.inference.batch_generator import GenerationSpec
+from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.inference.tiling import Tiler
 
 GENERIC = "generic"  # protocol of a question file
@@ -73,7 +73,7 @@ class TaskSpec:
 
     task: Task
     protocol: str
-    view: ProtocolSpec
+    protocol_spec: ProtocolSpec
     questions: list[Question]
     compat: frozenset[str]
     hashes: dict[str, str]
@@ -96,7 +96,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     ]
     if selection.data is not None:
         task = generic_task(selection)
-        chosen.append((task, GENERIC, task.views[GENERIC]))
+        chosen.append((task, GENERIC, task.protocols[GENERIC]))
     missing = [
         f"  {task.name} ({protocol}): {path}"
         for task, protocol, view in chosen
@@ -129,7 +129,7 @@ def generic_task(selection: EvaluationConfig) -> Task:
         name=path.stem,
         title=f"{path.name}, {selection.metric}",
         samples=None,
-        views={GENERIC: view},
+        protocols={GENERIC: view},
     )
 
 
@@ -165,7 +165,7 @@ def generation_spec(
 
     tiles: how the model cuts images; max_num: the user's own maximum, None if it is not set.
     """
-    view = unit.view
+    view = unit.protocol_spec
     if (
         model.projector.kind == "mlp1"
         and tiles.rule == "off"

@@ -1,4 +1,4 @@
-"""Files of benchmarks -> questions: the layouts of InternVL's data folder, and TSV files (spec: evaluation.md 5)."""
+"""Files of benchmarks -> questions: the layouts of InternVL's data folder, and TSV files (design: evaluation.md 5)."""
 
 from __future__ import annotations
 

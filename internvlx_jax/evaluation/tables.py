@@ -1,4 +1,4 @@
-"""Tables of predictions that other tools read: TSV and xlsx (spec: evaluation.md 8)."""
+"""Tables of predictions that other tools read: TSV and xlsx (design: evaluation.md 8)."""
 
 from __future__ import annotations
 

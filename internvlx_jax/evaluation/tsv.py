@@ -1,4 +1,4 @@
-"""MMBench-style TSV files, images inside (spec: evaluation.md 5). Images stay on disk until they are needed."""
+"""MMBench-style TSV files, images inside (design: evaluation.md 5). Images stay on disk until they are needed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Loads checkpoints and asks them: batches, streams and conversations, from Python."""

@@ -1,296 +1,155 @@
-"""Questions -> answers: prompts in buckets, batched decoding over devices and hosts (spec: evaluation.md 3, 9)."""
+"""Requests -> answers: batched over devices and hosts, or streamed (design: evaluation.md 3, 9)."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.inputs import Inputs
-from internvlx_jax.data.batch import Row, collate
-from internvlx_jax.data.encode import Encoded, encode_prompt
-from internvlx_jax.data.plan import Bucket, smallest_bucket
+from internvlx_jax.data.batch import Row
+from internvlx_jax.data.plan import Bucket
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.inference.tiling import Tiler
-from internvlx_jax.models.generation import (
-    Sampling,
-    Vocabulary,
-    advance,
-    for_decoding,
-    row_keys,
-    start,
-)
+from internvlx_jax.inference.decoding import TokenDecoder, settled
+from internvlx_jax.inference.planning import BatchSizes, PlannedBatch, plan_batches
+from internvlx_jax.inference.prompts import PromptBuilder
+from internvlx_jax.inference.requests import Answer, GenerationSpec, Request
+from internvlx_jax.inference.speed import Speed
+from internvlx_jax.models.generation import Decoding, for_decoding
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.sharding import batch_sharding, data_parallel_size
 
-WINDOW = 4096  # questions planned at a time: their image headers are read and their prompts encoded before any decoding
-ROOM_STEP = (
-    16  # room for new tokens is a power of two from here on, so that tasks share executables
-)
-UNPLANNED = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationSpec:
-    """How the questions of one task are put to the model.
-
-    Attributes:
-        tiler: their images. sampling, seed: how tokens are chosen; a question keeps its randomness in any batch.
-        stop_strings: texts that end an answer besides the template's stop token; they are cut off.
-    """
-
-    tiler: Tiler
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    stop_strings: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the model wrote. finish: `stop`, `length`, or `error` (then `error` says why and the text is empty)."""
-
-    text: str
-    prompt_tokens: int
-    tiles: int
-    new_tokens: int
-    finish: str
-    error: str | None = None
-
-
-@dataclasses.dataclass
-class Speed:
-    """What decoding cost on this process. Counts are of all its rows; seconds and rates leave out batches that
-    compiled."""
-
-    answers: int = 0
-    images: int = 0
-    tiles: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    compile_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    timed_batches: int = 0
-    timed_images: int = 0
-    timed_new_tokens: int = 0
-    timed_steps: int = 0
-    timed_bytes: int = 0
-
-    def add(self, answers: Collection[Answer], *, images: int) -> None:
-        self.answers += len(answers)
-        self.images += images
-        self.tiles += sum(answer.tiles for answer in answers)
-        self.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
-        self.new_tokens += sum(answer.new_tokens for answer in answers)
-
-    def time(
-        self,
-        answers: Collection[Answer],
-        *,
-        images: int,
-        prefill: float,
-        decode: float,
-        steps: int,
-        bytes_a_step: int,
-    ) -> None:
-        self.prefill_seconds += prefill
-        self.decode_seconds += decode
-        self.timed_batches += 1
-        self.timed_images += images
-        self.timed_new_tokens += sum(answer.new_tokens for answer in answers)
-        self.timed_steps += steps
-        self.timed_bytes += steps * bytes_a_step
-
-    def report(self) -> dict[str, float]:
-        """Counts, and rates of device time; decode_gbytes_per_s counts the decoder and the cache once a step."""
-        busy = self.prefill_seconds + self.decode_seconds
-
-        def ratio(part: float, whole: float) -> float | None:
-            return part / whole if whole else None
-
-        return {name: getattr(self, name) for name in ("answers", "images", "tiles", "prompt_tokens", "new_tokens",
-                                                       "compile_seconds", "prefill_seconds", "decode_seconds")} | {
-            "new_tokens_per_s": ratio(self.timed_new_tokens, busy),
-            "images_per_s": ratio(self.timed_images, self.prefill_seconds),
-            "time_to_first_token_s": ratio(self.prefill_seconds, self.timed_batches),
-            "decode_steps_per_s": ratio(self.timed_steps, self.decode_seconds),
-            "decode_gbytes_per_s": ratio(self.timed_bytes / 1e9, self.decode_seconds),
-        }  # fmt: skip
+# Requests are planned this many at a time: their image headers are read and their prompts encoded
+# before the first of them is decoded.
+WINDOW = 4096
 
 
 class BatchGenerator:
-    """One model on one mesh. All processes of a job call `answer` alike, and each gets the answers of its own rows.
+    """Answers requests with one model on one mesh.
 
-    Raises ConfigError when the processes cannot share batches evenly.
+    All processes call `answer` alike, and each receives the answers of its own rows.
+
+    Args:
+        model: model whose parameters lie on `mesh`.
+        processor: how the model reads prompts.
+        mesh: devices.
+        batch_size: rows of a full batch, rounded up to the data-parallel shards of the mesh.
+        fit_rows: whether a batch with fewer requests has fewer rows; more shapes are compiled then.
+
+    Raises:
+        ConfigError: the processes cannot share batches evenly.
     """
 
-    def __init__(self, model: InternVLX, processor: Processor, mesh: Mesh, *, batch_size: int):
-        self.processor, self.mesh = processor, mesh
-        self.use(model)
+    def __init__(
+        self,
+        model: InternVLX,
+        processor: Processor,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        fit_rows: bool = False,
+    ):
         shards, self.processes = data_parallel_size(mesh), jax.process_count()
         if shards % self.processes:
             raise ConfigError(
-                f"{self.processes} processes cannot share batches of a multiple of {shards} rows evenly; "
-                "raise mesh.data or mesh.fsdp so that each process has rows of its own"
+                f"{self.processes} processes cannot share batches of a multiple of {shards} rows "
+                "evenly; raise mesh.data or mesh.fsdp so that each process has rows of its own"
             )
-        self.rows = -(-batch_size // shards) * shards
-        self.rows_here = self.rows // self.processes
-        tokenizer = processor.tokenizer
-        self.vocabulary = Vocabulary(
-            stop_ids=(tokenizer.token_id(processor.template.stop),),
-            pad_id=tokenizer.pad_id,
-            bos_id=tokenizer.bos_id,
-        )
+        self.mesh, self.rows = mesh, -(-batch_size // shards) * shards
+        self.sizes = BatchSizes(self.rows, shards, fit_rows)
+        self.prompts = PromptBuilder(processor, model.config.decoder.rope)
+        self.decoder = TokenDecoder(processor.tokenizer, processor.template)
         self.speed = Speed()
+        self._shapes: set[tuple[Bucket, int, int]] = set()
         self._decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.decoder)))
-        self.shapes: set[tuple[Bucket, int]] = set()
-        static = ("sampling", "vocabulary")
-        self._start = jax.jit(start, static_argnames=("room", *static))
-        self._advance = jax.jit(advance, static_argnames=static, donate_argnames="state")
+        self.use(model)
 
     def use(self, model: InternVLX) -> None:
-        """Go on with other parameters of the same model."""
+        """Goes on with other parameters of the same model."""
         self.model = for_decoding(model)
 
     @property
     def executables(self) -> int:
-        """Shapes (bucket and room) that were run; each is compiled once."""
-        return len(self.shapes)
+        """Number of shapes (bucket, capacity, rows) that were run; each compiles once."""
+        return len(self._shapes)
 
     def answer(
-        self, questions: Mapping[int, Question], asking: GenerationSpec
+        self, requests: Mapping[int, Request], spec: GenerationSpec
     ) -> Iterator[dict[int, Answer]]:
-        """Answers by number, a batch at a time; a question that cannot be put gets an error instead.
+        """Yields answers by number, one batch at a time; a failed request gets an error instead.
 
-        questions: by their number in the task, the same on every process.
+        Args:
+            requests: requests by number, the same on every process. The number decides the
+                randomness of an answer.
+            spec: how they are asked.
         """
-        numbers = sorted(questions)
+        numbers = sorted(requests)
         for first in range(0, len(numbers), WINDOW):
-            window = {number: questions[number] for number in numbers[first : first + WINDOW]}
-            groups, failed = self._plan(window, asking)
-            if failed:
-                yield failed
-            batches = [
-                (bucket, group[i : i + self.rows])
-                for bucket, group in sorted(groups.items())
-                for i in range(0, len(group), self.rows)
-            ]
-            for loaded in self._load(window, batches, asking):
-                yield self._generate(loaded, asking)
+            window = {number: requests[number] for number in numbers[first : first + WINDOW]}
+            plan = plan_batches(window, spec, self.prompts, self.sizes)
+            if plan.failed:
+                yield {number: Answer.failed(error) for number, error in plan.failed.items()}
+            for loaded in self._load(window, plan.batches, spec):
+                yield self._generate(loaded, spec)
 
-    # --- planning ---------------------------------------------------------------------------------------------------
+    def stream(self, request: Request, spec: GenerationSpec, *, number: int = 0) -> Iterator[str]:
+        """Yields pieces of one answer while it is written; joined they are the answer's text.
 
-    def _plan(
-        self, questions: Mapping[int, Question], asking: GenerationSpec
-    ) -> tuple[dict[Bucket, list[int]], dict[int, Answer]]:
-        """Numbers by bucket, and the questions that failed; the latter on the first process only, whose plan counts."""
-        plan = np.full((len(questions), 3), UNPLANNED, np.int32)
-        failed: dict[int, Answer] = {}
-        if jax.process_index() == 0:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                shapes = pool.map(
-                    lambda question: self._shape(question, asking), questions.values()
-                )
-                for row, (number, shape) in enumerate(zip(questions, shapes)):
-                    if isinstance(shape, SampleError):
-                        failed[number] = failure(shape)
-                    else:
-                        plan[row] = dataclasses.astuple(shape)
+        Raises:
+            ConfigError: there are several processes.
+            SampleError: the request cannot be put to the model.
+        """
         if self.processes > 1:
-            plan = np.asarray(multihost_utils.broadcast_one_to_all(plan))
-        groups: dict[Bucket, list[int]] = defaultdict(list)
-        for number, shape in zip(questions, plan.tolist()):
-            if UNPLANNED not in shape:
-                groups[Bucket(*shape)].append(number)
-        return groups, failed
-
-    def _shape(self, question: Question, asking: GenerationSpec) -> Bucket | SampleError:
-        try:
-            blocks = asking.tiler.counts(question.images)
-        except SampleError as error:
-            return error.at(question.where)
-        try:
-            length = len(self._prompt(question, blocks).tokens)
-            bucket = smallest_bucket(
-                sum(blocks), length, saved_per_tile=self.processor.saved_per_tile
-            )
-            rope = self.model.config.decoder.rope
-            if bucket.length + asking.max_new_tokens > rope.max_positions and not rope.allow_longer:
-                raise SampleError(
-                    "too_long",
-                    f"a prompt of {length} tokens (padded to {bucket.length}) and {asking.max_new_tokens} "
-                    f"new ones are more than the decoder's {rope.max_positions} positions.",
-                    "Lower max_num or max_new_tokens, or shorten the question.",
-                    question.where,
-                )
-            return bucket
-        except SampleError as error:
-            return error
-
-    def _prompt(self, question: Question, blocks: Sequence[int]) -> Encoded:
-        processor = self.processor
-        try:
-            return encode_prompt(
-                question.prompt,
-                system=processor.system_message,
-                template=processor.template,
-                tokenizer=processor.tokenizer,
-                tiles_per_image=blocks,
-                tokens_per_tile=processor.tokens_per_tile,
-                special_text=processor.special_text,
-            )
-        except SampleError as error:
-            raise error.at(question.where) from None
-
-    # --- loading ----------------------------------------------------------------------------------------------------
+            raise ConfigError("an answer can be streamed in one process only; use answer()")
+        bucket = self.prompts.bucket(request, spec)
+        batch = PlannedBatch(bucket, (number,), self.sizes.of(1))
+        rows = [self.prompts.row(request, bucket, spec), *[None] * (batch.rows - 1)]
+        inputs = self.prompts.inputs(rows, bucket)
+        state = self._start(_Loaded(batch, (number,), {}, rows, inputs), spec)
+        shown = ""
+        while True:
+            step = int(state.step)
+            ids = np.asarray(state.tokens)[0, :step].tolist()
+            text, stopped = self.decoder.read(ids, spec.stop_strings)
+            ended, text = stopped or step >= spec.max_new_tokens, text.lstrip()
+            text = text.rstrip() if ended else settled(text, spec.stop_strings)
+            if text[len(shown) :]:
+                yield text[len(shown) :]
+            if ended:
+                return
+            shown = text
+            state = self.decoder.advance(self.model, state, step + 1, spec)
 
     def _load(
         self,
-        questions: Mapping[int, Question],
-        batches: list[tuple[Bucket, list[int]]],
-        asking: GenerationSpec,
+        requests: Mapping[int, Request],
+        batches: Sequence[PlannedBatch],
+        spec: GenerationSpec,
     ) -> Iterator[_Loaded]:
-        """This process's rows of each batch; images are decoded ahead, in threads."""
-        first = jax.process_index() * self.rows_here
+        """Yields this process's rows of each batch; images are decoded ahead, in threads."""
 
-        def load(batch: tuple[Bucket, list[int]]) -> _Loaded:
-            bucket, everyones = batch
-            numbers = everyones[first : first + self.rows_here]
-            rows: list[Row | None] = []
+        def load(batch: PlannedBatch) -> _Loaded:
+            here = batch.rows // self.processes
+            first = jax.process_index() * here
+            numbers = batch.numbers[first : first + here]
+            rows: list[Row | None] = [None] * here
             errors: dict[int, SampleError] = {}
-            for number in numbers:
+            for i, number in enumerate(numbers):
                 try:
-                    rows.append(self._row(questions[number], bucket, asking))
+                    rows[i] = self.prompts.row(requests[number], batch.bucket, spec)
                 except SampleError as error:
-                    rows.append(None)
                     errors[number] = error
-            rows += [None] * (self.rows_here - len(rows))
-            processor = self.processor
-            inputs = collate(
-                rows,
-                bucket,
-                tile_size=processor.tiles.tile_size,
-                tokens_per_tile=processor.tokens_per_tile,
-                pad_id=processor.tokenizer.pad_id,
-                lvtc=processor.lvtc,
-            ).inputs
-            images = sum(len(questions[number].images) for number in numbers)
-            return _Loaded(bucket, numbers, errors, rows, inputs, images)
+            images = sum(len(turn) for n in numbers for turn in requests[n].images_per_turn)
+            inputs = self.prompts.inputs(rows, batch.bucket)
+            return _Loaded(batch, numbers, errors, rows, inputs, images)
 
         threads = min(4, os.cpu_count() or 1)
         return iter(
@@ -299,134 +158,86 @@ class BatchGenerator:
             .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         )
 
-    def _row(self, question: Question, bucket: Bucket, asking: GenerationSpec) -> Row:
-        try:
-            tiles = asking.tiler.cut(question.images, question.where)
-        except SampleError as error:
-            raise error.at(question.where) from None
-        prompt = self._prompt(question, asking.tiler.blocks([len(image) for image in tiles]))
-        row = Row(
-            prompt.tokens, prompt.labels, prompt.tile_start, self.processor.concatenate(tiles)
-        )
-        if len(row.tokens) > bucket.length or len(row.tiles) > bucket.tiles:
-            raise SampleError(
-                "size_mismatch",
-                "the images are not those that were there when the job began.",
-                "Run it again.",
-                question.where,
-            )
-        return row
-
-    # --- decoding ---------------------------------------------------------------------------------------------------
-
-    def _generate(self, loaded: _Loaded, asking: GenerationSpec) -> dict[int, Answer]:
-        room = self._room(loaded.bucket, asking)
-        options = dict(sampling=asking.sampling, vocabulary=self.vocabulary)
-        numbers = np.zeros(self.rows_here, np.uint32)
+    def _start(self, loaded: _Loaded, spec: GenerationSpec) -> Decoding:
+        numbers = np.zeros(len(loaded.rows), np.uint32)
         numbers[: len(loaded.numbers)] = loaded.numbers
         sharding = batch_sharding(self.mesh)
         inputs, numbers = jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(sharding, x), (loaded.inputs, numbers)
         )
-        compiled, begun = self._compiled(), time.perf_counter()
-        state = self._start(
-            self.model,
-            inputs,
-            row_keys(asking.seed, numbers),
-            asking.min_new_tokens,
-            room=room,
-            **options,
-        )
+        bucket = loaded.batch.bucket
+        capacity = self.prompts.capacity(bucket, spec)
+        self._shapes.add((bucket, capacity, loaded.batch.rows))
+        return self.decoder.start(self.model, inputs, numbers, spec, capacity=capacity)
+
+    def _generate(self, loaded: _Loaded, spec: GenerationSpec) -> dict[int, Answer]:
+        compiled, begun = self.decoder.executables, time.perf_counter()
+        state = self._start(loaded, spec)
         first_steps = int(state.step)
         prefilled = time.perf_counter()
-        state = self._advance(
-            self.model, state, asking.max_new_tokens, asking.min_new_tokens, **options
-        )
-        tokens, steps = (
-            self._local(state.tokens)[:, : asking.max_new_tokens].tolist(),
-            int(state.step),
-        )
+        state = self.decoder.advance(self.model, state, spec.max_new_tokens, spec)
+        tokens = local_rows(state.tokens, len(loaded.rows))[:, : spec.max_new_tokens].tolist()
+        steps = int(state.step)
         decoded = time.perf_counter()
 
-        self.shapes.add((loaded.bucket, room))
         answers = {
-            number: failure(loaded.errors[number]) if row is None else self._read(row, ids, asking)
-            for number, row, ids in zip(loaded.numbers, loaded.rows, tokens)
+            number: Answer.failed(loaded.errors[number])
+            if row is None
+            else self._read(row, ids, spec)
+            for number, row, ids in zip(loaded.numbers, loaded.rows, tokens, strict=False)
         }
-        self.speed.add(answers.values(), images=loaded.images)
-        if self._compiled() > compiled:
-            self.speed.compile_seconds += decoded - begun
+        if self.decoder.executables > compiled:
+            costs: dict[str, float] = {"compile_seconds": decoded - begun}
         else:
-            cache = sum(
-                leaf.nbytes for leaf in jax.tree.leaves([frame.kv for frame in state.cache.frames])
-            )
-            self.speed.time(
-                answers.values(),
-                images=loaded.images,
-                prefill=prefilled - begun,
-                decode=decoded - prefilled,
-                steps=steps - first_steps,
-                bytes_a_step=self._decoder_bytes + cache,
-            )
+            cache = jax.tree.leaves([layers.kv for layers in state.cache.ranges])
+            bytes_per_step = self._decoder_bytes + sum(leaf.nbytes for leaf in cache)
+            costs = {
+                "prefill_seconds": prefilled - begun,
+                "decode_seconds": decoded - prefilled,
+                "timed_batches": 1,
+                "timed_images": loaded.images,
+                "timed_new_tokens": sum(answer.new_tokens for answer in answers.values()),
+                "timed_steps": steps - first_steps,
+                "timed_bytes": (steps - first_steps) * bytes_per_step,
+            }
+        self.speed += Speed.of(answers.values(), images=loaded.images, **costs)
         return answers
 
-    def _room(self, bucket: Bucket, asking: GenerationSpec) -> int:
-        """Slots for new tokens: rounded up, as far as the decoder's positions allow."""
-        room = ROOM_STEP
-        while room < asking.max_new_tokens:
-            room *= 2
-        rope = self.model.config.decoder.rope
-        return room if rope.allow_longer else min(room, rope.max_positions - bucket.length)
-
-    def _local(self, array: jax.Array) -> np.ndarray:
-        """This process's rows of an array over all rows."""
-        if array.is_fully_addressable:
-            return np.asarray(array)
-        if array.is_fully_replicated:
-            first = jax.process_index() * self.rows_here
-            return np.asarray(array.addressable_data(0))[first : first + self.rows_here]
-        shards = {shard.index[0].start: shard.data for shard in array.addressable_shards}
-        return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
-
-    def _compiled(self) -> int:
-        return self._start._cache_size() + self._advance._cache_size()
-
-    def _read(self, row: Row, ids: list[int], asking: GenerationSpec) -> Answer:
-        (stop,) = self.vocabulary.stop_ids
-        text, stopped = read_answer(self.processor.tokenizer, ids, stop, asking.stop_strings)
+    def _read(self, row: Row, ids: list[int], spec: GenerationSpec) -> Answer:
+        text, stopped = self.decoder.read(ids, spec.stop_strings)
+        stop = self.decoder.stop_id
         new_tokens = ids.index(stop) + 1 if stop in ids else len(ids)
-        return Answer(
-            text.strip(),
-            len(row.tokens),
-            len(row.tiles),
-            new_tokens,
-            "stop" if stopped else "length",
-        )
-
-
-def read_answer(
-    tokenizer: Tokenizer, ids: Sequence[int], stop_id: int, stop_strings: Sequence[str] = ()
-) -> tuple[str, bool]:
-    """(text in front of the stop id and of all stop strings, whether one of them is there)."""
-    stopped = stop_id in ids
-    ids = ids[: ids.index(stop_id)] if stopped else ids
-    # The model may have more rows than the tokenizer has ids; those have no text.
-    text = tokenizer.decode(id for id in ids if id < tokenizer.vocab_size)
-    end = min([text.find(stop) for stop in stop_strings if stop in text], default=len(text))
-    return text[:end], stopped or end < len(text)
+        finish = "stop" if stopped else "length"
+        return Answer(text.strip(), len(row.tokens), len(row.tiles), new_tokens, finish)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-    """One batch on this process: `rows` is None where there is no question, or none that can be read."""
+    """One batch on this process.
 
-    bucket: Bucket
-    numbers: list[int]
+    Attributes:
+        batch: the plan of all processes.
+        numbers: requests of this process.
+        errors: requests that failed while they were read.
+        rows: None where there is no request, or none that can be read.
+        inputs: rows as arrays.
+        images: number of images in the requests.
+    """
+
+    batch: PlannedBatch
+    numbers: tuple[int, ...]
     errors: dict[int, SampleError]
     rows: list[Row | None]
     inputs: Inputs
-    images: int
+    images: int = 0
 
 
-def failure(error: SampleError) -> Answer:
-    return Answer("", 0, 0, 0, "error", str(error))
+def local_rows(array: jax.Array, rows: int) -> np.ndarray:
+    """Returns this process's `rows` rows of an array over the rows of all processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        first = jax.process_index() * rows
+        return np.asarray(array.addressable_data(0))[first : first + rows]
+    shards = {shard.index[0].start: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])

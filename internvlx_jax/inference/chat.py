@@ -1,178 +1,62 @@
-"""Chat in the terminal; answers appear as they are written.
-
-    python -m internvlx_jax.chat --checkpoint DIR --image FILE
-
-A line is a question. `/image FILE` adds an image to the next one, `/reset` forgets the conversation, an empty line or
-the end of the input ends it. From Python, `Chat` does the same.
-"""
+"""A conversation with a model, turn by turn (design: evaluation.md 3, data.md 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from internvlx_jax.inference.arguments import make_request
+from internvlx_jax.inference.images import Images
+from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
 
-from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.data.batch import Row, collate
-from internvlx_jax.data.encode import encode_prompt
-from internvlx_jax.data.plan import smallest_bucket
-from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, get_template
-from internvlx_jax.inference.batch_generator import read_answer
-from internvlx_jax.inference.loading import Pretrained
-from internvlx_jax.models.generation import (
-    Sampling,
-    Vocabulary,
-    advance,
-    for_decoding,
-    row_keys,
-    start,
-)
-
-UNFINISHED = (
-    "\ufffd"  # what the tokenizer writes for a character whose last bytes are still to come
-)
+if TYPE_CHECKING:
+    from internvlx_jax.inference.vlm import VLM
 
 
 class Chat:
-    """One conversation with a model.
+    """One conversation; `VLM.chat` makes it.
 
     Attributes:
-        history: (question, answer) of each turn; questions with their image placeholders.
-        tiles: uint8[n, s, s, 3] of each image so far.
+        history: turns so far, oldest first, with the images as they were when they were sent.
     """
 
-    def __init__(
-        self,
-        pretrained: Pretrained,
-        *,
-        tiles: TileConfig | None = None,
-        sampling: Sampling = Sampling(),
-        seed: int = 0,
-        max_new_tokens: int = 1024,
-        stop_strings: Sequence[str] = (),
-    ):
-        if pretrained.tokenizer is None:
-            raise ConfigError(
-                "the checkpoint holds no tokenizer.model; copy the tokenizer files into it"
-            )
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-        config, prompt = pretrained.config, pretrained.config.prompt
-        self.model, self.stop_strings = for_decoding(pretrained.model), tuple(stop_strings)
-        tokenizer = pretrained.tokenizer
-        self.processor = Processor(
-            tokenizer,
-            get_template(prompt.template),
-            prompt.system_message,
-            tiles or prompt.tiles,
-            config.tokens_per_tile,
-            special_text="escape",
-            lvtc=config.lvtc,
-        )
-        self.stop_id = tokenizer.token_id(self.processor.template.stop)
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        options = dict(
-            sampling=sampling,
-            vocabulary=Vocabulary(
-                stop_ids=(self.stop_id,), pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id
-            ),
-        )
-        self._start = jax.jit(
-            lambda model, inputs, keys: start(
-                model, inputs, keys, 0, room=max_new_tokens, **options
-            )
-        )
-        self._advance = jax.jit(
-            lambda model, state, until: advance(model, state, until, 0, **options),
-            donate_argnames="state",
-        )
-        self.reset()
+    def __init__(self, model: VLM, spec: GenerationSpec, *, system: str | None = None):
+        self.model, self.spec, self.system = model, spec, system
+        self.history: tuple[Turn, ...] = ()
 
     def reset(self) -> None:
-        """Forget all turns and images."""
-        self.history: list[tuple[str, str]] = []
-        self.tiles: list[np.ndarray] = []
+        """Forgets all turns and images."""
+        self.history = ()
 
-    def ask(self, question: str, images: Sequence[str] = ()) -> Iterator[str]:
-        """Pieces of the answer as they are written; together they are the answer, which then joins the history.
+    def send(self, prompt: str, images: Images = None) -> str:
+        """Answers the next turn, which then joins the history.
 
-        images: files, one for each "<image>" of the question, which are put in front if there are none. Raises
-        SampleError, which leaves the conversation as it was.
+        Args:
+            prompt: text of the turn. "<image>" says where an image stands; images stand in front
+                of a prompt without it.
+            images: an image or a list of images of this turn, of the kinds that `VLM.generate`
+                accepts.
+
+        Raises:
+            TypeError, ValueError, SampleError: as `VLM.generate`; the conversation stays as it was.
         """
-        if IMAGE_PLACEHOLDER not in question:
-            question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + question
-        tiles = [*self.tiles, *self.processor.cut(images, "question")]
-        inputs = self._inputs(question, tiles)
-        key = row_keys(self.seed, jnp.asarray([len(self.history)]))
-        state = self._start(self.model, inputs, key)
-        shown = ""
-        while True:
-            step = int(state.step)
-            text, done = self._read(np.asarray(state.tokens)[0, :step].tolist())
-            done = done or step == self.max_new_tokens
-            text = text.rstrip() if done else self._settled(text)
-            if text[len(shown) :]:
-                yield text[len(shown) :]
-            shown = text
-            if done:
-                break
-            state = self._advance(self.model, state, step + 1)
-        self.history.append((question, text))
-        self.tiles = tiles
+        return "".join(self.stream(prompt, images))
 
-    def _inputs(self, question: str, tiles: list[np.ndarray]):
-        processor = self.processor
-        prompt = encode_prompt(
-            question,
-            history=self.history,
-            system=processor.system_message,
-            template=processor.template,
-            tokenizer=processor.tokenizer,
-            tiles_per_image=[len(image) for image in tiles],
-            tokens_per_tile=processor.tokens_per_tile,
-            special_text=processor.special_text,
-        )
-        bucket = smallest_bucket(
-            sum(map(len, tiles)), len(prompt.tokens), saved_per_tile=processor.saved_per_tile
-        )
-        rope = self.model.config.decoder.rope
-        if bucket.length + self.max_new_tokens > rope.max_positions and not rope.allow_longer:
-            raise SampleError(
-                "too_long",
-                f"the conversation has {len(prompt.tokens)} tokens, which with "
-                f"{self.max_new_tokens} new ones are more than the decoder's {rope.max_positions} "
-                "positions.",
-                "Reset the conversation, or lower max_num or max_new_tokens.",
-            )
-        row = Row(prompt.tokens, prompt.labels, prompt.tile_start, processor.concatenate(tiles))
-        return collate(
-            [row],
-            bucket,
-            tile_size=processor.tiles.tile_size,
-            tokens_per_tile=processor.tokens_per_tile,
-            pad_id=processor.tokenizer.pad_id,
-            lvtc=processor.lvtc,
-        ).inputs
+    def stream(self, prompt: str, images: Images = None) -> Iterator[str]:
+        """Yields pieces of the answer while it is written; see `send`.
 
-    def _read(self, ids: list[int]) -> tuple[str, bool]:
-        """(text so far, whether it has ended)."""
-        text, stopped = read_answer(self.processor.tokenizer, ids, self.stop_id, self.stop_strings)
-        return text.lstrip(), stopped
-
-    def _settled(self, text: str) -> str:
-        """Without an end that more tokens may change: half a character, half a stop string, trailing spaces."""
-        text = text.rstrip(UNFINISHED)
-        partial = max(
-            (
-                length
-                for stop in self.stop_strings
-                for length in range(1, len(stop))
-                if text.endswith(stop[:length])
-            ),
-            default=0,
+        The turn joins the history after the last piece, so a stream that is left early changes
+        nothing.
+        """
+        request = make_request(
+            prompt, images, history=self.history, system=self.system, read_files=True
         )
-        return text[: len(text) - partial].rstrip()
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        pieces = []
+        for piece in self.model.stream_request(request, self.spec):
+            pieces.append(piece)
+            yield piece
+        turn = Turn(request.prompt, "".join(pieces), request.images)
+        self.history = (*request.history, turn)

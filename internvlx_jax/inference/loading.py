@@ -1,4 +1,4 @@
-"""`load_pretrained`: a checkpoint of either kind -> a model on a mesh (spec: checkpoints.md, training.md 10)."""
+"""`load_pretrained`: a checkpoint of any kind -> a model on a mesh (design: checkpoints.md 1)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ class Pretrained:
     """A loaded checkpoint.
 
     Attributes:
-        tokenizer: None when the folder holds no tokenizer files.
-        report: a line for everything that was not simply read; empty unless another LVTC was asked for.
+        model: the model with its parameters.
+        config: its architecture and prompt.
+        tokenizer: its tokenizer; None when the checkpoint has no tokenizer files.
+        report: a line for everything that was not simply read; empty unless another LVTC was
+            requested.
     """
 
     model: InternVLX
@@ -43,19 +46,21 @@ def load_pretrained(
     lvtc: LvtcConfig | None = None,
     ema: bool = False,
 ) -> Pretrained:
-    """Read a Hugging Face folder or one of our run folders, straight into sharded arrays. torch is not needed.
+    """Reads a checkpoint straight into sharded arrays, without torch.
 
     Args:
-        path: a folder with config.json and safetensors; or a run folder of train.py, or one step inside it.
-        dtype: of parameters and activations.
-        mesh: devices to place the parameters on; one device if None.
-        lvtc: in place of the checkpoint's own; None keeps that. What the checkpoint lacks is initialised with seed 0,
-            see `Pretrained.report`.
-        ema: of a run folder, the average of the trained parameters in their place.
+        path: a Hugging Face folder with config.json and its weights, a run folder of train.py or
+            one step inside it, or a hub id.
+        dtype: dtype of parameters and activations.
+        mesh: devices for the parameters; None takes one device.
+        lvtc: replaces the LVTC of the checkpoint; None keeps it. Parameters that the checkpoint
+            lacks are initialized with seed 0 and listed in `Pretrained.report`.
+        ema: reads a run's average of its trained parameters instead of them.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ConfigError: config.json asks for something that is not computed here; a run kept no average.
+        FileNotFoundError: there is no checkpoint.
+        ConfigError: config.json needs something that this package does not compute, or the run
+            kept no average.
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
     source = open_checkpoint(path, ema=ema)
@@ -66,7 +71,11 @@ def load_pretrained(
         param_dtype=dtype,
         shardings=None if mesh is None else activation_shardings(mesh),
     )
-    mesh = mesh or make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    transferred = transfer(source, config, abstract, mesh, seed=0)
+    transferred = transfer(source, config, abstract, mesh or one_device(), seed=0)
     model = nnx.merge(abstract.graphdef, unflatten(transferred.params))
     return Pretrained(model, config, source.tokenizer(), transferred.report)
+
+
+def one_device() -> Mesh:
+    """Returns the mesh of the first device alone."""
+    return make_mesh(MeshConfig(), devices=jax.devices()[:1])

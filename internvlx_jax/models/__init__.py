@@ -1,4 +1,4 @@
-"""InternVL-X as Flax NNX modules: vision tower, projectors, decoder, generation (spec: model.md).
+"""InternVL-X as Flax NNX modules: vision tower, projectors, decoder, generation (design: model.md).
 
 Dims legend, used by every docstring and einsum string below this folder:
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention of tower and decoder, by the fastest implementation of the platform (spec: model.md 3, 8).
+"""Scaled dot-product attention of tower and decoder, by the fastest implementation of the platform (design: model.md 3, 8).
 
 Whole sequences that attend to themselves (training, prefill, tiles) go through `SelfAttention`, which chooses among
 backends; one decoding step against a cache is `attend`, whose formula is also that of the `xla` backend.
@@ -286,3 +286,6 @@ class SelfAttention:
         except ValueError:
             return self.rows
         return self.heads
+
+
+DEFAULT_ATTENTION = SelfAttention()

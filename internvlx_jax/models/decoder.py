@@ -1,12 +1,16 @@
-"""The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (spec: model.md 8, 9).
+"""The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (design: model.md 8, 9).
 
-Positions and segments come with the call as a `TokenLayout`, and a call runs any range of layers. That is the seam of
-LVTC: two ranges of one stack, each in its own frame.
+The families differ in biases, tied embeddings and rope, all of which are fields of DecoderConfig,
+and in the tensor names of their checkpoints, which are the business of the name table.
+
+A call of `Decoder.run_layers` takes the positions and segments of its slots as a `TokenLayout` and
+runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
+compression): two ranges of one stack, each on a layout of its own; see models/lvtc.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +18,25 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.core.model_config import DecoderConfig
-from internvlx_jax.models.attention import SelfAttention, attend
+from internvlx_jax.core.model_config import DecoderConfig, LoraConfig
+from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend
 from internvlx_jax.models.layers import (
-    Linear,
     RMSNorm,
     constant,
     normal,
     param,
-    rematerialise,
+    rematerialize,
     scan_layers,
     slice_layers,
+    split_key,
     stack_layers,
 )
-from internvlx_jax.models.rope import RopeTables, rotate, rotation
+from internvlx_jax.models.lora import WHOLE, make_linear
+from internvlx_jax.models.rope import RopeTables, rope_tables, rotate
 
 
 class TokenLayout(NamedTuple):
-    """Where the slots of a sequence stand.
+    """Describes the slots of a batch of sequences.
 
     Attributes:
         positions: int32[B, S], rotary position of each slot.
@@ -43,40 +48,53 @@ class TokenLayout(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """keys (rotated), values: [B, S, K, H]; with a leading L where they belong to a stack of layers."""
+    """Holds keys and values of one layer, or of a stack of layers with a leading L.
+
+    Attributes:
+        keys: [B, S, K, H], rotated already: a cached key keeps its position for good.
+        values: [B, S, K, H].
+    """
 
     keys: jax.Array
     values: jax.Array
 
 
 class KVCacheView(NamedTuple):
-    """What a call with cached keys attends to besides its own slots.
+    """Describes the cached keys that a call attends to besides its own slots.
 
     Attributes:
-        cache: KeyValues of all layers, [L, B, Z, K, H].
+        kv: Keys and values of all layers of the call, [L, B, Z, K, H].
         segments: int32[B, Z], with the slots of this call already marked.
         start: int32 scalar, cache slot of the first query; slots from there on are overwritten.
     """
 
-    cache: KeyValues
+    kv: KeyValues
     segments: jax.Array
     start: jax.Array
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; the packed kernel holds, per kv head, J queries, the key and the value."""
+    """Grouped-query attention.
 
-    def __init__(self, config: DecoderConfig, **kwargs):
+    The packed kernel holds, per key/value head, its J queries, the key and the value. Its axis of
+    key/value heads is the one that tensor parallelism divides, so a device has whole groups and
+    attention needs no communication.
+    """
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
-        kwargs |= dict(init=normal(config.initializer_range), bias_init=constant(0.0))
-        self.qkv = Linear(
+        init = normal(config.initializer_range)
+        kwargs |= dict(init=init, bias_init=constant(0.0), lora=lora)
+        apart = config.family in ("llama", "qwen2")
+        self.qkv = make_linear(
             "bsd,dkjh->bskjh",
             (d, k, j + 2, h),
             ("embed", "kv_heads", None, None),
             bias=config.qkv_bias,
+            pieces=(("_q", j), ("_k", 1), ("_v", 1)) if apart else WHOLE,
             **kwargs,
         )
-        self.out = Linear(
+        self.out = make_linear(
             "bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"), bias=config.out_bias, **kwargs
         )
         self.window = config.sliding_window
@@ -84,82 +102,96 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        frame: TokenLayout,
-        by: RopeTables,
-        past: KVCacheView | None,
+        layout: TokenLayout,
+        tables: RopeTables,
+        cache: KVCacheView | None,
         attention: SelfAttention,
+        dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
-        qkv = self.qkv(x)
-        q, k, v = rotate(qkv[..., :-2, :], by), rotate(qkv[..., -2, :], by), qkv[..., -1, :]
-        q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
-        if past is None:
-            return self.out(
-                attention(q, k, v, frame.segments, causal=True, window=self.window)
-            ), new
+        """Attends to these slots, or to those of one layer's cache with these slots added.
+
+        Returns:
+            [B, S, D], and keys and values of these slots.
+        """
+        key1, key2 = split_key(dropout_key, 2)
+        qkv = self.qkv(x, key1)
+        q, k = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables)
+        q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, qkv[..., -1, :])
+        if cache is None:
+            y = attention(q, *new, layout.segments, causal=True, window=self.window)
+            return self.out(y, key2), new
         k, v = (
-            jax.lax.dynamic_update_slice_in_dim(
-                cached, fresh.astype(cached.dtype), past.start, axis=1
-            )
-            for cached, fresh in zip(past.cache, new)
+            jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), cache.start, axis=1)
+            for old, fresh in zip(cache.kv, new, strict=True)
         )
         y = attend(
             q,
             k,
             v,
-            q_segments=frame.segments,
-            kv_segments=past.segments,
-            q_start=past.start,
+            q_segments=layout.segments,
+            kv_segments=cache.segments,
+            q_start=cache.start,
             window=self.window,
         )
-        return self.out(y), new
+        return self.out(y, key2), new
 
 
 class Mlp(nnx.Module):
-    """(silu(x Wgate) * (x Wup)) Wdown."""
+    """The gated MLP (silu(x Wgate) * (x Wup)) Wdown; [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: DecoderConfig, **kwargs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, f = config.width, config.mlp_width
-        kwargs |= dict(init=normal(config.initializer_range))
-        self.gate = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
-        self.up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
-        self.down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), **kwargs)
+        kwargs |= dict(init=normal(config.initializer_range), lora=lora)
+        self.gate = make_linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
+        self.up = make_linear("bsd,df->bsf", (d, f), ("embed", "mlp"), **kwargs)
+        self.down = make_linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), **kwargs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        key1, key2, key3 = split_key(dropout_key, 3)
+        return self.down(jax.nn.silu(self.gate(x, key1)) * self.up(x, key2), key3)
 
 
 class Block(nnx.Module):
-    """x: [B, S, D] -> ([B, S, D], keys and values of these slots)."""
+    """A pre-norm decoder layer; arguments and results are those of `Attention`."""
 
-    def __init__(self, config: DecoderConfig, **kwargs):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         self.attn_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
-        self.attn = Attention(config, **kwargs)
+        self.attn = Attention(config, lora, **kwargs)
         self.mlp_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
-        self.mlp = Mlp(config, **kwargs)
+        self.mlp = Mlp(config, lora, **kwargs)
 
     def __call__(
         self,
         x: jax.Array,
-        frame: TokenLayout,
-        by: RopeTables,
-        past: KVCacheView | None,
+        layout: TokenLayout,
+        tables: RopeTables,
+        cache: KVCacheView | None,
         attention: SelfAttention,
+        dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
-        y, new = self.attn(self.attn_norm(x), frame, by, past, attention)
+        key1, key2 = split_key(dropout_key, 2)
+        y, new = self.attn(self.attn_norm(x), layout, tables, cache, attention, key1)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), new
+        return x + self.mlp(self.mlp_norm(x), key2), new
 
 
 class Decoder(nnx.Module):
     """Token embedding, stacked blocks, final norm and output head."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        kwargs = dict(rngs=rngs, dtype=dtype)
-        self.config = config
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        lora: LoraConfig | None = None,
+    ):
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
+        self.config, self.lora = config, lora
         w, d, init = config.vocab_size, config.width, normal(config.initializer_range)
         self.embedding = param(init, (w, d), ("vocab", "embed"), **kwargs)
         self.layers = stack_layers(
-            lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs
+            lambda rngs: Block(config, lora, rngs=rngs, dtype=dtype), config.layers, rngs
         )
         self.norm = RMSNorm(d, eps=config.eps, **kwargs)
         self.head = (
@@ -167,55 +199,72 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """int32[B, S] -> dtype[B, S, D]."""
+        """Looks up int32[B, S] -> dtype[B, S, D]."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def run_layers(
         self,
         x: jax.Array,
-        frame: TokenLayout,
+        layout: TokenLayout,
         *,
         start: int = 0,
         stop: int | None = None,
-        past: KVCacheView | None = None,
+        cache: KVCacheView | None = None,
         key_length: int | None = None,
         keep_kv: bool = False,
         remat: str = "none",
-        attention: SelfAttention = SelfAttention(),
+        attention: SelfAttention = DEFAULT_ATTENTION,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Blocks start..stop-1 on one frame.
+        """Runs the blocks start..stop-1 on one layout.
 
-        x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
-        key_length: slots of the long layout, where this is the short one: all layers rotate alike. None: of this frame.
+        Args:
+            x: [B, S, D].
+            layout: Positions and segments of the S slots.
+            start, stop: The range; `stop` None is the last layer's end.
+            cache: Earlier slots of these layers, while decoding.
+            key_length: Slots that fix the rope base; None takes those of this call. LVTC passes
+                the long layout's for its shallow layers too, so that all layers rotate alike.
+            keep_kv: Whether to return keys and values.
+            remat: See layers.rematerialize.
+            attention: Attention of whole sequences.
+            dropout_key: Randomness of the adapters, in training.
+
+        Returns:
+            [B, S, D], and KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None.
         """
         stop = self.config.layers if stop is None else stop
         if start == stop:  # LVTC without shallow layers
             none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
             return x, KeyValues(none, none) if keep_kv else None
         if key_length is None:
-            key_length = x.shape[1] if past is None else past.segments.shape[1]
-        by = rotation(self.config.rope, frame.positions, self.config.head_dim, key_length)
+            key_length = x.shape[1] if cache is None else cache.segments.shape[1]
+        tables = rope_tables(self.config.rope, layout.positions, self.config.head_dim, key_length)
 
-        def body(x, block_and_cache):
-            block, cache = block_and_cache
+        def body(x, block_and_inputs):
+            block, (kv, dropout_key) = block_and_inputs
+            of_layer = None if cache is None else cache._replace(kv=kv)
             with jax.named_scope("decoder_block"):
-                x, new = block(
-                    x, frame, by, None if past is None else past._replace(cache=cache), attention
-                )
+                x, new = block(x, layout, tables, of_layer, attention, dropout_key)
             return x, new if keep_kv else None
 
-        cache = None if past is None else past.cache
-        return scan_layers(
-            rematerialise(body, remat), x, slice_layers(self.layers, start, stop), cache
-        )
+        kv, keys = None if cache is None else cache.kv, None
+        if dropout_key is not None and self.lora is not None:
+            keys = jax.random.split(dropout_key, self.config.layers)[start:stop]
+        layers = slice_layers(self.layers, start, stop)
+        return scan_layers(rematerialize(body, remat), x, layers, (kv, keys))
 
     @property
     def head_kernel(self) -> jax.Array:
-        """[D, W]; the embedding's transpose where they are tied."""
+        """The output head, [D, W]; the embedding's transpose where they are tied."""
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states after the last block, [..., D] -> float32[..., W]."""
+        """Computes float32[..., W] from hidden states after the last block, [..., D].
+
+        The product accumulates in float32 in any compute dtype: bfloat16 logits tie often, and a
+        tie decides which token greedy decoding takes.
+        """
         with jax.named_scope("head"):
             x = self.norm(x)
             return jnp.einsum(

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of a batch, by part (spec: training.md 8, lvtc.md 5).
+"""Analytic FLOPs of a batch, by part (design: training.md 8, lvtc.md 5).
 
 A multiply-add is 2. Counted are all matrix products, causal attention at half and the tower's attention in full; not
 counted are recomputation, element-wise work, the embedding lookup and the optimiser. No import of jax.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.projector_sites import ProjectorSite, projector_sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +135,17 @@ def _stages(
     frozen_layers: int = 0,
 ) -> list[_Stage]:
     """The model in the order of computation; the tower's first `frozen_layers` layers are a stage of their own."""
-    decoder, lvtc, released = config.decoder, config.lvtc, config.released_role
+    decoder, lvtc, sites = config.decoder, config.lvtc, projector_sites(config)
     shallow = 0 if lvtc is None else lvtc.expand_layer
     if shallow and len(short_lengths) != len(lengths):
         raise ValueError(f"{len(lengths)} lengths, but {len(short_lengths)} short lengths")
 
-    def projector(name: str, path: str, kind: str, grid: int) -> _Stage:
-        maps, attention = (_pvtc if kind == "pvtc" else _mlp)(config, path, tiles, grid)
-        return _Stage(name, "projector", (f"{path}.", f"lvtc.{name}."), ("tower",), maps, attention)
+    def projector(site: ProjectorSite) -> _Stage:
+        count = _pvtc if site.kind == "pvtc" else _mlp
+        owns = (f"{site.path}.", f"lvtc.{site.name}.")
+        return _Stage(
+            site.name, "projector", owns, ("tower",), *count(config, site.path, tiles, site.grid)
+        )
 
     def layers(name: str, count: int, lengths: Sequence[int], *below: str) -> _Stage:
         return _Stage(
@@ -154,19 +158,14 @@ def _stages(
     ]
     if lvtc is None:
         stages += [
-            projector("low", "projector", config.projector.kind, config.token_grid),
+            projector(*sites),
             layers("deep", decoder.layers, lengths, "embedding", "low"),
         ]
     else:
-        added = [f"inject_{layer}" for layer in lvtc.inject_layers]
+        low, *added = sites
         upsampling = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
         stages += [
-            projector(
-                "low",
-                "projector" if released == "low" else "lvtc.low",
-                lvtc.low_projector,
-                lvtc.low_grid,
-            ),
+            projector(low),
             layers("shallow", shallow, short_lengths, "embedding", "low"),
             _Stage(
                 "upsampling",
@@ -175,17 +174,14 @@ def _stages(
                 ("embedding", "low", "shallow"),
                 [_Map("", upsampling, 1, decoder.width)],
             ),
-            projector(
-                "high",
-                "projector" if released == "high" else "lvtc.high.projector",
-                lvtc.high_projector,
-                lvtc.high_grid,
+            *map(projector, added),
+            layers(
+                "deep",
+                decoder.layers - shallow,
+                lengths,
+                "upsampling",
+                *(site.name for site in added),
             ),
-            *(
-                projector(name, f"lvtc.{name}.projector", lvtc.inject_projector, lvtc.high_grid)
-                for name in added
-            ),
-            layers("deep", decoder.layers - shallow, lengths, "upsampling", "high", *added),
         ]
     head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
     stages.append(

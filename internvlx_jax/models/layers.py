@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,6 @@ class Linear(nnx.Module):
         is_output = [letter in self.output for letter in letters]
         fan_in = math.prod(n for n, out in zip(shape, is_output) if not out)
         self.spec = spec
-        self.addition, self.dropout_key = None, nnx.data(None)  # models/lora.py sets them
         self.bias_letters = "".join(letter for letter, out in zip(letters, is_output) if out)
         self.kernel = param(init or uniform_fan_in(fan_in), shape, axes, rngs=rngs, dtype=dtype)
         if bias:
@@ -103,7 +102,8 @@ class Linear(nnx.Module):
         else:
             self.bias = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Applies the map; `dropout_key` is for adapters, see models/lora.py."""
         y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
@@ -113,7 +113,7 @@ class Linear(nnx.Module):
                     for i, letter in enumerate(self.output)
                 ]
             )
-        return y if self.addition is None else y + self.addition(self, x)
+        return y
 
 
 class RMSNorm(nnx.Module):
@@ -147,6 +147,11 @@ class LayerNorm(nnx.Module):
         ).astype(x.dtype)
 
 
+def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
+    """Splits a key; None, which stands for no randomness, gives as many None."""
+    return (None,) * count if key is None else jax.random.split(key, count)
+
+
 def drop_path(
     branch: jax.Array, key: jax.Array | None, rate: float | jax.Array, batch_dims: int
 ) -> jax.Array:
@@ -161,7 +166,7 @@ def drop_path(
     return jnp.where(keep, branch / jnp.asarray(1 - rate, branch.dtype), 0)
 
 
-def rematerialise(body: Callable, policy: str) -> Callable:
+def rematerialize(body: Callable, policy: str) -> Callable:
     """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `attention` keeps what the splash kernel
     leaves, `dots` keeps matmul outputs, `offload` keeps those in the memory of the host."""
     if policy == "none":
@@ -176,7 +181,7 @@ def rematerialise(body: Callable, policy: str) -> Callable:
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> nnx.Module:
     """`length` layers as one module whose parameters have a leading `layers` dim, ready for lax.scan."""
     keys = jax.random.split(rngs.params(), length)
-    layers = jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+    layers = jax.vmap(lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))))(keys)
     for variable in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
     return layers

@@ -1,4 +1,4 @@
-"""Cross entropy on shifted labels, evaluated in sequence chunks (spec: model.md 10, training.md 4)."""
+"""Cross entropy on shifted labels, evaluated in sequence chunks (design: model.md 10, training.md 4)."""
 
 from __future__ import annotations
 

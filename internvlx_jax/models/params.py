@@ -1,4 +1,4 @@
-"""Parameters as a plain nested dict, apart from the module structure (spec: platform.md 3).
+"""Parameters as a plain nested dict, apart from the module structure (design: platform.md 3).
 
 A model is split once into `graphdef` (static structure) and `params`; `nnx.merge(graphdef, params)` inside a jitted
 function gives the module back. Paths are dotted: `decoder.layers.attn.qkv.kernel`.
@@ -7,18 +7,23 @@ function gives the module back. Paths are dotted: `decoder.layers.attn.qkv.kerne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.models.attention import Backend
 from internvlx_jax.models.internvlx import ActivationShardings, InternVLX
+from internvlx_jax.models.layers import uniform_fan_in
+from internvlx_jax.models.lora import is_adapter
 
 Params = dict[str, Any]
 
@@ -60,6 +65,8 @@ def abstract_model(
     remat: str = "none",
     attention: Backend = "auto",
     shardings: ActivationShardings | None = None,
+    lora: Sequence[LoraConfig] = (),
+    frozen_layers: int = 0,
 ) -> AbstractModel:
     """Shapes and axes of a model without allocating it."""
     return AbstractModel.of(
@@ -72,6 +79,8 @@ def abstract_model(
                 remat=remat,
                 attention=attention,
                 shardings=shardings,
+                lora=lora,
+                frozen_layers=frozen_layers,
             )
         )
     )
@@ -98,6 +107,35 @@ def init_params(
     if shardings is not None and paths is not None:
         shardings = {path: shardings[path] for path in paths}
     return jax.jit(init, out_shardings=shardings)()
+
+
+def without_adapters(abstract: AbstractModel) -> AbstractModel:
+    """Returns what a checkpoint to start from has to fill; the structure keeps its adapters."""
+    shapes = {path: leaf for path, leaf in abstract.shapes.items() if not is_adapter(path)}
+    return dataclasses.replace(abstract, shapes=shapes)
+
+
+def init_adapters(
+    abstract: AbstractModel, seed: int, shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """Draws fresh adapters by dotted path, on the devices that hold them.
+
+    The values of an adapter depend on its path, its shape and the seed alone, so that adapters of
+    one part are the same whether or not the other part has some.
+    """
+    shapes = {path: leaf for path, leaf in abstract.shapes.items() if is_adapter(path)}
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if ".lora_b" in path:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+        return uniform_fan_in(math.prod(leaf.shape[1:-1])).draw(key, leaf.shape, leaf.dtype)
+
+    init = jax.jit(
+        lambda: {path: draw(path, leaf) for path, leaf in shapes.items()},
+        out_shardings={path: shardings[path] for path in shapes},
+    )
+    return init()
 
 
 def flatten(params: Params) -> dict[str, Any]:

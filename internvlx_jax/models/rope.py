@@ -1,4 +1,4 @@
-"""Rotary position embedding, half rotation, in float32 (spec: model.md 8)."""
+"""Rotary position embedding, half rotation, in float32 (design: model.md 8)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RopeTables(NamedTuple):
     sin: jax.Array
 
 
-def rotation(
+def rope_tables(
     config: RopeConfig, positions: jax.Array, head_dim: int, key_length: int
 ) -> RopeTables:
     """positions: int32[B, S]; key_length: static number of key slots of the call, which fixes one base for all.
@@ -59,10 +59,10 @@ def _attention_scale(config: RopeConfig) -> float:
     return math.sqrt(1 + math.log(growth) / math.log(config.original_max_positions))
 
 
-def rotate(x: jax.Array, by: RopeTables) -> jax.Array:
+def rotate(x: jax.Array, tables: RopeTables) -> jax.Array:
     """x: [B, S, ..., H] -> the same, rotated in float32 and cast back."""
     heads = (1,) * (x.ndim - 3)
-    cos, sin = (t.reshape(*t.shape[:2], *heads, t.shape[-1]) for t in by)
+    cos, sin = (t.reshape(*t.shape[:2], *heads, t.shape[-1]) for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

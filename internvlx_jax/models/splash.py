@@ -1,4 +1,4 @@
-"""Attention of whole sequences by the splash kernel of JAX for TPUs (spec: platform.md 2)."""
+"""Attention of whole sequences by the splash kernel of JAX for TPUs (design: platform.md 2)."""
 
 from __future__ import annotations
 

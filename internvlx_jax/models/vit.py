@@ -1,8 +1,9 @@
-"""InternViT, the vision tower: 300M (LayerNorm) and 6B (RMSNorm, q/k norm) variants (spec: model.md 3)."""
+"""InternViT, the vision tower: 300M (LayerNorm) and 6B (RMSNorm, q/k norm) variants (design: model.md 3)."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from internvlx_jax.core.model_config import VisionConfig
-from internvlx_jax.models.attention import SelfAttention
+from internvlx_jax.core.model_config import LoraConfig, VisionConfig
+from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention
 from internvlx_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -21,11 +22,13 @@ from internvlx_jax.models.layers import (
     drop_path,
     normal,
     param,
-    rematerialise,
+    rematerialize,
     scan_layers,
     slice_layers,
+    split_key,
     stack_layers,
 )
+from internvlx_jax.models.lora import make_linear
 
 
 def _norm(config: VisionConfig, **kwargs) -> nnx.Module:
@@ -36,77 +39,99 @@ def _norm(config: VisionConfig, **kwargs) -> nnx.Module:
 class Attention(nnx.Module):
     """Full self-attention over class token and patches; x: [I, S, V] -> [I, S, V]."""
 
-    def __init__(self, config: VisionConfig, **kwargs):
+    def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         v, n, h = config.width, config.heads, config.head_dim
-        self.qkv = Linear(
+        self.qkv = make_linear(
             "isv,vanh->aisnh",
             (v, 3, n, h),
             ("embed", None, "heads", None),
             bias=config.qkv_bias,
+            lora=lora,
             **kwargs,
         )
         self.q_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
         self.k_norm = RMSNorm(v, eps=config.eps, **kwargs) if config.qk_norm else None
-        self.proj = Linear(
-            "isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, **kwargs
+        self.proj = make_linear(
+            "isnh,nhv->isv", (n, h, v), ("heads", None, "embed"), bias=True, lora=lora, **kwargs
         )
 
-    def __call__(self, x: jax.Array, attention: SelfAttention) -> jax.Array:
-        q, k, v = self.qkv(x)
+    def __call__(
+        self, x: jax.Array, attention: SelfAttention, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        key1, key2 = split_key(dropout_key, 2)
+        q, k, v = self.qkv(x, key1)
         if self.q_norm is not None:  # over all heads together, before they are split
             q = self.q_norm(q.reshape(x.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x.shape)).reshape(k.shape)
-        return self.proj(attention(q, k, v, causal=False))
+        return self.proj(attention(q, k, v, causal=False), key2)
 
 
 class Mlp(nnx.Module):
     """Linear - GELU (exact) - Linear; [I, S, V] -> [I, S, V]."""
 
-    def __init__(self, config: VisionConfig, **kwargs):
+    def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         v, f = config.width, config.mlp_width
-        self.fc1 = Linear("isv,vf->isf", (v, f), ("embed", "mlp"), bias=True, **kwargs)
-        self.fc2 = Linear("isf,fv->isv", (f, v), ("mlp", "embed"), bias=True, **kwargs)
+        kwargs |= dict(bias=True, lora=lora)
+        self.fc1 = make_linear("isv,vf->isf", (v, f), ("embed", "mlp"), **kwargs)
+        self.fc2 = make_linear("isf,fv->isv", (f, v), ("mlp", "embed"), **kwargs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        key1, key2 = split_key(dropout_key, 2)
+        return self.fc2(jax.nn.gelu(self.fc1(x, key1), approximate=False), key2)
+
+
+class LayerDraws(NamedTuple):
+    """Randomness of a layer, or of a stack of layers; None where nothing is random.
+
+    Attributes:
+        drop_path: key[] or key[L].
+        dropout: key[] or key[L], on what adapters read.
+    """
+
+    drop_path: jax.Array | None
+    dropout: jax.Array | None
 
 
 class Block(nnx.Module):
     """Pre-norm block with layer scale and drop path on both branches."""
 
-    def __init__(self, config: VisionConfig, **kwargs):
+    def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         scale = constant(config.layer_scale_init)
         self.norm1 = _norm(config, **kwargs)
-        self.attn = Attention(config, **kwargs)
+        self.attn = Attention(config, lora, **kwargs)
         self.ls1 = param(scale, (config.width,), (None,), **kwargs)
         self.norm2 = _norm(config, **kwargs)
-        self.mlp = Mlp(config, **kwargs)
+        self.mlp = Mlp(config, lora, **kwargs)
         self.ls2 = param(scale, (config.width,), (None,), **kwargs)
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None, rate: jax.Array, attention: SelfAttention
+        self, x: jax.Array, draws: LayerDraws, rate: jax.Array, attention: SelfAttention
     ) -> jax.Array:
-        key1, key2 = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(
-            self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x), attention),
-            key1,
-            rate,
-            batch_dims=1,
-        )
-        return x + drop_path(
-            self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x)), key2, rate, batch_dims=1
-        )
+        path1, path2 = split_key(draws.drop_path, 2)
+        dropout1, dropout2 = split_key(draws.dropout, 2)
+        y = self.ls1[...].astype(x.dtype) * self.attn(self.norm1(x), attention, dropout1)
+        x = x + drop_path(y, path1, rate, batch_dims=1)
+        y = self.ls2[...].astype(x.dtype) * self.mlp(self.norm2(x), dropout2)
+        return x + drop_path(y, path2, rate, batch_dims=1)
 
 
 class VisionTower(nnx.Module):
     """pixels: [I, Y, X, 3] (normalised) -> x: [I, 1+P, V], class token first, patches row-major.
 
-    frozen_layers: gradients end behind as many layers; training/freeze.py sets it.
+    frozen_layers: gradients end behind as many layers.
     """
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        kwargs = dict(rngs=rngs, dtype=dtype)
-        self.config, self.frozen_layers = config, 0
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        lora: LoraConfig | None = None,
+        frozen_layers: int = 0,
+    ):
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
+        self.config, self.lora, self.frozen_layers = config, lora, frozen_layers
         v, features = config.width, 3 * config.patch_size**2
         self.patch_embed = Linear(
             "ipk,kv->ipv", (features, v), (None, "embed"), bias=True, **kwargs
@@ -116,7 +141,7 @@ class VisionTower(nnx.Module):
             normal(1.0), (1 + config.grid**2, v), (None, "embed"), **kwargs
         )
         self.layers = stack_layers(
-            lambda rngs: Block(config, rngs=rngs, dtype=dtype), config.layers, rngs
+            lambda rngs: Block(config, lora, rngs=rngs, dtype=dtype), config.layers, rngs
         )
 
     def embed(self, pixels: jax.Array) -> jax.Array:
@@ -142,25 +167,31 @@ class VisionTower(nnx.Module):
         pixels: jax.Array,
         *,
         drop_path_key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
         remat: str = "none",
-        attention: SelfAttention = SelfAttention(),
+        attention: SelfAttention = DEFAULT_ATTENTION,
     ) -> jax.Array:
         """Output of `config.select_layer`. drop_path_key: None outside training."""
         depth, total = self.config.layers_run, self.config.layers
         x = self.embed(pixels)
         rates = self.config.drop_path * jnp.arange(depth) / max(total - 1, 1)
-        keys = None
-        if drop_path_key is not None and self.config.drop_path > 0:
-            keys = jax.random.split(drop_path_key, depth)
+        drop_path_key = drop_path_key if self.config.drop_path > 0 else None
+        dropout_key = dropout_key if self.lora is not None else None
+        draws = LayerDraws(
+            *(
+                None if key is None else jax.random.split(key, depth)
+                for key in (drop_path_key, dropout_key)
+            )
+        )
 
         def body(x, block_and_draws):
-            block, (key, rate) = block_and_draws
+            block, (draws, rate) = block_and_draws
             with jax.named_scope("vit_block"):
-                return block(x, key, rate, attention), None
+                return block(x, draws, rate, attention), None
 
         def run(x, layers, start, stop, remat):
-            inputs = jax.tree.map(lambda leaf: leaf[start:stop], (keys, rates))
-            return scan_layers(rematerialise(body, remat), x, layers, inputs)[0]
+            inputs = jax.tree.map(lambda leaf: leaf[start:stop], (draws, rates))
+            return scan_layers(rematerialize(body, remat), x, layers, inputs)[0]
 
         frozen = min(self.frozen_layers, depth)
         if frozen:

@@ -1,1 +1,1 @@
-"""Training: sharding, optimiser, the jitted step, checkpoints, the loop (spec: training.md)."""
+"""Training: sharding, optimiser, the jitted step, checkpoints, the loop (design: training.md)."""

@@ -1,4 +1,4 @@
-"""Steps that went wrong: written down with their samples, and when a run stops (spec: training.md 4, 6).
+"""Steps that went wrong: written down with their samples, and when a run stops (design: training.md 4, 6).
 
 The step itself skips the update, on the devices (training/step.py). Here, on the host, its metrics are looked at when a
 window of them is read, so a run stops at most `log_every` steps after the limit; all of these are skipped as well.
@@ -23,6 +23,9 @@ FILE = "bad_steps.jsonl"  # in the run folder
 KINDS = ("nonfinite", "unsupervised", "spike")
 MEDIAN_OVER = 100  # losses that a spike is held against
 MEDIAN_FROM = 20  # losses seen before there can be a spike
+SPREADS = 6  # robust standard deviations that a spike lies above the median, of the logarithms
+TINY, LARGEST_LOG = 1e-12, 700.0  # what keeps logarithms of losses, and their way back, finite
+DEVIATION = 1.4826  # standard deviations in a median absolute deviation, of normal numbers
 
 
 class NonFiniteError(RuntimeError):
@@ -75,9 +78,8 @@ class BadSteps:
                 kind, words = "unsupervised", "nothing is supervised, update skipped"
             else:
                 if len(self._losses) >= MEDIAN_FROM:
-                    median = statistics.median(self._losses)
-                    factor = self._config.spike_factor
-                    if loss > factor * median:
+                    median, factor = statistics.median(self._losses), self._config.spike_factor
+                    if loss > factor * median and loss > usual_bound(self._losses):
                         kind, words = (
                             "spike",
                             f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}",
@@ -124,6 +126,18 @@ class BadSteps:
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def usual_bound(losses: Sequence[float]) -> float:
+    """Return the loss above which none of these was to be expected: SPREADS deviations over the median.
+
+    The scale is logarithmic. Batches of few answers have losses that differ by factors once most answers are right, so
+    that a multiple of the median alone calls ordinary ones spikes; losses that hardly vary leave the multiple to decide.
+    """
+    logs = [math.log(max(loss, TINY)) for loss in losses]
+    middle = statistics.median(logs)
+    spread = DEVIATION * statistics.median(abs(value - middle) for value in logs)
+    return math.exp(min(middle + SPREADS * spread, LARGEST_LOG))
 
 
 def read_bad_steps(run: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import data_parallel_size, row_share
 
@@ -50,16 +49,9 @@ def open_loaders(
 ) -> tuple[Loader, Loader | None]:
     """Training and validation data; process 0 makes the indexes, the others find them. Raises ConfigError, on all
     processes, when the processes see different data or when the rows of a saved position do not fit the devices."""
-    data, prompt = config.data, model_config.prompt
-    processor = Processor(
-        tokenizer,
-        get_template(prompt.template),
-        prompt.system_message,
-        prompt.tiles,
-        model_config.tokens_per_tile,
-        data.special_text,
-        model_config.lvtc,
-        data.images,
+    data = config.data
+    processor = Processor.for_model(
+        model_config, tokenizer, special_text=data.special_text, images=data.images
     )
     shards = data_parallel_size(mesh) * config.compute.accumulation
     row_quantum = (position or {}).get("row_quantum") or data.row_quantum or shards

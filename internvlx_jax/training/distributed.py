@@ -1,4 +1,4 @@
-"""Start of a run on several hosts: Cloud TPU, SLURM, or explicit flags (spec: training.md 12, platform.md 6).
+"""Start of a run on several hosts: Cloud TPU, SLURM, or explicit flags (design: training.md 12, platform.md 6).
 
 jax.distributed ends the process, without naming anybody, when a peer does not come in time. So the processes meet
 here first: the first one calls the roll on the coordinator's port, tells all others the result, and leaves the port to

@@ -1,10 +1,9 @@
-"""One executable a bucket, all compiled before the first step (spec: training.md 5, 12)."""
+"""One executable a bucket, all compiled before the first step (design: training.md 5, 12)."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -22,21 +21,26 @@ REMEDIES = (
 
 
 def compile_train_steps(
-    setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int]
+    setup: Setup,
+    buckets: Sequence[Bucket],
+    rows: Sequence[int],
+    speak: Callable[[str], object] = print,
 ) -> dict[Bucket, jax.stages.Compiled]:
-    """The train step of each bucket, compiled side by side for attached devices.
+    """Compile the train step of each bucket, side by side for attached devices.
 
+    speak: is told about each bucket before its compilation, which takes minutes at full size.
     Raises ConfigError, with what to change, for a bucket that needs more memory than they have.
     """
     memory = device_memory(setup.mesh.local_devices[0])
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        compiled = dict(
-            zip(
-                buckets,
-                threads.map(functools.partial(compile_train_step, setup), buckets, rows),
-                strict=True,
-            )
+
+    def compiling(bucket: Bucket, count: int) -> jax.stages.Compiled:
+        speak(
+            f"compiling the step of {count} rows of {bucket.tiles} tiles x {bucket.length} slots ..."
         )
+        return compile_train_step(setup, bucket, count)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        compiled = dict(zip(buckets, threads.map(compiling, buckets, rows), strict=True))
     for bucket, count in zip(buckets, rows):
         needed = peak_bytes(compiled[bucket])
         if memory is not None and needed > memory:

@@ -1,23 +1,22 @@
-"""Which parameters a run trains (spec: training.md 2)."""
+"""Which parameters a run trains (design: training.md 2)."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import FreezeConfig
-from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.lora import is_adapter
-from internvlx_jax.models.params import AbstractModel, unflatten
+from internvlx_jax.models.params import AbstractModel
 
 TOWER_LAYERS = "vision.layers."
 MODULES = {"vit": ("vision.",), "projector": ("projector.", "lvtc."), "llm": ("decoder.",)}
@@ -123,15 +122,25 @@ def divide(
 
 
 def as_trained(
-    abstract: AbstractModel, division: ParameterPartition, vit_mode: Literal["train", "eval"]
+    build: Callable[..., AbstractModel],
+    config: ModelConfig,
+    division: ParameterPartition,
+    vit_mode: Literal["train", "eval"],
 ) -> AbstractModel:
-    """The model with the dtypes of a division, whose gradients end where nothing below is trained, and without the drop
-    path of a frozen tower in mode `eval`."""
-    model: InternVLX = nnx.merge(abstract.graphdef, unflatten(abstract.shapes))
-    model.vision.frozen_layers = division.frozen_tower_layers
+    """Builds the model that a run trains.
+
+    Args:
+        build: `abstract_model` with the options of the run.
+        config: The model.
+        division: Gradients end where it says that nothing below is trained; its dtypes are those
+            of the result.
+        vit_mode: `eval` takes the drop path from a tower that is frozen as a whole.
+    """
     if vit_mode == "eval" and not any(path.startswith(MODULES["vit"]) for path in division.trained):
-        model.vision.config = dataclasses.replace(model.vision.config, drop_path=0.0)
-    return dataclasses.replace(abstract, graphdef=nnx.graphdef(model), shapes=division.whole)
+        vision = dataclasses.replace(config.vision, drop_path=0.0)
+        config = dataclasses.replace(config, vision=vision)
+    abstract = build(config, frozen_layers=division.frozen_tower_layers)
+    return dataclasses.replace(abstract, shapes=division.whole)
 
 
 def _layers(

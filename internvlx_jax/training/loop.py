@@ -1,7 +1,8 @@
-"""The training loop, top to bottom: mesh, model, data, state, steps (spec: training.md)."""
+"""The training loop, top to bottom: mesh, model, data, state, steps (design: training.md)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.flops import forward_flops
-from internvlx_jax.models.lora import init_adapters, without_adapters
-from internvlx_jax.models.params import init_params
+from internvlx_jax.models.params import init_adapters, init_params, without_adapters
 from internvlx_jax.models.sharding import batch_sharding, make_mesh, placed
 from internvlx_jax.training.data import open_loaders, open_tokenizer
 from internvlx_jax.training.executables import compile_train_steps
@@ -61,7 +61,10 @@ def train(
     NonFiniteError after too many bad steps, both with the run saved.
     """
     run = Path(config.output_dir).absolute()  # orbax wants absolute paths
-    speak = print if jax.process_index() == 0 else lambda *_: None
+    # Flushed: a line about a compilation is of use while it lasts, also behind a pipe.
+    speak = (
+        functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_, **__: None
+    )
 
     # --- mesh -----------------------------------------------------------------------------------------------------
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
@@ -114,7 +117,7 @@ def train(
     resuming = check_run_folder(run, settings)
     throughput = Throughput(saved.get("clocks"))
     with throughput.paused("compile_s"):
-        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
+        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows, speak)
     write_run_folder(run, settings, tokenizer, source)
     for each in filter(None, (loader, validation)):
         each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress line, metrics.jsonl and TensorBoard events (spec: training.md 7)."""
+"""Where a run's numbers go: a progress line, metrics.jsonl and TensorBoard events (design: training.md 7)."""
 
 from __future__ import annotations
 

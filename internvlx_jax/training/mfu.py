@@ -1,4 +1,4 @@
-"""How much of the devices' peak a run uses, by the project's own count of FLOPs (spec: training.md 8)."""
+"""How much of the devices' peak a run uses, by the project's own count of FLOPs (design: training.md 8)."""
 
 from __future__ import annotations
 

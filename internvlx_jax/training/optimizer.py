@@ -1,5 +1,5 @@
 """AdamW behind a clip of the global norm: schedules, weight-decay rules, groups, an average of the parameters
-(spec: training.md 3, 11)."""
+(design: training.md 3, 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM: the run saves at the next step boundary that all processes reach, and ends (spec: training.md 10)."""
+"""SIGTERM: the run saves at the next step boundary that all processes reach, and ends (design: training.md 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profiler trace of a few steps, for TensorBoard and Perfetto (spec: training.md 7)."""
+"""A profiler trace of a few steps, for TensorBoard and Perfetto (design: training.md 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run one step of a run again, without its update: which module, and which samples, make it bad (spec: training.md 6).
+"""Run one step of a run again, without its update: which module, and which samples, make it bad (design: training.md 6).
 
 python -m internvlx_jax.training.replay RUN_DIR --step N
 """

@@ -1,4 +1,4 @@
-"""The report of a run: RUN/metrics.jsonl -> RUN/curves.png, and RUN/report.html (spec: training.md 7). No import of jax.
+"""The report of a run: RUN/metrics.jsonl -> RUN/curves.png, and RUN/report.html (design: training.md 7). No import of jax.
 
 python -m internvlx_jax.training.report RUN_DIR
 """

@@ -1,4 +1,4 @@
-"""Everything about a run on one page that stands alone: RUN/report.html (spec: training.md 7). No import of jax."""
+"""Everything about a run on one page that stands alone: RUN/report.html (design: training.md 7). No import of jax."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,6 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.models.lora import with_adapters
 from internvlx_jax.models.params import AbstractModel, abstract_model
 from internvlx_jax.models.sharding import (
     activation_shardings,
@@ -77,16 +77,16 @@ def prepare(
 ) -> Setup:
     """steps: updates of the whole run, which the schedule is stretched over. datasets: whose losses are told apart.
     Raises ConfigError for expressions that match no parameter."""
-    abstract = abstract_model(
-        model,
+    build = functools.partial(
+        abstract_model,
         dtype=config.compute.dtype,
         remat=config.compute.remat,
         attention=config.compute.attention,
         shardings=activation_shardings(mesh),
+        lora=config.lora,
     )
-    abstract = with_adapters(abstract, model, config.lora)
-    division = divide(abstract.shapes, config.freeze, config.compute.dtype)
-    abstract = as_trained(abstract, division, config.freeze.vit_mode)
+    division = divide(build(model).shapes, config.freeze, config.compute.dtype)
+    abstract = as_trained(build, model, division, config.freeze.vit_mode)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     schedule = make_schedule(config.optimizer, steps)
     optimizer = make_optimizer(config.optimizer, schedule, division.trained, abstract.axes, model)

@@ -1,4 +1,4 @@
-"""What each start of a run ran on and with: RUN/starts.jsonl, a line a start (spec: training.md 10)."""
+"""What each start of a run ran on and with: RUN/starts.jsonl, a line a start (design: training.md 10)."""
 
 from __future__ import annotations
 

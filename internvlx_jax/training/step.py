@@ -1,4 +1,4 @@
-"""The jitted train and eval steps: arithmetic only (spec: training.md 4, 5)."""
+"""The jitted train and eval steps: arithmetic only (design: training.md 4, 5)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from flax import nnx
 from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.lora import draw_dropout
 from internvlx_jax.models.loss import shift_left, weighted_loss
 from internvlx_jax.models.params import unflatten
 from internvlx_jax.training.freeze import join
@@ -92,9 +91,11 @@ def loss_and_grads(
 
     def micro_loss(trainable, micro, key):
         model: InternVLX = nnx.merge(graphdef, unflatten(join(trainable, frozen)))
-        if key is not None:
-            draw_dropout(model, jax.random.fold_in(key, 2))  # the model splits the key into 0 and 1
-        ce, _ = model.token_losses(micro.inputs, micro.labels, drop_path_key=key)
+        # The model splits the key of the drop path into 0 and 1.
+        dropout_key = None if key is None else jax.random.fold_in(key, 2)
+        ce, _ = model.token_losses(
+            micro.inputs, micro.labels, drop_path_key=key, dropout_key=dropout_key
+        )
         weighted = shift_left(micro.loss_weight, 0.0) * ce
         return jnp.sum(weighted) * scale, sums_by_dataset(weighted, micro.dataset, datasets)
 

@@ -1,4 +1,4 @@
-"""Watching a run: a window of steps becomes a line of metrics, and may end the run (spec: training.md 6, 7)."""
+"""Watching a run: a window of steps becomes a line of metrics, and may end the run (design: training.md 6, 7)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, InternVLForConditionalGeneration, Phi3ForCa
 from internvlx_jax import load_pretrained
 from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.verify import inputs_from_flat
-from internvlx_jax.models.decoder import Decoder, Frame
+from internvlx_jax.models.decoder import Decoder, TokenLayout
 
 ATOL = 1e-4
 IMAGE_TOKEN = 7
@@ -145,11 +145,11 @@ def test_phi3_decoder(tmp_path, make_checkpoint, length):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = np.random.default_rng(0).integers(0, 200, (2, length))
     decoder = load_pretrained(tmp_path / "source", dtype="float32").model.decoder
-    frame = Frame(np.broadcast_to(np.arange(length), tokens.shape), np.ones_like(tokens))
+    layout = TokenLayout(np.broadcast_to(np.arange(length), tokens.shape), np.ones_like(tokens))
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         expected = theirs.eval()(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
         x = decoder.embed(tokens, np.float32)
-        found = decoder.logits(jax.jit(Decoder.run_layers)(decoder, x, frame)[0])
+        found = decoder.logits(jax.jit(Decoder.run_layers)(decoder, x, layout)[0])
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
 

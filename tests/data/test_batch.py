@@ -1,4 +1,4 @@
-"""Static-shape batches and their index plans (spec: data.md 13)."""
+"""Static-shape batches and their index plans (design: data.md 13)."""
 
 import dataclasses
 

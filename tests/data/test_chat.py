@@ -1,4 +1,4 @@
-"""Meta files and chat files: good, odd and bad input (spec: data.md 1 to 3)."""
+"""Meta files and chat files: good, odd and bad input (design: data.md 1 to 3)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The check table, its histograms and the page of one sample (spec: data.md 18)."""
+"""The check table, its histograms and the page of one sample (design: data.md 18)."""
 
 import json
 import re

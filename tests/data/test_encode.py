@@ -1,4 +1,4 @@
-"""Ids, labels and image slots against the release (spec: data.md 3 to 6).
+"""Ids, labels and image slots against the release (design: data.md 3 to 6).
 
 Golden cases are those of internlm2-chat, Hermes-2 and phi3-chat, each with the kind of tokenizer it is used with.
 """

@@ -1,4 +1,4 @@
-"""Bad samples: used, replaced, masked or counted, never lost; two thousand damaged inputs (spec: data.md 7, 15)."""
+"""Bad samples: used, replaced, masked or counted, never lost; two thousand damaged inputs (design: data.md 7, 15)."""
 
 import dataclasses
 import io

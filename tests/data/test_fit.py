@@ -1,4 +1,4 @@
-"""What gives way when a sample is too long, in order (spec: data.md 10)."""
+"""What gives way when a sample is too long, in order (design: data.md 10)."""
 
 import numpy as np
 import pytest

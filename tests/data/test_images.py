@@ -1,4 +1,4 @@
-"""One crafted file for each row of the decoding table (spec: data.md 7)."""
+"""One crafted file for each row of the decoding table (design: data.md 7)."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Meta file -> batches: one mixed stream, resumable, the same for every process and worker (spec: data.md 10-17)."""
+"""Meta file -> batches: one mixed stream, resumable, the same for every process and worker (design: data.md 10-17)."""
 
 import dataclasses
 import json

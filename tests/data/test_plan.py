@@ -1,4 +1,4 @@
-"""Bucket plans: pure, complete, one bucket a step, few executables (spec: data.md 11)."""
+"""Bucket plans: pure, complete, one bucket a step, few executables (design: data.md 11)."""
 
 import collections
 import csv

@@ -1,4 +1,4 @@
-"""Records from JSONL, ArrayRecord, TFDS and remote files; videos as frames (spec: data.md 2, 3, 16)."""
+"""Records from JSONL, ArrayRecord, TFDS and remote files; videos as frames (design: data.md 2, 3, 16)."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Template strings against the release (spec: data.md 4)."""
+"""Template strings against the release (design: data.md 4)."""
 
 import json
 

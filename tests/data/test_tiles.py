@@ -1,4 +1,4 @@
-"""Grids and tile pixels against the release (spec: data.md 8 and 9)."""
+"""Grids and tile pixels against the release (design: data.md 8 and 9)."""
 
 import csv
 import hashlib

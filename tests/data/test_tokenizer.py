@@ -1,4 +1,4 @@
-"""Tokenizer: ids, reserved text, files, pickling (spec: data.md 5)."""
+"""Tokenizer: ids, reserved text, files, pickling (design: data.md 5)."""
 
 import json
 import pickle

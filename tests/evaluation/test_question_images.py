@@ -1,4 +1,4 @@
-"""How several images of a question become tiles, and the order of tiling and RGB (spec: evaluation.md 1, 4)."""
+"""How several images of a question become tiles, and the order of tiling and RGB (design: evaluation.md 1, 4)."""
 
 import io
 
@@ -9,15 +9,10 @@ from PIL import Image
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.tiles import cut_tiles
+from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID, VLMEVALKIT
 from internvlx_jax.evaluation.tasks import TASKS
-from internvlx_jax.inference.tiling import (
-    EACH,
-    FIRST_ONLY,
-    MMMU_GRID,
-    VLMEVALKIT,
-    ImageBytes,
-    Tiler,
-)
+from internvlx_jax.inference.images import ImageBytes
+from internvlx_jax.inference.tiling import EACH, Tiler
 
 TILES = TileConfig(tile_size=56, rule="edge", max_num=6)
 
@@ -33,13 +28,22 @@ def stored(width, height, mode="RGB") -> ImageBytes:
 WIDE, SMALL = stored(168, 56), stored(50, 50)
 
 
-@pytest.mark.parametrize("policy, images, blocks", [
-    (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
-    (EACH, [WIDE, SMALL], (4, 1)), (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
-    (VLMEVALKIT, [WIDE, SMALL], (4, 1)), (VLMEVALKIT, [WIDE] * 4, (4,) * 4), (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
-    (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
-    (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)), (FIRST_ONLY, [WIDE, WIDE], (1,)), (EACH, [], ()), (MMMU_GRID, [], ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy, images, blocks",
+    [
+        (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
+        (EACH, [WIDE, SMALL], (4, 1)),
+        (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
+        (VLMEVALKIT, [WIDE, SMALL], (4, 1)),
+        (VLMEVALKIT, [WIDE] * 4, (4,) * 4),
+        (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
+        (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
+        (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)),
+        (FIRST_ONLY, [WIDE, WIDE], (1,)),
+        (EACH, [], ()),
+        (MMMU_GRID, [], ()),
+    ],
+)
 def test_tiles_of_the_images_of_a_question(policy, images, blocks):
     tiler = Tiler(TILES, policy)
     assert tiler.counts(images) == blocks

@@ -20,14 +20,14 @@ from internvlx_jax.core.model_config import (
     VisionConfig,
 )
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.models.lora import (
-    draw_dropout,
+from internvlx_jax.models.lora import is_adapter
+from internvlx_jax.models.params import (
+    abstract_model,
     init_adapters,
-    is_adapter,
-    with_adapters,
+    init_params,
+    unflatten,
     without_adapters,
 )
-from internvlx_jax.models.params import abstract_model, init_params, unflatten
 
 LORAS = (
     LoraConfig(part="vision", rank=3, alpha=6.0),
@@ -67,8 +67,9 @@ def model(request):
         ),
         prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
     )
-    base = abstract_model(config, dtype="float32", attention="xla")
-    return config, base, with_adapters(base, config, LORAS), init_params(config, 0)
+    options = dict(dtype="float32", attention="xla")
+    base, adapted = abstract_model(config, **options), abstract_model(config, **options, lora=LORAS)
+    return config, base, adapted, init_params(config, 0)
 
 
 def fresh(adapted, seed=0):
@@ -81,9 +82,7 @@ def fresh(adapted, seed=0):
 )  # as a run is: bits are compared
 def hidden(graphdef, params, inputs, key=None):
     model = nnx.merge(graphdef, unflatten(params))
-    if key is not None:
-        draw_dropout(model, key)
-    return model(inputs)
+    return model(inputs, dropout_key=key)
 
 
 def test_names_and_shapes(model):
@@ -131,7 +130,7 @@ def test_checkpoints_of_every_family_know_the_names(family):
         ),
         prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
     )
-    adapted = with_adapters(abstract_model(config, dtype="float32", attention="xla"), config, LORAS)
+    adapted = abstract_model(config, dtype="float32", attention="xla", lora=LORAS)
     for lora in LORAS:
         found = stored_adapters(config, lora.part, adapted.shapes)
         assert (
@@ -204,8 +203,8 @@ def test_dropout_acts_in_training_only(model, inputs, trained):
 
 
 def test_a_part_has_one_kind_of_adapters(model):
-    config, base, *_ = model
+    config = model[0]
     with pytest.raises(ConfigError, match="lora: decoder, decoder name a part twice"):
-        with_adapters(base, config, [LORAS[1], LORAS[1]])
+        abstract_model(config, dtype="float32", lora=[LORAS[1], LORAS[1]])
     with pytest.raises(ConfigError, match="rank 0 must be at least 1"):
         dataclasses.replace(LORAS[0], rank=0)

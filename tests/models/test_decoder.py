@@ -13,12 +13,12 @@ from internvlx_jax.core.model_config import DecoderConfig, RopeConfig
 from internvlx_jax.models import attention
 from internvlx_jax.models.attention import SelfAttention, attend
 from internvlx_jax.models.decoder import Decoder, KeyValues, KVCacheView, TokenLayout
-from internvlx_jax.models.rope import rotation
+from internvlx_jax.models.rope import rope_tables
 
 ATOL = 1e-4
 
 
-def frame(tokens, positions=None, mask=None):
+def layout(tokens, positions=None, mask=None):
     batch, length = tokens.shape
     positions = np.broadcast_to(np.arange(length), tokens.shape) if positions is None else positions
     mask = np.ones_like(tokens) if mask is None else mask
@@ -30,7 +30,7 @@ run_layers = jax.jit(Decoder.run_layers, static_argnames=("start", "stop", "keep
 
 def logits(decoder, tokens, **kwargs):
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
-    return decoder.logits(run_layers(decoder, x, frame(tokens, **kwargs))[0])
+    return decoder.logits(run_layers(decoder, x, layout(tokens, **kwargs))[0])
 
 
 def test_hidden_states_and_caches(parity):
@@ -39,7 +39,7 @@ def test_hidden_states_and_caches(parity):
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
     for layer in range(decoder.config.layers):
         np.testing.assert_allclose(x, outputs[f"llm_hidden_{layer}"], atol=ATOL, rtol=0)
-        x, kv = run_layers(decoder, x, frame(tokens), start=layer, stop=layer + 1, keep_kv=True)
+        x, kv = run_layers(decoder, x, layout(tokens), start=layer, stop=layer + 1, keep_kv=True)
         for ours, name in zip(kv, ("k", "v")):
             np.testing.assert_allclose(
                 ours[0].swapaxes(1, 2), outputs[f"llm_cache_{name}_{layer}"], atol=ATOL, rtol=0
@@ -74,13 +74,13 @@ def test_prefill_and_single_steps(parity):
     batch, length = tokens.shape
     prefill = 8
     x = decoder.embed(jnp.asarray(tokens[:, :prefill]), jnp.float32)
-    x, kv = run_layers(decoder, x, frame(tokens[:, :prefill]), keep_kv=True)
+    x, kv = run_layers(decoder, x, layout(tokens[:, :prefill]), keep_kv=True)
     rows = [decoder.logits(x)]
     kv = jax.tree.map(
         lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, length - prefill), (0, 0), (0, 0))), kv
     )
     for slot in range(prefill, length):
-        past = KVCacheView(
+        cached = KVCacheView(
             kv,
             jnp.broadcast_to(jnp.arange(length) <= slot, (batch, length)).astype(jnp.int32),
             jnp.int32(slot),
@@ -90,7 +90,7 @@ def test_prefill_and_single_steps(parity):
             decoder,
             decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32),
             one,
-            past=past,
+            cache=cached,
             keep_kv=True,
         )
         kv = KeyValues(*(old.at[:, :, slot : slot + 1].set(fresh) for old, fresh in zip(kv, new)))
@@ -125,10 +125,10 @@ def test_layer_ranges_compose():
     decoder = tiny()
     tokens = np.arange(6)[None]
     x = decoder.embed(jnp.asarray(tokens), jnp.float32)
-    whole, _ = run_layers(decoder, x, frame(tokens))
+    whole, _ = run_layers(decoder, x, layout(tokens))
     for cut in range(4):
-        shallow, _ = run_layers(decoder, x, frame(tokens), stop=cut)
-        deep, _ = run_layers(decoder, shallow, frame(tokens), start=cut)
+        shallow, _ = run_layers(decoder, x, layout(tokens), stop=cut)
+        deep, _ = run_layers(decoder, shallow, layout(tokens), start=cut)
         np.testing.assert_allclose(deep, whole, atol=1e-6)
 
 
@@ -149,16 +149,18 @@ def test_rope_scaling():
     )
     linear = RopeConfig(theta=1e4, max_positions=64, scaling="linear", factor=4.0)
     np.testing.assert_array_equal(
-        rotation(dynamic, positions, 8, 32).cos, rotation(plain, positions, 8, 32).cos
+        rope_tables(dynamic, positions, 8, 32).cos, rope_tables(plain, positions, 8, 32).cos
     )
     theta = 1e4 * (2.0 * 40 / 32 - 1.0) ** (8 / 6)
     expected = np.cos(np.arange(40)[:, None] * theta ** (-np.arange(0, 8, 2) / 8))
-    np.testing.assert_allclose(rotation(dynamic, positions, 8, 40).cos[0], expected, atol=1e-5)
+    np.testing.assert_allclose(rope_tables(dynamic, positions, 8, 40).cos[0], expected, atol=1e-5)
     np.testing.assert_allclose(
-        rotation(linear, 4 * positions, 8, 40).sin, rotation(plain, positions, 8, 32).sin, atol=1e-6
+        rope_tables(linear, 4 * positions, 8, 40).sin,
+        rope_tables(plain, positions, 8, 32).sin,
+        atol=1e-6,
     )
     with pytest.raises(ValueError, match="40 key slots exceed.*allow_longer"):
-        rotation(plain, positions, 8, 40)
+        rope_tables(plain, positions, 8, 40)
 
 
 @pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
@@ -212,6 +214,6 @@ def test_phi3_rope(scaling, scale):
         angles = np.arange(length)[:, None] / (
             np.asarray(factors) * 100.0 ** (np.arange(0, 8, 2) / 8)
         )
-        ours = rotation(config, jnp.arange(length)[None], 8, length)
+        ours = rope_tables(config, jnp.arange(length)[None], 8, length)
         np.testing.assert_allclose(ours.cos[0], scale * np.cos(angles), atol=1e-5)
         np.testing.assert_allclose(ours.sin[0], scale * np.sin(angles), atol=1e-5)

@@ -22,7 +22,7 @@ from internvlx_jax.core.run_config import FreezeConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.models.flops import Flops, forward_flops, train_flops
 from internvlx_jax.models.layers import separate_layers
-from internvlx_jax.models.lora import is_adapter, with_adapters
+from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.training.freeze import as_trained, divide, join
 
@@ -94,7 +94,8 @@ def test_backward_by_what_is_trained():
     assert partly.decoder == warm_up.decoder
 
     # Rank 16 on every linear map of the decoder: 983,040 weights a rank.
-    adapted = with_adapters(abstract(model), model, [LoraConfig(part="decoder", rank=16, alpha=32)])
+    lora = [LoraConfig(part="decoder", rank=16, alpha=32)]
+    adapted = abstract_model(model, dtype="float32", lora=lora)
     adapters = {path: leaf.shape for path, leaf in adapted.shapes.items() if is_adapter(path)}
     lora = train_flops(model, adapters, **work)
     assert lora.decoder == pytest.approx(warm_up.decoder + 3 * 2 * 16 * 983_040 * 4096)
@@ -212,9 +213,9 @@ def test_the_count_of_xla(freeze):
     work = dict(tiles=4, lengths=[256, 256])
     inputs = jax.eval_shape(lambda: short_batch(SMALL, 2, 2, 256, 256))
     labels = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-    abstract = abstract_model(SMALL, dtype="float32", attention="xla")
-    division = divide(abstract.shapes, freeze or FreezeConfig(), "float32")
-    abstract = as_trained(abstract, division, "eval")
+    build = functools.partial(abstract_model, dtype="float32", attention="xla")
+    division = divide(build(SMALL).shapes, freeze or FreezeConfig(), "float32")
+    abstract = as_trained(build, SMALL, division, "eval")
 
     def loss(trained, frozen, inputs, labels):
         model = nnx.merge(abstract.graphdef, unflatten(join(trained, frozen)))

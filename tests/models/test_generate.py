@@ -120,7 +120,11 @@ def test_golden_tokens_with_a_repetition_penalty(parity):
     @jax.jit
     def run(model, inputs):
         return advance(
-            model, start(model, inputs, row_keys(0, [0]), 0, room=8, **options), 8, 0, **options
+            model,
+            start(model, inputs, row_keys(0, [0]), 0, max_new_tokens=8, **options),
+            8,
+            0,
+            **options,
         ).tokens
 
     np.testing.assert_array_equal(run(parity.model, inputs), parity.outputs["gen1_rep_new_tokens"])
@@ -152,7 +156,7 @@ def test_pieces_and_the_minimum_of_new_tokens(load_golden):
     )
     begin = jax.jit(
         lambda model, inputs, minimum: start(
-            model, inputs, row_keys(0, [0]), minimum, room=8, **options
+            model, inputs, row_keys(0, [0]), minimum, max_new_tokens=8, **options
         )
     )
     go = jax.jit(

@@ -1,4 +1,4 @@
-"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (spec: lvtc.md 6)."""
+"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (design: lvtc.md 6)."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ from internvlx_jax.core.model_config import (
     PromptConfig,
     VisionConfig,
 )
+from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.core.token_layout import feature_index, short_layout, short_lengths
 from internvlx_jax.models.generation import decode_step, for_decoding, greedy, prefill
@@ -454,13 +455,13 @@ def test_prefill_and_cached_steps_equal_the_full_forward():
     (long, short), decoder = case.lengths, case.config.decoder
     shallow = case.lvtc.expand_layer
     for frame, layers, slots in zip(
-        cache.frames, (shallow, LAYERS - shallow), (short, long), strict=True
+        cache.ranges, (shallow, LAYERS - shallow), (short, long), strict=True
     ):
         shape = (layers, rows, slots + new, decoder.kv_heads, decoder.head_dim)
         assert frame.kv.keys.shape == frame.kv.values.shape == shape
         assert frame.segments.shape == shape[1:3] and int(frame.slot) == slots
     filled = short_lengths(layout.inputs.segment_ids, layout.tile_start, case.lvtc)
-    np.testing.assert_array_equal(cache.frames[0].segments.sum(axis=1), filled)
+    np.testing.assert_array_equal(cache.ranges[0].segments.sum(axis=1), filled)
 
     step, tolerance = jax.jit(decode_step), 1e-5 * np.abs(expected).max()
     for t in range(new):
@@ -581,7 +582,8 @@ def test_the_released_projector_has_one_place(lvtc, role):
     """A checkpoint has one PVTC of the model's own token grid: the tokens of layer 0 take it first."""
     config = model_config(lvtc)
     paths = abstract(config).shapes
-    assert config.released_role == role
+    site = released_site(config)
+    assert (site and site.name) == role
     assert any(path.startswith("projector.") for path in paths) == (role is not None)
     assert any(path.startswith("lvtc.low.") for path in paths) == (role != "low")
     assert any(path.startswith("lvtc.high.projector.") for path in paths) == (role != "high")

@@ -9,6 +9,7 @@ from internvlx_jax.checkpoints.hf_config import model_config
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import load_config_file, override
 from internvlx_jax.core.presets import internvlx_2b, internvlx_8b, lvtc_preset
+from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.models.params import abstract_model
 
 SIZES = {"2b": internvlx_2b, "8b": internvlx_8b}
@@ -33,7 +34,7 @@ def test_each_preset(preset, role, tokens, mean):
     """Which projector is the released one, slots of a tile, and the mean visual tokens of lvtc.md 5."""
     for make, expected in zip(SIZES.values(), mean):
         model = make(preset)
-        assert (model.released_role, model.tokens_per_tile) == (role, tokens)
+        assert (released_site(model).name, model.tokens_per_tile) == (role, tokens)
         layers, lvtc = model.decoder.layers, model.lvtc
         low, first_deep = (lvtc.low_grid, lvtc.expand_layer) if lvtc else (16, 0)
         assert round((first_deep * low**2 + (layers - first_deep) * tokens) / layers) == expected
@@ -68,7 +69,10 @@ def test_run_configs(size, preset):
 
 def test_lvtc_from_the_command_line():
     """Field by field, also where the config has none yet; a misspelt one is named."""
-    config = load_config_file("configs/demo.py")
+    demo = load_config_file("configs/demo.py")
+    assert demo.model.lvtc is not None
+    config = override(demo, ["model.lvtc=none"])
+    assert config.model.lvtc is None
     set_to = override(
         config, ["model.lvtc.expand_layer=1", "model.lvtc.low_grid=1", "model.lvtc.high_grid=2"]
     ).model.lvtc
@@ -77,6 +81,4 @@ def test_lvtc_from_the_command_line():
         override(config, ["model.lvtc.expnd_layer=1"])
     with pytest.raises(ConfigError, match="lvtc.*expand_layer"):
         override(config, ["model.lvtc.low_grid=1"])
-    paper = load_config_file("configs/demo_paper.py")
-    assert override(paper, ["model.lvtc=none"]).model.lvtc is None
-    assert override(paper, ["model.lvtc.gate=none"]).model.lvtc.gate is None
+    assert override(demo, ["model.lvtc.gate=none"]).model.lvtc.gate is None

@@ -14,8 +14,7 @@ from internvlx_jax.aot.compile_report import bounding_buckets, check_fits, compi
 from internvlx_jax.aot.topologies import Topology, topology
 from internvlx_jax.core.chips import CHIPS
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.presets import internvlx_2b
-from internvlx_jax.core.recipes import x_2nd_finetune, x_hd_2nd_finetune
+from internvlx_jax.core.overrides import load_config_file
 from internvlx_jax.core.run_config import ComputeConfig
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.data.tokenizer import Tokenizer
@@ -26,20 +25,21 @@ from internvlx_jax.training.loop import train
 from internvlx_jax.training.setup import prepare
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 GATE = Path(__file__).with_name("compile_gate.json")
 GROWTH = 1.05
 
 
 def test_bounding_buckets():
-    hd = x_hd_2nd_finetune(internvlx_2b(), name="", init_from="x")
+    hd = load_config_file(CONFIGS / "hd_finetune.py")
     assert bounding_buckets(hd.data, hd.model) == [
         Bucket(0, 4096),
         Bucket(1, 4096),
         Bucket(7, 4096),
     ]
-    paper = x_hd_2nd_finetune(internvlx_2b("paper"), name="", init_from="x", max_length=8192)
+    paper = load_config_file(CONFIGS / "hd_finetune.py:lvtc=paper")
     assert bounding_buckets(paper.data, paper.model)[-1] == Bucket(7, 8192, 8192 - 7 * 768)
-    plain = x_2nd_finetune(internvlx_2b(), name="", init_from="x")
+    plain = load_config_file(CONFIGS / "finetune.py")
     assert bounding_buckets(plain.data, plain.model) == [Bucket(0, 4096), Bucket(1, 4096)]
     packed = dataclasses.replace(hd.data, batch_mode="pack", max_length=16384)
     assert bounding_buckets(packed, hd.model) == [Bucket(64, 16384)]
@@ -137,7 +137,7 @@ def test_dry_run_writes_nothing(one_bucket, capsys):
     assert not Path(one_bucket.output_dir).exists()
 
 
-GATED = ("internvlx_2b_hd", "internvlx_8b_hd_paper")
+GATED = ("hd_finetune.py:size=2b", "hd_finetune.py:size=8b,lvtc=paper")
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -156,7 +156,7 @@ def test_memory_and_collectives_do_not_grow(name, tmp_path):
             "-m",
             "internvlx_jax.training.compile",
             "--config",
-            f"configs/{name}.py",
+            f"configs/{name}",
             "--topology",
             "v5e:8x8",
             "--set",

@@ -1,4 +1,4 @@
-"""What is trained, by shorthands and by regular expressions (spec: training.md 2)."""
+"""What is trained, by shorthands and by regular expressions (design: training.md 2)."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard events, rates and the progress line (spec: training.md 7)."""
+"""metrics.jsonl, TensorBoard events, rates and the progress line (design: training.md 7)."""
 
 import json
 from collections import deque

@@ -1,4 +1,4 @@
-"""Packed rows in the model and in the loop (spec: data.md 12, 14, 15)."""
+"""Packed rows in the model and in the loop (design: data.md 12, 14, 15)."""
 
 import dataclasses
 import json

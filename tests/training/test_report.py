@@ -1,4 +1,4 @@
-"""Learning curves from metrics.jsonl (spec: training.md 7)."""
+"""Learning curves from metrics.jsonl (design: training.md 7)."""
 
 import json
 import sys

@@ -1,0 +1,15 @@
+"""How benchmarks share the tile maximum among the images of a question (design: evaluation.md 4)."""
+
+from __future__ import annotations
+
+from internvlx_jax.inference.tiling import ImagePolicy
+
+VLMEVALKIT_TILES = 64  # per question, over all of its images
+
+VLMEVALKIT = ImagePolicy(
+    limits=lambda most, images: [max(1, min(most, VLMEVALKIT_TILES // images))] * images
+)
+MMMU_GRID = ImagePolicy(
+    limits=lambda most, images: [most] + [1] * (images - 1), one_block=True, enlarge_first=2
+)
+FIRST_ONLY = ImagePolicy(limits=lambda most, images: [1], one_block=True)

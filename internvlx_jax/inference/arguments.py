@@ -1,0 +1,147 @@
+"""Arguments of callers -> requests and generation specs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.inference.images import Images, image_sources
+from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
+from internvlx_jax.inference.tiling import Tiler
+
+MAX_NEW_TOKENS = 1024
+SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+class Options(TypedDict, total=False):
+    """Options of `generate`, `stream` and `chat`; see `make_spec` for their meaning."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int
+    stop: str | Sequence[str]
+    max_num: int | None
+    tile_rule: str | None
+    dynamic: bool | None
+
+
+def make_spec(
+    tiles: TileConfig,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    max_num: int | None = None,
+    tile_rule: str | None = None,
+    dynamic: bool | None = None,
+    **sampling: Any,
+) -> GenerationSpec:
+    """Returns how requests are put to a model.
+
+    Args:
+        tiles: how the model cuts images.
+        max_new_tokens: most tokens of an answer.
+        min_new_tokens: number of tokens before the stop token is allowed.
+        seed: randomness of sampling.
+        stop: text or texts that end an answer; the answer does not contain them.
+        max_num: most tiles per turn, thumbnails not counted; None keeps the model's.
+        tile_rule: bound of the grid, "edge", "area" or "off"; None keeps the model's.
+        dynamic: False squashes each image into one tile; None keeps the model's.
+        **sampling: fields of `Sampling`: temperature, top_k, top_p, repetition_penalty.
+
+    Raises:
+        TypeError: an option does not exist.
+        ValueError: an option is out of its range (ConfigError is one).
+    """
+    unknown = sorted(sampling.keys() - set(SAMPLING_FIELDS))
+    if unknown:
+        known = ", ".join(Options.__annotations__)
+        raise TypeError(f"unknown option {', '.join(unknown)}; choose from {known}")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1),
+                               ("min_new_tokens", min_new_tokens, 0)):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"{name} is {value}, it must be at least {least}")
+    overrides = {"max_num": max_num, "rule": tile_rule, "dynamic": dynamic}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise ConfigError("stop holds an empty text, which would end every answer at once")
+    return GenerationSpec(
+        tiler=Tiler(dataclasses.replace(tiles, **overrides)),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        sampling=Sampling(**sampling),
+        seed=seed,
+        stop_strings=stops,
+    )
+
+
+def make_request(
+    prompt: str,
+    images: Images = None,
+    *,
+    history: Sequence[Turn] = (),
+    system: str | None = None,
+    where: str = "prompt",
+    read_files: bool = False,
+) -> Request:
+    """Returns the request of one prompt with its placeholders in place.
+
+    Args:
+        prompt: text of the newest turn.
+        images: images of the newest turn.
+        history: earlier turns, oldest first.
+        system: replaces the system message of the model.
+        where: names the request in messages.
+        read_files: whether image files of the newest turn are read here.
+
+    Raises:
+        TypeError: the prompt or an image has a type that is not accepted.
+        ValueError: an image array has another shape or dtype than uint8[H, W, 3].
+        SampleError: an image cannot be read, or the placeholders do not fit the images.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"{where} is a {type(prompt).__name__}; give a text")
+    asked = [
+        make_request(turn.prompt, turn.images, where=f"history[{i}]")
+        for i, turn in enumerate(history)
+    ]
+    turns = [
+        Turn(request.prompt, turn.answer, request.images)
+        for request, turn in zip(asked, history, strict=True)
+    ]
+    sources = image_sources(images, read_files=read_files)
+    return Request(
+        prompt=place_images(prompt, len(sources), where),
+        images=sources,
+        history=tuple(turns),
+        system=system,
+        where=where,
+    )
+
+
+def place_images(prompt: str, images: int, where: str) -> str:
+    """Puts a line with "<image>" for each image in front of a prompt without any.
+
+    Raises:
+        SampleError: the prompt has placeholders, but not as many as there are images.
+    """
+    found = prompt.count(IMAGE_PLACEHOLDER)
+    if found not in (0, images):
+        raise SampleError(
+            "placeholder_mismatch",
+            f'{images} image{"s" * (images != 1)} but {found} "<image>" in the prompt.',
+            "Write one placeholder for each image, or none to have them put in front.",
+            where,
+        )
+    return prompt if found else f"{IMAGE_PLACEHOLDER}\n" * images + prompt

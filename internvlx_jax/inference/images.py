@@ -1,0 +1,152 @@
+"""Images as callers have them -> sources that a tiler reads."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import os
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.data import storage
+from internvlx_jax.data.images import ImageSource, StoredImage
+
+# A path or URL, an encoded file, an image stored in another file, a Pillow image, or pixels
+# uint8[H, W, 3].
+ImageLike = ImageSource | Image.Image | np.ndarray
+Images = ImageLike | Sequence[ImageLike] | None
+
+ACCEPTED = (
+    "give a path, a URL, the bytes of an image file, a PIL image or a NumPy array uint8[H, W, 3]"
+)
+URL_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image in memory, with a name for messages."""
+
+    name: str
+    data: bytes = dataclasses.field(repr=False)
+
+    def open(self) -> BinaryIO:
+        """Returns the encoded image as a file."""
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def image_sources(images: Images, *, read_files: bool = False) -> tuple[ImageSource, ...]:
+    """Returns the sources of one image, of several or of none, in order.
+
+    Args:
+        images: what the caller gave.
+        read_files: whether files are read here, so that later changes of them have no effect.
+            Otherwise only http(s) URLs are, and files are opened when their batch is prepared.
+
+    Raises:
+        TypeError: an image has a type that is not accepted.
+        ValueError: an array has another shape or dtype than uint8[H, W, 3].
+        SampleError: a file or URL cannot be read.
+    """
+    if images is None:
+        return ()
+    if isinstance(images, (list, tuple)):
+        named = [(image, f"images[{i}]") for i, image in enumerate(images)]
+        return tuple(_source(image, name, read_files) for image, name in named)
+    return (_source(images, "images", read_files),)
+
+
+def _source(image: object, name: str, read_files: bool) -> ImageSource:
+    if isinstance(image, bytes):
+        return ImageBytes(f"{name} (bytes)", image)
+    if isinstance(image, Image.Image):
+        return _encoded(image, f"{name} ({type(image).__name__})")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"{name} is an array {image.dtype}{list(image.shape)}; give RGB pixels as "
+                "uint8[H, W, 3]"
+            )
+        return _encoded(Image.fromarray(np.ascontiguousarray(image)), f"{name} (array)")
+    if isinstance(image, str) and image.startswith("data:"):
+        return ImageBytes(f"{name} (data: URL)", _data_url(image, name))
+    if isinstance(image, (str, os.PathLike)):
+        return _file(os.fspath(image), read_files)
+    if hasattr(image, "open"):
+        return cast(StoredImage, image)
+    raise TypeError(f"{name} is a {type(image).__name__}; {ACCEPTED}")
+
+
+def _encoded(image: Image.Image, name: str) -> ImageBytes:
+    """Encodes a decoded image without loss, so that every kind of image takes the same way."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f'{name} has the mode "{image.mode}", which has no defined range of values; convert it '
+            "to 8-bit RGB"
+        )
+    file = io.BytesIO()
+    try:
+        if image.mode.startswith("I;16"):  # keeps 16-bit values, which files have too
+            image.save(file, "PNG", compress_level=1)
+        else:
+            copy = image.copy()
+            copy.info.pop("transparency", None)  # alpha is dropped, as it is for files
+            copy.convert("RGB").save(file, "PPM")
+    except OSError as error:  # a lazily opened file that is damaged
+        raise unreadable(name, error) from error
+    return ImageBytes(name, file.getvalue())
+
+
+def _data_url(url: str, name: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma behind its media type")
+        payload = urllib.parse.unquote_to_bytes(payload)
+        return base64.b64decode(payload, validate=True) if header.endswith(";base64") else payload
+    except (ValueError, binascii.Error) as error:
+        raise SampleError(
+            "unreadable",
+            f"the data: URL is not well formed ({error}).",
+            "Write data:image/png;base64, and the base64 text of the file.",
+            name,
+        ) from error
+
+
+def _file(path: str, read_files: bool) -> ImageSource:
+    """Returns a file or URL as it is, or its bytes. http(s) URLs are fetched once, with urllib."""
+    try:
+        if path.startswith(("http://", "https://")):
+            request = urllib.request.Request(path, headers={"User-Agent": "internvlx-jax"})
+            with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
+                return ImageBytes(path, response.read())
+        if not (read_files or storage.is_url(path)):
+            os.stat(path)  # a missing file is reported before anything is computed
+        if not read_files:
+            return path
+        with storage.open_binary(path) as file:
+            return ImageBytes(path, file.read())
+    except ConfigError:  # a URL whose package is missing; the message names it
+        raise
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(where: str, error: Exception) -> SampleError:
+    """Returns the error of an image that cannot be read."""
+    return SampleError(
+        "unreadable",
+        f"the image cannot be read ({type(error).__name__}: {error}).",
+        "Check the path or URL, and that it is an image file.",
+        where,
+    )
