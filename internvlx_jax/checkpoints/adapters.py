@@ -4,8 +4,8 @@ An adapter of the linear map `M.kernel` is two parameters beside it, in the axes
 
     M.lora_a  [L, *in, r]     M.lora_b  [L, r, *out]        kernel + scale * lora_a lora_b
 
-A fused tensor (`wqkv`, `qkv`) has one pair. Where queries, keys and values are separate tensors that
-share our packed kernel, each keeps a pair of its own: `M.lora_a_q`, `M.lora_b_q`, `M.lora_a_k`, ...
+A fused tensor (`wqkv`, `qkv`) has one pair. Where queries, keys and values are separate tensors
+that share our packed kernel, each keeps a pair of its own: `M.lora_a_q`, `M.lora_b_q`, ...
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def find_adapters(
         rank = tensors.shape(name)[0 if name.endswith("lora_A.weight") else 1]
         if rank != config.rank:
             problems.append(
-                f"adapter tensor {name} {list(tensors.shape(name))} has rank {rank}, the config says "
-                f"r = {config.rank}"
+                f"adapter tensor {name} {list(tensors.shape(name))} has rank {rank}, the config "
+                f"says r = {config.rank}"
             )
     return found, problems
 

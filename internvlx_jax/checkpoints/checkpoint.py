@@ -20,8 +20,8 @@ from internvlx_jax.models.params import AbstractModel
 class Checkpoint(Protocol):
     """An opened checkpoint: its config is known, its parameters are read when asked for.
 
-    `RunFolder` reads run folders, `HFFolder` reads Hugging Face folders, and `Parts` puts a tower and a
-    decoder together. `open_checkpoint` chooses between the first two.
+    `RunFolder` reads run folders, `HFFolder` reads Hugging Face folders, and `Parts` puts a tower
+    and a decoder together. `open_checkpoint` chooses between the first two.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Opening Hugging Face folders, in any layout and with any adapters (design: checkpoints.md 6, 8, 9)."""
+"""Opens Hugging Face folders, in any layout, with any adapters (design: checkpoints.md 6, 8, 9)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NESTED = {
 
 
 class HFFolder(TorchCheckpoint):
-    """A checkpoint folder: config.json with safetensors (or .bin) files, in any layout that is read.
+    """A checkpoint folder: config.json with safetensors (or .bin) files, in any known layout.
 
     Attributes:
         kept: adapters that are left out of the weights; empty without `keep_lora`.
@@ -98,8 +98,8 @@ class HFFolder(TorchCheckpoint):
         parts = [lora.config.part for lora in found]
         if len(set(parts)) < len(parts):
             raise ConfigError(
-                f"{path}: two sets of adapters for one part ({', '.join(parts)}); merge one of them "
-                "first"
+                f"{path}: two sets of adapters for one part ({', '.join(parts)}); merge one of "
+                "them first"
             )
         super().__init__(
             path,
@@ -137,7 +137,8 @@ def resized(
     patch = config.vision.patch_size
     if image_size < patch or image_size % patch:
         raise ConfigError(
-            f"--image_size {image_size} is not a multiple of the patch size {patch}; choose one that is"
+            f"--image_size {image_size} is not a multiple of the patch size {patch}; choose one "
+            "that is"
         )
     (entry,) = (entry for entry in table if entry.target == "vision.position_embedding")
     (name,) = entry.sources(0)

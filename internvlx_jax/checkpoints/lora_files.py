@@ -67,8 +67,8 @@ def read_adapter_config(folder: Path, part: ModelPart) -> LoraConfig:
             )
     if stored.get("bias", "none") != "none":
         raise ConfigError(
-            f"{file}: bias = {stored['bias']!r} is not supported, only 'none'; merge the adapter with "
-            "peft"
+            f"{file}: bias = {stored['bias']!r} is not supported, only 'none'; merge the adapter "
+            "with peft"
         )
     if stored.get("fan_in_fan_out"):
         raise ConfigError(
@@ -157,8 +157,8 @@ def write_adapters(
         rank = params[entry.target].shape[-1 if ".lora_a" in entry.target else 1]
         if rank != lora.rank:
             raise ConfigError(
-                f"{entry.target} {list(params[entry.target].shape)} has rank {rank}, the config says "
-                f"r = {lora.rank}"
+                f"{entry.target} {list(params[entry.target].shape)} has rank {rank}, the config "
+                f"says r = {lora.rank}"
             )
     tensors = _peft_tensors(folder, params, entries)
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ class Entry:
         return np.concatenate(pieces, axis=self.axis)
 
     def to_sources(self, array: np.ndarray) -> list[np.ndarray]:
-        """Turns the parameter, or its slice of the stack, into the tensor (or rows) of each part."""
+        """Turns the parameter, or its slice of the stack, into each part's tensor or rows."""
         arrays = [array]
         if len(self.parts) > 1:
             arrays = [
@@ -107,16 +107,18 @@ class Table:
         self.entries: list[Entry] = []
 
     def add(self, source: str, target: str, pattern: str, **dims: int) -> None:
+        """Adds a parameter that is made of one tensor."""
         self.add_parts([Part(source, pattern)], target, 0, (), **dims)
 
     def add_parts(
         self, parts: list[Part], target: str, axis: int, sizes: tuple[int, ...], **dims: int
     ) -> None:
+        """Adds a parameter that is made of several tensors, or of rows of one."""
         named = tuple(dataclasses.replace(part, source=self.source + part.source) for part in parts)
         self.entries.append(Entry(self.target + target, named, dims, axis, sizes, self.layers))
 
     def packed_qkv(self, parts: list[Part], kind: str, decoder: DecoderConfig) -> None:
-        """Separate queries, keys and values -> the packed `attn.qkv`; kind: kernel or bias."""
+        """Adds separate queries, keys and values as the packed `attn.qkv`; kind: kernel or bias."""
         width, back = (" d", "d ") if kind == "kernel" else ("", "")
         patterns = (f"(k j h){width} -> {back}k j h", *[f"(k h){width} -> {back}k 1 h"] * 2)
         named = [
@@ -134,9 +136,11 @@ class Table:
         )
 
     def linear(self, source: str, target: str) -> None:
+        """Adds the kernel of a linear map, which PyTorch stores as [out, in]."""
         self.add(f"{source}.weight", f"{target}.kernel", "o i -> i o")
 
     def norm(self, source: str, target: str) -> None:
+        """Adds the weight of a norm."""
         self.add(f"{source}.weight", f"{target}.weight", "v -> v")
 
 

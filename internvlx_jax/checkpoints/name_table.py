@@ -22,19 +22,23 @@ LAYOUTS = ("internvl-x", "internvl", "hf")
 
 
 def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
-    """All tensors of a checkpoint in one layout, in file order (checkpoints.md 6).
+    """Returns the table of all tensors of a checkpoint, in file order (checkpoints.md 6).
 
-    layout: one of LAYOUTS; None takes the one that `config` has in the original release. Raises ConfigError where the
-    model has no form in that layout.
+    Args:
+        config: the model.
+        layout: one of LAYOUTS; None takes that of the original release.
+
+    Raises:
+        ConfigError: the model has no form in that layout.
     """
     own = "internvl-x" if config.projector.kind == "pvtc" else "internvl"
     layout = layout or own
     if layout == "hf":
         if config.projector.kind != "mlp1" or config.decoder.family == "phi3":
             raise ConfigError(
-                f"a model with projector {config.projector.kind!r} and decoder {config.decoder.family!r} "
-                "has no hf layout: it holds mlp1 projectors before InternLM2, Llama and Qwen2 decoders. "
-                f"Use layout {own}"
+                f"a model with projector {config.projector.kind!r} and decoder "
+                f"{config.decoder.family!r} has no hf layout: it holds mlp1 projectors before "
+                f"InternLM2, Llama and Qwen2 decoders. Use layout {own}"
             )
         return [*_hf_tower(config), *_llama(config), *_hf_projector()]
     if layout != own:
@@ -93,7 +97,7 @@ def _tower(config: ModelConfig) -> list[Entry]:
 
 
 def _hf_tower(config: ModelConfig) -> list[Entry]:
-    """The same tower in transformers' names; q, k and v are separate."""
+    """Lists the same tower in transformers' names; queries, keys and values are separate."""
     vision = config.vision
     heads = dict(n=vision.heads, h=vision.head_dim)
     patch = dict(c=3, y=vision.patch_size, x=vision.patch_size)
@@ -188,7 +192,10 @@ def _two_layer(prefix: str, norm: str, *linears: str) -> list[Entry]:
 
 
 def _lvtc(config: ModelConfig) -> list[Entry]:
-    """What LVTC adds has no public layout: our paths, with PVTC as in `projector.*` (checkpoints.md 3)."""
+    """Lists what LVTC adds, which has no public layout (checkpoints.md 3).
+
+    Names are our paths; a PVTC has its names of `projector.*`.
+    """
     lvtc, entries = config.lvtc, []
     if lvtc is None:
         return entries
@@ -243,7 +250,10 @@ def _internlm2(config: ModelConfig) -> list[Entry]:
 
 
 def _llama(config: ModelConfig) -> list[Entry]:
-    """Llama and Qwen2, and every decoder in the hf layout: separate q, k, v tensors make one packed kernel."""
+    """Lists Llama and Qwen2, and every decoder in the hf layout.
+
+    Separate tensors of queries, keys and values make one packed kernel.
+    """
     decoder = config.decoder
     names = [f"self_attn.{name}_proj" for name in "qkv"]
     layer = Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
@@ -265,7 +275,7 @@ def _llama(config: ModelConfig) -> list[Entry]:
 
 
 def _phi3(config: ModelConfig) -> list[Entry]:
-    """q, k, v are rows of one tensor, and so are gate and up."""
+    """Lists Phi-3: queries, keys and values are rows of one tensor, and so are gate and up."""
     decoder = config.decoder
     q, kv, f = (
         decoder.heads * decoder.head_dim,
@@ -291,7 +301,7 @@ def _phi3(config: ModelConfig) -> list[Entry]:
 
 
 def _llama_frame(config: ModelConfig, layer: Table) -> list[Entry]:
-    """Embedding, norms and output as Llama, Qwen2 and Phi-3 name them, around the given layers."""
+    """Puts embedding, norms and output, as Llama, Qwen2 and Phi-3 name them, around the layers."""
     table = Table("language_model.model.", "decoder.", None)
     table.add("embed_tokens.weight", "embedding", "w d -> w d")
     layer.norm("input_layernorm", "attn_norm")

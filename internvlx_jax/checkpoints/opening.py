@@ -57,6 +57,7 @@ def _not_a_checkpoint(folder: Path) -> str:
         listed += f" and {len(found) - LISTED} more"
     return (
         f"{folder} is no checkpoint folder. A Hugging Face folder holds config.json and "
-        "model*.safetensors (or pytorch_model*.bin); a run folder of train.py holds config.json and "
-        f"checkpoints/STEP. Found: {listed}. Give one of these, or a Hugging Face id (OWNER/NAME)"
+        "model*.safetensors (or pytorch_model*.bin); a run folder of train.py holds config.json "
+        f"and checkpoints/STEP. Found: {listed}. Give one of these, or a Hugging Face id "
+        "(OWNER/NAME)"
     )

@@ -272,12 +272,15 @@ class RunFolder:
 
     @property
     def fields(self) -> dict[str, Any] | None:
-        """config.json of the PyTorch checkpoint that the run began with; None if it began with none."""
+        """config.json of the PyTorch checkpoint that the run began with, if any."""
         file = self.run / "source" / "config.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
     def write_side_files(self, folder: Path) -> list[str]:
-        """Writes the small files of that PyTorch checkpoint, and the run's tokenizer, into `folder`."""
+        """Writes small files into `folder`.
+
+        They are those of the PyTorch checkpoint that the run began with, and the run's tokenizer.
+        """
         source, tokenizer = self.run / "source", self.run / "tokenizer"
         if source.is_dir():
             shutil.copytree(source, folder, dirs_exist_ok=True)

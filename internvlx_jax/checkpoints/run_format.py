@@ -1,4 +1,4 @@
-"""The format of run folders, which a training run leaves behind (design: training.md 10, platform.md 5).
+"""The format of run folders, which training leaves behind (design: training.md 10, platform.md 5).
 
     RUN/config.json            resolved run config and model config
     RUN/tokenizer/             tokenizer files, so that the folder is complete without its sources
@@ -84,8 +84,8 @@ class StoredAverage:
 def find_average(items: Mapping[str, Mapping[str, Any]]) -> StoredAverage | None:
     """Locates the average among the items of a step; None where the run kept none.
 
-    Version 0.1 stored the average inside `opt_state`, under the path of the optimizer state with the
-    parameter's own in brackets, such as `[4].ema['decoder.head']`. Such steps are still read.
+    Version 0.1 stored the average inside `opt_state`, under the path of the optimizer state with
+    the parameter's own in brackets, such as `[4].ema['decoder.head']`. Such steps are still read.
 
     Args:
         items: names (and what is known of each array) by item.
@@ -130,7 +130,8 @@ def mismatches(
 def free_cycles(nbytes: int) -> None:
     """Frees the arrays of orbax's last call, which it leaves in reference cycles.
 
-    Small amounts are left to the interpreter: a collection takes long in a process with many objects.
+    Small amounts are left to the interpreter: a collection takes long in a process with many
+    objects.
 
     Args:
         nbytes: bytes of those arrays.

@@ -57,15 +57,15 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep_last: int):
-        policies = ocp.training.save_decision_policies
-        preservation = ocp.training.preservation_policies
+        # orbax declares its own policies for another type of metadata than the checkpointer's.
+        every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
+        newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
         self._checkpointer = ocp.training.Checkpointer(
             str(run / "checkpoints"),
             cleanup_tmp_directories=True,
             context=SHARED_WRITING,
-            # The loop decides when to save. (orbax's policies are declared for another metadata type.)
-            save_decision_policy=policies.FixedIntervalPolicy(1),  # pyright: ignore[reportArgumentType]
-            preservation_policy=preservation.LatestN(keep_last),  # pyright: ignore[reportArgumentType]
+            save_decision_policy=every,
+            preservation_policy=newest,
         )
 
     def __enter__(self) -> CheckpointWriter:
@@ -156,8 +156,8 @@ def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
         name for name, part in now["parts"].items() if saved.get("parts", {}).get(name) != part
     ]
     return [
-        f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go on; "
-        "restore it, or start a new output_dir with init_from"
+        f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go "
+        "on; restore it, or start a new output_dir with init_from"
     ]
 
 
@@ -241,12 +241,13 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         differences = _differences(json.loads(saved.read_text()), settings)
         if differences:
             raise ConfigError(
-                f"output_dir {run} holds a run with other settings (saved -> now); continue with the "
-                "saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
+                f"output_dir {run} holds a run with other settings (saved -> now); continue with "
+                "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
     elif run.exists() and any(run.iterdir()):
         raise ConfigError(
-            f"output_dir {run} is not empty and holds no run (no config.json); choose another folder"
+            f"output_dir {run} is not empty and holds no run (no config.json); choose another "
+            "folder"
         )
     return resuming
 

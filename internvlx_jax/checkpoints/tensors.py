@@ -1,4 +1,4 @@
-"""Named tensors, wherever a folder holds them, and what conversions do with each: copy, cast, compare."""
+"""Named tensors, wherever they are stored, and how they are copied, cast and compared."""
 
 from __future__ import annotations
 
@@ -200,5 +200,6 @@ def difference(name: str, expected: np.ndarray, found: np.ndarray) -> list[str]:
     first = [int(n) for n in np.unravel_index(np.argmax(changed), changed.shape)]
     apart = np.abs(expected[changed].astype(np.float64) - found[changed].astype(np.float64))
     return [
-        f"{name}: {int(changed.sum())} values differ, first at {first}, by at most {apart.max():.3g}"
+        f"{name}: {int(changed.sum())} values differ, first at {first}, by at most "
+        f"{apart.max():.3g}"
     ]

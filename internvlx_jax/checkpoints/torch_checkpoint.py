@@ -241,8 +241,8 @@ class TorchCheckpoint:
         for name, shape in wanted.items():
             if self.tensors.shape(name) != shape:
                 yield (
-                    f"tensor {name} has shape {list(self.tensors.shape(name))}, config.json implies "
-                    f"{list(shape)}"
+                    f"tensor {name} has shape {list(self.tensors.shape(name))}, config.json "
+                    f"implies {list(shape)}"
                 )
             if self.tensors.dtype(name) not in FLOAT_TYPES:
                 yield (

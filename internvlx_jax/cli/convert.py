@@ -5,8 +5,8 @@ export     a JAX checkpoint -> a folder that PyTorch loads
 inspect    what a folder is, and what it lacks
 verify     run a checkpoint on stored arrays, or compare two checkpoints
 
-Exit status: 0 done, 1 the checkpoint or the request cannot be used (nothing is written), or a comparison fails,
-2 wrong flags, or verify cannot run.
+Exit status: 0 done, 1 the checkpoint or the request cannot be used (nothing is written), or a
+comparison fails, 2 wrong flags, or verify cannot run.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Report:
         if self.rounded:
             kind = "tensors" if self.command == "export" else "parameters"
             lines.append(
-                f"  the cast changed {sum(self.rounded.values()):,} values in {len(self.rounded)} of "
-                f"the {kind}"
+                f"  the cast changed {sum(self.rounded.values()):,} values in {len(self.rounded)} "
+                f"of the {kind}"
             )
         if self.merged:
             lines.append(f"  LoRA merged into {len(self.merged)} parameters")

@@ -1,4 +1,4 @@
-"""`convert export`: a checkpoint becomes a folder that PyTorch loads (design: checkpoints.md 6, 7, 10)."""
+"""`convert export`: a checkpoint becomes a folder for PyTorch (design: checkpoints.md 6, 7, 10)."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def export_checkpoint(
     image_token_id: int | None = None,
     drop_lvtc: bool = False,
 ) -> Report:
-    """Writes a new folder: weights, index, checksums, config.json, and the side files of the source.
+    """Writes a new folder: weights, index, checksums, config.json, and the source's side files.
 
     The largest parameter is in memory, and one tensor of it. The folder appears once all of it is
-    right. Adapters beside the weights are merged, except in layout `peft`, which holds nothing else.
+    right. Adapters beside the weights are merged, except in layout `peft`, which holds only them.
 
     Args:
         source: the opened checkpoint.
@@ -278,8 +278,8 @@ def _side_files(source: Checkpoint, folder: Path, layout: str, fields: dict[str,
         notes.append("no tokenizer files: the source has none")
     if missing := missing_remote_code(fields, folder):
         notes.append(
-            f"config.json names {', '.join(missing)}, which the source does not hold: PyTorch users "
-            "cannot load the folder without them"
+            f"config.json names {', '.join(missing)}, which the source does not hold: PyTorch "
+            "users cannot load the folder without them"
         )
     elif layout != "hf" and "auto_map" not in fields:
         notes.append(
@@ -295,7 +295,8 @@ def _write_adapters(source: Checkpoint, folder: Path, report: Report, verify: bo
     separate = source.separate_adapters()
     if not separate:
         raise ConfigError(
-            "layout peft: no adapters lie beside the weights; import with --keep_lora keeps them there"
+            "layout peft: no adapters lie beside the weights; import with --keep_lora keeps them "
+            "there"
         )
     verified = 0
     for lora, adapters in separate:

@@ -1,4 +1,4 @@
-"""`convert import`: a PyTorch checkpoint becomes a run folder of parameters (design: checkpoints.md 8, 10)."""
+"""`convert import`: a PyTorch checkpoint becomes a run folder (design: checkpoints.md 8, 10)."""
 
 from __future__ import annotations
 

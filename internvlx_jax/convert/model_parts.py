@@ -1,4 +1,7 @@
-"""A new model from a ViT folder, an LLM folder and, optionally, a projector (design: checkpoints.md 8, model.md 12)."""
+"""Builds a new model from a ViT folder, an LLM folder and, optionally, a projector.
+
+(design: checkpoints.md 8, model.md 12)
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,8 @@ class Parts(TorchCheckpoint):
         if stored["template"] is None:
             family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(
-                f"{llm}: no template is known for {family}; give it, e.g. --field template=internvl2_5"
+                f"{llm}: no template is known for {family}; give it, e.g. --field "
+                "template=internvl2_5"
             )
         config = model_config(stored, names)
         layout = "internvl" if config.projector.kind == "mlp1" else "internvl-x"
@@ -120,7 +124,7 @@ class Parts(TorchCheckpoint):
         )
 
     def write_side_files(self, folder: Path) -> list[str]:
-        """Writes config.json and the decoder's small files, with the new tokens in the tokenizer."""
+        """Writes config.json and the decoder's small files, with the new tokens among them."""
         copy_side_files(self.path, folder)
         write_json(folder / "config.json", self.fields)
         self._tokens.write(folder)
@@ -245,8 +249,8 @@ class _Tokens:
         base = self._base_size()
         if base == 0:
             raise ConfigError(
-                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image tokens "
-                "follow from one of them"
+                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image "
+                "tokens follow from one of them"
             )
         size = max(base, *(id + 1 for id in self._added.values())) if self._added else base
         absent = [token for token in NEW_TOKENS if token not in self._added]

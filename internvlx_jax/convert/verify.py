@@ -59,8 +59,9 @@ def inputs_from_flat(
     counts = (input_ids == image_token_id).sum(axis=1)
     if (counts % per_tile).any() or counts.sum() != len(tiles) * per_tile:
         raise InputsError(
-            f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); {len(tiles)} "
-            f"tiles of {per_tile} tokens are given. Check --image_token_id and the tiles"
+            f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); "
+            f"{len(tiles)} tiles of {per_tile} tokens are given. Check --image_token_id and the "
+            "tiles"
         )
     tiles_per_row = counts // per_tile
     slots = int(tiles_per_row.max())

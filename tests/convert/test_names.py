@@ -1,4 +1,4 @@
-"""The name table, without weights: exact tensor names, shapes and totals at real size (checkpoints.md 11)."""
+"""The name table without weights: names, shapes and totals at real size (checkpoints.md 11)."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_names_shapes_and_totals(golden, size):
 
 @pytest.mark.parametrize("size", ["2b", "8b"])
 def test_backwards_too(golden, size):
-    """Every stored tensor is the source of exactly one entry, and the targets are exactly our parameters."""
+    """Every stored tensor is the source of one entry, and the targets are our parameters."""
     stored, config, model = abstract(golden, size)
     table = name_table(config)
     assert {entry.target for entry in table} == model.shapes.keys()
@@ -90,7 +90,7 @@ def test_shards_of_the_public_files(golden):
         sizes[file] = sizes.get(file, 0) + 2 * int(np.prod(plan[name][0]))
     assert list(tensors.values()) == [399, 78, 78, 39]
     assert list(sizes.values()) == [4_939_896_832, 4_915_904_512, 4_915_904_512, 2_438_115_328]
-    assert list(sizes)[0] == "model-00001-of-00004.safetensors"
+    assert next(iter(sizes)) == "model-00001-of-00004.safetensors"
     assert len(index_text(plan, files)) == 52_892
 
 

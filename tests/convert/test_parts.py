@@ -1,4 +1,4 @@
-"""A new model from a ViT folder and an LLM folder: names, tokens, rows, projector, positions (checkpoints.md 8)."""
+"""A new model from a ViT folder and an LLM folder (checkpoints.md 8)."""
 
 import json
 

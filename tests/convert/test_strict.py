@@ -1,4 +1,7 @@
-"""Everything that is wrong with a checkpoint is named, the exit status is 1, and nothing is left behind (checkpoints.md 8)."""
+"""Everything that is wrong with a checkpoint is named (checkpoints.md 8).
+
+The exit status is 1, and nothing is left behind.
+"""
 
 import json
 import os
@@ -190,7 +193,7 @@ def test_a_folder_that_is_there_is_kept(folder, tmp_path, capsys):
 
 
 def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsys):
-    """--verify reads the files: what was written wrong is an error, and the folder never appears."""
+    """--verify reads the files: a wrong value is an error, and the folder never appears."""
     from internvlx_jax.checkpoints import safetensors_writer
     from internvlx_jax.convert import import_hf as to_jax
 

@@ -75,7 +75,7 @@ def test_a_changed_weight_fails(golden, tmp_path, capsys):
 
 
 def llama_with_mlp1(golden, folder):
-    """A Llama decoder with biases and linear RoPE scaling behind the InternVL2 projector, random weights."""
+    """A Llama decoder with biases and linear RoPE scaling, mlp1 before it, random weights."""
     config = json.loads((golden / "internlm2" / "config.json").read_text())
     config["llm_config"] |= {
         "architectures": ["LlamaForCausalLM"],
