@@ -13,7 +13,7 @@ def main(checkpoint: str, questions: str, out: str) -> float:
     """Returns the share of answers that match exactly; OUT receives predictions and summary."""
     selection = EvaluationConfig(data=questions, metric="exact", max_new_tokens=16)
     (summary,) = run(EvalConfig(checkpoint=checkpoint, out_dir=out, selection=selection))
-    return summary["score"]
+    return summary.score or 0.0
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def topology(name: str) -> Topology:
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         raise ConfigError(
             f"--topology {name}: {str(error).splitlines()[0]}; install the compiler with "
-            f"pip install 'internvlx-jax[{'tpu' if chip.platform == 'tpu' else 'cuda'}]' and check that "
-            "such a topology exists"
+            f"pip install 'internvlx-jax[{'tpu' if chip.platform == 'tpu' else 'cuda'}]' and check "
+            "that such a topology exists"
         ) from error
     return Topology(name, chip, chip.memory, found.devices)
 

@@ -201,7 +201,7 @@ def list_tasks(data_root: Path, tsv_root: str | None) -> str:
     roots = Roots(data_root, Path(tsv_root) if tsv_root else data_root / "tsv")
     rows = [("task", "protocol", "questions", "data", "title")]
     for task in TASKS.values():
-        for protocol, view in task.views.items():
+        for protocol, view in task.protocols.items():
             missing = view.source.missing(roots)
             there = f"{len(missing)} missing, e.g. {missing[0]}" if missing else "there"
             rows.append((task.name, protocol, str(task.samples or "-"), there, task.title))

@@ -58,7 +58,7 @@ class Processor:
         *,
         special_text: SpecialText = "reject",
         tiles: TileConfig | None = None,
-        images: ImageConfig = ImageConfig(),  # noqa: B008 (frozen)
+        images: ImageConfig = ImageConfig(),
     ) -> Processor:
         """Returns the processor of a model; `tiles` replaces how the model's own prompt cuts images."""
         prompt = config.prompt

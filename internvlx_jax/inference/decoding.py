@@ -1,4 +1,4 @@
-"""Prompts in a batch -> token ids -> text: the compiled steps that every kind of answer shares."""
+"""Runs the compiled steps that every kind of answer shares, and reads text from token ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenDecoder:
             stop_ids=(self.stop_id,), pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id
         )
         static = ("sampling", "vocabulary")
-        self._start = jax.jit(start, static_argnames=("room", *static))
+        self._start = jax.jit(start, static_argnames=("max_new_tokens", *static))
         self._advance = jax.jit(advance, static_argnames=static, donate_argnames="state")
 
     @property

@@ -1,12 +1,16 @@
 """The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (design: model.md 8, 9).
 
-Positions and segments come with the call as a `TokenLayout`, and a call runs any range of layers. That is the seam of
-LVTC: two ranges of one stack, each in its own layout.
+The families differ in biases, tied embeddings and rope, all of which are fields of DecoderConfig,
+and in the tensor names of their checkpoints, which are the business of the name table.
+
+A call of `Decoder.run_layers` takes the positions and segments of its slots as a `TokenLayout` and
+runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
+compression): two ranges of one stack, each on a layout of its own; see models/lvtc.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.model_config import DecoderConfig, LoraConfig
-from internvlx_jax.models.attention import SelfAttention, attend
+from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend
 from internvlx_jax.models.layers import (
     RMSNorm,
     constant,
@@ -32,7 +36,7 @@ from internvlx_jax.models.rope import RopeTables, rope_tables, rotate
 
 
 class TokenLayout(NamedTuple):
-    """Where the slots of a sequence stand.
+    """Describes the slots of a batch of sequences.
 
     Attributes:
         positions: int32[B, S], rotary position of each slot.
@@ -44,28 +48,38 @@ class TokenLayout(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """keys (rotated), values: [B, S, K, H]; with a leading L where they belong to a stack of layers."""
+    """Holds keys and values of one layer, or of a stack of layers with a leading L.
+
+    Attributes:
+        keys: [B, S, K, H], rotated already: a cached key keeps its position for good.
+        values: [B, S, K, H].
+    """
 
     keys: jax.Array
     values: jax.Array
 
 
 class KVCacheView(NamedTuple):
-    """What a call with cached keys attends to besides its own slots.
+    """Describes the cached keys that a call attends to besides its own slots.
 
     Attributes:
-        cache: KeyValues of all layers, [L, B, Z, K, H].
+        kv: Keys and values of all layers of the call, [L, B, Z, K, H].
         segments: int32[B, Z], with the slots of this call already marked.
         start: int32 scalar, cache slot of the first query; slots from there on are overwritten.
     """
 
-    cache: KeyValues
+    kv: KeyValues
     segments: jax.Array
     start: jax.Array
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; the packed kernel holds, per kv head, J queries, the key and the value."""
+    """Grouped-query attention.
+
+    The packed kernel holds, per key/value head, its J queries, the key and the value. Its axis of
+    key/value heads is the one that tensor parallelism divides, so a device has whole groups and
+    attention needs no communication.
+    """
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
@@ -90,37 +104,40 @@ class Attention(nnx.Module):
         x: jax.Array,
         layout: TokenLayout,
         tables: RopeTables,
-        cached: KVCacheView | None,
+        cache: KVCacheView | None,
         attention: SelfAttention,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
+        """Attends to these slots, or to those of one layer's cache with these slots added.
+
+        Returns:
+            [B, S, D], and keys and values of these slots.
+        """
         key1, key2 = split_key(dropout_key, 2)
         qkv = self.qkv(x, key1)
-        q, k, v = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables), qkv[..., -1, :]
-        q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, v)
-        if cached is None:
-            y = attention(q, k, v, layout.segments, causal=True, window=self.window)
+        q, k = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables)
+        q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, qkv[..., -1, :])
+        if cache is None:
+            y = attention(q, *new, layout.segments, causal=True, window=self.window)
             return self.out(y, key2), new
         k, v = (
-            jax.lax.dynamic_update_slice_in_dim(
-                cached, fresh.astype(cached.dtype), cached.start, axis=1
-            )
-            for cached, fresh in zip(cached.cache, new)
+            jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), cache.start, axis=1)
+            for old, fresh in zip(cache.kv, new, strict=True)
         )
         y = attend(
             q,
             k,
             v,
             q_segments=layout.segments,
-            kv_segments=cached.segments,
-            q_start=cached.start,
+            kv_segments=cache.segments,
+            q_start=cache.start,
             window=self.window,
         )
         return self.out(y, key2), new
 
 
 class Mlp(nnx.Module):
-    """(silu(x Wgate) * (x Wup)) Wdown."""
+    """The gated MLP (silu(x Wgate) * (x Wup)) Wdown; [B, S, D] -> [B, S, D]."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, f = config.width, config.mlp_width
@@ -135,7 +152,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x: [B, S, D] -> ([B, S, D], keys and values of these slots)."""
+    """A pre-norm decoder layer; arguments and results are those of `Attention`."""
 
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         self.attn_norm = RMSNorm(config.width, eps=config.eps, **kwargs)
@@ -148,12 +165,12 @@ class Block(nnx.Module):
         x: jax.Array,
         layout: TokenLayout,
         tables: RopeTables,
-        cached: KVCacheView | None,
+        cache: KVCacheView | None,
         attention: SelfAttention,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
         key1, key2 = split_key(dropout_key, 2)
-        y, new = self.attn(self.attn_norm(x), layout, tables, cached, attention, key1)
+        y, new = self.attn(self.attn_norm(x), layout, tables, cache, attention, key1)
         x = x + y
         return x + self.mlp(self.mlp_norm(x), key2), new
 
@@ -169,7 +186,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike,
         lora: LoraConfig | None = None,
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
         self.config, self.lora = config, lora
         w, d, init = config.vocab_size, config.width, normal(config.initializer_range)
         self.embedding = param(init, (w, d), ("vocab", "embed"), **kwargs)
@@ -182,7 +199,7 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """int32[B, S] -> dtype[B, S, D]."""
+        """Looks up int32[B, S] -> dtype[B, S, D]."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def run_layers(
@@ -192,46 +209,62 @@ class Decoder(nnx.Module):
         *,
         start: int = 0,
         stop: int | None = None,
-        cached: KVCacheView | None = None,
+        cache: KVCacheView | None = None,
         key_length: int | None = None,
         keep_kv: bool = False,
         remat: str = "none",
-        attention: SelfAttention = SelfAttention(),
+        attention: SelfAttention = DEFAULT_ATTENTION,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
-        """Blocks start..stop-1 on one layout.
+        """Runs the blocks start..stop-1 on one layout.
 
-        x: [B, S, D]  ->  ([B, S, D], KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None)
-        key_length: slots of the long layout, where this is the short one: all layers rotate alike. None: of this layout.
+        Args:
+            x: [B, S, D].
+            layout: Positions and segments of the S slots.
+            start, stop: The range; `stop` None is the last layer's end.
+            cache: Earlier slots of these layers, while decoding.
+            key_length: Slots that fix the rope base; None takes those of this call. LVTC passes
+                the long layout's for its shallow layers too, so that all layers rotate alike.
+            keep_kv: Whether to return keys and values.
+            remat: See layers.rematerialize.
+            attention: Attention of whole sequences.
+            dropout_key: Randomness of the adapters, in training.
+
+        Returns:
+            [B, S, D], and KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None.
         """
         stop = self.config.layers if stop is None else stop
         if start == stop:  # LVTC without shallow layers
             none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
             return x, KeyValues(none, none) if keep_kv else None
         if key_length is None:
-            key_length = x.shape[1] if cached is None else cached.segments.shape[1]
+            key_length = x.shape[1] if cache is None else cache.segments.shape[1]
         tables = rope_tables(self.config.rope, layout.positions, self.config.head_dim, key_length)
 
         def body(x, block_and_inputs):
-            block, (cache, dropout_key) = block_and_inputs
-            view = None if cached is None else cached._replace(cache=cache)
+            block, (kv, dropout_key) = block_and_inputs
+            of_layer = None if cache is None else cache._replace(kv=kv)
             with jax.named_scope("decoder_block"):
-                x, new = block(x, layout, tables, view, attention, dropout_key)
+                x, new = block(x, layout, tables, of_layer, attention, dropout_key)
             return x, new if keep_kv else None
 
-        cache, keys = None if cached is None else cached.cache, None
+        kv, keys = None if cache is None else cache.kv, None
         if dropout_key is not None and self.lora is not None:
             keys = jax.random.split(dropout_key, self.config.layers)[start:stop]
         layers = slice_layers(self.layers, start, stop)
-        return scan_layers(rematerialize(body, remat), x, layers, (cache, keys))
+        return scan_layers(rematerialize(body, remat), x, layers, (kv, keys))
 
     @property
     def head_kernel(self) -> jax.Array:
-        """[D, W]; the embedding's transpose where they are tied."""
+        """The output head, [D, W]; the embedding's transpose where they are tied."""
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states after the last block, [..., D] -> float32[..., W]."""
+        """Computes float32[..., W] from hidden states after the last block, [..., D].
+
+        The product accumulates in float32 in any compute dtype: bfloat16 logits tie often, and a
+        tie decides which token greedy decoding takes.
+        """
         with jax.named_scope("head"):
             x = self.norm(x)
             return jnp.einsum(

@@ -1,14 +1,14 @@
-"""Generation with static key/value caches, greedy or sampled (design: model.md 11, lvtc.md 4, evaluation.md 3).
+"""Generation with static key/value caches (design: model.md 11, lvtc.md 4, evaluation.md 3).
 
-`start` runs the prompts and chooses the first token of every row, `advance` goes on from there, any number of steps a
-call. So a caller can stream, look at the text in between, and end early. What a row gets depends on its prompt and its
-key alone, not on its neighbours or its padding.
+`start` runs the prompts and chooses the first token of every row; `advance` goes on from there, any
+number of steps per call. So a caller can stream, look at the text in between, and end early. The
+tokens of a row depend on its prompt and its key alone, not on its neighbors or its padding.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ from internvlx_jax.models.layers import gather, separate_layers
 
 
 class LayerRangeCache(NamedTuple):
-    """Keys and values of the layers that share a frame.
+    """Holds keys and values of the decoder layers that share a token layout.
 
     Attributes:
-        kv: [L, B, Z, K, H], Z = slots of the frame + new tokens.
-        segments: int32[B, Z], 1 where a slot holds a real token; so prompts may be padded on either side.
+        kv: [L, B, Z, K, H], Z = slots of the layout + new tokens.
+        segments: int32[B, Z], 1 where a slot holds a real token; so prompts may be padded on
+            either side.
         slot: int32 scalar, where the next token of every row is written.
     """
 
@@ -36,11 +37,13 @@ class LayerRangeCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """State between decoding steps.
+    """Holds the state between decoding steps.
 
     Attributes:
-        frames: the one cache of all layers; with LVTC those of the shallow and of the deep layers (lvtc.md 4).
-        position: int32[B], rotary position of the next token at every depth = number of real tokens before it.
+        ranges: One cache for all layers; with LVTC one for the shallow and one for the deep
+            layers, whose prompts have different lengths (lvtc.md 4).
+        position: int32[B], rotary position of the next token at every depth, which is the number
+            of real tokens before it in the long layout.
     """
 
     ranges: tuple[LayerRangeCache, ...]
@@ -48,7 +51,11 @@ class Cache(NamedTuple):
 
 
 def for_decoding(model: InternVLX) -> InternVLX:
-    """The same model in the layout that decodes fastest here: on a CPU with separate decoder layers, which are copies."""
+    """Returns the same model in the arrangement that decodes fastest here.
+
+    On a CPU the decoder's layers become separate arrays, which are copies; see
+    layers.separate_layers. Elsewhere the result is `model` itself.
+    """
     if jax.default_backend() != "cpu":
         return model
     other = nnx.merge(*nnx.split(model))
@@ -57,61 +64,71 @@ def for_decoding(model: InternVLX) -> InternVLX:
 
 
 def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cache, jax.Array]:
-    """Run the prompts and leave `room` free slots -> (cache, float32[B, W] logits of each row's last real token)."""
+    """Runs the prompts and leaves `max_new_tokens` free slots.
+
+    Returns:
+        The cache, and float32[B, W], the logits of each row's last real token.
+    """
     hidden, kvs = model.run(inputs, keep_kv=True)
     segments = (inputs.segment_ids > 0).astype(jnp.int32)
-    length = segments.shape[1]
-    last = length - 1 - jnp.argmax(segments[:, ::-1], axis=1)
+    last = segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     logits = model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
-    def cache(kv: KeyValues, segments: jax.Array) -> LayerRangeCache:
-        kv = jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))), kv
-        )
-        return LayerRangeCache(
-            kv, jnp.pad(segments, ((0, 0), (0, max_new_tokens))), jnp.int32(segments.shape[1])
-        )
+    def extended(kv: KeyValues, segments: jax.Array) -> LayerRangeCache:
+        free = (0, max_new_tokens)
+        kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), free, (0, 0), (0, 0))), kv)
+        return LayerRangeCache(kv, jnp.pad(segments, ((0, 0), free)), jnp.int32(segments.shape[1]))
 
-    all_segments = (
-        [segments]
-        if inputs.short is None
-        else [gather(segments, inputs.short.short_to_long), segments]
-    )
-    return Cache(tuple(map(cache, kvs, all_segments)), segments.sum(axis=1)), logits
+    layouts = [segments]
+    if inputs.short is not None:
+        layouts = [gather(segments, inputs.short.short_to_long), segments]
+    kept = cast(list[KeyValues], kvs)
+    ranges = tuple(extended(*pair) for pair in zip(kept, layouts, strict=True))
+    return Cache(ranges, segments.sum(axis=1)), logits
 
 
 def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:
-    """Append one token a row: int32[B] -> (cache, float32[B, W] logits of the token after it)."""
+    """Appends one token per row, int32[B].
+
+    Returns:
+        The cache, and float32[B, W], the logits of the token after it.
+    """
     ones = jnp.ones_like(tokens)[:, None]
-    frame = TokenLayout(positions=cache.position[:, None], segments=ones)
+    layout = TokenLayout(positions=cache.position[:, None], segments=ones)
     x = model.decoder.embed(tokens[:, None], model.dtype)
+    # The deep layers have the longest cache; it fixes the rope base of the shallow ones as well.
     key_length = cache.ranges[-1].segments.shape[1]
-    frames, start = [], 0
+    ranges, start = [], 0
     for kv, segments, slot in cache.ranges:
         segments = jax.lax.dynamic_update_slice_in_dim(segments, ones, slot, axis=1)
         stop = start + kv.keys.shape[0]
         x, new = model.decoder.run_layers(
             x,
-            frame,
+            layout,
             start=start,
             stop=stop,
-            cached=KVCacheView(kv, segments, slot),
+            cache=KVCacheView(kv, segments, slot),
             key_length=key_length,
             keep_kv=True,
         )
-        kv = jax.tree.map(
-            lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=2),
-            kv,
-            new,
-        )
-        frames.append(LayerRangeCache(kv, segments, slot + 1))
+
+        def write(old: jax.Array, fresh: jax.Array, slot: jax.Array = slot) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=2)
+
+        ranges.append(LayerRangeCache(jax.tree.map(write, kv, new), segments, slot + 1))
         start = stop
-    return Cache(tuple(frames), cache.position + 1), model.decoder.logits(x[:, 0])
+    return Cache(tuple(ranges), cache.position + 1), model.decoder.logits(x[:, 0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Ids with a meaning while decoding: which ones end a row, what fills it then, what counts as its start."""
+    """Ids that have a meaning while decoding.
+
+    Attributes:
+        stop_ids: Ids that end a row.
+        pad_id: Fills a row that has ended.
+        bos_id: Counts as written from the start for the repetition penalty.
+    """
 
     stop_ids: tuple[int, ...]
     pad_id: int
@@ -119,10 +136,11 @@ class Vocabulary:
 
 
 class Decoding(NamedTuple):
-    """Rows in the middle of their answers.
+    """Holds rows in the middle of their answers; R is the largest number of new tokens.
 
     Attributes:
-        tokens: int32[B, R], what is written so far, then pad; R is the room.
+        cache: Keys and values of everything before `last`.
+        tokens: int32[B, R], the tokens written so far, then pad.
         done: bool[B], rows that have stopped; rows without a prompt are done from the start.
         last: int32[B], newest token of each row.
         step: int32 scalar, tokens written.
@@ -149,10 +167,16 @@ def start(
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> Decoding:
-    """Run the prompts, choose each row's first token.
+    """Runs the prompts and chooses each row's first token.
 
-    keys: key[B], used with a temperature. min_new_tokens: as many tokens come before a stop id may. room: most new
-    tokens (static).
+    Args:
+        model: The model.
+        inputs: Prompts, padded on either side; rows without a prompt are allowed.
+        keys: key[B], used with a temperature; see `row_keys`.
+        min_new_tokens: Tokens that come before a stop id may.
+        max_new_tokens: Slots for new tokens, static: another value is another executable.
+        sampling: How tokens are chosen.
+        vocabulary: Ids with a meaning.
     """
     cache, logits = prefill(model, inputs, max_new_tokens)
     rows, words = logits.shape
@@ -176,7 +200,14 @@ def advance(
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> Decoding:
-    """Go on until `until` tokens are written (at most the room) or every row has stopped."""
+    """Goes on until `until` tokens are written or every row has stopped.
+
+    Args:
+        model: The model.
+        state: Of `start` or `advance`.
+        until: At most the `max_new_tokens` that `start` left room for.
+        min_new_tokens, sampling, vocabulary: Those given to `start`.
+    """
 
     def unfinished(state: Decoding):
         return (state.step < jnp.minimum(until, state.tokens.shape[1])) & ~jnp.all(state.done)
@@ -195,7 +226,7 @@ def _append(
     sampling: Sampling,
     vocabulary: Vocabulary,
 ) -> Decoding:
-    """Write one more token a row, chosen from float32[B, W]."""
+    """Writes one more token per row, chosen from logits float32[B, W]."""
     stops = jnp.asarray(vocabulary.stop_ids, jnp.int32)
     with jax.named_scope("choose_token"):
         if sampling.repetition_penalty != 1:
@@ -219,7 +250,17 @@ def _append(
 
 
 def choose(logits: jax.Array, keys: jax.Array, step: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32[B, W] -> int32[B], one id a row."""
+    """Chooses one id per row.
+
+    Args:
+        logits: float32[B, W].
+        keys: key[B], randomness of each row's whole answer.
+        step: int32 scalar, position in the answer.
+        sampling: How tokens are chosen.
+
+    Returns:
+        int32[B].
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
@@ -229,17 +270,16 @@ def choose(logits: jax.Array, keys: jax.Array, step: jax.Array, sampling: Sampli
     if sampling.top_p < 1:
         ascending = jnp.sort(logits, axis=-1)
         dropped = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - sampling.top_p
-        # The best one always stays.
+        # The best id always stays, even where rounding puts the whole sum at 1 - p or below.
         least = jnp.minimum(jnp.sum(dropped, axis=-1), logits.shape[-1] - 1)
-        logits = jnp.where(
-            logits < jnp.take_along_axis(ascending, least[:, None], axis=-1), -jnp.inf, logits
-        )
+        threshold = jnp.take_along_axis(ascending, least[:, None], axis=-1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
     return jax.vmap(jax.random.categorical)(keys, logits)
 
 
 def row_keys(seed: int, rows: jax.Array) -> jax.Array:
-    """key[B]: one for each row number int32[B], so that a sample keeps its randomness in any batch."""
+    """Returns key[B] for row numbers int32[B]: a sample keeps its randomness in any batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.asarray(rows, jnp.uint32)
     )
@@ -248,21 +288,17 @@ def row_keys(seed: int, rows: jax.Array) -> jax.Array:
 def greedy(
     model: InternVLX, inputs: Inputs, *, max_new_tokens: int, stop_ids: tuple[int, ...], pad_id: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Most likely continuation of each prompt in one call.
+    """Decodes the most likely continuation of each prompt in one call.
 
-    -> new tokens int32[B, max_new_tokens] and the number of steps run (int32). A row ends with its stop id; the slots
-    behind it hold pad_id. Decoding ends when every row has stopped.
+    Returns:
+        New tokens int32[B, max_new_tokens] and the number of steps run, an int32 scalar. A row
+        ends with its stop id, and the slots behind it hold `pad_id`. Decoding ends when every row
+        has stopped.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         sampling=Sampling(), vocabulary=Vocabulary(stop_ids=stop_ids, pad_id=pad_id, bos_id=pad_id)
     )
-    state = start(
-        model,
-        inputs,
-        row_keys(0, jnp.arange(len(inputs.tokens))),
-        0,
-        max_new_tokens=max_new_tokens,
-        **options,
-    )
+    keys = row_keys(0, jnp.arange(len(inputs.tokens)))
+    state = start(model, inputs, keys, 0, max_new_tokens=max_new_tokens, **options)
     state = advance(model, state, max_new_tokens, 0, **options)
     return state.tokens, state.step

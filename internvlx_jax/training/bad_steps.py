@@ -24,6 +24,9 @@ FILE = "bad_steps.jsonl"  # in the run folder
 KINDS = ("nonfinite", "unsupervised", "spike")
 MEDIAN_OVER = 100  # losses that a spike is held against
 MEDIAN_FROM = 20  # losses seen before there can be a spike
+SPREADS = 6  # robust standard deviations that a spike lies above the median, of the logarithms
+TINY, LARGEST_LOG = 1e-12, 700.0  # what keeps logarithms of losses, and their way back, finite
+DEVIATION = 1.4826  # standard deviations in a median absolute deviation, of normal numbers
 
 
 class NonFiniteError(RuntimeError):
@@ -99,7 +102,7 @@ class BadSteps:
         if len(earlier) < MEDIAN_FROM:
             return None
         median, factor = statistics.median(earlier), self._config.spike_factor
-        if loss <= factor * median:
+        if loss <= factor * median or loss <= usual_bound(earlier):
             return None
         return "spike", f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}"
 
@@ -141,6 +144,19 @@ class BadSteps:
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def usual_bound(losses: Sequence[float]) -> float:
+    """Returns the loss above which none is to be expected: SPREADS deviations over the median.
+
+    The scale is logarithmic. Batches of few answers have losses that differ by factors once most
+    answers are right, so that a multiple of the median alone calls ordinary ones spikes; losses
+    that hardly vary leave the multiple to decide.
+    """
+    logs = [math.log(max(loss, TINY)) for loss in losses]
+    middle = statistics.median(logs)
+    spread = DEVIATION * statistics.median(abs(value - middle) for value in logs)
+    return math.exp(min(middle + SPREADS * spread, LARGEST_LOG))
 
 
 def read_bad_steps(run: Path) -> list[dict[str, Any]]:

@@ -95,12 +95,18 @@ def test_failed_question_and_unreadable_page(tmp_path):
     assert count(draw(tmp_path, [failed]), WRONG) > 0
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "no predictions"),
-    ("{\n", "line 1: not a JSON object"),
-    ('[]\n', "line 1: not a JSON object"),
-    ('{"prompt": "", "images": [], "prediction": "", "answer": []}\n', "line 1: no error, score"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no predictions"),
+        ("{\n", "line 1: not a JSON object"),
+        ("[]\n", "line 1: not a JSON object"),
+        (
+            '{"prompt": "", "images": [], "prediction": "", "answer": []}\n',
+            "line 1: no error, score",
+        ),
+    ],
+)
 def test_bad_predictions(tmp_path, text, message):
     (tmp_path / "predictions.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):

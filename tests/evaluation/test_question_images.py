@@ -28,13 +28,22 @@ def stored(width, height, mode="RGB") -> ImageBytes:
 WIDE, SMALL = stored(168, 56), stored(50, 50)
 
 
-@pytest.mark.parametrize("policy, images, blocks", [
-    (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
-    (EACH, [WIDE, SMALL], (4, 1)), (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
-    (VLMEVALKIT, [WIDE, SMALL], (4, 1)), (VLMEVALKIT, [WIDE] * 4, (4,) * 4), (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
-    (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
-    (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)), (FIRST_ONLY, [WIDE, WIDE], (1,)), (EACH, [], ()), (MMMU_GRID, [], ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy, images, blocks",
+    [
+        (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
+        (EACH, [WIDE, SMALL], (4, 1)),
+        (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
+        (VLMEVALKIT, [WIDE, SMALL], (4, 1)),
+        (VLMEVALKIT, [WIDE] * 4, (4,) * 4),
+        (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
+        (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
+        (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)),
+        (FIRST_ONLY, [WIDE, WIDE], (1,)),
+        (EACH, [], ()),
+        (MMMU_GRID, [], ()),
+    ],
+)
 def test_tiles_of_the_images_of_a_question(policy, images, blocks):
     tiler = Tiler(TILES, policy)
     assert tiler.counts(images) == blocks

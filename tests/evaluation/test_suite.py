@@ -76,7 +76,7 @@ def test_every_task_runs_under_its_own_protocol(all_tasks, data_root):
 
 
 def test_every_other_protocol_runs(settings, configure, run_on, tmp_path):
-    names = [name for name, task in TASKS.items() if len(task.views) > 1]
+    names = [name for name, task in TASKS.items() if len(task.protocols) > 1]
     for protocol in ("vlmevalkit", "internvl"):
         tasks = [name for name in names if TASKS[name].default_protocol != protocol]
         summaries = run_on(
@@ -296,7 +296,7 @@ def test_missing_files_are_listed_together_before_the_model_loads(command, data_
 def test_the_command_lists_tasks_and_names_the_nearest(command, data_root, checkpoint):
     status, text, _ = command("--list", data_root=data_root)
     assert status == 0 and len(text.splitlines()) == 1 + sum(
-        len(task.views) for task in TASKS.values()
+        len(task.protocols) for task in TASKS.values()
     )
     assert not [line for line in text.splitlines()[1:] if "missing" in line]
     status, _, error = command(checkpoint=checkpoint, tasks="texvqa_val")
@@ -331,11 +331,38 @@ def test_a_question_keeps_its_randomness_in_any_batch(settings, configure, run_o
 def test_flags_become_settings(command, monkeypatch):
     seen = []
     monkeypatch.setattr("internvlx_jax.cli.evaluate.run", lambda config: seen.append(config) or [])
-    assert command("--resume", "--no_dynamic", checkpoint="c", tasks="a,b", suite="x20", protocol="internvl",
-                   data_root="d", tsv_root="t", limit=3, tile_rule="area", max_num=12, batch_size=5, max_new_tokens=9, temperature=0.5,
-                   top_k=7, top_p=0.25, repetition_penalty=1.5, seed=4, stop_string="END", dtype="float32",
-                   compat="acceptance", shard="1/2", judge_url="u", judge_model="m", judge_cache="j", mesh_fsdp=2,
-                   out_dir="o")[0] == 0  # fmt: skip
+    assert (
+        command(
+            "--resume",
+            "--no_dynamic",
+            checkpoint="c",
+            tasks="a,b",
+            suite="x20",
+            protocol="internvl",
+            data_root="d",
+            tsv_root="t",
+            limit=3,
+            tile_rule="area",
+            max_num=12,
+            batch_size=5,
+            max_new_tokens=9,
+            temperature=0.5,
+            top_k=7,
+            top_p=0.25,
+            repetition_penalty=1.5,
+            seed=4,
+            stop_string="END",
+            dtype="float32",
+            compat="acceptance",
+            shard="1/2",
+            judge_url="u",
+            judge_model="m",
+            judge_cache="j",
+            mesh_fsdp=2,
+            out_dir="o",
+        )[0]
+        == 0
+    )
     assert seen == [
         EvalConfig(
             checkpoint="c",

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from internvlx_jax.checkpoints.run_folder import CheckpointWriter, write_run_folder
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from internvlx_jax.core.model_config import (
     DecoderConfig,
     ModelConfig,

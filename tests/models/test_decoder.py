@@ -90,7 +90,7 @@ def test_prefill_and_single_steps(parity):
             decoder,
             decoder.embed(jnp.asarray(tokens[:, slot : slot + 1]), jnp.float32),
             one,
-            cached=cached,
+            cache=cached,
             keep_kv=True,
         )
         kv = KeyValues(*(old.at[:, :, slot : slot + 1].set(fresh) for old, fresh in zip(kv, new)))

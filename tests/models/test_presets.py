@@ -69,7 +69,10 @@ def test_run_configs(size, preset):
 
 def test_lvtc_from_the_command_line():
     """Field by field, also where the config has none yet; a misspelt one is named."""
-    config = load_config_file("configs/demo.py")
+    demo = load_config_file("configs/demo.py")
+    assert demo.model.lvtc is not None
+    config = override(demo, ["model.lvtc=none"])
+    assert config.model.lvtc is None
     set_to = override(
         config, ["model.lvtc.expand_layer=1", "model.lvtc.low_grid=1", "model.lvtc.high_grid=2"]
     ).model.lvtc
@@ -78,6 +81,4 @@ def test_lvtc_from_the_command_line():
         override(config, ["model.lvtc.expnd_layer=1"])
     with pytest.raises(ConfigError, match="lvtc.*expand_layer"):
         override(config, ["model.lvtc.low_grid=1"])
-    paper = load_config_file("configs/demo_paper.py")
-    assert override(paper, ["model.lvtc=none"]).model.lvtc is None
-    assert override(paper, ["model.lvtc.gate=none"]).model.lvtc.gate is None
+    assert override(demo, ["model.lvtc.gate=none"]).model.lvtc.gate is None
