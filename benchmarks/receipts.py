@@ -3,9 +3,9 @@
     python benchmarks/receipts.py
 
 Needs the sample data that the config names. Prints one JSON object: training loss at the start and
-at the end, the step at which it stopped and resumed, and the score on receipts it has not seen. That
-score is poor: 60 small steps teach the form of an answer, not reading. Exit status 1 if the loss has
-not halved.
+at the end, the step at which it stopped and resumed, and the score on receipts it has not seen.
+That score is poor: 60 small steps teach the form of an answer, not reading. Exit status 1 if the
+loss has not halved.
 """
 
 import json

@@ -32,9 +32,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
 HEAD = (
     "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | "
-    "TFLOP per device | collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
-    + "|"
-    + "---|" * 14
+    "TFLOP per device | collectives GB | compute ms | memory ms | network ms | roofline MFU | "
+    "compile s |\n|" + "---|" * 14
 )
 
 
