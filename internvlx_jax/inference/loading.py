@@ -1,4 +1,4 @@
-"""`load_pretrained`: a checkpoint of any kind -> a model on a mesh (design: checkpoints.md 1)."""
+"""Loads a checkpoint of any kind into a model on a mesh (design: checkpoints.md 1)."""
 
 from __future__ import annotations
 

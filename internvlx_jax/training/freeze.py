@@ -124,7 +124,7 @@ def divide(
 def as_trained(
     build: Callable[..., AbstractModel],
     config: ModelConfig,
-    division: ParameterPartition,
+    partition: ParameterPartition,
     vit_mode: Literal["train", "eval"],
 ) -> AbstractModel:
     """Builds the model that a run trains.
@@ -132,15 +132,17 @@ def as_trained(
     Args:
         build: `abstract_model` with the options of the run.
         config: The model.
-        division: Gradients end where it says that nothing below is trained; its dtypes are those
+        partition: Gradients end where it says that nothing below is trained; its dtypes are those
             of the result.
         vit_mode: `eval` takes the drop path from a tower that is frozen as a whole.
     """
-    if vit_mode == "eval" and not any(path.startswith(MODULES["vit"]) for path in division.trained):
+    if vit_mode == "eval" and not any(
+        path.startswith(MODULES["vit"]) for path in partition.trained
+    ):
         vision = dataclasses.replace(config.vision, drop_path=0.0)
         config = dataclasses.replace(config, vision=vision)
-    abstract = build(config, frozen_layers=division.frozen_tower_layers)
-    return dataclasses.replace(abstract, shapes=division.whole)
+    abstract = build(config, frozen_layers=partition.frozen_tower_layers)
+    return dataclasses.replace(abstract, shapes=partition.whole)
 
 
 def _layers(
@@ -176,10 +178,10 @@ def first_names(paths: Iterable[str]) -> str:
     return ", ".join(sorted({path.split(".")[0] for path in paths}))
 
 
-def describe(division: ParameterPartition) -> str:
+def describe(partition: ParameterPartition) -> str:
     """Trained and frozen parameter counts of each module, and of the adapters."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for column, leaves in enumerate((division.trained, division.frozen)):
+    for column, leaves in enumerate((partition.trained, partition.frozen)):
         for path, leaf in leaves.items():
             counts["lora" if is_adapter(path) else path.split(".")[0]][column] += leaf.size
     return "\n".join(

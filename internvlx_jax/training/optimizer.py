@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from internvlx_jax.checkpoints.run_format import Ema
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import GroupConfig, OptimizerConfig
@@ -21,12 +22,6 @@ NEVER_MATRICES = ("embedding", "cls_scale")  # the last component of a path, or 
 TOWER_EMBEDDINGS = ("vision.patch_embed.", "vision.class_embedding", "vision.position_embedding")
 
 Axes = Mapping[str, tuple[str | None, ...]]
-
-
-class Ema(NamedTuple):
-    """Average of the trained parameters, float32 by dotted path; a part of the optimiser state."""
-
-    ema: Any
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -5,7 +5,6 @@ python -m internvlx_jax.training.replay RUN_DIR --step N
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,16 +16,16 @@ import optax
 from flax import nnx
 
 from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import from_dict, override
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.loss import shift_left
 from internvlx_jax.models.params import unflatten
-from internvlx_jax.models.sharding import batch_sharding, make_mesh
+from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training.bad_steps import number
-from internvlx_jax.training.data import open_loaders
+from internvlx_jax.training.data import open_loaders, to_devices
 from internvlx_jax.training.freeze import join
 from internvlx_jax.training.setup import Setup, prepare
 from internvlx_jax.training.step import loss_and_grads, module_norms
@@ -62,10 +61,8 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--step {step}: the run has the steps 1 to {steps}")
     setup = prepare(config, model, mesh, steps)
     loaded = loader.load(loader.plan.step(step - 1))
-    batch = jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), loaded.batch
-    )
-    trained, frozen = setup.division.split(folder.load(setup.abstract, setup.shardings))
+    batch = to_devices(loaded, mesh)
+    trained, frozen = setup.partition.split(folder.load(setup.abstract, setup.shardings))
     loss, norm, norms, rows, weights = jax.jit(_measure(setup, config, step))(
         trained, frozen, batch
     )
@@ -102,31 +99,7 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
     return measure
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m internvlx_jax.training.replay",
-        description="Run one step again, without its update; prints one JSON object.",
-    )
-    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument(
-        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="replace settings of the run, e.g. mesh.data=1",
-    )
-    args = parser.parse_args(argv)
-    try:
-        print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
-    except (ConfigError, CheckpointError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
+    from internvlx_jax.cli.replay import main
+
     sys.exit(main())

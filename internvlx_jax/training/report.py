@@ -5,7 +5,6 @@ python -m internvlx_jax.training.report RUN_DIR
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,29 +111,7 @@ def _finish(axes: Any, title: str, unit: str) -> None:
     axes.legend(frameon=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m internvlx_jax.training.report",
-        description="Draw the learning curves of a run to RUN_DIR/curves.png, and put all that is known "
-        "of it on one page, RUN_DIR/report.html.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument(
-        "--chance", type=float, help="exact match without seeing the images, 0 to 1"
-    )
-    args = parser.parse_args(argv)
-    try:
-        from internvlx_jax.training.report_page import (
-            write_page,
-        )  # which draws with the functions of this module
-
-        print(f"wrote {draw_curves(args.run, chance=args.chance)}")
-        print(f"wrote {write_page(args.run)}")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
+    from internvlx_jax.cli.report import main
+
     sys.exit(main())

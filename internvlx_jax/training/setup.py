@@ -38,7 +38,7 @@ class Setup:
     Attributes:
         mesh, model, abstract: the devices, the model and its structure; frozen parameters have the compute dtype.
         shardings: dotted path -> where that parameter lives.
-        division: which parameters are trained.
+        partition: which parameters are trained.
         optimizer, schedule: of those.
         state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
         remat: policy of both layer stacks.
@@ -49,7 +49,7 @@ class Setup:
     model: ModelConfig
     abstract: AbstractModel
     shardings: dict[str, NamedSharding]
-    division: ParameterPartition
+    partition: ParameterPartition
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
@@ -85,19 +85,19 @@ def prepare(
         shardings=activation_shardings(mesh),
         lora=config.lora,
     )
-    division = divide(build(model).shapes, config.freeze, config.compute.dtype)
-    abstract = as_trained(build, model, division, config.freeze.vit_mode)
+    partition = divide(build(model).shapes, config.freeze, config.compute.dtype)
+    abstract = as_trained(build, model, partition, config.freeze.vit_mode)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule, division.trained, abstract.axes, model)
+    optimizer = make_optimizer(config.optimizer, schedule, partition.trained, abstract.axes, model)
 
-    trained_shardings = {path: shardings[path] for path in division.trained}
-    frozen_shardings = {path: shardings[path] for path in division.frozen}
-    opt_shardings = optimizer_shardings(optimizer, division.trained, trained_shardings, mesh)
+    trained_shardings = {path: shardings[path] for path in partition.trained}
+    frozen_shardings = {path: shardings[path] for path in partition.frozen}
+    opt_shardings = optimizer_shardings(optimizer, partition.trained, trained_shardings, mesh)
     state = TrainState(
-        placed(division.trained, trained_shardings),
-        placed(division.frozen, frozen_shardings),
-        placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
+        placed(partition.trained, trained_shardings),
+        placed(partition.frozen, frozen_shardings),
+        placed(jax.eval_shape(optimizer.init, partition.trained), opt_shardings),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
     )
     train_step = jax.jit(
@@ -118,7 +118,7 @@ def prepare(
         model,
         abstract,
         shardings,
-        division,
+        partition,
         optimizer,
         schedule,
         state,
