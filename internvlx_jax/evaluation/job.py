@@ -12,9 +12,8 @@ from pathlib import Path
 
 import jax
 
-from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
@@ -99,9 +98,7 @@ def _tiles(config: EvalConfig, tiles: TileConfig) -> TileConfig:
     )
 
 
-def _generator(
-    config: EvalConfig, checkpoint: RunFolder | HFFolder, tiles: TileConfig
-) -> BatchGenerator:
+def _generator(config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig) -> BatchGenerator:
     """Loads the model. It is not kept here: on a CPU the generator copies the decoder's layers."""
     mesh = make_mesh(config.mesh)
     pretrained = load_opened(checkpoint, dtype=config.dtype, mesh=mesh)

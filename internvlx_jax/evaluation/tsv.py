@@ -78,7 +78,7 @@ def read_tsv(path: Path) -> Iterator[Question]:
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
     """
-    images: dict[str, tuple[TsvImage, ...]] = {}
+    images: dict[str, tuple[ImageSource, ...]] = {}
     references: list[tuple[str, str]] = []
     rows = []
     records = _records(path)
