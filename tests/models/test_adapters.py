@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, then the merged weights; dropout in training only (training.md 11)."""
+"""Adapters: nothing at first, then the merged weights; dropout in training (training.md 11)."""
 
 import dataclasses
 
