@@ -2,11 +2,11 @@
 
     python benchmarks/kill.py --folder runs/kill --kills 10 --steps 200
 
-Trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again and
-again, at moments drawn with --seed: while it starts, at a step, and inside a save (as soon as orbax's
-temporary folder appears). Every start is the same command, on 2 processes x 4 simulated CPU devices.
-Prints one line per kill and one JSON object. Exit status 1 if parameters, optimizer state or metrics
-differ in a single bit, or if fewer than two kills of ten were inside a save.
+Trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again
+and again, at moments drawn with --seed: while it starts, at a step, and inside a save (as soon as
+orbax's temporary folder appears). Every start is the same command, on 2 processes x 4 simulated
+CPU devices. Prints one line per kill and one JSON object. Exit status 1 if parameters, optimizer
+state or metrics differ in a single bit, or if fewer than two kills of ten were inside a save.
 """
 
 from __future__ import annotations
