@@ -1,4 +1,4 @@
-"""What a model is asked, how it is asked, and what it answers."""
+"""Defines what a model is asked, how it is asked, and what it answers."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from internvlx_jax.checkpoints.lora_files import merge_params, stored_adapters
+from internvlx_jax.checkpoints.adapters import merge_params, stored_adapters
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import (

@@ -231,8 +231,8 @@ def test_the_count_of_xla(freeze):
     inputs = jax.eval_shape(lambda: short_batch(SMALL, 2, 2, 256, 256))
     labels = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     build = functools.partial(abstract_model, dtype="float32", attention="xla")
-    division = divide(build(SMALL).shapes, freeze or FreezeConfig(), "float32")
-    abstract = as_trained(build, SMALL, division, "eval")
+    partition = divide(build(SMALL).shapes, freeze or FreezeConfig(), "float32")
+    abstract = as_trained(build, SMALL, partition, "eval")
 
     def loss(trained, frozen, inputs, labels):
         model = nnx.merge(abstract.graphdef, unflatten(join(trained, frozen)))
@@ -241,11 +241,11 @@ def test_the_count_of_xla(freeze):
         return jnp.sum(model.token_losses(inputs, labels)[0])
 
     forward, causal_half = forward_flops(SMALL, **work), 3 * 2 * 2 * 256**2 * 512
-    args = (division.trained, division.frozen, inputs, labels)
+    args = (partition.trained, partition.frozen, inputs, labels)
     if freeze is None:
         counted, expected = count_of_xla(loss, *args), forward.total + causal_half
     else:
-        shapes = {path: leaf.shape for path, leaf in division.trained.items()}
+        shapes = {path: leaf.shape for path, leaf in partition.trained.items()}
         counted = count_of_xla(jax.grad(loss), *args)
         expected = train_flops(SMALL, shapes, **work).total + 3 * causal_half + forward.head
     print(f"counted / expected = {counted / expected:.4f}")

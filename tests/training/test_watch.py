@@ -20,7 +20,7 @@ from internvlx_jax.training.preemption import Preempted
 from internvlx_jax.training.profiler import Window
 from internvlx_jax.training.replay import replay
 from internvlx_jax.training.report_page import write_page
-from internvlx_jax.training.starts import read_starts
+from internvlx_jax.training.metrics_logger import read_starts
 
 STEPS = 8
 NAN_STEP, EMPTY_STEP = 3, 5
