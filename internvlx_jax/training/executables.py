@@ -85,7 +85,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def device_memory(device: jax.Device) -> int | None:
+def device_memory(device: Any) -> int | None:
     """Returns the bytes that programs may use on an attached device, if its platform tells."""
     stats = device.memory_stats()
     return stats and stats.get("bytes_limit")

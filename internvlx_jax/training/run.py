@@ -83,9 +83,13 @@ def open_run(config: TrainConfig) -> Run:
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)
-    model = source.config if config.model is None else config.model
-    if source is not None and config.model is not None:
-        check_same_model(config.model, source.config, source.path)
+    model = config.model
+    if source is not None:
+        if model is None:
+            model = source.config
+        else:
+            check_same_model(model, source.config, source.path)
+    assert model is not None  # a TrainConfig has a model or a checkpoint
 
     tokenizer, saved = open_tokenizer(config, source, model), saved_metadata(folder)
     loader, validation = open_loaders(config, model, tokenizer, mesh, saved.get("data"))
