@@ -77,24 +77,24 @@ def padding() -> list[dict]:
                     str(meta), DataConfig(meta="", max_length=8192), processor(rule, max_num)
                 )
                 found, bucket, pack = (
-                    report["datasets"]["sizes"],
-                    report["padding"]["bucket"],
-                    report["padding"]["pack"],
+                    report.datasets["sizes"],
+                    report.padding["bucket"],
+                    report.padding["pack"],
                 )
                 rows.append(
                     {
                         "rule": rule,
                         "max": max_num,
-                        "tiles": sum(int(tiles) * count for tiles, count in found["tiles"].items())
-                        / found["samples"],
-                        "tokens": found["tokens"]["mean"],
-                        "tiles_saved": found["off"]["tile_share_saved"],
-                        "tokens_saved": found["off"]["token_share_saved"],
-                        "bucket_tokens": bucket["padded_tokens"],
-                        "bucket_tiles": bucket["padded_tiles"],
-                        "executables": bucket["executables"],
-                        "pack_tokens": pack["padded_tokens"],
-                        "pack_tiles": pack["padded_tiles"],
+                        "tiles": sum(int(tiles) * count for tiles, count in found.tiles.items())
+                        / found.samples,
+                        "tokens": found.tokens.mean,
+                        "tiles_saved": found.off.tile_share_saved,
+                        "tokens_saved": found.off.token_share_saved,
+                        "bucket_tokens": bucket.padded_tokens,
+                        "bucket_tiles": bucket.padded_tiles,
+                        "executables": bucket.executables,
+                        "pack_tokens": pack.padded_tokens,
+                        "pack_tiles": pack.padded_tiles,
                     }
                 )
     print(

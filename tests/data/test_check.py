@@ -68,11 +68,11 @@ def test_the_table_counts_everything(run, tmp_path):
     status, printed, _ = run("check", "--set", "max_length=256")
     assert status == 0
     for expected in (
-        "samples          3 of 5 records, 2 images",
-        "tiles a sample   0:1  1:1  3:1",
-        "bad samples      json:1  unreadable:1",
-        "made to fit      none",
-        "against rule off 6 tiles (60.0%) and 24 tokens",
+        "samples           3 of 5 records, 2 images",
+        "tiles per sample  0:1  1:1  3:1",
+        "bad samples       json:1  unreadable:1",
+        "made to fit       none",
+        "against rule off  6 tiles (60.0%) and 24 tokens",
     ):
         assert expected in printed, printed
     assert re.search(
@@ -90,7 +90,7 @@ def test_the_table_counts_everything(run, tmp_path):
 def test_decoding_finds_what_headers_hide(run):
     assert "truncated" not in run("check", "--set", "max_length=256")[1]
     assert (
-        "bad samples      json:1  unreadable:1  truncated:1"
+        "bad samples       json:1  unreadable:1  truncated:1"
         in run("check", "--decode", "--set", "max_length=256")[1]
     )
 
@@ -146,4 +146,4 @@ def test_a_run_config_says_how_its_model_reads(meta, tmp_path, monkeypatch, caps
         ],
     )
     assert command.main() == 0, capsys.readouterr()
-    assert "tiles a sample   0:1  1:2" in capsys.readouterr().out
+    assert "tiles per sample  0:1  1:2" in capsys.readouterr().out

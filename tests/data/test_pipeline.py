@@ -14,6 +14,8 @@ from internvlx_jax.core.data_config import DataConfig, FaultConfig, PackConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data import index
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.images import load_image
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -527,15 +529,42 @@ def test_an_image_used_with_reservations_is_counted(
 
 
 def test_data_modules_import_no_jax():
-    """All but pipeline.py: grain, which it needs, imports jax by itself."""
+    """All but read_ahead.py and what imports it: grain imports jax by itself."""
     modules = (
-        "batch, chat, config, encode, faults, fit, images, index, meta, packing, plan, processor, reader, sources, "
-        "storage, synthetic, templates, tiles, tokenizer, video"
+        "batch, buckets, conversations, encode, faults, fit, images, index, meta, order, packing, "
+        "plan, processor, reader, sources, storage, streams, synthetic, table, templates, tiles, "
+        "tokenizer, video"
     )
-    code = f"import sys; from internvlx_jax.data import {modules}; print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
+    code = (
+        f"import sys; from internvlx_jax.data import {modules}; "
+        "print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
     )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+# Digests of the order that every earlier version gave to `dataset`. A run whose plan hash changes
+# cannot go on, so they change only with the order itself.
+PLAN_HASHES = {
+    "tokens": "4a9ce02fb291f75f",
+    "samples": "e7a5cf9040940bad",
+    "pack": "0404852d1baa915d",
+}
+
+
+@pytest.mark.parametrize("batch_mode", PLAN_HASHES)
+def test_the_plan_hash_is_that_of_earlier_versions(batch_mode, make_loader):
+    loader = make_loader(batch_mode=batch_mode, samples_per_step=4)
+    assert loader.plan_hash == loader.state(3)["plan_hash"] == PLAN_HASHES[batch_mode]
+
+
+def test_the_state_of_a_checkpoint_keeps_its_fields(make_loader):
+    fields = ["version", "plan_hash", "parts", "epoch", "step", "row_quantum"]
+    assert list(make_loader().state(3)) == fields
+    assert list(make_loader(batch_mode="pack").state(3)) == [*fields, "rows_before"]
+
+
+def test_the_name_of_an_index_is_that_of_earlier_versions(processor, make_loader):
+    """Its hash takes the capacity in the words of the first version."""
+    key = index._index_key("sizes", 40, processor, CONFIG, Capacity(256, 12))
+    assert key == "ed1d0472c91739fe"

@@ -11,18 +11,17 @@ import pytest
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.data.packing import best_fit
-from internvlx_jax.data.plan import (
+from internvlx_jax.data.buckets import (
     LENGTH_STEP,
     TILE_BUCKETS,
     BatchRule,
     Bucket,
-    EntryStream,
-    PackedStream,
-    Plan,
     assign_buckets,
     smallest_bucket,
 )
+from internvlx_jax.data.packing import best_fit
+from internvlx_jax.data.plan import Plan
+from internvlx_jax.data.streams import EntryStream, PackedStream
 from internvlx_jax.data.tiles import tile_count
 
 TOKENS = 8192

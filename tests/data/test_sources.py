@@ -263,7 +263,7 @@ def test_a_missing_package_and_an_unknown_protocol_are_named(tmp_path, monkeypat
     meta.write_text(json.dumps({"d": {"annotation": "gs://bucket/a.jsonl"}}))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
-        ConfigError, match=r"gs://bucket/a.jsonl cannot be read: .*internvlx-jax\[gcs\]"
+        ConfigError, match=r"gs://bucket/a.jsonl needs gcsfs, .*internvlx-jax\[gcs\]"
     ):
         read_meta(meta)
     meta.write_text(json.dumps({"d": {"annotation": "nonsense://a.jsonl"}}))
