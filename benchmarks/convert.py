@@ -1,10 +1,13 @@
-"""Conversion at real size: random weights with the exact names and shapes, both ways, with time and peak memory.
+"""Converts at real size, both ways: random weights with the exact names and shapes.
+
+Prints time and peak memory of each step.
 
     python benchmarks/convert.py --size 8b --work DIR
 
-DIR needs room for twice the weights (8b: 17.2 GB each); all of it is deleted at the end. Each step is a process of its
-own, whose largest resident set the operating system reports. What comes back is compared with what was made by the
-SHA-256 of each tensor's bytes and of each file, and the parameters with it, bit for bit.
+DIR needs room for twice the weights (8b: 17.2 GB each); all of it is deleted at the end. Each step
+is a process of its own, whose largest resident set the operating system reports. What comes back is
+compared with what was made by the SHA-256 of each tensor's bytes and of each file, and the
+parameters with it, bit for bit.
 """
 
 import argparse
@@ -27,7 +30,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def make(folder: Path, size: str) -> dict[str, str]:
-    """A checkpoint of random bfloat16 values in (-2, 2) -> SHA-256 of every tensor, in file order."""
+    """Writes a checkpoint of random bfloat16 values in (-2, 2).
+
+    Returns:
+        Name -> SHA-256 of every tensor, in file order.
+    """
     stored = json.loads((ROOT / "tests" / "golden" / f"shapes-{size}.json").read_text())
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(stored["config"]))
@@ -48,7 +55,11 @@ def digest(array: np.ndarray) -> str:
 
 
 def timed(*arguments: object) -> tuple[float, float]:
-    """Run a command of the converter -> (seconds, peak resident GB of the largest of them so far)."""
+    """Runs a command of the converter.
+
+    Returns:
+        Seconds, and the peak resident GB of the largest command so far.
+    """
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "internvlx_jax.convert", *map(str, arguments)], check=True, cwd=ROOT
@@ -78,7 +89,8 @@ def main() -> int:
     def report(command: str, *arguments: object) -> None:
         seconds, peak = timed(command, *arguments)
         print(
-            f"{command}: {seconds:.0f} s, {nbytes / 1e9 / seconds:.2f} GB/s, peak resident {peak:.2f} GB",
+            f"{command}: {seconds:.0f} s, {nbytes / 1e9 / seconds:.2f} GB/s, "
+            f"peak resident {peak:.2f} GB",
             flush=True,
         )
 
@@ -93,8 +105,8 @@ def main() -> int:
         same = [digest(written.read(name)) == expected for name, expected in sums.items()]
         equal = set(written.names()) == sums.keys() and (back / CHECKSUMS).read_text() == files
         print(
-            f"{sum(same)} of {len(same)} tensors and {files.count(chr(10)) if equal else 'not all'} files byte-equal to "
-            "what was made",
+            f"{sum(same)} of {len(same)} tensors and "
+            f"{files.count(chr(10)) if equal else 'not all'} files byte-equal to what was made",
             flush=True,
         )
         report("verify", "--checkpoint", imported, "--against", back)  # JAX -> PyTorch -> JAX

@@ -1,11 +1,12 @@
-"""Generation against the limits of this machine: decoding against reading the weights once, prefill against matmuls.
+"""Generation against the limits of this machine.
 
     python benchmarks/generate.py [--layers 6] [--prompt 384] [--new_tokens 16] [--profile DIR]
 
-Decoder and vocabulary have the widths of the 2B model, random weights in float32, and as many layers as fit into a
-few gigabytes; more layers change both sides of each ratio alike. All numbers come from this one run. Limits: decoding
-one token at batch 1 within 1.5 times one pass over the weights it reads; prefill within 1.3 times its matrix products
-alone. Prints one JSON object; exit status 1 if a limit is missed.
+Decoder and vocabulary have the widths of the 2B model, random weights in float32, and as many
+layers as fit into a few gigabytes; more layers change both sides of each ratio alike. All numbers
+come from one run. Limits: decoding one token at batch 1 takes at most 1.5 times as long as one pass
+over the weights that it reads; prefill takes at most 1.3 times as long as its matrix products
+alone. The command prints one JSON object; its exit status is 1 if a limit is missed.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> int:
     step = jax.jit(decode_step)
     products = matrix_products(model, args.prompt)
     prefilled = jax.jit(lambda model, inputs: prefill(model, inputs, args.new_tokens)[1])
-    # Interleaved, so that a change of the machine's speed meets all of them.
+    # Interleaved, so that a change in the speed of the machine affects all of them.
     times = {"pass": [], "decode": [], "step": [], "prefill": [], "products": []}
     for _ in range(args.repeats + 1):
         times["pass"].append(seconds(one_pass, weights))
@@ -79,26 +80,30 @@ def main() -> int:
     kernels = [leaf for leaf in jax.tree.leaves(nnx.state(model.decoder.layers)) if leaf.ndim > 1]
     flops = 2 * args.prompt * sum(kernel.size for kernel in kernels)
     result = {
-        "layers": args.layers, "prompt": args.prompt, "weights_gbytes": round(gbytes, 2),
+        "layers": args.layers,
+        "prompt": args.prompt,
+        "weights_gbytes": round(gbytes, 2),
         "pass_gbytes_per_s": round(gbytes / best["pass"], 2),
         "decode_seconds_per_token": round(best["decode"], 4),
-        "decode_over_pass": round(best["decode"] / best["pass"], 2), "decode_limit": DECODE_LIMIT,
+        "decode_over_pass": round(best["decode"] / best["pass"], 2),
+        "decode_limit": DECODE_LIMIT,
         "one_step_over_pass": round(best["step"] / best["pass"], 2),
-        "prefill_seconds": round(best["prefill"], 3), "prefill_gflops_per_s": round(flops / best["prefill"] / 1e9),
+        "prefill_seconds": round(best["prefill"], 3),
+        "prefill_gflops_per_s": round(flops / best["prefill"] / 1e9),
         "products_gflops_per_s": round(flops / best["products"] / 1e9),
-        "prefill_over_products": round(best["prefill"] / best["products"], 2), "prefill_limit": PREFILL_LIMIT,
-    }  # fmt: skip
+        "prefill_over_products": round(best["prefill"] / best["products"], 2),
+        "prefill_limit": PREFILL_LIMIT,
+    }
     print(json.dumps(result, indent=2))
-    return (
-        0
-        if result["decode_over_pass"] <= DECODE_LIMIT
+    fast = (
+        result["decode_over_pass"] <= DECODE_LIMIT
         and result["prefill_over_products"] <= PREFILL_LIMIT
-        else 1
     )
+    return 0 if fast else 1
 
 
 def random_model(layers: int) -> InternVLX:
-    """2B widths with fewer layers; the tower is a token one, text prompts do not run it."""
+    """Returns a 2B model with fewer layers; its tower has one, because text prompts skip it."""
     base = internvlx_2b()
     vision = dataclasses.replace(base.vision, layers=1)
     decoder = dataclasses.replace(base.decoder, layers=layers)
@@ -107,6 +112,7 @@ def random_model(layers: int) -> InternVLX:
 
 
 def prompt(length: int, words: int) -> Inputs:
+    """Returns a random prompt of one row."""
     tokens = np.random.default_rng(0).integers(3, words, (1, length)).astype(np.int32)
     positions = np.arange(length, dtype=np.int32)[None]
     return Inputs(
@@ -119,14 +125,14 @@ def prompt(length: int, words: int) -> Inputs:
 
 
 def read_weights(model: InternVLX) -> list[jax.Array]:
-    """What one decoded token needs: all layers, the norm and the head, but one row of the embedding."""
+    """Returns what one token reads: all layers, the norm and the head, but not the embedding."""
     return jax.tree.leaves(
         [nnx.state(model.decoder.layers), nnx.state(model.decoder.norm), model.decoder.head[...]]
     )
 
 
 def matrix_products(model: InternVLX, length: int):
-    """(function, arguments): the products of all layers with nothing between them."""
+    """Returns a function and its arguments: the matrix products of all layers alone."""
     kernels = [
         leaf.reshape(leaf.shape[0], -1)
         if leaf.shape[0] in (model.config.decoder.width, model.config.decoder.mlp_width)
@@ -143,6 +149,7 @@ def matrix_products(model: InternVLX, length: int):
 
 
 def seconds(function, *args) -> float:
+    """Returns the duration of one call."""
     begun = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - begun

@@ -1,11 +1,12 @@
-"""Kill -9 at random moments of a run in two processes: it ends with the parameters of an undisturbed one, bit for bit.
+"""Kills a run in two processes at random moments, and compares its end with an undisturbed one.
 
     python benchmarks/kill.py --folder runs/kill --kills 10 --steps 200
 
-Trains a tiny model on generated texts, twice: once undisturbed, once killed again and again, at moments drawn
-with --seed: while it starts, at a step, and inside a save (as soon as orbax' temporary folder is there). Every start is
-the same command, on 2 processes x 4 simulated CPU devices. Prints a line a kill and one JSON object. Exit status 1 if
-parameters, optimiser state or metrics differ in a single bit, or if fewer than two kills of ten were inside a save.
+Trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again
+and again, at moments drawn with --seed: while it starts, at a step, and inside a save (as soon as
+orbax's temporary folder appears). Every start is the same command, on 2 processes x 4 simulated
+CPU devices. Prints one line per kill and one JSON object. Exit status 1 if parameters, optimizer
+state or metrics differ in a single bit, or if fewer than two kills of ten were inside a save.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 CONFIG = """import json
 from pathlib import Path
-from internvlx_jax.config import from_dict
-from internvlx_jax.training.config import TrainConfig
+from internvlx_jax.core.overrides import from_dict
+from internvlx_jax.core.run_config import TrainConfig
 
 def get_config():
     return from_dict(TrainConfig, json.loads(Path(__file__).with_suffix(".json").read_text()))
@@ -41,14 +42,14 @@ SAME = ("step", "loss", "grad_norm", "param_norm", "learning_rate")
 
 
 class Kill(NamedTuple):
-    """`start`: while it starts; `step`: when that step is logged; `save`: inside the save of that step."""
+    """A moment: `start` while the run starts, `step` when it is logged, `save` inside its save."""
 
     kind: str
     step: int
 
 
 def plan_kills(kills: int, steps: int, save_every: int, generator: random.Random) -> list[Kill]:
-    """In order of their steps; about a third inside a save, one of ten while it starts."""
+    """Returns kills in order of their steps: a third inside a save, a tenth while it starts."""
     kinds = ["save"] * max(1, kills // 3) + ["start"] * (kills // 10)
     kinds += ["step"] * (kills - len(kinds))
     generator.shuffle(kinds)
@@ -62,14 +63,14 @@ def plan_kills(kills: int, steps: int, save_every: int, generator: random.Random
 
 
 def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[subprocess.Popen]:
-    """`train.py` with this config in several processes."""
+    """Starts `train.py` with this config in several processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "NPROC": "16",
-        # Of several flags of a name the last one counts.
+        # The last one of several flags with the same name counts.
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
         + f" --xla_force_host_platform_device_count={devices}",
     }
@@ -102,7 +103,7 @@ def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[s
 def finish(
     processes: Sequence[subprocess.Popen], timeout: float = PATIENCE
 ) -> tuple[list[int], list[str]]:
-    """Exit statuses and outputs; those that hang are killed."""
+    """Returns exit statuses and outputs; processes that hang are killed."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -112,7 +113,7 @@ def finish(
 
 
 def write_config(config, folder: Path) -> Path:
-    """A file for `train.py --config`."""
+    """Writes a file for `train.py --config`."""
     from internvlx_jax.core.overrides import to_dict
 
     file = folder / f"{Path(config.output_dir).name}.py"
@@ -122,14 +123,14 @@ def write_config(config, folder: Path) -> Path:
 
 
 def logged(run: Path) -> list[dict]:
-    """Finished lines of metrics.jsonl."""
+    """Returns the finished lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def starts(run: Path) -> int:
-    """How often the loop of a run has begun."""
+    """Returns how often the loop of a run has begun."""
     path = run / "starts.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -137,7 +138,7 @@ def starts(run: Path) -> int:
 def kill_at(
     run: Path, kill: Kill, processes: Sequence[subprocess.Popen], generator: random.Random
 ) -> dict:
-    """Wait for the moment, kill all processes -> what was there then."""
+    """Waits for the moment, kills all processes, and returns what was on disk then."""
     end = time.monotonic() + PATIENCE
     starts_before = starts(run)
 
@@ -186,7 +187,7 @@ def kill_at(
 
 
 def content(run: Path, step: int) -> dict[str, dict]:
-    """Everything of a checkpoint, by item and path, on one device."""
+    """Loads everything in a checkpoint, by item and path, on one device."""
     import jax
     import orbax.checkpoint.experimental.v1 as ocp
 
@@ -204,7 +205,7 @@ def content(run: Path, step: int) -> dict[str, dict]:
 
 
 def differences(one: Path, other: Path, step: int) -> list[str]:
-    """Paths of arrays that differ in a bit, and steps whose metrics differ."""
+    """Returns paths of arrays that differ in a bit, and steps whose metrics differ."""
     import numpy as np
 
     first, second = content(one, step), content(other, step)
@@ -227,7 +228,7 @@ def run_and_kill(
     devices: int,
     undisturbed: Path,
 ) -> dict:
-    """Run `config` through all kills to its end; `undisturbed`: the folder of the same run without any."""
+    """Runs `config` through all kills to its end, and compares it with the run `undisturbed`."""
     run, file = Path(config.output_dir), write_config(config, folder)
     happened = []
     for kill in kills:
@@ -275,7 +276,7 @@ def main() -> int:
 
 
 def tiny_config(folder: Path, steps: int, save_every: int):
-    """A decoder of two layers that learns to copy and count, from texts alone: it compiles in seconds."""
+    """Returns a run that compiles in seconds: a two-layer decoder on texts that copy and count."""
     from internvlx_jax.core.data_config import DataConfig
     from internvlx_jax.core.model_config import (
         DecoderConfig,

@@ -2,9 +2,10 @@
 
     python benchmarks/receipts.py
 
-Needs the sample data that the config names. Prints one JSON object: training loss at the start and at the end, the
-step it stopped and resumed at, and the score on receipts it has not seen, which is poor: 60 small steps teach the
-form of an answer, not reading. Exit status 1 if the loss has not halved.
+Needs the sample data that the config names. Prints one JSON object: training loss at the start and
+at the end, the step at which it stopped and resumed, and the score on receipts it has not seen. That
+score is poor: 60 small steps teach the form of an answer, not reading. Exit status 1 if the loss has
+not halved.
 """
 
 import json
@@ -24,7 +25,8 @@ STOP_AFTER = 30
 def main() -> int:
     if not QUESTIONS.is_file():
         print(
-            f"error: {QUESTIONS} not found; this benchmark needs the sample data beside the checkout",
+            f"error: {QUESTIONS} not found; this benchmark needs the sample data beside the "
+            "checkout",
             file=sys.stderr,
         )
         return 1

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --write docs/scaling.md
 
-Each row is a model, an LVTC preset and a topology, with the largest bucket: all tiles at full length.
-Needs the compiler for TPUs (pip install 'internvlx-jax[tpu]') but no TPU. JAX_OPTIMIZATION_LEVEL=O0
-compiles several times faster and changes memory by about 1 %.
+Each row is a model, an LVTC preset and a topology, with the largest bucket: all tiles at full
+length. Needs the compiler for TPUs (pip install 'internvlx-jax[tpu]') but no TPU.
+JAX_OPTIMIZATION_LEVEL=O0 compiles several times faster and changes memory by about 1 %.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TILES = 7
 CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
 HEAD = (
-    "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | TFLOP a device | "
-    "collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
+    "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | "
+    "TFLOP per device | collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
     + "|"
     + "---|" * 14
 )

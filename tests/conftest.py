@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,13 @@ def shared_data() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(message + " (required under CI=true)")
     pytest.skip(message)
+
+
+@pytest.fixture(autouse=True)
+def log_of_the_package():
+    """Undoes what a command that ran inside a test has done to the package's logger."""
+    yield
+    logger = logging.getLogger("internvlx_jax")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True

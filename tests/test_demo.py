@@ -1,6 +1,8 @@
 """The demo as an orchestration: real data, a stand-in for train.py and eval.py in an empty folder."""
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import json, os, pathlib, sys
 assert sys.argv[1:] == ["--config", "configs/demo.py"], sys.argv
 assert pathlib.Path("runs/demo/data/meta_train.json").is_file()
 print("NPROC", os.environ["NPROC"])
+print("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS"))
 run = pathlib.Path("runs/demo/train")
 run.mkdir()
 rows = [{"step": 1, "loss": 1.0}, {"step": 1, "eval/loss": 1.0, "eval/exact": 0.5}]
@@ -60,7 +63,10 @@ def test_every_stage_runs_and_the_last_line_is_fixed(checkout, capfd):
     assert demo.main() == 0
     lines = capfd.readouterr().out.splitlines()
     chance = json.loads((checkout / "runs/demo/data/synthetic.json").read_text())["chance"]
-    assert lines[-1] == f"demo: exact_match=1.00 chance={chance:.2f} blank=0.00"
+    measured = f"demo: exact_match=1.00 chance={chance:.2f} blank=0.00"
+    assert re.fullmatch(
+        re.escape(measured) + r" visual_tokens=\d+\.\d \(InternVL: \d+\.\d\)", lines[-1]
+    )
     assert "NPROC 16" in lines
     found = {line.split()[0]: Path(line.split()[-1]) for line in lines[-6:-1]}
     assert list(found) == ["checkpoint", "metrics", "curves", "answers", "picture"]
@@ -70,8 +76,41 @@ def test_every_stage_runs_and_the_last_line_is_fixed(checkout, capfd):
 
 def test_environment_of_the_user_is_kept(checkout, capfd, monkeypatch):
     monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     assert demo.main() == 0
-    assert "NPROC 3" in capfd.readouterr().out.splitlines()
+    assert {"NPROC 3", "JAX_PLATFORMS cuda,cpu"} <= set(capfd.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("attached, platforms", [(False, "cpu"), (True, None)])
+def test_jax_looks_for_accelerators_only_where_there_are_device_nodes(
+    checkout, capfd, monkeypatch, attached, platforms
+):
+    """Otherwise libtpu prints errors about a TPU that nobody has."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(demo, "has_accelerator", lambda: attached)
+    assert demo.main() == 0
+    assert f"JAX_PLATFORMS {platforms}" in capfd.readouterr().out.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="device nodes of Linux")
+@pytest.mark.parametrize(
+    "node, found", [("accel0", True), ("vfio/0", True), ("nvidia0", True), ("null", False)]
+)
+def test_device_nodes(tmp_path, node, found):
+    (tmp_path / node).parent.mkdir(exist_ok=True)
+    (tmp_path / node).touch()
+    assert demo.has_accelerator(tmp_path) == found
+
+
+def test_what_the_compressors_spend():
+    """A narrow page of one tile, which InternVL cuts 2 x 3 with a thumbnail, and one of two tiles and a thumbnail."""
+    model = load_config_file(ROOT / demo.CONFIG).model
+    spent = demo.Spent.of(model, [(72, 108), (220, 110)])
+    assert (spent.tiles, spent.tiles_off) == (2, 5)
+    assert (spent.shallow, spent.deep, spent.internvl) == (2, 8, 20)
+    assert spent.tokens == (2 + 8 + 8) / 3
+    off = demo.Spent.of(dataclasses.replace(model, lvtc=None), [(72, 108), (220, 110)])
+    assert off.shallow == off.deep == off.tokens == 8
 
 
 def test_failing_stage_is_shown(checkout, capfd):

@@ -12,7 +12,7 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.training import distributed
-from internvlx_jax.training.distributed import Place, find_place, wait_for_peers
+from internvlx_jax.training.distributed import ProcessInfo, find_process, wait_for_peers
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def roll(port, *process_ids, processes=3, timeout=1.0):
     def one(process):
         try:
             wait_for_peers(
-                Place(coordinator=f"localhost:{port}", processes=processes, process=process),
+                ProcessInfo(coordinator=f"localhost:{port}", processes=processes, process=process),
                 timeout,
             )
         except (ConfigError, OSError) as error:
@@ -66,7 +66,7 @@ def test_contradictions_are_told_to_all(port):
         with pytest.raises(
             ConfigError, match="process 1 was started with 4 processes, process 0 with 3"
         ):
-            wait_for_peers(Place(coordinator=f"localhost:{port}", processes=4, process=1), 20)
+            wait_for_peers(ProcessInfo(coordinator=f"localhost:{port}", processes=4, process=1), 20)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -106,13 +106,13 @@ def place(*flags):
     parser = argparse.ArgumentParser()
     distributed.add_flags(parser)
     args = parser.parse_args(flags)
-    return find_place(
+    return find_process(
         args.coordinator, args.port, args.num_processes, args.process_id, args.timeout
     )
 
 
 def test_explicit_flags():
-    expected = Place(coordinator="host:1234", processes=4, process=3)
+    expected = ProcessInfo(coordinator="host:1234", processes=4, process=3)
     assert (
         place("--coordinator", "host:1234", "--num_processes", "4", "--process_id", "3") == expected
     )
@@ -122,7 +122,7 @@ def test_explicit_flags():
         )
         == expected
     )
-    assert Place(coordinator="[::1]:80", processes=1, process=0).address == ("::1", 80)
+    assert ProcessInfo(coordinator="[::1]:80", processes=1, process=0).address == ("::1", 80)
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_cloud_tpu_slices_are_found(monkeypatch):
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
     }.items():
         monkeypatch.setenv(name, value)
-    assert place() == Place(coordinator="localhost:8482", processes=4, process=3)
+    assert place() == ProcessInfo(coordinator="localhost:8482", processes=4, process=3)

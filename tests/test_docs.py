@@ -237,4 +237,8 @@ def test_last_line_of_the_demo_is_the_same_everywhere():
 
     (line,) = {span for span in spans("README.md") if span.startswith("demo: ")}
     assert f"`{line}`" in demo.__doc__
-    assert re.fullmatch(r"demo: exact_match=\d\.\d\d chance=\d\.\d\d blank=\d\.\d\d", line)
+    assert re.fullmatch(
+        r"demo: exact_match=\d\.\d\d chance=\d\.\d\d blank=\d\.\d\d "
+        r"visual_tokens=\d+\.\d \(InternVL: \d+\.\d\)",
+        line,
+    )

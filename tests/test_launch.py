@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,7 @@ def dry(script, *args, **variables):
 
 def train_flags():
     help_text = subprocess.run(
-        [
-            "grep",
-            "-ohE",
-            r'add(_argument)?\("--[a-z_]+"',
-            ROOT / "train.py",
-            ROOT / "internvlx_jax" / "distributed.py",
-        ],
-        text=True,
-        capture_output=True,
+        [sys.executable, ROOT / "train.py", "--help"], text=True, capture_output=True, check=True
     ).stdout
     return set(re.findall(r"--[a-z_]+", help_text))
 

@@ -1,12 +1,12 @@
-"""config.json -> ModelConfig (design: checkpoints.md 5, 7, model.md 1, 9).
+"""Reads config.json as a ModelConfig (design: checkpoints.md 5, 7, model.md 1, 9).
 
-There is one reader, for the `internvl_chat` fields; `chat_fields` brings the hf layout into that form first.
+One reader takes the `internvl_chat` fields; `chat_fields` brings the hf layout into that form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import (
@@ -21,13 +21,14 @@ from internvlx_jax.core.model_config import (
 from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.core.tile_config import TileConfig
 
-ARCHITECTURES = {
+Family = Literal["internlm2", "llama", "qwen2", "phi3"]
+ARCHITECTURES: Mapping[str, Family] = {
     "InternLM2ForCausalLM": "internlm2",
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Phi3ForCausalLM": "phi3",
 }
-# Fields of internvl_chat that transformers' config does not have; our hf exports carry them all the same.
+# Fields of internvl_chat that transformers' config does not have; our hf exports carry them, too.
 HF_LACKS = ("template", "dynamic_image_size", "use_thumbnail", "max_dynamic_patch")
 CHAT_ONLY = (*HF_LACKS, "min_dynamic_patch", "system_message")
 
@@ -35,26 +36,30 @@ CHAT_ONLY = (*HF_LACKS, "min_dynamic_patch", "system_message")
 def model_config(
     config: Mapping[str, Any], tensors: Collection[str], fields: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """What a checkpoint is.
+    """Returns the model that a checkpoint holds.
 
-    config: parsed config.json; tensors: names in the checkpoint, which tell the projector and a tied output;
-    fields: internvl_chat fields that replace the config's, or supply what the hf layout has no place for.
+    Args:
+        config: parsed config.json.
+        tensors: names in the checkpoint, which tell the projector and a tied output.
+        fields: internvl_chat fields that replace the config's, or supply what the hf layout has no
+            place for.
 
-    Raises ConfigError naming the field for anything unknown or not computed here.
+    Raises:
+        ConfigError: a field is missing, unknown, or asks for something that is not computed here.
     """
     is_hf = config.get("model_type") == "internvl"
     config = {**(chat_fields(config) if is_hf else config), **(fields or {})}
     if is_hf and (missing := [field for field in HF_LACKS if field not in config]):
         raise ConfigError(
-            f"config.json: the hf layout does not say {', '.join(missing)}, which prompts and tiles need. "
-            "Give them to convert import, e.g. --field template=internvl2_5 dynamic_image_size=true "
-            "use_thumbnail=true max_dynamic_patch=12"
+            f"config.json: the hf layout does not say {', '.join(missing)}, which prompts and "
+            "tiles need. Give them to convert import, e.g. --field template=internvl2_5 "
+            "dynamic_image_size=true use_thumbnail=true max_dynamic_patch=12"
         )
     if config.get("model_type") != "internvl_chat":
         raise ConfigError(
             f"config.json: model_type is {config.get('model_type')!r}; this reader takes "
-            "'internvl_chat' (InternVL-X, InternVL2, InternVL2.5) and 'internvl' (repositories ending in "
-            "-hf)"
+            "'internvl_chat' (InternVL-X, InternVL2, InternVL2.5) and 'internvl' (repositories "
+            "ending in -hf)"
         )
     _refuse(config, "", "pad2square")
     kind = (
@@ -72,8 +77,8 @@ def model_config(
     lvtc = config.get("lvtc")
     if lvtc is None and any(name.startswith("lvtc.") for name in tensors):
         raise ConfigError(
-            "config.json: no lvtc, but the checkpoint holds lvtc.* tensors; add the key with the fields of "
-            "LvtcConfig"
+            "config.json: no lvtc, but the checkpoint holds lvtc.* tensors; add the key with the "
+            "fields of LvtcConfig"
         )
     return ModelConfig(
         vision=vision,
@@ -85,7 +90,14 @@ def model_config(
 
 
 def chat_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The internvl_chat form of an hf config. Raises ConfigError naming the field that has none."""
+    """Returns the internvl_chat form of an hf config.
+
+    Args:
+        hf: parsed config.json in transformers' layout.
+
+    Raises:
+        ConfigError: names the field that has no such form.
+    """
     vision, text = _section(hf, "vision_config"), dict(_section(hf, "text_config"))
     _refuse(vision, "vision_config.", "use_mask_token", "projection_dropout")
     for section, field, only in (
@@ -155,7 +167,8 @@ def _vision(config: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
     _refuse(config, "vision_config.", "attention_dropout", "dropout")
     if config.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(
-            f"config.json: vision_config.hidden_act {config['hidden_act']!r}; only 'gelu' is computed"
+            f"config.json: vision_config.hidden_act {config['hidden_act']!r}; only 'gelu' is "
+            "computed"
         )
     stored = config.get("image_size", 224)
     size = top.get("force_image_size") or stored
@@ -182,13 +195,13 @@ def _vision(config: Mapping[str, Any], top: Mapping[str, Any]) -> VisionConfig:
 
 
 def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConfig:
-    names = config.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
+    name = (config.get("architectures") or [None])[0]
+    family = ARCHITECTURES.get(str(name))
+    if family is None:
         raise ConfigError(
-            f"config.json: llm_config.architectures[0] is {names[0]!r}; supported are "
+            f"config.json: llm_config.architectures[0] is {name!r}; supported are "
             f"{', '.join(ARCHITECTURES)}"
         )
-    family = ARCHITECTURES[names[0]]
     # InternLM2's class has a default for every size; for the others a missing size is an error.
     default = (
         {
@@ -221,8 +234,8 @@ def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConf
         _refuse(config, "llm_config.", "resid_pdrop", "embd_pdrop", "attention_dropout")
         if config.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(
-                f"config.json: llm_config.partial_rotary_factor {config['partial_rotary_factor']}; only "
-                "1.0 is computed"
+                "config.json: llm_config.partial_rotary_factor "
+                f"{config['partial_rotary_factor']}; only 1.0 is computed"
             )
     heads = size("num_attention_heads")
     qkv_bias, out_bias = {
@@ -252,7 +265,7 @@ def _decoder(config: Mapping[str, Any], tensors: Collection[str]) -> DecoderConf
 
 
 def _rope(config: Mapping[str, Any], family: str, max_positions: int) -> RopeConfig:
-    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters."""
+    """Reads both spellings: rope_theta with rope_scaling, and the newer rope_parameters."""
     parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = parameters.get("rope_theta", config.get("rope_theta", 1e4))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -294,9 +307,8 @@ def _phi3_rope(
         max_positions=max_positions,
         scaling=kind,
         original_max_positions=original,
-        **{
-            field: tuple(map(float, parameters[field])) for field in ("short_factor", "long_factor")
-        },
+        short_factor=tuple(map(float, parameters["short_factor"])),
+        long_factor=tuple(map(float, parameters["long_factor"])),
     )
 
 
@@ -334,6 +346,6 @@ def _refuse(config: Mapping[str, Any], prefix: str, *fields: str) -> None:
     for field in fields:
         if config.get(field):
             raise ConfigError(
-                f"config.json: {prefix}{field} = {config[field]!r} is not supported here; it must be 0 "
-                "or false"
+                f"config.json: {prefix}{field} = {config[field]!r} is not supported here; it must "
+                "be 0 or false"
             )

@@ -1,4 +1,4 @@
-"""ModelConfig -> config.json, in the internvl_chat and the hf form (design: checkpoints.md 5, 7)."""
+"""Writes a ModelConfig as config.json, in either form (design: checkpoints.md 5, 7)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from internvlx_jax.core.overrides import to_dict
 def chat_config(
     config: ModelConfig, *, dtype: str, base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The internvl_chat config of a model; unknown fields of `base` are kept.
+    """Returns the internvl_chat config of a model.
 
-    dtype: of the tensors beside it, e.g. `bfloat16`.
+    Args:
+        config: the model.
+        dtype: dtype of the tensors beside it, e.g. `bfloat16`.
+        base: a config.json whose unknown fields are kept.
     """
     prompt = config.prompt
     fields = {
@@ -47,10 +50,16 @@ def chat_config(
 def hf_config(
     config: ModelConfig, *, dtype: str, image_token_id: int, base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The config that transformers' InternVLForConditionalGeneration reads; the model must have an hf form.
+    """Returns the config that transformers' InternVLForConditionalGeneration reads.
 
-    Fields that only internvl_chat has, and the decoder's original architecture, are added at the top level, where
-    transformers keeps them unread.
+    Fields that only internvl_chat has, and the decoder's original architecture, are added at the
+    top level, where transformers keeps them unread.
+
+    Args:
+        config: a model that has an hf form.
+        dtype: dtype of the tensors beside it, e.g. `bfloat16`.
+        image_token_id: id of the image placeholder.
+        base: a config.json whose unknown fields are kept.
     """
     vision, chat = config.vision, chat_config(config, dtype=dtype)
     text = dict(chat["llm_config"])
@@ -102,7 +111,7 @@ def hf_config(
 
 
 def vit_config(config: VisionConfig, *, dtype: str) -> dict[str, Any]:
-    """The config of a tower alone."""
+    """Returns the config of a tower alone."""
     return _vision(config) | {"torch_dtype": dtype}
 
 
@@ -183,7 +192,7 @@ def _rope_scaling(decoder: DecoderConfig) -> dict[str, Any] | None:
 
 
 def _merge(base: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` over `base`, section by section; what is absent here and stands in `base` stays."""
+    """Puts `fields` over `base`, section by section; other fields of `base` stay."""
     merged = dict(base)
     for name, value in fields.items():
         nested = (

@@ -1,4 +1,4 @@
-"""Folders by path, or by Hugging Face id."""
+"""Local folders of checkpoints that are given by path or by Hugging Face id."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.py", "merges.txt", "*.jinja")
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """A folder that is there, or a local copy of the repository OWNER/NAME (huggingface_hub is asked for that only).
+    """Returns a path that exists as it is, or a local copy of the repository OWNER/NAME.
 
-    Raises FileNotFoundError, or ConfigError saying why the repository cannot be had.
+    huggingface_hub is imported only for a repository; files that it has downloaded before are
+    taken from its cache.
+
+    Args:
+        name: path, or Hugging Face id.
+        revision: branch, tag or commit of the repository; None is its main branch.
+
+    Raises:
+        FileNotFoundError: no such path, and `name` is no id.
+        ConfigError: the repository cannot be fetched; the message says why.
     """
     path = Path(name)
     if path.exists():
@@ -23,24 +32,21 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
             f"{name}: no such folder; give a checkpoint folder or a Hugging Face id (OWNER/NAME)"
         )
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            f"{name}: no such folder, and fetching it from the Hugging Face hub needs huggingface_hub. "
+            f"{name}: no such folder, and fetching it as a Hugging Face id needs huggingface_hub. "
             "Install it (pip install 'internvlx-jax[hub]'), or give the path of a downloaded copy"
         ) from None
     try:
         folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(str(name), revision=revision, allow_patterns=[*FILES, "*.bin"])
-            )
+        if not any(folder.glob("*.safetensors")):  # older repositories have pickle files only
+            patterns = [*FILES, "*.bin"]
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
         return folder
-    except (
-        Exception
-    ) as error:  # no connection, no such repository, no access: the hub's own words say which
+    except Exception as error:  # no connection, repository or access: huggingface_hub says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{name}: no such folder, and the Hugging Face hub did not give it ({reason}). Without a "
-            "connection, download it elsewhere and give the path of the copy"
+            f"{name}: no such folder, and the Hugging Face hub did not deliver it ({reason}). "
+            "Check the name and the connection; offline, give the path of a downloaded copy"
         ) from error

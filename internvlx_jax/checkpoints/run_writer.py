@@ -13,13 +13,20 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from internvlx_jax.checkpoints import run_format
-from internvlx_jax.checkpoints.run_format import by_path, collect, mismatches
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
+from internvlx_jax.checkpoints.run_format import (
+    by_path,
+    free_cycles,
+    join_average,
+    mismatches,
+    split_average,
+)
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
-# Settings that a resumed run may change: none of them touches what is computed.
+# Settings that a resumed run may change: none of them alters what is computed.
 MAY_CHANGE = {
     "train.output_dir",
     "train.mesh",
@@ -37,23 +44,28 @@ MAY_CHANGE = {
     "train.compute.peak_tflops",
 }
 
-# The replicas of an array share the writing of it. Their slices are compiled a shape each, which pays for large arrays.
+# The replicas of an array share the writing of it. The slices of each shape are compiled, which
+# pays for large arrays only.
 SHARED_WRITING = ocp.Context()
 SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
 
 
 class CheckpointWriter:
-    """Asynchronous saves of one run; keeps the newest `keep_last`. Close it (or use `with`) to finish the last one."""
+    """Saves the steps of one run asynchronously and keeps the newest `keep_last`.
+
+    Use it as a context manager: leaving the block waits for the last save.
+    """
 
     def __init__(self, run: Path, keep_last: int):
+        # orbax declares its own policies for another type of metadata than the checkpointer's.
+        every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
+        newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
         self._checkpointer = ocp.training.Checkpointer(
-            run / "checkpoints",
+            str(run / "checkpoints"),
             cleanup_tmp_directories=True,
             context=SHARED_WRITING,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-                1
-            ),  # the loop decides
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep_last),
+            save_decision_policy=every,
+            preservation_policy=newest,
         )
 
     def __enter__(self) -> CheckpointWriter:
@@ -64,6 +76,7 @@ class CheckpointWriter:
 
     @property
     def latest_step(self) -> int | None:
+        """The newest complete step; None in a run without one."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
@@ -74,8 +87,20 @@ class CheckpointWriter:
         opt_state: Any,
         metadata: Mapping[str, Any],
     ) -> None:
-        """Returns once the arrays are copied to the host; writing goes on behind the next steps."""
-        items = {"params": dict(params), "opt_state": by_path(opt_state)}
+        """Saves one step; returns once the arrays are copied to the host.
+
+        Writing goes on while the next steps are computed.
+
+        Args:
+            step: updates that led to these parameters.
+            params: arrays by dotted path.
+            opt_state: any pytree; the average in it, if there is one, becomes the item `ema`.
+            metadata: configs and the position in the data, as JSON can hold them.
+        """
+        rest, average = split_average(opt_state)
+        items = {"params": dict(params), "opt_state": by_path(rest)}
+        if average is not None:
+            items["ema"] = dict(average)
         self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
 
     def load(
@@ -85,63 +110,84 @@ class CheckpointWriter:
         opt_state: Any,
         data: Mapping[str, Any],
     ) -> tuple[dict[str, jax.Array], Any]:
-        """Parameters and optimiser state after `step` updates, placed as the abstract leaves' shardings say.
+        """Loads one step to go on from.
 
-        data: the position that the data pipeline would go on from.
+        Args:
+            step: one of the run's steps.
+            params: abstract parameters by dotted path, which carry their shardings.
+            opt_state: abstract optimizer state, the same way.
+            data: the position that the data pipeline would go on from.
 
-        Raises CheckpointError with every mismatch, or when the data would not go on in the saved order.
+        Returns:
+            Parameters by dotted path, and the optimizer state.
+
+        Raises:
+            CheckpointError: lists every mismatch, or says that the data would not go on in the
+                saved order.
         """
         stored = self._checkpointer.checkpointables_metadata(step)
-        items = {"params": dict(params), "opt_state": by_path(opt_state)}
+        # Version 0.1 kept the average inside opt_state (run_format.find_average).
+        separate = "ema" in stored.metadata
+        rest, average = split_average(opt_state) if separate else (opt_state, None)
+        items = {"params": dict(params), "opt_state": by_path(rest)}
+        if separate:
+            items["ema"] = average or {}
         problems = [
             problem
             for name, leaves in items.items()
             for problem in mismatches(name, stored.metadata[name], leaves)
         ]
-        saved = stored.custom_metadata.get("data", {})
-        if saved.get("plan_hash") != data["plan_hash"]:
-            changed = [
-                name
-                for name, part in data["parts"].items()
-                if saved.get("parts", {}).get(name) != part
-            ]
-            problems.append(
-                f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go on; "
-                "restore it, or start a new output_dir with init_from"
-            )
+        saved = stored.custom_metadata
+        problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
-            raise CheckpointError(self._checkpointer.directory / str(step), problems)
+            raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
         loaded = self._checkpointer.load_checkpointables(step, items)
         leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
-        return loaded["params"], jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+        state = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+        return loaded["params"], join_average(state, loaded["ema"]) if separate else state
+
+
+def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
+    """Describes the parts of the data that changed since `saved`, empty if its order can go on."""
+    saved = saved or {}  # an imported checkpoint has no position in any data
+    if saved.get("plan_hash") == now["plan_hash"]:
+        return []
+    changed = [
+        name for name, part in now["parts"].items() if saved.get("parts", {}).get(name) != part
+    ]
+    return [
+        f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go "
+        "on; restore it, or start a new output_dir with init_from"
+    ]
 
 
 class ParamsWriter:
-    """Writes one step of parameters, a few at a time, so that they need not be in memory together.
+    """Writes one step of parameters, a few at a time, so that they are never in memory together.
 
-    What it needs beside the parameter in hand is small where the process has several CPU devices: orbax copies an array
-    as it writes, but no more than `write_concurrent_bytes` at once, counted in shards.
+    The memory needed beside the parameter in hand is small where the process has several CPU
+    devices: orbax copies an array as it writes, at most `write_concurrent_bytes` at once, counted
+    in shards.
 
-    `finish` makes the step appear; without it there is none.
+    The step becomes visible with `finish`, and not without it.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]):
         self._path, self._metadata = path, dict(metadata)
         self._waiting: dict[str, jax.Array] = {}
         self._context = ocp.Context()
-        self._context.array.saving.storage_options.chunk_byte_size = (
-            2**26
-        )  # so that a reader needs little more, too
-        self._context.array.saving.use_compression = (
-            False  # takes longer than the disk, and wins little
-        )
+        saving = self._context.array.saving
+        saving.storage_options.chunk_byte_size = 2**26  # so that a reader needs little memory, too
+        saving.use_compression = False  # takes longer than the disk, and saves little
 
-    def add(self, path: str, array: np.ndarray | jax.Array) -> None:
-        """The array may be written later, and must not change."""
-        if (
-            array.nbytes + sum(each.nbytes for each in self._waiting.values())
-            > run_format.GROUP_BYTES
-        ):
+    def add(self, path: str, array: np.ndarray) -> None:
+        """Adds a parameter, which may be written later and must not change until then.
+
+        Args:
+            path: dotted path.
+            array: values in the dtype to store.
+        """
+        waiting = sum(each.nbytes for each in self._waiting.values())
+        if array.nbytes + waiting > run_format.GROUP_BYTES:
             self._flush()
         large = array.nbytes > run_format.GROUP_BYTES
         self._waiting[path] = spread(array) if large else jax.device_put(array, may_alias=True)
@@ -149,9 +195,10 @@ class ParamsWriter:
             self._flush()
 
     def finish(self) -> None:
+        """Writes what is waiting and makes the step visible."""
         self._flush()
         with self._context:
-            ocp.partial.finalize(self._path)
+            ocp.partial.finalize(str(self._path))
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -161,20 +208,31 @@ class ParamsWriter:
             for array in self._waiting.values()
             for shard in array.addressable_shards
         )
-        self._context.memory.write_concurrent_bytes = max(
-            largest + 1, run_format.GROUP_BYTES
-        )  # orbax wants more than it needs
+        # orbax refuses a bound that a shard does not fit.
+        bound = max(largest + 1, run_format.GROUP_BYTES)
+        self._context.memory.write_concurrent_bytes = bound
         with self._context:
-            ocp.partial.save(self._path, self._waiting, custom_metadata=self._metadata)
+            ocp.partial.save(str(self._path), self._waiting, custom_metadata=self._metadata)
         nbytes = sum(array.nbytes for array in self._waiting.values())
         self._waiting = {}
-        collect(nbytes)
+        free_cycles(nbytes)
 
 
 def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether there is a step to resume. Every process looks, so that all refuse together; nothing is written.
+    """Checks that a run can start or go on in a folder; writes nothing.
 
-    Raises ConfigError for a folder of something else, or listing every setting that differs from the saved run.
+    Every process calls it, so that all refuse together.
+
+    Args:
+        run: the folder, which may not exist yet.
+        settings: resolved configs of this start, as `write_run_folder` saves them.
+
+    Returns:
+        Whether there is a step to resume from.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run with other settings; the message
+            lists every setting that differs.
     """
     steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
     resuming = any(step.name.isdigit() for step in steps)
@@ -183,22 +241,27 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         differences = _differences(json.loads(saved.read_text()), settings)
         if differences:
             raise ConfigError(
-                f"output_dir {run} holds a run with other settings (saved -> now); continue with the "
-                "saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
+                f"output_dir {run} holds a run with other settings (saved -> now); continue with "
+                "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
     elif run.exists() and any(run.iterdir()):
         raise ConfigError(
-            f"output_dir {run} is not empty and holds no run (no config.json); choose another folder"
+            f"output_dir {run} is not empty and holds no run (no config.json); choose another "
+            "folder"
         )
     return resuming
 
 
 def write_run_folder(
-    run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, source: Any | None = None
+    run: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, source: Checkpoint | None = None
 ) -> None:
-    """Settings and tokenizer, by the first process once all have checked the folder.
+    """Writes settings and tokenizer, in process 0 once all processes have checked the folder.
 
-    source: the checkpoint that the run begins with; its side files are kept for the export.
+    Args:
+        run: the folder.
+        settings: resolved configs.
+        tokenizer: the run's tokenizer.
+        source: the checkpoint that the run begins with; its side files are kept for the export.
     """
     multihost_utils.sync_global_devices("run folder checked")
     if jax.process_index() == 0:
@@ -210,14 +273,14 @@ def write_run_folder(
 
 
 def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """Describes every setting that differs and may not, as `path: saved -> now`."""
     if path in MAY_CHANGE:
         return []
     if isinstance(saved, dict) and isinstance(now, dict):
+        prefix = f"{path}." if path else ""
         return [
             line
             for name in sorted(saved.keys() | now.keys())
-            for line in _differences(
-                saved.get(name), now.get(name), f"{path}.{name}" if path else name
-            )
+            for line in _differences(saved.get(name), now.get(name), prefix + name)
         ]
     return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]

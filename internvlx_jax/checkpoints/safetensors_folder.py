@@ -1,4 +1,4 @@
-"""Reading a folder of safetensors files, one tensor at a time and memory-mapped (design: checkpoints.md 6)."""
+"""Reads folders of safetensors files, tensor by tensor, mapped (design: checkpoints.md 6)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ CHECKSUMS = "SHA256SUMS"  # as sha256sum(1) writes and checks them
 class SafetensorsFolder:
     """`STEM.safetensors`, or the shards that `STEM.safetensors.index.json` names.
 
-    Attributes:
-        notes: what a report should mention: a wrong total_size, .bin files that are not read.
+    Opening raises CheckpointError for missing, unreadable or contradicting files.
 
-    Raises CheckpointError for missing, unreadable or contradicting files.
+    Attributes:
+        path: the folder.
+        notes: what a report should mention: a wrong total_size, .bin files that are not read.
     """
 
     def __init__(self, path: Path, stem: str = "model"):
@@ -62,17 +63,19 @@ class SafetensorsFolder:
             raise CheckpointError(self.path, problems)
         if total not in (None, self.nbytes()):
             self.notes.append(
-                f"{index.name}: metadata.total_size is {total}, the tensors have {self.nbytes()} bytes"
+                f"{index.name}: metadata.total_size is {total}, the tensors have {self.nbytes()} "
+                "bytes"
             )
         if bins := sorted(file.name for file in self.path.glob("pytorch_model*.bin")):
             self.notes.append(f"{', '.join(bins)} not read: safetensors files come first")
 
     def _open(self, name: str, index: str) -> list[str]:
-        """List the tensors of one file; returns what is wrong with it."""
+        """Lists the tensors of one file; returns what is wrong with it."""
         try:
             # The library checks that the header parses and that its offsets fill the file exactly.
             with safe_open(self.path / name, framework="np") as file:
-                tensors = {key: file.get_slice(key) for key in file.keys()}
+                names = list(file.keys())
+                tensors = {key: file.get_slice(key) for key in names}
                 types = {
                     key: (tensor.get_dtype(), tuple(tensor.get_shape()))
                     for key, tensor in tensors.items()
@@ -105,15 +108,17 @@ class SafetensorsFolder:
 
     def nbytes(self) -> int:
         return sum(
-            int(np.prod(self._shapes[name])) * _bits(self._dtypes[name]) // 8
-            for name in self._where
+            int(np.prod(self._shapes[name])) * bits(self._dtypes[name]) // 8 for name in self._where
         )
 
     def files(self) -> list[str]:
         return sorted({name for name, _ in self._where.values()})
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of the file: bytes are read when touched, and unmapped with the last view."""
+        """Returns a read-only view of one tensor in its file.
+
+        Bytes are read when touched, and unmapped with the last view.
+        """
         file, start = self._where[name]
         shape = self._shapes[name]
         if 0 in shape:
@@ -121,9 +126,12 @@ class SafetensorsFolder:
         return np.memmap(self.path / file, FLOAT_TYPES[self._dtypes[name]], "r", start, shape)
 
     def check_sums(self) -> int:
-        """Compare every file with its known SHA-256, if there is one -> how many files had one.
+        """Compares every file with its SHA-256 where that is known; returns how many had one.
 
-        Sums stand in `SHA256SUMS`, or are the names of the files in a Hugging Face cache. Raises CheckpointError.
+        Sums are listed in `SHA256SUMS`, or are the names of the files in a Hugging Face cache.
+
+        Raises:
+            CheckpointError: names the damaged files.
         """
         listed = read_sums(self.path / CHECKSUMS)
         problems, checked = [], 0
@@ -137,7 +145,8 @@ class SafetensorsFolder:
             checked += 1
             if (found := sha256(self.path / name)) != expected:
                 problems.append(
-                    f"{name}: SHA-256 is {found}, expected {expected}; the file is damaged, copy it again"
+                    f"{name}: SHA-256 is {found}, expected {expected}; the file is damaged, "
+                    "copy it again"
                 )
         if problems:
             raise CheckpointError(self.path, problems)
@@ -158,14 +167,14 @@ class _Header(dict):
 
 
 def read_header(file: Path) -> tuple[_Header, int]:
-    """The JSON header of a safetensors file, and where the tensors begin. Raises ValueError."""
+    """Returns the JSON header of a safetensors file and where the tensors begin; or ValueError."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         return json.loads(stream.read(length), object_pairs_hook=_Header), 8 + length
 
 
 def read_index(index: Path) -> tuple[dict[str, str], int | None]:
-    """weight_map and total_size of an index file. Raises CheckpointError."""
+    """Returns weight_map and total_size of an index file. Raises CheckpointError."""
     try:
         value = json.loads(index.read_text(), object_pairs_hook=_Header)
         weight_map, total = value["weight_map"], value.get("metadata", {}).get("total_size")
@@ -173,7 +182,7 @@ def read_index(index: Path) -> tuple[dict[str, str], int | None]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             index, [f"not a safetensors index ({error!r}); expected an object with weight_map"]
-        )
+        ) from error
     if twice:
         raise CheckpointError(
             index, [f"weight_map lists tensor {tensor} twice" for tensor in twice]
@@ -182,7 +191,7 @@ def read_index(index: Path) -> tuple[dict[str, str], int | None]:
 
 
 def read_sums(file: Path) -> dict[str, str]:
-    """File name -> SHA-256 of a sums file; empty where there is none."""
+    """Returns file name -> SHA-256 of a sums file; empty without the file."""
     if not file.is_file():
         return {}
     rows = (line.split(maxsplit=1) for line in file.read_text().splitlines() if line.strip())
@@ -198,6 +207,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _bits(dtype: str) -> int:
-    """Bits of an element: the number in its type's name."""
-    return 8 if dtype == "BOOL" else int(re.search(r"\d+", dtype).group())
+def bits(dtype: str) -> int:
+    """Returns the bits of an element, e.g. 16 for `BF16`: the number in the name of its type."""
+    number = re.search(r"\d+", dtype)
+    return 8 if number is None else int(number.group())  # BOOL

@@ -1,7 +1,8 @@
-"""Writing safetensors shards tensor by tensor, in any order (design: checkpoints.md 6).
+"""Writes safetensors shards tensor by tensor, in any order (design: checkpoints.md 6).
 
-The library's own writer wants all tensors of a file in memory. A header with names, types and offsets is all there is
-to the format, so the shapes fix the files, and tensors (or rows of them) are put in their places as they come.
+The library's own writer needs all tensors of a file in memory. The format is a header with names,
+types and offsets before the bytes, so the shapes fix the files, and tensors (or rows of them) are
+put in their places in any order.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,10 @@ Plan = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape, dtype
 def plan_files(
     tensors: Plan, *, stem: str = "model", max_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, str]:
-    """Name -> file, in the given order: a new file begins before a tensor would push the last one past the limit."""
+    """Returns name -> file, in the given order.
+
+    A new file begins before a tensor would push the last one past `max_bytes`.
+    """
     shards, size = [[]], 0
     for name, each in tensors.items():
         if shards[-1] and size + _nbytes(*each) > max_bytes:
@@ -44,7 +49,7 @@ def plan_files(
 
 
 def index_text(tensors: Plan, files: Mapping[str, str]) -> str:
-    """What `model.safetensors.index.json` holds."""
+    """Returns the text of `model.safetensors.index.json`."""
     total = sum(_nbytes(*each) for each in tensors.values())
     return (
         json.dumps(
@@ -55,9 +60,12 @@ def index_text(tensors: Plan, files: Mapping[str, str]) -> str:
 
 
 class SafetensorsWriter:
-    """Files for `tensors` (name -> shape, dtype) in `folder`; `finish` checks that every byte was written.
+    """Writes files for named tensors; `finish` checks that every byte was written.
 
-    stem: `model` gives model.safetensors, or shards of at most `max_bytes` and an index.
+    Attributes:
+        folder: where the files are.
+        files: their names: `model.safetensors` for the stem `model`, or shards of at most
+            `max_bytes`, which an index lists.
     """
 
     def __init__(
@@ -72,7 +80,8 @@ class SafetensorsWriter:
             self._create(file, [name for name, home in self._files.items() if home == file])
 
     def _create(self, file: str, names: list[str]) -> None:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in names:
             shape, dtype = self._tensors[name]
             end = offset + _nbytes(shape, dtype)
@@ -91,7 +100,7 @@ class SafetensorsWriter:
             stream.truncate(8 + len(text) + offset)
 
     def write(self, name: str, array: np.ndarray, first_row: int = 0) -> None:
-        """A whole tensor, or its rows from `first_row` on."""
+        """Writes a whole tensor, or its rows from `first_row` on."""
         shape, dtype = self._tensors[name]
         if array.dtype != dtype or array.shape[1:] != shape[1:]:
             raise ValueError(f"{name}: {array.dtype}{list(array.shape)} for {dtype}{list(shape)}")
@@ -103,7 +112,7 @@ class SafetensorsWriter:
         self._left[name] -= data.size
 
     def finish(self) -> None:
-        """Index and checksums."""
+        """Writes index and checksums. Raises ValueError where bytes are missing."""
         if unfinished := [name for name, left in self._left.items() if left]:
             raise ValueError(f"not all bytes were written of {', '.join(unfinished[:5])}")
         if len(self.files) > 1:

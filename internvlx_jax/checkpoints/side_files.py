@@ -27,7 +27,13 @@ OTHER_FILES = (
 
 
 def copy_side_files(source: Path, target: Path, *, remote_code: bool = True) -> list[str]:
-    """Copy what is there, unchanged -> the names. remote_code: the *.py files that `auto_map` may name, too."""
+    """Copies the small files that a folder has, unchanged; returns their names.
+
+    Args:
+        source: folder to copy from.
+        target: folder to copy to.
+        remote_code: copy the *.py files that `auto_map` may name, too.
+    """
     names = [name for name in (*TOKENIZER_FILES, *OTHER_FILES) if (source / name).is_file()]
     code = sorted(file.name for file in source.glob("*.py"))
     names += [name for name in code if remote_code or name.startswith("tokenization_")]
@@ -38,7 +44,7 @@ def copy_side_files(source: Path, target: Path, *, remote_code: bool = True) -> 
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files of a folder -> their names."""
+    """Copies the tokenizer files of a folder; returns their names."""
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     names += sorted(file.name for file in source.glob("tokenization_*.py"))
     if names:
@@ -49,7 +55,10 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def same_tokenizer(folder: Path, other: Path) -> bool:
-    """Whether both hold the same vocabulary file; added tokens are in a run's tokenizer as in its source."""
+    """Whether two folders hold the same vocabulary file.
+
+    That suffices: a run's tokenizer has the added tokens of its source.
+    """
     return any(
         (other / name).is_file()
         and (folder / name).is_file()
@@ -59,14 +68,17 @@ def same_tokenizer(folder: Path, other: Path) -> bool:
 
 
 def replace_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer files of `source` instead of those in `target`."""
+    """Replaces the tokenizer files of `target` with those of `source`."""
     for name in TOKENIZER_FILES:
         (target / name).unlink(missing_ok=True)
     copy_tokenizer(source, target)
 
 
 def missing_remote_code(config: Mapping[str, Any], folder: Path) -> list[str]:
-    """Files of the same folder that `auto_map` names and that are not there; others cannot load it then."""
+    """Returns the files that `auto_map` names and the folder lacks.
+
+    transformers cannot load the folder without them.
+    """
     named = set()
     for section in (config, config.get("llm_config") or {}, config.get("vision_config") or {}):
         for value in (section.get("auto_map") or {}).values():

@@ -1,6 +1,7 @@
-"""Reading `pytorch_model.bin` files: pickles, so only with torch, and only as weights (design: checkpoints.md 6).
+"""Reads `pytorch_model.bin` files (design: checkpoints.md 6).
 
-The one module that imports torch, and only when such a file has to be read.
+They are pickles, so torch reads them, as weights only. No other module imports torch, and this one
+does when such a file has to be read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from internvlx_jax.core.errors import CheckpointError
 class BinFolder:
     """`STEM.bin`, or the shards that `STEM.bin.index.json` names; read as a SafetensorsFolder is.
 
-    Raises CheckpointError without torch, and for files that are missing, unreadable or hold more than tensors.
+    Opening raises CheckpointError without torch, and for files that are missing, unreadable or hold
+    more than tensors.
     """
 
     def __init__(self, path: Path, stem: str = "pytorch_model"):
@@ -28,13 +30,14 @@ class BinFolder:
         weight_map = read_index(index)[0] if index.is_file() else {}
         self._files = sorted(set(weight_map.values())) or [f"{stem}.bin"]
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise CheckpointError(
                 self.path,
                 [
-                    f"{', '.join(self._files)}: pickle files need torch to be read. Install it (pip install "
-                    "'internvlx-jax[torch]'), or convert the files to safetensors once elsewhere"
+                    f"{', '.join(self._files)}: pickle files need torch to be read. Install it "
+                    "(pip install 'internvlx-jax[torch]'), or convert the files to safetensors "
+                    "once elsewhere"
                 ],
             ) from None
         self._torch = torch
@@ -79,7 +82,7 @@ class BinFolder:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        """In the words of safetensors."""
+        """Returns the dtype of one tensor in the words of safetensors."""
         kind = str(self._tensors[name].dtype).removeprefix("torch.")
         return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(kind, kind)
 

@@ -1,7 +1,7 @@
-"""A checkpoint's parameters in a model that differs from it in LVTC: other presets, layers or grids, or none before
-(design: lvtc.md 2, checkpoints.md 8).
+"""Loads a checkpoint into a model with another LVTC (design: lvtc.md 2, checkpoints.md 8).
 
-A projector is taken over whole or not at all. What the checkpoint lacks is initialised; nothing of this is silent.
+The model may have other presets, layers or grids, or the checkpoint no LVTC at all. A projector is
+taken over whole or not at all. What the checkpoint lacks is initialized, and the report says so.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from internvlx_jax.checkpoints.hf_folder import HFFolder
-from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
@@ -41,33 +40,55 @@ PART = re.compile(r"projector|lvtc\.low|lvtc\.high\.projector|lvtc\.inject_\d+\.
 
 @dataclasses.dataclass(frozen=True)
 class Transferred:
-    """Parameters by dotted path, and what became of the checkpoint's projectors, a line each."""
+    """Parameters in their new model.
+
+    Attributes:
+        params: arrays by dotted path.
+        report: lines on what became of the checkpoint's projectors; empty without a change.
+    """
 
     params: dict[str, jax.Array]
     report: tuple[str, ...]
 
 
 def check_same_model(wanted: ModelConfig, stored: ModelConfig, checkpoint: Path) -> None:
-    """Raises ConfigError with every setting in which a run's model and its checkpoint's contradict each other."""
+    """Checks that a run's model is that of its checkpoint.
+
+    Args:
+        wanted: the run's model.
+        stored: the checkpoint's model.
+        checkpoint: its folder.
+
+    Raises:
+        ConfigError: lists every setting in which they contradict each other.
+    """
     differences = list(_differences(to_dict(wanted), to_dict(stored)))
     if differences:
         raise ConfigError(
-            f"model is not that of the checkpoint {checkpoint} (config, checkpoint); correct model, or set "
-            "it to none to take the checkpoint's:\n  " + "\n  ".join(differences)
+            f"model is not that of the checkpoint {checkpoint} (config, checkpoint); correct "
+            "model, or set it to none to take the checkpoint's:\n  " + "\n  ".join(differences)
         )
 
 
 def transfer(
-    source: HFFolder | RunFolder,
+    source: Checkpoint,
     config: ModelConfig,
     abstract: AbstractModel,
     mesh: Mesh,
     *,
     seed: int,
 ) -> Transferred:
-    """Load `source` into a model of `config`, which may differ from it in `lvtc` only.
+    """Loads `source` into a model of `config`, which may differ from it in `lvtc` only.
 
-    abstract: of `config`; its dtypes are those of the result. Raises CheckpointError as `source.load` does.
+    Args:
+        source: the opened checkpoint.
+        config: the model.
+        abstract: its structure, whose dtypes are those of the result.
+        mesh: the devices.
+        seed: seed of new parameters.
+
+    Raises:
+        CheckpointError: as `source.load` does.
     """
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     if config.lvtc == source.config.lvtc:
@@ -81,7 +102,7 @@ def transfer(
     params = {path: loaded[path] for part in taken for path in ours[part]}
     new = [path for path in abstract.shapes if path not in params]
     if new:
-        params |= init_params(config, seed, param_dtype=dtype, shardings=shardings, paths=new)
+        params |= init_params(config, seed, param_dtype=dtype, shardings=dict(shardings), paths=new)
     params = {path: array.astype(abstract.shapes[path].dtype) for path, array in params.items()}
     return Transferred(
         params, tuple(_report(config, abstract, source, new, theirs.keys() - set(taken), seed))
@@ -91,31 +112,41 @@ def transfer(
 def _report(
     config: ModelConfig,
     abstract: AbstractModel,
-    source: HFFolder | RunFolder,
+    source: Checkpoint,
     new: Iterable[str],
     left: Iterable[str],
     seed: int,
 ) -> Iterable[str]:
     site, lvtc = released_site(config), config.lvtc
     if lvtc is None:
-        yield f"LVTC is off: projector.* of {source.path} makes the {config.tokens_per_tile} tokens of a tile"
+        yield (
+            f"LVTC is off: projector.* of {source.path} makes the {config.tokens_per_tile} tokens "
+            "of a tile"
+        )
     elif site is not None:
         where = (
             "decoder layer 0"
             if site.name == "low"
             else f"the residual before decoder layer {lvtc.expand_layer}"
         )
-        yield f"projector.* of {source.path} is the {site.name} projector: {site.grid**2} tokens a tile for {where}"
+        yield (
+            f"projector.* of {source.path} is the {site.name} projector: {site.grid**2} tokens per "
+            f"tile for {where}"
+        )
     else:
-        yield f"projector.* has no role: no LVTC projector is a pvtc of {config.token_grid**2} tokens a tile"
+        yield (
+            "projector.* has no role: no LVTC projector is a pvtc of "
+            f"{config.token_grid**2} tokens per tile"
+        )
     for path in new:
-        yield f"new, seed {seed}: {path} {list(abstract.shapes[path].shape)} ~ {abstract.inits[path]}"
+        shape = list(abstract.shapes[path].shape)
+        yield f"new, seed {seed}: {path} {shape} ~ {abstract.inits[path]}"
     for part in sorted(left):
         yield f"not taken over from {source.path}: {part} (absent here, or of another grid or kind)"
 
 
 def _parts(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes by path: each projector together, every other parameter by itself."""
+    """Returns shapes by path: each projector together, every other parameter by itself."""
     parts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for path, leaf in shapes.items():
         part = PART.match(path)

@@ -20,7 +20,8 @@ COMMANDS = {
     ),
     "data": ("internvlx_jax.cli.data", "check and show training data"),
     "compile": ("internvlx_jax.cli.compile", "memory, FLOPs and traffic of a run on given devices"),
-    "report": ("internvlx_jax.training.report", "learning curves and a page about a run"),
+    "report": ("internvlx_jax.cli.report", "draw learning curves and a page about a run"),
+    "replay": ("internvlx_jax.cli.replay", "run one step of a run again, without its update"),
 }
 
 

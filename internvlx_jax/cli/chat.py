@@ -28,7 +28,12 @@ def parser() -> argparse.ArgumentParser:
     add("--image", action="append", default=[], help="image of the first prompt; may be repeated")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--ema", action="store_true", help="load a run's average of its parameters")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS)
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"most tokens of an answer; {MAX_NEW_TOKENS} if unset, fewer for a small model",
+    )
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     add("--top_k", type=int, default=0)
     add("--top_p", type=float, default=1.0)

@@ -1,18 +1,19 @@
-"""PyTorch checkpoints in and out, with proof.
+"""Converts PyTorch checkpoints to JAX and back, and proves that they agree.
 
 import     a PyTorch folder (or ViT and LLM folders) -> a JAX checkpoint for train.py and eval.py
 export     a JAX checkpoint -> a folder that PyTorch loads
 inspect    what a folder is, and what it lacks
 verify     run a checkpoint on stored arrays, or compare two checkpoints
 
-Exit status: 0 done, 1 the checkpoint or the request cannot be used (nothing is written), or a comparison fails,
-2 wrong flags, or verify cannot run.
+Exit status: 0 done, 1 the checkpoint or the request cannot be used (nothing is written), or a
+comparison fails, 2 wrong flags, or verify cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,13 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from internvlx_jax.checkpoints.hf_folder import Allowed, HFFolder, TorchCheckpoint
+from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.opening import open_checkpoint
+from internvlx_jax.checkpoints.torch_checkpoint import Allowed
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
-from internvlx_jax.convert.inspection import dumps, inspect
+from internvlx_jax.convert.inspection import inspect
 from internvlx_jax.convert.model_parts import Parts
 from internvlx_jax.convert.verify import (
     InputsError,
@@ -66,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.command == "verify" and args.against is None:
         return run_verify(parser, args)
-    jax.config.update("jax_platforms", "cpu")  # work for the host, whatever accelerators it has
+    # Conversion is work for the host, whatever accelerators are attached.
+    jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update(
-            "jax_num_cpu_devices", 8
-        )  # large parameters are written in eight parts (ParamsWriter)
+        # Large parameters are written in eight parts (ParamsWriter).
+        jax.config.update("jax_num_cpu_devices", 8)
     try:
         return {
             "import": run_import,
@@ -84,14 +86,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _underscored(word: str) -> str:
-    """Flags may be spelled with dashes, too: --drop-lvtc."""
+    """Returns a flag with underscores: it may be spelled with dashes, too, as in --drop-lvtc."""
     name, equals, value = word.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
 def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--from", dest="source", help="checkpoint folder or Hugging Face id")
-    flags.add_argument("--revision", help="of a Hugging Face id")
+    flags.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     flags.add_argument("--vit", help="build from parts: folder of the tower")
     flags.add_argument("--llm", help="build from parts: folder of the decoder")
     flags.add_argument(
@@ -100,7 +102,10 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         help="build from parts: folder or file; without it, it starts fresh",
     )
     flags.add_argument(
-        "--projector_kind", choices=("pvtc", "mlp1"), default="pvtc", help="of a fresh projector"
+        "--projector_kind",
+        choices=("pvtc", "mlp1"),
+        default="pvtc",
+        help="kind of a fresh projector",
     )
     flags.add_argument(
         "--mean_input_rows",
@@ -112,7 +117,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("keep", "float32", "bfloat16"),
         default="keep",
-        help="of the stored weights",
+        help="dtype of the stored weights",
     )
     flags.add_argument(
         "--field",
@@ -145,7 +150,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="parameters (dotted paths) that start fresh where the checkpoint lacks them",
     )
-    flags.add_argument("--seed", type=int, default=0, help="of what starts fresh")
+    flags.add_argument("--seed", type=int, default=0, help="seed of what starts fresh")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
 
@@ -155,7 +160,8 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         required=True,
-        help="run folder, RUN/checkpoints/STEP, imported folder, or PyTorch folder (to change its layout)",
+        help="run folder, RUN/checkpoints/STEP, imported folder, PyTorch folder or Hugging Face id "
+        "(to change its layout)",
     )
     flags.add_argument("--to", type=Path, required=True, help="new folder")
     flags.add_argument(
@@ -167,7 +173,9 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--image_token_id", type=int, help="for the hf config, where no tokenizer says it"
     )
-    flags.add_argument("--ema", action="store_true", help="of a run: the average of its parameters")
+    flags.add_argument(
+        "--ema", action="store_true", help="take the average of the parameters of a run"
+    )
     flags.add_argument("--drop_lvtc", action="store_true", help="leave LVTC's parameters out")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
@@ -175,11 +183,9 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
 
 def _verify_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
-        "--checkpoint", type=Path, required=True, help="Hugging Face folder or run folder"
+        "--checkpoint", required=True, help="Hugging Face folder or id, or run folder"
     )
-    flags.add_argument(
-        "--against", type=Path, help="another checkpoint: compare all parameters bit for bit"
-    )
+    flags.add_argument("--against", help="another checkpoint: compare all parameters bit for bit")
     flags.add_argument("--inputs", type=Path, help="npz, named as tests/golden/*/inputs.npz")
     flags.add_argument("--out", type=Path, help="npz to write")
     flags.add_argument("--image_token_id", type=int, help="id of the image placeholder token")
@@ -192,22 +198,23 @@ def _verify_flags(flags: argparse.ArgumentParser) -> None:
 def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if (args.source is None) == (args.vit is None) or (args.vit is None) != (args.llm is None):
         parser.error("give --from, or --vit and --llm")
+    fields = _fields(parser, args.fields)
     allowed = Allowed(
         ignore_source=tuple(args.ignore_source),
         init_missing=tuple(args.init_missing),
         seed=args.seed,
     )
-    common = dict(fields=_fields(parser, args.fields), image_size=args.image_size, allowed=allowed)
-    source: TorchCheckpoint
     kept = ()
     if args.source is not None:
         source = HFFolder(
             resolve(args.source, args.revision),
+            fields=fields,
+            image_size=args.image_size,
             adapters=args.lora,
             keep_lora=args.keep_lora,
-            **common,
+            allowed=allowed,
         )
-        kept = tuple(source.kept)
+        kept = source.kept
         if args.keep_lora and not kept:
             raise ConfigError(
                 f"--keep_lora: {args.source} holds no adapters, and --lora gives none"
@@ -220,8 +227,10 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
             resolve(args.llm),
             args.projector,
             kind=args.projector_kind,
+            fields=fields,
+            image_size=args.image_size,
             mean_input_rows=args.mean_input_rows,
-            **common,
+            allowed=allowed,
         )
     report = import_checkpoint(source, args.to, dtype=args.dtype, verify=args.verify, kept=kept)
     return _finish(report, args)
@@ -242,7 +251,7 @@ def run_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
 
 def run_inspect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     found = inspect(resolve(args.folder))
-    print(dumps(found) if args.json else found.text())
+    print(json.dumps(found.to_json(), indent=2) if args.json else found.text())
     return 1 if found.problems else 0
 
 
@@ -254,7 +263,7 @@ def _finish(report: Report, args: argparse.Namespace) -> int:
 
 
 def _fields(parser: argparse.ArgumentParser, settings: list[str]) -> dict[str, Any]:
-    """NAME=VALUE settings; a value is a Python literal, true, false, or text."""
+    """Parses NAME=VALUE settings; a value is a Python literal, true, false, null, or text."""
     fields = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

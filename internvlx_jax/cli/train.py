@@ -1,7 +1,9 @@
-"""Train a model: `python train.py --config configs/NAME.py --set optimizer.learning_rate=1e-4`.
+"""Trains a model, or resumes a run that was stopped.
 
-The same command resumes a run that was stopped. Exit status: 0 done, 1 wrong input or too many bad steps, 75 ended by
-SIGTERM with a checkpoint: start the same command again.
+    internvlx train --config configs/NAME.py --set output_dir=runs/mine
+
+The same command resumes a run. Exit status: 0 done, 1 wrong input or too many bad steps, 2 wrong
+flags, 75 stopped by SIGTERM with a checkpoint (run the same command again).
 """
 
 from __future__ import annotations
@@ -9,8 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from internvlx_jax.aot.compile_report import check_fits, table
+from internvlx_jax.aot.dry_run import dry_run
+from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.training import distributed
 from internvlx_jax.training.bad_steps import NonFiniteError
 from internvlx_jax.training.loop import train
@@ -19,19 +26,32 @@ from internvlx_jax.training.profiler import Window
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="override fields, e.g. data.max_length=2048 mesh.fsdp=8",
+    """Runs the command and returns its exit status."""
+    args = _parser().parse_args(argv)
+    configure_logging()
+    try:
+        config = override(load_config_file(args.config), args.settings)
+        _run(config, args)
+    except (ConfigError, CheckpointError, SampleError, NonFiniteError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as told:
+        print(told, file=sys.stderr)
+        return EXIT_STATUS
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="internvlx train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_config_flags(parser, "data.max_length=2048 mesh.fsdp=8")
     parser.add_argument(
         "--stop_after",
         type=int,
+        metavar="STEPS",
         help="stop after this many steps, with a checkpoint to resume from",
     )
     parser.add_argument(
@@ -40,19 +60,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="compile the step of every bucket, print memory, FLOPs and traffic, and end",
+        help="compile the step of every bucket, print memory, FLOPs and traffic, and stop",
     )
     distributed.add_flags(parser)
-    args = parser.parse_args(argv)
-    try:
-        config = override(load_config_file(args.config), args.settings)
-        profile = args.profile and Window.parse(args.profile)
-        distributed.start_from(args)
-        train(config, stop_after=args.stop_after, profile=profile, dry_run=args.dry_run)
-    except (ConfigError, CheckpointError, SampleError, NonFiniteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Preempted as told:
-        print(told, file=sys.stderr)
-        return EXIT_STATUS
-    return 0
+    return parser
+
+
+def _run(config: TrainConfig, args: argparse.Namespace) -> None:
+    profile = args.profile and Window.parse(args.profile)
+    configure_logging(distributed.start_from(args))
+    if not args.dry_run:
+        train(config, stop_after=args.stop_after, profile=profile, benchmarks=InLoop)
+        return
+    where, reports, mesh = dry_run(config)
+    print(table(reports, where, mesh))
+    check_fits(reports, where)

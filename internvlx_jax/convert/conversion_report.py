@@ -13,13 +13,20 @@ from internvlx_jax.core.model_config import ModelConfig
 
 @dataclasses.dataclass
 class Report:
-    """One conversion.
+    """Collects what one conversion does, while it does it.
 
     Attributes:
-        parameters, nbytes: by module and dtype, e.g. `decoder`, `bfloat16`.
-        initialised: parameters that start fresh, with what their values look like.
+        command: import or export.
+        config: the model.
+        layout: internvl-x, internvl, hf, vit, projector or peft.
+        notes: sentences for the user.
+        parameters: module, e.g. `decoder` -> parameters.
+        nbytes: dtype, e.g. `bfloat16` -> bytes.
+        initialized: parameters that start fresh -> what their values look like.
         rounded: parameters, or tensors, with values that the cast has changed -> how many.
-        merged, kept: parameters with adapters in them; adapters beside the weights.
+        merged: parameters with adapters in them.
+        kept: adapters beside the weights.
+        files: the weight files written.
         verified: how many were read back and found bit-equal; None without --verify.
     """
 
@@ -29,7 +36,7 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     parameters: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
     nbytes: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
-    initialised: dict[str, str] = dataclasses.field(default_factory=dict)
+    initialized: dict[str, str] = dataclasses.field(default_factory=dict)
     rounded: dict[str, int] = dataclasses.field(default_factory=dict)
     merged: list[str] = dataclasses.field(default_factory=list)
     kept: list[str] = dataclasses.field(default_factory=list)
@@ -37,10 +44,12 @@ class Report:
     verified: int | None = None
 
     def count(self, path: str, array: np.ndarray) -> None:
+        """Adds an array to the totals of its module and dtype."""
         self.parameters[path.split(".")[0]] += array.size
         self.nbytes[str(array.dtype)] += array.nbytes
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all fields but the config."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             name: dict(value) if isinstance(value, defaultdict) else value
@@ -49,6 +58,7 @@ class Report:
         }
 
     def text(self) -> str:
+        """Returns the report in lines for the terminal."""
         lines = [describe(self.config, self.layout)]
         lines += [
             f"  {module:<12}{count:>16,} parameters" for module, count in self.parameters.items()
@@ -56,11 +66,12 @@ class Report:
         total = ", ".join(f"{size:,} bytes {dtype}" for dtype, size in self.nbytes.items())
         lines.append(f"  {'total':<12}{sum(self.parameters.values()):>16,} parameters, {total}")
         lines += [f"  wrote {name}" for name in self.files]
-        lines += [f"  initialised {path}: {what}" for path, what in self.initialised.items()]
+        lines += [f"  initialized {path}: {what}" for path, what in self.initialized.items()]
         if self.rounded:
+            kind = "tensors" if self.command == "export" else "parameters"
             lines.append(
-                f"  the cast changed {sum(self.rounded.values()):,} values in {len(self.rounded)} of the "
-                f"{'tensors' if self.command == 'export' else 'parameters'}"
+                f"  the cast changed {sum(self.rounded.values()):,} values in {len(self.rounded)} "
+                f"of the {kind}"
             )
         if self.merged:
             lines.append(f"  LoRA merged into {len(self.merged)} parameters")
@@ -73,13 +84,12 @@ class Report:
 
 
 def describe(config: ModelConfig, layout: str) -> str:
-    """One line: layout, tower, projector, decoder."""
-    vision, decoder = config.vision, config.decoder
-    lvtc = (
-        "" if config.lvtc is None else f" with LVTC {config.lvtc.low_grid}->{config.lvtc.high_grid}"
-    )
+    """Returns one line on layout, tower, projector and decoder."""
+    vision, decoder, lvtc = config.vision, config.decoder, config.lvtc
+    grids = "" if lvtc is None else f" with LVTC {lvtc.low_grid}->{lvtc.high_grid}"
     return (
-        f"{layout}: InternViT {vision.layers} x {vision.width} at {vision.image_size} px, {config.projector.kind} "
-        f"({config.token_grid**2} tokens a tile){lvtc}, {decoder.family} {decoder.layers} x {decoder.width}, "
+        f"{layout}: InternViT {vision.layers} x {vision.width} at {vision.image_size} px, "
+        f"{config.projector.kind} ({config.token_grid**2} tokens per tile){grids}, "
+        f"{decoder.family} {decoder.layers} x {decoder.width}, "
         f"{decoder.vocab_size:,} rows, template {config.prompt.template}"
     )

@@ -1,4 +1,4 @@
-"""`convert export`: a checkpoint of ours -> a folder that PyTorch loads, one parameter at a time (design: checkpoints.md)."""
+"""`convert export`: a checkpoint becomes a folder for PyTorch (design: checkpoints.md 6, 7, 10)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.hf_config import model_config
 from internvlx_jax.checkpoints.hf_config_write import chat_config, hf_config, vit_config
-from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
-from internvlx_jax.checkpoints.lora_files import stored_adapters, write_adapters
-from internvlx_jax.checkpoints.name_table import LAYOUTS, Entry, name_table, tensor_shapes
-from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.lora_files import write_adapters
+from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
+from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from internvlx_jax.checkpoints.side_files import OTHER_FILES, TOKENIZER_FILES, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
+    NUMPY_DTYPES,
     Dtype,
+    HostArray,
     changed_by_cast,
     copy_strided,
     count_not_finite,
@@ -33,11 +35,10 @@ from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.models.params import abstract_model
 
 ExportLayout = Literal["internvl-x", "internvl", "hf", "vit", "projector", "peft"]
-Source = RunFolder | TorchCheckpoint
 
 
 def export_checkpoint(
-    source: Source,
+    source: Checkpoint,
     out: Path,
     *,
     layout: ExportLayout,
@@ -46,18 +47,24 @@ def export_checkpoint(
     image_token_id: int | None = None,
     drop_lvtc: bool = False,
 ) -> Report:
-    """Write the new folder `out`: weights, index, checksums, config.json, and the side files of the source.
+    """Writes a new folder: weights, index, checksums, config.json, and the source's side files.
 
-    The largest parameter is in memory, and one tensor of it. Nothing of `out` exists before all of it is right.
-    Adapters that lie beside the weights are merged, but in layout `peft`, which holds nothing else.
+    The largest parameter is in memory, and one tensor of it. The folder appears once all of it is
+    right. Adapters beside the weights are merged, except in layout `peft`, which holds only them.
 
-    dtype: of the tensors; `keep` is the stored one.
-    verify: read back what was written, and compare every tensor with the source bit for bit.
-    image_token_id: for the hf config, where neither source nor tokenizer says it.
-    drop_lvtc: leave the parameters of LVTC out.
+    Args:
+        source: the opened checkpoint.
+        out: the new folder.
+        layout: how tensors are named, or which part is written.
+        dtype: dtype of the tensors; `keep` is the stored one.
+        verify: read back what was written, and compare every tensor with the source bit for bit.
+        image_token_id: id for the hf config, where neither source nor tokenizer has it.
+        drop_lvtc: leave the parameters of LVTC out.
 
-    Raises ConfigError where the model has no such layout, FileExistsError, and CheckpointError for values that are
-    not finite.
+    Raises:
+        ConfigError: the model has no such layout.
+        FileExistsError: `out` exists already.
+        CheckpointError: the source does not fit its config, or holds values that are not finite.
     """
     config = dataclasses.replace(source.config, lvtc=None) if drop_lvtc else source.config
     if drop_lvtc and (source.config.lvtc is None or released_site(source.config) is None):
@@ -69,8 +76,7 @@ def export_checkpoint(
             _write_adapters(source, folder, report, verify)
         return report
     table = _table(config, layout)
-    if isinstance(source, TorchCheckpoint):
-        source.check_sums()
+    source.check_sums()
     with new_folder(out) as folder:
         weights = _Weights(source, table, dtype)
         writer = SafetensorsWriter(folder, weights.plan)
@@ -89,7 +95,8 @@ def export_checkpoint(
     return report
 
 
-def _table(config: ModelConfig, layout: str) -> list[Entry]:
+def _table(config: ModelConfig, layout: ExportLayout) -> list[Entry]:
+    """Returns the name table of a layout, or its part without the prefix."""
     if layout in LAYOUTS:
         return name_table(config, layout)
     path, strip = {"vit": ("vision.", "vision_model."), "projector": ("projector.", "")}[layout]
@@ -113,22 +120,17 @@ class _Weights:
         plan: name -> shape, dtype, in file order.
     """
 
-    def __init__(self, source: Source, table: Sequence[Entry], dtype: Dtype):
+    def __init__(self, source: Checkpoint, table: Sequence[Entry], dtype: Dtype):
         self._source, self._table = source, table
-        self._adapters = (
-            {}
-            if isinstance(source, TorchCheckpoint)
-            else {
-                adapter.base.target: (lora, adapter)
-                for lora in source.lora
-                for adapter in stored_adapters(source.config, lora.part, source.shapes)
-            }
-        )
+        self._adapters = {
+            adapter.base.target: (lora, adapter)
+            for lora, adapters in source.separate_adapters()
+            for adapter in adapters
+        }
         self._dtypes = {
-            name: source.dtype(entry.target) if dtype == "keep" else np.dtype(dtype)
+            name: source.dtype(entry.target) if dtype == "keep" else NUMPY_DTYPES[dtype]
             for entry in table
-            for layer in range(entry.layers or 1)
-            for name in entry.sources(layer)
+            for name in entry.all_sources()
         }
         shapes = tensor_shapes(table, {entry.target: source.shape(entry.target) for entry in table})
         self.plan = {name: (shape, self._dtypes[name]) for name, shape in shapes.items()}
@@ -139,54 +141,68 @@ class _Weights:
         sizes: dict[str, int] = {}
         for shape, dtype in self.plan.values():
             sizes[str(dtype)] = sizes.get(str(dtype), 0) + int(np.prod(shape))
-        return max(sizes, key=sizes.get)
+        return max(sizes, key=lambda name: sizes[name])
 
     def pieces(self, report: Report | None = None) -> Iterator[tuple[str, str, int, np.ndarray]]:
-        """(parameter, tensor, first row, values). Raises CheckpointError at the end for values that are not finite."""
-        problems = []
+        """Yields (parameter, tensor, first row, values).
+
+        Args:
+            report: counts merged adapters and values that the cast changes.
+
+        Raises:
+            CheckpointError: at the end, for values that are not finite.
+        """
+        problems: list[str] = []
         entries = {entry.target: entry for entry in self._table}
-        pending: dict[str, np.ndarray] = {}  # adapters of the parameter that comes next
+        pending: dict[str, HostArray] = {}  # adapters of the parameter that comes next
         for path, leaf in self._source.read_all(self._paths()):
             if path not in entries:
                 pending[path] = leaf
                 continue
-            entry, pairs = entries[path], []
-            if path in self._adapters:
-                lora, adapter = self._adapters[path]
-                pairs = [(pending.pop(a.target), pending.pop(b.target)) for a, b in adapter.pairs]
-            for layer in range(entry.layers or 1):
-                array = np.asarray(leaf) if entry.layers is None else leaf[layer]
-                if pairs:
-                    array = adapter.merge(
-                        array, [(a[layer], b[layer]) for a, b in pairs], lora.scale
-                    )
-                for part, name, values in zip(
-                    entry.parts, entry.sources(layer), entry.to_sources(array)
-                ):
-                    cast = np.empty(values.shape, self._dtypes[name])
-                    copy_strided(cast, values)
-                    if bad := count_not_finite(cast):
-                        problems.append(
-                            f"tensor {name} holds {bad} values that are NaN or infinite"
-                        )
-                    if report is not None and (changed := changed_by_cast(values, cast)):
-                        report.rounded[name] = report.rounded.get(name, 0) + changed
-                    yield entry.target, name, part.rows[0] if part.rows else 0, cast
-            if report is not None and pairs:
-                report.merged.append(entry.target)
-            del leaf, array, values  # or the parameter would stay in memory beside the next one
+            for name, row, values in self._tensors(entries[path], leaf, pending):
+                cast = np.empty(values.shape, self._dtypes[name])
+                copy_strided(cast, values)
+                if bad := count_not_finite(cast):
+                    problems.append(f"tensor {name} holds {bad} values that are NaN or infinite")
+                if report is not None and (changed := changed_by_cast(values, cast)):
+                    report.rounded[name] = report.rounded.get(name, 0) + changed
+                del values  # or the parameter would stay in memory beside the next one
+                yield path, name, row, cast
+            if report is not None and pending:
+                report.merged.append(path)
+            pending = {}
+            del leaf
         if problems:
             raise CheckpointError(self._source.path, problems)
 
+    def _tensors(
+        self, entry: Entry, leaf: HostArray, pending: Mapping[str, HostArray]
+    ) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yields (tensor, first row, values) of one parameter with its adapters merged."""
+        for layer in range(entry.layers or 1):
+            array = np.asarray(leaf) if entry.layers is None else leaf[layer]
+            if pending:
+                lora, adapter = self._adapters[entry.target]
+                pairs = [
+                    (pending[a.target][layer], pending[b.target][layer]) for a, b in adapter.pairs
+                ]
+                array = adapter.merge(array, pairs, lora.scale)
+            tensors = zip(entry.parts, entry.sources(layer), entry.to_sources(array), strict=True)
+            for part, name, values in tensors:
+                yield name, part.rows[0] if part.rows else 0, values
+
     def compare(self, written: SafetensorsFolder) -> int:
-        """Raises CheckpointError for each tensor that is not, bit for bit, as it should be -> how many are."""
-        problems = []
+        """Compares the written tensors with the source bit for bit; returns how many are equal.
+
+        Raises:
+            CheckpointError: describes each tensor that differs.
+        """
+        problems: list[str] = []
         for _, name, row, values in self.pieces():
-            problems += difference(
-                name,
-                values,
-                written.read(name)[row : row + len(values)] if values.ndim else written.read(name),
-            )
+            found = written.read(name)
+            if values.ndim:
+                found = found[row : row + len(values)]
+            problems += difference(name, values, found)
         problems += [
             f"{name} was not asked for" for name in set(written.names()) - self.plan.keys()
         ]
@@ -195,7 +211,7 @@ class _Weights:
         return len(self.plan)
 
     def _paths(self) -> Iterator[str]:
-        """The adapters of each parameter, then it."""
+        """Yields the adapters of each parameter, then the parameter."""
         for entry in self._table:
             if entry.target in self._adapters:
                 yield from self._adapters[entry.target][1].targets
@@ -203,14 +219,14 @@ class _Weights:
 
 
 def _config_fields(
-    source: Source,
+    source: Checkpoint,
     config: ModelConfig,
     layout: str,
     dtype: Dtype,
     weights: _Weights,
     image_token_id: int | None,
 ) -> dict[str, Any]:
-    """config.json: the source's own where it says the same, else with our fields in it."""
+    """Returns config.json: the source's own where it says the same, else with our fields in it."""
     base = source.fields
     kind = "internvl" if layout == "hf" else "internvl_chat"
     if base is None or base.get("model_type") != kind:
@@ -234,20 +250,22 @@ def _config_fields(
         image_token_id = tokenizer.image_token_id
     if image_token_id is None:
         raise ConfigError(
-            "the hf config needs image_token_id, and there is no tokenizer that knows it; give "
+            "the hf config needs image_token_id, and no tokenizer that has it is available; give "
             "--image_token_id"
         )
     return hf_config(config, dtype=name, image_token_id=image_token_id, base=base)
 
 
 def _says(base: Mapping[str, Any], config: ModelConfig, tensors: Sequence[str]) -> bool:
+    """Says whether a config.json describes this model."""
     try:
         return model_config(base, tensors) == config
     except ConfigError:
         return False
 
 
-def _side_files(source: Source, folder: Path, layout: str, fields: dict[str, Any]) -> list[str]:
+def _side_files(source: Checkpoint, folder: Path, layout: str, fields: dict[str, Any]) -> list[str]:
+    """Writes config.json and the small files around the weights; returns notes for the report."""
     source.write_side_files(folder)
     if layout == "hf":  # transformers has its own code for this layout
         fields.pop("auto_map", None)
@@ -260,30 +278,31 @@ def _side_files(source: Source, folder: Path, layout: str, fields: dict[str, Any
         notes.append("no tokenizer files: the source has none")
     if missing := missing_remote_code(fields, folder):
         notes.append(
-            f"config.json names {', '.join(missing)}, which the source does not hold: PyTorch users cannot load "
-            "the folder without them"
+            f"config.json names {', '.join(missing)}, which the source does not hold: PyTorch "
+            "users cannot load the folder without them"
         )
     elif layout != "hf" and "auto_map" not in fields:
         notes.append(
-            "config.json names no remote code (auto_map): the source brought none, so transformers needs the "
-            "modelling files of the original repository to load this folder"
+            "config.json names no remote code (auto_map): the source brought none, so transformers "
+            "needs the modeling files of the original repository to load this folder"
         )
     extra = [name for name in OTHER_FILES if (folder / name).is_file()]
     return notes + ([f"copied {', '.join(extra)}"] if extra else [])
 
 
-def _write_adapters(source: Source, folder: Path, report: Report, verify: bool) -> None:
-    """One folder a part: vision_model, language_model."""
-    if isinstance(source, TorchCheckpoint) or not source.lora:
+def _write_adapters(source: Checkpoint, folder: Path, report: Report, verify: bool) -> None:
+    """Writes one folder per part, vision_model and language_model, as peft reads them."""
+    separate = source.separate_adapters()
+    if not separate:
         raise ConfigError(
-            "layout peft: no adapters lie beside the weights; import with --keep_lora keeps them there"
+            "layout peft: no adapters lie beside the weights; import with --keep_lora keeps them "
+            "there"
         )
     verified = 0
-    for lora in source.lora:
-        adapters = stored_adapters(source.config, lora.part, source.shapes)
-        params = dict(source.read_all(path for adapter in adapters for path in adapter.targets))
+    for lora, adapters in separate:
+        paths = [path for adapter in adapters for path in adapter.targets]
         target = folder / {"vision": "vision_model", "decoder": "language_model"}[lora.part]
-        tensors = write_adapters(target, params, source.config, lora)
+        tensors = write_adapters(target, dict(source.read_all(paths)), source.config, lora)
         for array in tensors.values():
             report.count(lora.part, array)
         written = SafetensorsFolder(target, "adapter_model")

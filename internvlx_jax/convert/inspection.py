@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import defaultdict
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.checkpoints.hf_config import ARCHITECTURES
-from internvlx_jax.checkpoints.hf_folder import Allowed, HFFolder, open_tensors, read_config
+from internvlx_jax.checkpoints.hf_folder import HFFolder, open_tensors, read_config
 from internvlx_jax.checkpoints.lora_files import read_adapter_config
 from internvlx_jax.checkpoints.run_folder import RunFolder
-from internvlx_jax.checkpoints.tensors import Tensors
+from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder, bits
+from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.convert.conversion_report import describe
 from internvlx_jax.core.errors import CheckpointError
 from internvlx_jax.models.lora import is_adapter
@@ -35,9 +35,30 @@ KNOWN = {
 }
 
 
-@dataclasses.dataclass
+# What prompts and tiles need and the hf layout need not say; an inspection goes on without it.
+LACKING = {
+    "template": "unknown",
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "max_dynamic_patch": 12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Inventory:
-    """A folder in numbers. `problems` is what the model it describes lacks, or does not take."""
+    """A folder in numbers.
+
+    Attributes:
+        path: the folder.
+        what: its kind, and the sizes of the model.
+        files: weight files; empty for a run folder.
+        tensors: number of tensors, or of parameters in a run folder.
+        parameters: module -> parameters.
+        nbytes: dtype -> bytes.
+        known_as: the public checkpoints with these numbers, if any.
+        notes: sentences for the user.
+        problems: what the described model lacks, or does not take.
+    """
 
     path: Path
     what: str
@@ -50,17 +71,18 @@ class Inventory:
     problems: list[str]
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all fields as JSON can hold them."""
         return dataclasses.asdict(self) | {"path": str(self.path)}
 
     def text(self) -> str:
+        """Returns the inventory in lines for the terminal."""
         lines = [f"{self.path}: {self.what}"]
         lines += [
             f"  {module:<22}{count:>16,} parameters" for module, count in self.parameters.items()
         ]
         sizes = ", ".join(f"{size:,} bytes {dtype}" for dtype, size in self.nbytes.items())
-        lines.append(
-            f"  {'total':<22}{sum(self.parameters.values()):>16,} parameters, {self.tensors} tensors, {sizes}"
-        )
+        total = sum(self.parameters.values())
+        lines.append(f"  {'total':<22}{total:>16,} parameters, {self.tensors} tensors, {sizes}")
         if self.known_as:
             lines.append(f"  the numbers are those of {self.known_as}")
         lines += [f"  in {', '.join(self.files)}"] if self.files else []
@@ -72,9 +94,18 @@ class Inventory:
 
 
 def inspect(path: Path) -> Inventory:
-    """Raises FileNotFoundError, ConfigError, or CheckpointError where files cannot be read at all."""
+    """Describes a folder of any kind: a checkpoint, a tower, a decoder, a projector, or adapters.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ConfigError: config.json asks for something that is not computed here.
+        CheckpointError: the weight files cannot be read at all.
+    """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise FileNotFoundError(f"{path}: no such folder; give a checkpoint folder")
     if RunFolder.is_one(path):
         return _run(path)
     if (path / "adapter_config.json").is_file() or any(path.glob("adapter_model.*")):
@@ -87,49 +118,35 @@ def inspect(path: Path) -> Inventory:
     ):
         return _count(path, "projector: a projector alone", tensors)
     fields = read_config(path)
+    size = f"{fields.get('num_hidden_layers')} x {fields.get('hidden_size')} alone"
     if fields.get("model_type") == "intern_vit_6b":
-        return _count(
-            path,
-            f"vit: InternViT {fields.get('num_hidden_layers')} x {fields.get('hidden_size')} alone",
-            tensors,
-        )
+        return _count(path, f"vit: InternViT {size}", tensors)
     if (fields.get("architectures") or [None])[0] in ARCHITECTURES:
         family = ARCHITECTURES[fields["architectures"][0]]
-        return _count(
-            path,
-            f"llm: {family} {fields.get('num_hidden_layers')} x {fields.get('hidden_size')} alone",
-            tensors,
-        )
+        return _count(path, f"llm: {family} {size}", tensors)
     return _whole(path, tensors, fields)
 
 
-def _whole(path: Path, tensors: Tensors, fields: dict[str, Any]) -> Inventory:
-    lacking = {
-        "template": "unknown",
-        "dynamic_image_size": False,
-        "use_thumbnail": False,
-        "max_dynamic_patch": 12,
-    }
-    is_hf = fields.get("model_type") == "internvl"  # whose config need not say what prompts need
+def _whole(path: Path, tensors: SafetensorsFolder | BinFolder, fields: dict[str, Any]) -> Inventory:
+    """Describes a whole checkpoint."""
+    is_hf = fields.get("model_type") == "internvl"
     folder = HFFolder(
-        path,
-        fields={key: value for key, value in lacking.items() if is_hf and key not in fields},
-        allowed=Allowed(),
+        path, fields={key: value for key, value in LACKING.items() if is_hf and key not in fields}
     )
     found = _count(path, describe(folder.config, folder.layout), tensors)
+    notes, problems = list(found.notes), []
     if folder.lora:
         ranks = ", ".join(f"{lora.config.part} rank {lora.config.rank}" for lora in folder.lora)
-        found.notes.append(
-            f"LoRA in place ({ranks}); import merges it, or keeps it with --keep_lora"
-        )
+        notes.append(f"LoRA in place ({ranks}); import merges it, or keeps it with --keep_lora")
     try:
         folder.check(abstract_model(folder.config, dtype="float32"))
     except CheckpointError as error:
-        found.problems += error.problems
-    return found
+        problems = error.problems
+    return dataclasses.replace(found, notes=notes, problems=problems)
 
 
 def _run(path: Path) -> Inventory:
+    """Describes one step of a run folder."""
     folder = RunFolder(path)
     parameters, nbytes = defaultdict(int), defaultdict(int)
     for name in folder.shapes:
@@ -157,14 +174,13 @@ def _run(path: Path) -> Inventory:
     )
 
 
-def _count(path: Path, what: str, tensors: Any) -> Inventory:
+def _count(path: Path, what: str, tensors: SafetensorsFolder | BinFolder) -> Inventory:
+    """Counts the tensors of a folder."""
     parameters, nbytes = defaultdict(int), defaultdict(int)
     for name in tensors.names():
         size = math.prod(tensors.shape(name))
         parameters[_module(name)] += size
-        nbytes[tensors.dtype(name)] += (
-            size * int(re.search(r"\d+", tensors.dtype(name)).group()) // 8
-        )
+        nbytes[tensors.dtype(name)] += size * bits(tensors.dtype(name)) // 8
     known = KNOWN.get((len(tensors.names()), sum(parameters.values())))
     return Inventory(
         path,
@@ -180,10 +196,5 @@ def _count(path: Path, what: str, tensors: Any) -> Inventory:
 
 
 def _module(name: str) -> str:
-    """First words of a tensor's name, behind the spellings of transformers and peft."""
-    words = re.sub(r"^(base_model\.)?(model\.)*", "", name).split(".")
-    return words[0]
-
-
-def dumps(inventory: Inventory) -> str:
-    return json.dumps(inventory.to_json(), indent=2)
+    """Returns the first word of a tensor's name, behind the prefixes of transformers and peft."""
+    return re.sub(r"^(base_model\.)?(model\.)*", "", name).split(".")[0]

@@ -1,9 +1,12 @@
-"""A new model from a ViT folder, an LLM folder and, if there is one, a projector (design: checkpoints.md 8, model.md 12)."""
+"""Builds a new model from a ViT folder, an LLM folder and, optionally, a projector.
+
+(design: checkpoints.md 8, model.md 12)
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +14,18 @@ import numpy as np
 import sentencepiece
 
 from internvlx_jax.checkpoints.hf_config import ARCHITECTURES, model_config
-from internvlx_jax.checkpoints.hf_folder import Allowed, TorchCheckpoint, open_tensors, read_config
+from internvlx_jax.checkpoints.hf_folder import open_tensors, read_config, resized
+from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.side_files import copy_side_files
-from internvlx_jax.checkpoints.tensors import Changed, ProtocolSpec, Tensors
+from internvlx_jax.checkpoints.tensors import Change, ChangedTensors, RenamedTensors, Tensors
 from internvlx_jax.checkpoints.torch_bin import BinFolder
+from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
+
+ProjectorKind = Literal["pvtc", "mlp1"]
 
 NEW_TOKENS = (
     "<img>",
@@ -36,12 +44,9 @@ TEMPLATES_OF = {"internlm2": "internlm2-chat", "qwen2": "internvl2_5", "phi3": "
 class Parts(TorchCheckpoint):
     """Tower and decoder of two folders under the names of a whole checkpoint.
 
-    The image tokens that the tokenizer lacks are appended, with a row each in embedding and output: the mean of the
-    old output rows, and N(0, initializer_range) or, with mean_input_rows, the mean of the old input rows.
-
-    vit, llm: folders; projector: folder or safetensors file, None for a new one of `kind`.
-    fields: of the chat config, e.g. template, downsample_ratio, max_dynamic_patch.
-    image_size: of the tiles; None is the tower's.
+    Image tokens that the tokenizer lacks are appended, with a row each in embedding and output. A
+    new output row is the mean of the old ones; a new input row is N(0, initializer_range) or, with
+    `mean_input_rows`, the mean of the old input rows.
     """
 
     def __init__(
@@ -50,20 +55,36 @@ class Parts(TorchCheckpoint):
         llm: Path,
         projector: Path | None = None,
         *,
-        kind: Literal["pvtc", "mlp1"] = "pvtc",
+        kind: ProjectorKind = "pvtc",
         fields: Mapping[str, Any] | None = None,
         image_size: int | None = None,
         mean_input_rows: bool = False,
-        allowed: Allowed = Allowed(),
+        allowed: Allowed = STRICT,
     ):
+        """Opens the folders; no weights are read.
+
+        Args:
+            vit: folder of the tower.
+            llm: folder of the decoder and its tokenizer.
+            projector: folder or safetensors file; None starts a new one of `kind`.
+            kind: kind of a new projector.
+            fields: fields of the chat config, e.g. template, downsample_ratio, max_dynamic_patch.
+            image_size: pixels along a tile's side; None is the tower's.
+            mean_input_rows: start new input rows as the mean of the old ones.
+            allowed: what may differ between the folders and the model.
+
+        Raises:
+            FileNotFoundError: a folder has no config.json.
+            ConfigError: a folder does not hold such a part, or the template is unknown.
+            CheckpointError: weight files are missing, damaged, or contradict each other.
+        """
         vision, text = read_config(vit), read_config(llm)
         _expect(vit, vision.get("model_type"), ("intern_vit_6b",))
         _expect(llm, (text.get("architectures") or [None])[0], tuple(ARCHITECTURES))
-        family = ARCHITECTURES[text["architectures"][0]]
         folders = [open_tensors(vit), open_tensors(llm)]
-        where = {
+        where: dict[str, tuple[Tensors, str]] = {
             prefix + name: (folder, name)
-            for prefix, folder in zip(("vision_model.", "language_model."), folders)
+            for prefix, folder in zip(("vision_model.", "language_model."), folders, strict=True)
             for name in folder.names()
         }
         if projector is not None:
@@ -76,92 +97,141 @@ class Parts(TorchCheckpoint):
             )
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
         self._tokens = _Tokens(llm)
-        rows = text.get("vocab_size")
-        stored = {
-            "model_type": "internvl_chat",
-            "architectures": ["InternVLChatModel"],
-            "vision_config": vision,
-            "llm_config": {**text, "vocab_size": max(rows or 0, self._tokens.size)},
-            "downsample_ratio": 0.5,
-            "ps_version": "v2",
-            "select_layer": -1,
-            "dynamic_image_size": True,
-            "use_thumbnail": True,
-            "min_dynamic_patch": 1,
-            "max_dynamic_patch": 6 if kind == "pvtc" else 12,
-            "pad2square": False,
-            "use_backbone_lora": 0,
-            "use_llm_lora": 0,
-            "force_image_size": vision.get("image_size", 224),
-            "template": TEMPLATES_OF.get(family),
-            "torch_dtype": text.get("torch_dtype"),
-            **(fields or {}),
-        }
+        stored = _chat_fields(llm, vision, text, kind, self._tokens.size) | dict(fields or {})
         if stored["template"] is None:
+            family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(
-                f"{llm}: no template is known for {family}; give it, e.g. --field template=internvl2_5"
+                f"{llm}: no template is known for {family}; give it, e.g. --field "
+                "template=internvl2_5"
             )
         config = model_config(stored, names)
         layout = "internvl" if config.projector.kind == "mlp1" else "internvl-x"
-        super().__init__(llm, stored, layout, config, ProtocolSpec(where), folders, allowed)
-        self._add_rows(rows, mean_input_rows)
+        tensors, notes = _with_rows(
+            RenamedTensors(where),
+            config,
+            self._tokens.new_ids,
+            text.get("vocab_size") or 0,
+            path=llm,
+            seed=allowed.seed,
+            random=not (mean_input_rows or config.decoder.tie_embeddings),
+        )
         if image_size is not None:
-            self.resize(image_size)
-
-    def _add_rows(self, rows: int, mean_input_rows: bool) -> None:
-        new, total = self._tokens.new_ids, self.config.decoder.vocab_size
-        if not new:
-            return
-        (embedding,) = self.entries["decoder.embedding"].sources(0)
-        decoder, known = self.config.decoder, min(new)
-
-        def grown(random: bool):
-            def grow(array: np.ndarray) -> np.ndarray:
-                result = np.empty((total, array.shape[1]), array.dtype)
-                result[: len(array)] = array
-                if random:
-                    rng = np.random.default_rng(self.allowed.seed)  # each read gives the same rows
-                    result[new] = rng.normal(
-                        0, decoder.initializer_range, (len(new), array.shape[1])
-                    )
-                else:
-                    result[new] = array[:known].astype(np.float32).mean(axis=0)
-                return result
-
-            return grow
-
-        random = not (mean_input_rows or decoder.tie_embeddings)
-        changes = {embedding: ((total, decoder.width), grown(random))}
-        if not decoder.tie_embeddings:
-            (output,) = self.entries["decoder.head"].sources(0)
-            changes[output] = ((total, decoder.width), grown(False))
-        problems = [
-            f"tensor {name} has {self.tensors.shape(name)[0]} rows, config.json says vocab_size {rows}"
-            for name in changes
-            if self.tensors.shape(name)[0] != rows
-        ]
-        if problems:
-            raise CheckpointError(self.path, problems)
-        self.tensors = Changed(self.tensors, changes)
-        what = f"N(0, {decoder.initializer_range:g})" if random else "the mean of the old ones"
-        self.notes.append(
-            f"{len(new)} new tokens, ids {min(new)}..{max(new)}; {max(total - rows, 0)} rows added to "
-            f"{rows:,}. Their input rows are {what}, their output rows the mean of the old ones"
+            table = name_table(config, layout)
+            tensors, config, note = resized(tensors, table, config, image_size)
+            notes.append(note)
+        super().__init__(
+            llm, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
         )
 
     def write_side_files(self, folder: Path) -> list[str]:
+        """Writes config.json and the decoder's small files, with the new tokens among them."""
         copy_side_files(self.path, folder)
         write_json(folder / "config.json", self.fields)
         self._tokens.write(folder)
         return []
 
 
+def _chat_fields(
+    llm: Path, vision: Mapping[str, Any], text: Mapping[str, Any], kind: ProjectorKind, ids: int
+) -> dict[str, Any]:
+    """Returns the chat config of tower and decoder; `ids` counts the tokens with the new ones."""
+    family = ARCHITECTURES[text["architectures"][0]]
+    return {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "vision_config": vision,
+        "llm_config": {**text, "vocab_size": max(text.get("vocab_size") or 0, ids)},
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 6 if kind == "pvtc" else 12,
+        "pad2square": False,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "force_image_size": vision.get("image_size", 224),
+        "template": TEMPLATES_OF.get(family),
+        "torch_dtype": text.get("torch_dtype"),
+    }
+
+
+def _with_rows(
+    tensors: Tensors,
+    config: ModelConfig,
+    new: list[int],
+    rows: int,
+    *,
+    path: Path,
+    seed: int,
+    random: bool,
+) -> tuple[Tensors, list[str]]:
+    """Appends the rows of new tokens to embedding and output.
+
+    Args:
+        tensors: weights under the names of the original release.
+        config: the model, whose vocabulary has the new tokens.
+        new: ids of the new tokens.
+        rows: vocabulary size without them, by the decoder's config.json.
+        path: folder that messages name.
+        seed: seed of random rows.
+        random: draw the new input rows; else they are the mean of the old ones.
+
+    Returns:
+        Tensors, and notes for the report.
+    """
+    if not new:
+        return tensors, []
+    decoder, total = config.decoder, config.decoder.vocab_size
+    entries = {entry.target: entry for entry in name_table(config)}
+    shape = (total, decoder.width)
+    (embedding,) = entries["decoder.embedding"].sources(0)
+    changes: dict[str, Change] = {embedding: (shape, _grow(decoder, new, seed if random else None))}
+    if not decoder.tie_embeddings:
+        (output,) = entries["decoder.head"].sources(0)
+        changes[output] = (shape, _grow(decoder, new, None))
+    problems = [
+        f"tensor {name} has {tensors.shape(name)[0]} rows, config.json says vocab_size {rows}"
+        for name in changes
+        if tensors.shape(name)[0] != rows
+    ]
+    if problems:
+        raise CheckpointError(path, problems)
+    what = f"N(0, {decoder.initializer_range:g})" if random else "the mean of the old ones"
+    note = (
+        f"{len(new)} new tokens, ids {min(new)}..{max(new)}; {max(total - rows, 0)} rows added to "
+        f"{rows:,}. Their input rows are {what}, their output rows the mean of the old ones"
+    )
+    return ChangedTensors(tensors, changes), [note]
+
+
+def _grow(
+    decoder: DecoderConfig, new: list[int], seed: int | None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the function that fills the rows `new`: random with a seed, else the mean."""
+
+    def grow(array: np.ndarray) -> np.ndarray:
+        result = np.empty((decoder.vocab_size, array.shape[1]), array.dtype)
+        result[: len(array)] = array
+        if seed is None:
+            result[new] = array[: min(new)].astype(np.float32).mean(axis=0)
+        else:
+            rng = np.random.default_rng(seed)  # each read gives the same rows
+            result[new] = rng.normal(0, decoder.initializer_range, (len(new), array.shape[1]))
+        return result
+
+    return grow
+
+
 class _Tokens:
-    """The image tokens of a tokenizer folder: which are there, and what ids the others get.
+    """The image tokens of a tokenizer folder: those it has, and the ids that the others get.
 
     Attributes:
-        new_ids: of the tokens that are appended.
-        size: number of ids with them; 0 where the folder has no tokenizer.
+        folder: the tokenizer folder.
+        new: token -> id, of the tokens that are appended.
+        new_ids: their ids.
+        size: number of ids with them.
     """
 
     def __init__(self, folder: Path):
@@ -179,8 +249,8 @@ class _Tokens:
         base = self._base_size()
         if base == 0:
             raise ConfigError(
-                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image tokens "
-                "follow from one of them"
+                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image "
+                "tokens follow from one of them"
             )
         size = max(base, *(id + 1 for id in self._added.values())) if self._added else base
         absent = [token for token in NEW_TOKENS if token not in self._added]
@@ -198,7 +268,7 @@ class _Tokens:
         return max(vocabulary.values()) + 1 if vocabulary else 0
 
     def write(self, folder: Path) -> None:
-        """Add the new tokens to the copied files."""
+        """Adds the new tokens to the tokenizer files that were copied to `folder`."""
         if not self.new:
             return
         flags = {
@@ -233,6 +303,7 @@ class _Tokens:
 
 
 def _expect(folder: Path, found: str | None, known: tuple[str, ...]) -> None:
+    """Raises ConfigError where a folder holds another part."""
     if found not in known:
         raise ConfigError(
             f"{folder / 'config.json'} describes {found!r}; expected one of {', '.join(known)}"
@@ -244,11 +315,14 @@ def _open_projector(path: Path) -> SafetensorsFolder | BinFolder:
         return open_tensors(path)
     if path.suffix == ".safetensors":
         return SafetensorsFolder(path.parent, path.stem)
-    raise ConfigError(f"{path}: give a folder, or a .safetensors file")
+    raise ConfigError(f"--projector {path}: give a folder, or a .safetensors file")
 
 
 def _projector_names(tensors: Tensors) -> dict[str, tuple[Tensors, str]]:
-    """PVTC tensors come with or without their prefix; those of `mlp1` never have one."""
+    """Returns a projector's tensors under their names in a whole checkpoint.
+
+    PVTC tensors come with or without their prefix; those of `mlp1` never have one.
+    """
     names = tensors.names()
     is_mlp1 = "mlp1.0.bias" in names and "cls_scale" not in names
     prefix = "" if is_mlp1 or any(name.startswith("projector.") for name in names) else "projector."

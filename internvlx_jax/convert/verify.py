@@ -1,6 +1,6 @@
-"""Run a loaded checkpoint on stored arrays and compare with stored results (design: model.md 15).
+"""Runs a loaded checkpoint on stored arrays and compares with stored results (design: model.md 15).
 
-Names of inputs and outputs are those of tests/golden/*/{inputs,outputs}.npz.
+Inputs and outputs are named as in tests/golden/*/{inputs,outputs}.npz.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from internvlx_jax.checkpoints.hf_folder import TorchCheckpoint
-from internvlx_jax.checkpoints.run_folder import RunFolder
-from internvlx_jax.checkpoints.tensors import difference
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
+from internvlx_jax.checkpoints.torch_checkpoint import TorchCheckpoint
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.inputs import IGNORED, Inputs
 from internvlx_jax.core.model_config import ModelConfig
@@ -41,17 +41,27 @@ def inputs_from_flat(
     mask: np.ndarray | None = None,
     positions: np.ndarray | None = None,
 ) -> Inputs:
-    """Flat tiles in slot order -> our row-wise layout.
+    """Puts flat tiles into the rows that their placeholders stand in.
 
-    input_ids, mask: int[B, S]; tiles: float32[I, 3, Y, X], in the order of their slots over the batch
+    Args:
+        config: the model.
+        image_token_id: id of the placeholder.
+        input_ids: int[B, S].
+        tiles: float32[I, 3, Y, X], in the order of their placeholders over the batch.
+        mask: int[B, S], 1 for tokens; None is all ones.
+        positions: int[B, S]; None counts from 0.
+
+    Raises:
+        InputsError: placeholders and tiles do not match.
     """
     rows, length = input_ids.shape
     per_tile = config.tokens_per_tile
     counts = (input_ids == image_token_id).sum(axis=1)
     if (counts % per_tile).any() or counts.sum() != len(tiles) * per_tile:
         raise InputsError(
-            f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); {len(tiles)} "
-            f"tiles of {per_tile} tokens are given. Check --image_token_id and the tiles"
+            f"input_ids: rows hold {counts.tolist()} placeholders (id {image_token_id}); "
+            f"{len(tiles)} tiles of {per_tile} tokens are given. Check --image_token_id and the "
+            "tiles"
         )
     tiles_per_row = counts // per_tile
     slots = int(tiles_per_row.max())
@@ -72,7 +82,9 @@ def inputs_from_flat(
             mask, tile_start, int(short_lengths(mask, tile_start, config.lvtc).max()), config.lvtc
         )
     return Inputs(
-        *(np.asarray(x, np.int32) for x in (input_ids, positions, mask)),
+        np.asarray(input_ids, np.int32),
+        np.asarray(positions, np.int32),
+        np.asarray(mask, np.int32),
         row_tiles,
         feature_index(tile_start, length, per_tile),
         short,
@@ -82,97 +94,142 @@ def inputs_from_flat(
 def compute_outputs(
     model: InternVLX, arrays: Mapping[str, np.ndarray], image_token_id: int
 ) -> dict[str, np.ndarray]:
-    """Every output whose inputs are present, in float32 at the highest matmul precision."""
-    config = model.config
-    # The release runs past max_positions without being asked to; here that takes this flag.
-    rope = dataclasses.replace(config.decoder.rope, allow_longer=True)
-    model.decoder.config = dataclasses.replace(config.decoder, rope=rope)
-    pixels = arrays.get("pixel_values")
-    if pixels is not None:
-        flags = arrays.get("image_flags", np.ones(len(pixels)))
-        used = pixels[np.asarray(flags).reshape(-1) == 1]
+    """Computes every output whose inputs are present, in float32 at the highest matmul precision.
 
-    def tower():
-        vision = variant(model.vision, select_layer=-1)
-        return jax.jit(lambda vision, x: vision(x))(vision, pixels.transpose(0, 2, 3, 1))
+    Args:
+        model: float32 parameters.
+        arrays: inputs by name.
+        image_token_id: id of the image placeholder.
 
-    def features():
-        z = jax.jit(lambda model, x: model.encode_tiles(x))(model, pixels.transpose(0, 2, 3, 1))
-        return z.reshape(len(z), config.token_grid, config.token_grid, -1)
+    Raises:
+        InputsError: an input does not fit the model.
+    """
+    # The release runs past max_positions without being asked to; here that takes a flag.
+    decoder = model.decoder.config
+    rope = dataclasses.replace(decoder.rope, allow_longer=True)
+    model = nnx.merge(*nnx.split(model))
+    model.decoder.config = dataclasses.replace(decoder, rope=rope)
+    run = _Outputs(model, arrays, image_token_id)
+    with jax.default_matmul_precision("highest"):
+        return {
+            name: np.asarray(compute(run))
+            for name, (needs, compute) in OUTPUTS.items()
+            if all(need in arrays for need in needs)
+        }
 
-    def projector_v2():
-        projector = variant(model.projector, pixel_shuffle="v2")
-        z = jax.jit(lambda projector, x: projector(x))(projector, arrays["proj_in"])
-        return z.reshape(len(z), config.token_grid, config.token_grid, -1)
 
-    def decoder(mask=None, positions=None):
-        no_tiles = np.zeros((0, 3, config.vision.image_size, config.vision.image_size), np.float32)
-        inputs = inputs_from_flat(config, -1, arrays["llm_input_ids"], no_tiles, mask, positions)
-        return whole(inputs)
+class _Outputs:
+    """The outputs of one model on one set of arrays; each method computes one on demand."""
 
-    def whole(inputs):
-        return jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(model, inputs)
+    def __init__(self, model: InternVLX, arrays: Mapping[str, np.ndarray], image_token_id: int):
+        self._model, self._arrays, self._image_token_id = model, arrays, image_token_id
+        self._config: ModelConfig = model.config
 
-    def batch():
-        return inputs_from_flat(
-            config, image_token_id, arrays["input_ids"], used, arrays["attention_mask"]
+    def tower(self) -> jax.Array:
+        vision = variant(self._model.vision, select_layer=-1)
+        return jax.jit(lambda vision, x: vision(x))(vision, self._pixels_last())
+
+    def features(self) -> jax.Array:
+        z = jax.jit(lambda model, x: model.encode_tiles(x))(self._model, self._pixels_last())
+        return self._as_grid(z)
+
+    def projector_v2(self) -> jax.Array:
+        projector = variant(self._model.projector, pixel_shuffle="v2")
+        z = jax.jit(lambda projector, x: projector(x))(projector, self._arrays["proj_in"])
+        return self._as_grid(z)
+
+    def decoder(self, mask: str | None = None, positions: str | None = None) -> jax.Array:
+        size = self._config.vision.image_size
+        inputs = inputs_from_flat(
+            self._config,
+            -1,
+            self._arrays["llm_input_ids"],
+            np.zeros((0, 3, size, size), np.float32),
+            None if mask is None else self._arrays[mask],
+            None if positions is None else self._arrays[positions],
         )
+        return self._logits(inputs)
 
-    def loss():
-        labels = np.asarray(arrays["labels"], np.int32)
+    def logits(self) -> jax.Array:
+        return self._logits(self._batch())
+
+    def loss(self) -> jax.Array:
+        labels = np.asarray(self._arrays["labels"], np.int32)
 
         def compute(model, inputs, labels):
             ce, _ = token_losses(model.decoder, model(inputs), labels)
             total, weight = weighted_loss(ce, (labels != IGNORED).astype(jnp.float32))
             return total / weight
 
-        return jax.jit(compute)(model, batch(), labels)
+        return jax.jit(compute)(self._model, self._batch(), labels)
 
-    def generate(name, tiles):
-        ids = arrays[f"{name}_input_ids"]
-        mask = arrays.get(f"{name}_attention_mask", np.ones_like(ids))
+    def generate(self, name: str, tiles: int) -> np.ndarray:
+        """Decodes greedily after the prompt `name`, whose images are the first `tiles` tiles."""
+        ids = self._arrays[f"{name}_input_ids"]
+        mask = self._arrays.get(f"{name}_attention_mask", np.ones_like(ids))
         positions = np.where(mask == 1, mask.cumsum(axis=1) - 1, 1)
-        inputs = inputs_from_flat(config, image_token_id, ids, tiles, mask, positions)
-        prompt = config.prompt
+        pixels = self._arrays["pixel_values"][:tiles] if tiles else np.zeros((0, 3, 1, 1))
+        inputs = inputs_from_flat(self._config, self._image_token_id, ids, pixels, mask, positions)
+        prompt = self._config.prompt
         tokens, steps = jax.jit(greedy, static_argnames=("max_new_tokens", "stop_ids", "pad_id"))(
-            model, inputs, max_new_tokens=NEW_TOKENS, stop_ids=prompt.eos_ids, pad_id=prompt.pad_id
+            self._model,
+            inputs,
+            max_new_tokens=NEW_TOKENS,
+            stop_ids=prompt.eos_ids,
+            pad_id=prompt.pad_id,
         )
         return np.asarray(tokens, np.int64)[:, : int(steps)]
 
-    jobs: dict[str, tuple[tuple[str, ...], Callable[[], jax.Array]]] = {
-        "vit_last_hidden_state": (("pixel_values",), tower),
-        "extract_feature": (("pixel_values",), features),
-        "proj_out_v2": (("proj_in",), projector_v2),
-        "llm_logits": (("llm_input_ids",), decoder),
-        "llm_logits_mask_left_pos": (
-            ("llm_input_ids", "llm_mask_left", "llm_position_ids_left"),
-            lambda: decoder(arrays["llm_mask_left"], arrays["llm_position_ids_left"]),
-        ),
-        "logits": (("pixel_values", "input_ids", "attention_mask"), lambda: whole(batch())),
-        "loss": (("pixel_values", "input_ids", "attention_mask", "labels"), loss),
-        "gen1_new_tokens": (
-            ("pixel_values", "gen1_input_ids"),
-            lambda: generate("gen1", pixels[:2]),
-        ),
-        "gen2_new_tokens": (
-            ("pixel_values", "gen2_input_ids"),
-            lambda: generate("gen2", pixels[:3]),
-        ),
-        "gen_text_new_tokens": (
-            ("gen_text_input_ids",),
-            lambda: generate("gen_text", np.zeros((0, 3, 1, 1))),
-        ),
-    }
-    with jax.default_matmul_precision("highest"):
-        return {
-            name: np.asarray(compute())
-            for name, (needs, compute) in jobs.items()
-            if all(need in arrays for need in needs)
-        }
+    def _batch(self) -> Inputs:
+        """The rows of `input_ids` with the tiles whose image flag is 1."""
+        pixels = self._arrays["pixel_values"]
+        flags = self._arrays.get("image_flags", np.ones(len(pixels)))
+        used = pixels[np.asarray(flags).reshape(-1) == 1]
+        ids, mask = self._arrays["input_ids"], self._arrays["attention_mask"]
+        return inputs_from_flat(self._config, self._image_token_id, ids, used, mask)
+
+    def _logits(self, inputs: Inputs) -> jax.Array:
+        return jax.jit(lambda model, inputs: model.decoder.logits(model(inputs)))(
+            self._model, inputs
+        )
+
+    def _pixels_last(self) -> np.ndarray:
+        return self._arrays["pixel_values"].transpose(0, 2, 3, 1)
+
+    def _as_grid(self, z: jax.Array) -> jax.Array:
+        grid = self._config.token_grid
+        return z.reshape(len(z), grid, grid, -1)
 
 
-def variant(module: nnx.Module, **changes) -> nnx.Module:
-    """The same parameters under a changed config."""
+# Output -> the inputs it needs, how it is computed.
+OUTPUTS: Mapping[str, tuple[tuple[str, ...], Callable[[_Outputs], jax.Array | np.ndarray]]] = {
+    "vit_last_hidden_state": (("pixel_values",), _Outputs.tower),
+    "extract_feature": (("pixel_values",), _Outputs.features),
+    "proj_out_v2": (("proj_in",), _Outputs.projector_v2),
+    "llm_logits": (("llm_input_ids",), _Outputs.decoder),
+    "llm_logits_mask_left_pos": (
+        ("llm_input_ids", "llm_mask_left", "llm_position_ids_left"),
+        lambda run: run.decoder("llm_mask_left", "llm_position_ids_left"),
+    ),
+    "logits": (("pixel_values", "input_ids", "attention_mask"), _Outputs.logits),
+    "loss": (("pixel_values", "input_ids", "attention_mask", "labels"), _Outputs.loss),
+    "gen1_new_tokens": (
+        ("pixel_values", "gen1_input_ids"),
+        lambda run: run.generate("gen1", tiles=2),
+    ),
+    "gen2_new_tokens": (
+        ("pixel_values", "gen2_input_ids"),
+        lambda run: run.generate("gen2", tiles=3),
+    ),
+    "gen_text_new_tokens": (
+        ("gen_text_input_ids",),
+        lambda run: run.generate("gen_text", tiles=0),
+    ),
+}
+
+
+def variant(module: Any, **changes: Any) -> Any:
+    """Returns a module with the same parameters and some fields of its config changed."""
     other = nnx.merge(*nnx.split(module))
     other.config = dataclasses.replace(module.config, **changes)
     return other
@@ -180,7 +237,14 @@ def variant(module: nnx.Module, **changes) -> nnx.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One row of the comparison; `maximum` is None where shapes differ or the reference is not finite."""
+    """One row of the comparison.
+
+    Attributes:
+        name: the output.
+        shape: its shape.
+        maximum: largest absolute difference; None where shapes differ or a value is not finite.
+        note: why `maximum` is None.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -188,6 +252,7 @@ class Difference:
     note: str = ""
 
     def passes(self, atol: float) -> bool:
+        """Whether the largest difference is within `atol`."""
         return self.maximum is not None and self.maximum <= atol
 
 
@@ -199,7 +264,13 @@ def compare(
     reference: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray],
 ) -> list[Difference]:
-    """Largest absolute difference of every output the reference has; padded rows are compared where the mask is 1."""
+    """Finds the largest absolute difference of every output that the reference has.
+
+    Args:
+        outputs: computed arrays by name.
+        reference: expected arrays by name.
+        arrays: the inputs, whose masks say which tokens are compared.
+    """
     rows = []
     for name, value in outputs.items():
         if name not in reference:
@@ -225,12 +296,16 @@ def compare(
     return rows
 
 
-def compare_checkpoints(
-    one: RunFolder | TorchCheckpoint, other: RunFolder | TorchCheckpoint
-) -> tuple[int, list[str]]:
-    """Parameters of two opened checkpoints, of any kinds, bit for bit -> (how many are equal, what differs).
+def compare_checkpoints(one: Checkpoint, other: Checkpoint) -> tuple[int, list[str]]:
+    """Compares the parameters of two opened checkpoints, of any kinds, bit for bit.
 
     One parameter is in memory at a time, two where both are run folders.
+
+    Returns:
+        How many parameters are equal, and what differs.
+
+    Raises:
+        CheckpointError: a checkpoint does not fit its config.
     """
     problems = [
         f"config: {field}: {getattr(one.config, field)} against {getattr(other.config, field)}"
@@ -242,15 +317,14 @@ def compare_checkpoints(
     abstract = abstract_model(one.config, dtype="float32")
     one.check(abstract)
     other.check(abstract)
+    # PyTorch checkpoints compare layer by layer, so the other one is read whole.
     whole, parts = (one, other) if isinstance(other, TorchCheckpoint) else (other, one)
     equal = 0
     for path, array in whole.read_all(abstract.shapes):
         if array.dtype != parts.dtype(path):
             found = [f"{path}: {one.dtype(path)} against {other.dtype(path)}"]
-        elif isinstance(parts, TorchCheckpoint):
-            found = parts.differences(path, array)
         else:
-            found = difference(path, np.asarray(array), parts.read(path))
+            found = parts.differences(path, array)
         problems += found
         equal += not found
         del array  # before the next one is read
@@ -258,6 +332,7 @@ def compare_checkpoints(
 
 
 def format_table(rows: list[Difference], atol: float) -> str:
+    """Returns the comparison as text, one line per output, with a verdict."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'array':{width}}  {'max |difference|':>16}  shape"]
     for row in rows:
@@ -270,7 +345,7 @@ def format_table(rows: list[Difference], atol: float) -> str:
 
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
+    """Writes arrays to an npz file, aside and then renamed, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **dict(arrays))

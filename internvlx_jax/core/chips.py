@@ -9,15 +9,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Vendor's figures of one device; bandwidths in bytes a second.
+    """Holds a vendor's figures of one device; bandwidths are in bytes per second.
 
     Attributes:
         platform: `tpu` or `cuda`.
         peak_flops: bfloat16 FLOP/s.
-        memory: bytes that a program may use.
-        memory_bandwidth: of main memory.
-        link: one direction of one link: two of them an axis of a TPU's torus, all of a GPU's NVLink as one.
-        network: of a device to other slices or hosts.
+        memory: Bytes that a program may use.
+        memory_bandwidth: Of main memory.
+        link: One direction of one link. A TPU has two links per axis of its torus; all NVLinks of
+            a GPU count as one.
+        network: From a device to other slices or hosts.
     """
 
     platform: str
@@ -37,7 +38,7 @@ CHIPS = {
     "h200": Chip("cuda", 989e12, 140 * GIB, 4.8e12, 450e9, 50e9),
 }
 
-
+# What JAX calls a kind of device -> its name in CHIPS.
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",

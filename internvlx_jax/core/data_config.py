@@ -7,16 +7,17 @@ from typing import Literal
 
 from internvlx_jax.core.errors import ConfigError
 
-MAX_PIXELS = 178_956_970
+MAX_PIXELS = 178_956_970  # beyond it Pillow refuses an image as a decompression bomb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """Rows of batch_mode `pack`, each `data.max_length` tokens long.
+    """Describes the rows of batch_mode `pack`, each `data.max_length` tokens long.
 
     Attributes:
-        tiles: tile slots of a row; None: 5 % more than the samples need on average, so that tokens are what fills it.
-        open_rows: rows that best fit chooses among; more of them fill better and mix less freely.
+        tiles: Tile slots per row; None is 5 % more than the samples need on average, so that
+            tokens are what fills a row.
+        open_rows: Rows that best fit chooses among; more of them fill better and mix less freely.
     """
 
     tiles: int | None = None
@@ -25,13 +26,15 @@ class PackConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How image files are read.
+    """Says how image files are read.
 
     Attributes:
-        trust_sizes: take width and height from the annotation where it states them; False reads every image header.
-        max_pixels: larger images are bad samples.
-        exif: what to do with an EXIF orientation; the release ignores it.
-        truncated: whether damaged files are used as far as they can be decoded, or are bad samples.
+        trust_sizes: Whether to take width and height from the annotation where it states them;
+            False reads every image header.
+        max_pixels: Larger images are bad samples.
+        exif: What to do with an EXIF orientation; the release ignores it.
+        truncated: Whether damaged files are used as far as they can be decoded, or are bad
+            samples.
     """
 
     trust_sizes: bool = True
@@ -42,7 +45,12 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """Frames of a video: their number is uniform in min_frames..max_frames, and how the prompt announces them."""
+    """Says how videos are read.
+
+    Attributes:
+        min_frames, max_frames: The number of frames is uniform between them, both included.
+        template: How the prompt announces the frames.
+    """
 
     min_frames: int = 4
     max_frames: int = 12
@@ -51,12 +59,14 @@ class VideoConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultConfig:
-    """What a bad sample does.
+    """Says what a bad sample does.
 
     Attributes:
-        on_bad: `replace` takes another sample of the same bucket, `skip` leaves the slot empty, `fail` stops the run.
-        max_share: the run stops when a larger share of a dataset's samples is bad (judged as if it had 100 at least).
-        exclude: quarantine files of earlier runs; the samples they list are left out.
+        on_bad: `replace` takes another sample of the same bucket, `skip` leaves the slot empty,
+            `fail` stops the run.
+        max_share: The run stops when a larger share of a dataset's samples is bad; a small dataset
+            is judged as if it had 100 samples.
+        exclude: Quarantine files of earlier runs; the samples that they list are left out.
     """
 
     on_bad: Literal["replace", "skip", "fail"] = "replace"
@@ -66,24 +76,35 @@ class FaultConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where samples come from and how they are batched.
+    """Says where samples come from and how they are batched.
 
     Attributes:
         meta, val_meta: InternVL meta JSON of training and validation data.
-        tokenizer: folder or file of the tokenizer; None takes the one of the checkpoint in `init_from`.
-        mixture: `repeat` takes every dataset as often as its "repeat_time" says; `weight` gives each the share of
-            its "weight", `sqrt` that of the square root of its size, of as many samples an epoch.
-        batch_mode: `tokens` fills buckets and keeps tokens per step near `tokens_per_step`; `samples` fills buckets
-            and uses one number of rows; `pack` puts several samples into rows of `max_length` tokens.
-        max_length: token slots of the longest bucket, or of a packed row; lengths are multiples of `length_step`.
-        tiles_per_step: also bounds a step's tile slots in `tokens` mode; None: no bound.
-        max_executables: at most this many (tiles, length) buckets remain; the rarest merge upward.
-        row_quantum: rows of a step are a multiple of it; None: data-parallel devices * accumulation of the first
-            start. It is part of the order of the data: a run can go on with any number of devices that divides it.
-        loss_reduction: weight of a supervised token in a sample with n of them: 1, 1/n or 1/sqrt(n).
-        special_text: what reserved text inside a turn does: reject the sample, escape it, or allow it.
-        index_dir: folder of the size indexes; None: beside each annotation.
-        num_workers: loader processes; 0 decodes in threads of this process.
+        tokenizer: Folder or file of the tokenizer; None takes that of the checkpoint in
+            `init_from`.
+        mixture: `repeat` takes every dataset as often as its "repeat_time" says. `weight` gives
+            each the share of its "weight", `sqrt` that of the square root of its size, of as many
+            samples per epoch.
+        batch_mode: `tokens` fills buckets and keeps tokens per step near `tokens_per_step`,
+            `samples` fills buckets and uses one number of rows, `pack` puts several samples into
+            rows of `max_length` tokens.
+        max_length: Token slots of the longest bucket, or of a packed row; with LVTC those of the
+            long layout.
+        length_step: Lengths of buckets are multiples of it.
+        tokens_per_step: Token slots per step in `tokens` and `pack` mode.
+        tiles_per_step: Bounds the tile slots per step in `tokens` mode; None is no bound.
+        samples_per_step: Rows per step in `samples` mode.
+        max_executables: At most this many (tiles, length) buckets remain; the rarest merge upward.
+        row_quantum: Rows per step are a multiple of it; None is data-parallel devices *
+            accumulation of the first start. It is part of the order of the data: a run can go on
+            with any number of devices that divides it.
+        pack, images, video, faults: See their classes.
+        loss_reduction: Weight of a supervised token in a sample with n of them: 1, 1/n or
+            1/sqrt(n).
+        special_text: What reserved text inside a turn does: reject the sample, escape it, or allow
+            it.
+        index_dir: Folder of the size indexes; None is beside each annotation.
+        num_workers: Loader processes; 0 decodes in threads of this process.
     """
 
     meta: str

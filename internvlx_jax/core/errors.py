@@ -8,11 +8,18 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A setting, or a file that the user wrote, that cannot be used; the message names field or file and remedy."""
+    """A setting, or a file that the user wrote, cannot be used.
+
+    The message names the field or the file, and the remedy.
+    """
 
 
 class CheckpointError(ValueError):
-    """Everything that is wrong with a checkpoint, in one report."""
+    """A checkpoint cannot be used; the message lists everything that is wrong with it.
+
+    Attributes:
+        problems: One line per problem.
+    """
 
     def __init__(self, path: str | Path, problems: list[str]):
         self.problems = problems
@@ -23,18 +30,30 @@ class CheckpointError(ValueError):
 
 
 REASONS = (
-    "json", "role_order", "placeholder_mismatch", "reserved_text", "no_supervision", "too_long", "unreadable",
-    "truncated", "too_many_pixels", "unsupported_mode", "size_mismatch", "missing_decoder",
-)  # fmt: skip
+    "json",
+    "role_order",
+    "placeholder_mismatch",
+    "reserved_text",
+    "no_supervision",
+    "too_long",
+    "unreadable",
+    "truncated",
+    "too_many_pixels",
+    "unsupported_mode",
+    "size_mismatch",
+    "missing_decoder",
+)
 
 
 class SampleError(ValueError):
     """One sample cannot be used; the loader counts it under `reason` and replaces or masks it.
 
-    Attributes
-      reason: one of REASONS.
-      problem, remedy: what is wrong, and what the user can do about it.
-      where: the source, such as "receipts/train.jsonl line 41"; empty where the raiser does not know it.
+    Attributes:
+        reason: One of REASONS.
+        problem: What is wrong.
+        remedy: What the user can do about it.
+        where: The source, such as "receipts/train.jsonl line 41"; empty where the raiser does not
+            know it.
     """
 
     def __init__(self, reason: str, problem: str, remedy: str, where: str = ""):
@@ -42,13 +61,12 @@ class SampleError(ValueError):
             raise ValueError(
                 f'"{reason}" is not a reason for a bad sample. Use one of {", ".join(REASONS)}.'
             )
-        super().__init__(
-            reason, problem, remedy, where
-        )  # all of them, so that the error can be pickled
+        # Exceptions are pickled by their arguments; loader processes send this one.
+        super().__init__(reason, problem, remedy, where)
         self.reason, self.problem, self.remedy, self.where = reason, problem, remedy, where
 
-    def at(self, where: str) -> "SampleError":
-        """The same error with `where` in front of the place it already names."""
+    def at(self, where: str) -> SampleError:
+        """Returns the same error with `where` in front of the place that it already names."""
         where = f"{where}: {self.where}" if self.where else where
         return SampleError(self.reason, self.problem, self.remedy, where)
 
@@ -58,7 +76,7 @@ class SampleError(ValueError):
 
 
 def placeholder_mismatch(images: int, found: int) -> SampleError:
-    """The human turns of a sample with `images` images have `found` image placeholders."""
+    """Returns the error of `images` images but `found` placeholders in the human turns."""
     return SampleError(
         "placeholder_mismatch",
         f'{images} image{"s" * (images != 1)} but {found} "<image>" in the human turns.',
@@ -67,6 +85,6 @@ def placeholder_mismatch(images: int, found: int) -> SampleError:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """' Did you mean "x"?' for the choice nearest to a misspelt name, empty when none is near."""
+    """Returns ' Did you mean "x"?' for the choice nearest to a misspelt name, or nothing."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f' Did you mean "{near[0]}"?' if near else ""

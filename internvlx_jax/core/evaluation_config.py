@@ -13,16 +13,21 @@ PROTOCOLS: tuple[Protocol, ...] = ("internvl", "vlmevalkit")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is asked.
+    """Says what is asked.
 
     Attributes:
-        data, metric, image_root, prompt: a question file, its metric, the folder of its images and how it is asked;
-            `{question}` stands for the text.
-        tasks, suite: benchmarks, by name. protocol: theirs by default.
-        data_root, tsv_root: where their data lie; TSV files lie in data_root/tsv by default.
-        limit: only the first questions of each.
-        max_new_tokens: in place of the task's own.
-        compat: comma-separated names of the scorers' deviations, `none` or `acceptance`, in place of the protocol's own.
+        data: A question file.
+        metric: How its answers are scored.
+        image_root: The folder of its images.
+        prompt: How it is asked; `{question}` stands for the text.
+        tasks, suite: Benchmarks, by name.
+        protocol: In place of the benchmarks' own.
+        data_root: Where the data of benchmarks lie.
+        tsv_root: Where their TSV files lie; data_root/tsv by default.
+        limit: Takes only the first questions of each.
+        max_new_tokens: In place of the task's own.
+        compat: Comma-separated names of the scorers' deviations, `none` or `acceptance`, in place
+            of the protocol's own.
     """
 
     data: str | None = None
@@ -47,8 +52,8 @@ class EvaluationConfig:
             raise ConfigError("nothing to evaluate: give tasks, a suite, or data and metric")
         if self.protocol is not None and self.protocol not in PROTOCOLS:
             raise ConfigError(
-                f"protocol {self.protocol!r} is unknown;{did_you_mean(self.protocol, PROTOCOLS)} choose "
-                f"one of {', '.join(PROTOCOLS)}"
+                f"protocol {self.protocol!r} is unknown;{did_you_mean(self.protocol, PROTOCOLS)} "
+                f"choose one of {', '.join(PROTOCOLS)}"
             )
         if "{question}" not in self.prompt:
             raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")

@@ -1,4 +1,7 @@
-"""Writing files so that a reader never sees half of one: aside, then renamed. Reading those that grow by lines."""
+"""Files that appear whole or not at all: written aside, then renamed.
+
+Reads JSON, and files that grow by lines.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from internvlx_jax.core.errors import ConfigError
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` at the end of the block, and is removed if the block fails."""
-    aside = path.with_name(
-        f"{path.name}.{os.getpid()}.partial"
-    )  # several processes may write the same file
+    """Gives a path to write to, which becomes `path` at the end of the block.
+
+    It is removed if the block fails. Several processes may write the same file.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield aside
         aside.rename(path)
@@ -28,9 +32,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `path` at the end of the block, and is removed if the block fails.
+    """Gives a folder to fill, which becomes `path` at the end of the block.
 
-    Raises FileExistsError when `path` is there already and not an empty folder.
+    It is removed if the block fails.
+
+    Raises:
+        FileExistsError: `path` exists and is no empty folder.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; choose another folder, or remove it")
@@ -47,16 +54,22 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object; an empty one without the file. Raises ConfigError naming the file."""
+    """Reads a JSON file that holds one object; without the file, the object is empty.
+
+    Raises:
+        ConfigError: The file is not JSON, or holds no object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -69,10 +82,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
-    """Objects of a file that a run appends to, in order; none without the file.
+    """Reads the objects of a file that a run appends to, in order; none without the file.
 
-    A last line without its end is one that a running or killed run has not finished; it is left out. Raises ConfigError
-    naming a line that is no object with the `needed` fields.
+    A last line without its end is one that a running or killed run has not finished; it is left
+    out.
+
+    Raises:
+        ConfigError: A line is no object with the `needed` fields.
     """
     if not path.exists():
         return []

@@ -1,8 +1,9 @@
-"""What a model is: sizes and variants, as frozen dataclasses (design: model.md 1, checkpoints.md 7)."""
+"""What a model is: its sizes and variants (design: model.md 1, checkpoints.md 7)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, get_args
 
 from internvlx_jax.core.errors import ConfigError
@@ -16,7 +17,18 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """InternViT. `select_layer` indexes [embeddings, layer 1, ..., layer L]; -1 is the last output."""
+    """Describes InternViT, the vision tower.
+
+    Attributes:
+        width, layers, heads, mlp_width: Sizes.
+        image_size, patch_size: Sides of a tile and of a patch, in pixels.
+        norm, eps: Kind of the norms, and what keeps them finite.
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_norm: Whether queries and keys are normalized.
+        layer_scale_init: Fresh value of the factor on each branch.
+        drop_path: Rate of the last layer; those before grow linearly from 0.
+        select_layer: Indexes [embeddings, layer 1, ..., layer L]; -1 is the last output.
+    """
 
     width: int
     layers: int
@@ -45,6 +57,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.width // self.heads
 
     @property
@@ -54,13 +67,23 @@ class VisionConfig:
 
     @property
     def layers_run(self) -> int:
-        """Layers in front of the selected output; the others keep their parameters and are not run."""
+        """Layers in front of the selected output.
+
+        The others keep their parameters, so that checkpoints stay complete, and are not run.
+        """
         return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """`pvtc` (InternVL-X) or `mlp1` (InternVL2 baseline); `drop_path` acts on PVTC only."""
+    """Describes the projector that released checkpoints hold.
+
+    Attributes:
+        kind: `pvtc` (InternVL-X) or `mlp1` (the InternVL2 baseline).
+        downsample_ratio: 1 / side of a region in patches.
+        pixel_shuffle: `v1` transposes the token grid, as some old checkpoints need.
+        drop_path: Rate in training; acts on PVTC only.
+    """
 
     kind: Literal["pvtc", "mlp1"] = "pvtc"
     downsample_ratio: float = 0.5
@@ -76,6 +99,7 @@ class ProjectorConfig:
 
     @property
     def region_side(self) -> int:
+        """Patches along one side of a region (m)."""
         return round(1 / self.downsample_ratio)
 
 
@@ -85,16 +109,18 @@ Upsample = Literal["bilinear", "nearest"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LvtcConfig:
-    """Layer-wise visual token compression: few visual tokens in the shallow layers, many in the deep ones (lvtc.md 2).
+    """Describes LVTC: few visual tokens in the shallow layers, many in the deep ones (lvtc.md 2).
 
     Attributes:
-        expand_layer: first decoder layer, counted from 0, that sees the high grid (k).
-        low_grid, high_grid: visual tokens along one side of a tile in the shallow and in the deep layers.
-        low_projector, high_projector, inject_projector: what makes the tokens of layer 0, of layer k and of the
-            injections. The `pvtc` of the model's own token grid is the released projector, the others are new.
-        upsample: how hidden states of the low grid become those of the high grid.
-        gate: start value of the learned scalar in front of each added projector; None adds it as it is.
-        inject_layers: decoder layers in front of which a further projection is added.
+        expand_layer: First decoder layer, counted from 0, that sees the high grid (k).
+        low_grid, high_grid: Visual tokens along one side of a tile in the shallow and in the deep
+            layers.
+        low_projector, high_projector, inject_projector: Kind of the projector of layer 0, of layer
+            k and of the injections. core/projector_sites.py says which one is the released one.
+        upsample: How hidden states of the low grid become those of the high grid.
+        gate: Start value of the learned scalar in front of each added projector; None adds it as
+            it is.
+        inject_layers: Decoder layers in front of which a further projection is added.
     """
 
     expand_layer: int
@@ -128,11 +154,9 @@ class LvtcConfig:
             )
         _require(self.expand_layer >= 0, f"lvtc.expand_layer {self.expand_layer} is negative")
         _require(
-            all(
-                a < b for a, b in zip((self.expand_layer, *self.inject_layers), self.inject_layers)
-            ),
-            f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind lvtc.expand_layer "
-            f"{self.expand_layer}",
+            all(a < b for a, b in itertools.pairwise((self.expand_layer, *self.inject_layers))),
+            f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind "
+            f"lvtc.expand_layer {self.expand_layer}",
         )
 
     @property
@@ -148,10 +172,18 @@ class LvtcConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions; `dynamic` scaling acts only on key lengths above `max_positions` (model.md 8).
+    """Describes rotary positions.
 
-    `su` and `yarn` (Phi-3, model.md 9) stretch each frequency by its entry of `short_factor`, or of `long_factor`
-    once a call holds positions beyond `original_max_positions`; the factors have H/2 entries.
+    Attributes:
+        theta: Base of the frequencies.
+        max_positions: Positions that the decoder was trained for.
+        scaling: `dynamic` acts only on key lengths above `max_positions` (model.md 8). `su` and
+            `yarn` (Phi-3, model.md 9) stretch each frequency by its entry of `short_factor`, or of
+            `long_factor` once a call holds positions beyond `original_max_positions`.
+        factor: Of `linear` and `dynamic` scaling.
+        short_factor, long_factor: H/2 entries each.
+        original_max_positions: See `scaling`.
+        allow_longer: Whether a call may have more key slots than `max_positions`.
     """
 
     theta: float = 1e4
@@ -168,17 +200,24 @@ class RopeConfig:
             _require(
                 0 < len(self.short_factor) == len(self.long_factor)
                 and self.original_max_positions > 0,
-                f"decoder.rope.scaling {self.scaling!r} needs short_factor and long_factor of one length, and "
-                "original_max_positions",
+                f"decoder.rope.scaling {self.scaling!r} needs short_factor and long_factor of one "
+                "length, and original_max_positions",
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """One decoder for all families; `family` selects tensor names in checkpoints, nothing in the computation.
+    """Describes the decoder, which is one for all families.
 
-    initializer_range: standard deviation of fresh weights; 0.02 suits a width near 2048.
-    sliding_window: a query sees that many slots, its own included; None is all of them.
+    Attributes:
+        family: Selects tensor names in checkpoints, and nothing in the computation.
+        vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: Sizes.
+        eps: Keeps the norms finite.
+        qkv_bias, out_bias: Whether these maps have biases.
+        tie_embeddings: Whether the embedding is the output head as well.
+        sliding_window: Slots that a query sees, its own included; None is all of them.
+        initializer_range: Standard deviation of fresh weights; 0.02 suits a width near 2048.
+        rope: Rotary positions.
     """
 
     family: Literal["internlm2", "llama", "qwen2", "phi3"] = "internlm2"
@@ -211,13 +250,14 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """How text and images become tokens for this model.
+    """Says how text and images become tokens for this model.
 
     Attributes:
-        template: name in data/templates.py; it also decides the stop id wherever there is a tokenizer.
-        system_message: replaces the template's own.
-        tiles: how images are cut; tile_size is the tower's image_size.
-        eos_ids, pad_id: what ends a row and fills it afterwards where there is no template.
+        template: Name in data/templates.py; it also decides the stop id wherever a tokenizer is
+            available.
+        system_message: Replaces the template's own.
+        tiles: How images are cut; tile_size is the tower's image_size.
+        eos_ids, pad_id: What ends a row and fills it afterwards where no tokenizer is available.
     """
 
     template: str = "internlm2-chat"
@@ -229,7 +269,7 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Vision tower + projector + decoder + prompt; `lvtc` None is off."""
+    """Describes a whole model; `lvtc` None is off."""
 
     vision: VisionConfig
     projector: ProjectorConfig = ProjectorConfig()
@@ -265,7 +305,8 @@ class ModelConfig:
         _require(
             all(layer < layers for layer in lvtc.inject_layers),
             f"lvtc.inject_layers {list(lvtc.inject_layers)} "
-            f"go beyond layer {layers - 1}, the last of a decoder with {layers} layers (decoder.layers)",
+            f"go beyond layer {layers - 1}, the last of a decoder with {layers} layers "
+            "(decoder.layers)",
         )
         _require(
             grid % lvtc.high_grid == 0,
@@ -280,17 +321,20 @@ class ModelConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Slots of a tile in a sequence; with LVTC those of the long layout."""
+        """Slots per tile in a sequence; with LVTC those of the long layout."""
         return (self.token_grid if self.lvtc is None else self.lvtc.high_grid) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapters of one part of a model, on every linear map of its layers.
+    """Describes the adapters of one part of a model, on every linear map of its layers.
 
     Attributes:
-        alpha: the addition is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
-        dropout: on the input of A, in training.
+        part: The part.
+        rank: Of the two factors.
+        alpha: The addition is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`.
+        dropout: Rate on the input of the first factor, in training.
+        use_rslora: See `alpha`.
     """
 
     part: Literal["vision", "decoder"]
@@ -308,4 +352,5 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """Factor on the low-rank product."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)

@@ -1,4 +1,8 @@
-"""Run configs: one short Python file each, nested frozen dataclasses, `--set a.b=c` overrides, JSON and back."""
+"""Run configs: short Python files that make nested frozen dataclasses.
+
+A file defines `get_config`. `--set a.b=c` changes fields of what it returns, and the result goes to
+JSON and back.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +72,13 @@ def _arguments(function: Callable, text: str, full: str) -> dict[str, Any]:
 
 
 def override(config: T, settings: Iterable[str]) -> T:
-    """Apply `a.b=value` settings, all before the result is checked, so that fields can change together.
+    """Applies `a.b=value` settings.
 
-    Raises ConfigError naming the field and the nearest known one.
+    All of them are applied before the result is checked, so that fields can change together.
+
+    Raises:
+        ConfigError: A field is unknown or a value does not fit; the message names the nearest
+            known field.
     """
     data = to_dict(config)
     for setting in settings:
@@ -84,7 +92,7 @@ def override(config: T, settings: Iterable[str]) -> T:
 
 
 def to_dict(config: Any) -> Any:
-    """Nested dataclasses -> what JSON can hold."""
+    """Turns nested dataclasses into what JSON can hold."""
     if dataclasses.is_dataclass(config):
         return {
             field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)
@@ -95,7 +103,16 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
-    """The inverse of to_dict, checked against the field types. Raises ConfigError naming the field."""
+    """Undoes `to_dict`, checked against the types of the fields.
+
+    Args:
+        cls: The dataclass to make.
+        data: Fields by name.
+        path: Where `data` stands in the whole config, for messages.
+
+    Raises:
+        ConfigError: A field is unknown or a value does not fit.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(
             f"{path or cls.__name__}: expected fields of {cls.__name__}, got {data!r}"
@@ -127,7 +144,7 @@ def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str)
 
 
 def _required(hint: Any) -> Any:
-    """`X` for `X | None`, any other hint as it is."""
+    """Returns `X` for `X | None`, any other hint as it is."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -144,7 +161,11 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """A command-line value: text where the field takes text, else a literal; none, true, false in any case."""
+    """Reads a command-line value.
+
+    Text stays text where the field takes text, and becomes a literal elsewhere; none, true and
+    false may be written in any case.
+    """
     required = _required(hint)
     if hint is not required and text.lower() == "none":
         return None
@@ -173,7 +194,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: expected a list, got {value!r}")
         return tuple(_coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, path)
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):

@@ -23,13 +23,18 @@ LvtcPreset = Literal["off", "paper", "paper_inject", "fast", "fast_inject"]
 def lvtc_preset(
     name: LvtcPreset, *, token_grid: int, expand_layer: int, inject_layers: tuple[int, ...]
 ) -> LvtcConfig | None:
-    """LVTC around the released projector.
+    """Returns LVTC around the released projector.
 
-    paper: the released tokens in the shallow layers, four times as many in the deep ones.
-    fast: a quarter of the released tokens in the shallow layers, the released ones in the deep ones.
-    *_inject: with further projections before `inject_layers`.
+    Args:
+        name: `off` is None. `paper` has the released tokens in the shallow layers and four times
+            as many in the deep ones; `fast` has a quarter of the released tokens in the shallow
+            layers and the released ones in the deep ones. `*_inject` adds further projections.
+        token_grid: Released tokens along one side of a tile.
+        expand_layer: First deep layer.
+        inject_layers: Layers in front of which `*_inject` adds a projection.
 
-    token_grid: released tokens along one side of a tile. Raises ConfigError for an unknown name.
+    Raises:
+        ConfigError: The name is unknown.
     """
     if name not in get_args(LvtcPreset):
         raise ConfigError(
@@ -58,7 +63,7 @@ def lvtc_preset(
 
 
 def internvlx_2b(lvtc: LvtcPreset = "off") -> ModelConfig:
-    """InternViT-300M and InternLM2-1.8B, 256 tokens a tile."""
+    """Returns InternViT-300M with InternLM2-1.8B, 256 tokens per tile."""
     decoder = DecoderConfig(
         vocab_size=92553,
         width=2048,
@@ -78,7 +83,7 @@ def internvlx_2b(lvtc: LvtcPreset = "off") -> ModelConfig:
 
 
 def internvlx_8b(lvtc: LvtcPreset = "off") -> ModelConfig:
-    """InternViT-300M and InternLM2.5-7B, 256 tokens a tile."""
+    """Returns InternViT-300M with InternLM2.5-7B, 256 tokens per tile."""
     decoder = DecoderConfig(
         vocab_size=92553,
         width=4096,

@@ -13,14 +13,14 @@ from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """Other settings for some of the trained parameters.
+    """Describes other settings for some of the trained parameters.
 
     Attributes:
-        params: regular expression over parameter paths, matched from their beginning. Of several groups that match a
-            parameter, the first counts.
-        learning_rate: in place of the optimiser's; the schedule scales it alike.
-        multiplier: factor on the learning rate.
-        weight_decay: in place of the optimiser's; the decay rule still says which parameters decay.
+        params: Regular expression over parameter paths, matched from their beginning. The first
+            group that matches a parameter counts.
+        learning_rate: In place of the optimizer's; the schedule scales it alike.
+        multiplier: Factor on the learning rate.
+        weight_decay: In place of the optimizer's; the decay rule still says which parameters decay.
     """
 
     params: str
@@ -32,26 +32,35 @@ class GroupConfig:
         for name in ("learning_rate", "multiplier"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(
-                    f"optimizer.groups: {name} of {self.params!r} is {getattr(self, name)}, it must be "
-                    "above 0; freeze.paths is for parameters that stay as they are"
+                    f"optimizer.groups: {name} of {self.params!r} is {getattr(self, name)}, it "
+                    "must be above 0; freeze.paths is for parameters that stay as they are"
                 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW behind a clip of the global gradient norm (training.md 3).
+    """Describes AdamW behind a clip of the global gradient norm (training.md 3).
 
     Attributes:
-        learning_rate: the highest of the schedule.
-        schedule: what follows a linear warm-up: `cosine` and `linear` fall to zero at the end of the run; `wsd`
-            stays, then falls linearly over the last `cooldown_ratio` of the run; `constant` stays.
-        warmup_ratio: of the updates of the whole run; warmup_steps, where given, counts them instead.
-        decay_rule: what decays. `all`: every trained parameter, the released scripts. `trainer`: all but biases and the
-            weights of LayerNorm and Llama's RMSNorm. `standard`: matrices that are not embeddings.
-        groups: other learning rates and weight decays for some parameters.
-        vit_layer_decay: d; layer n of the tower learns with d ** (layers - n) of its rate, embeddings being layer 0.
-        moments_dtype: of the first moment; the second one is float32.
-        ema_decay: keep an average of the trained parameters in float32, `decay * average + (1 - decay) * new`.
+        learning_rate: The highest of the schedule.
+        schedule: What follows a linear warm-up: `cosine` and `linear` fall to zero at the end of
+            the run; `wsd` stays, then falls linearly over the last `cooldown_ratio` of the run;
+            `constant` stays.
+        warmup_ratio: Share of the updates of the whole run.
+        warmup_steps: Counts the updates of the warm-up in place of `warmup_ratio`.
+        cooldown_ratio: See `schedule`.
+        weight_decay: Of the parameters that decay.
+        decay_rule: What decays. `all`: every trained parameter, as in the released scripts.
+            `trainer`: all but biases and the weights of LayerNorm and Llama's RMSNorm. `standard`:
+            matrices that are not embeddings.
+        groups: Other learning rates and weight decays for some parameters.
+        vit_layer_decay: d; layer n of the tower learns with d ** (layers - n) of its rate, the
+            embeddings being layer 0.
+        b1, b2, eps: Of AdamW.
+        clip_norm: Largest global gradient norm.
+        moments_dtype: Of the first moment; the second one is float32.
+        ema_decay: Keeps an average of the trained parameters in float32,
+            `decay * average + (1 - decay) * new`.
     """
 
     learning_rate: float = 4e-5
@@ -91,15 +100,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreezeConfig:
-    """What is not trained (training.md 2): no gradient, no optimiser state, stored in the compute dtype.
+    """Says what is not trained (training.md 2).
+
+    Frozen parameters have no gradient and no optimizer state and are stored in the compute dtype.
 
     Attributes:
-        vit, projector, llm: the tower; the projector and what LVTC adds to it; the decoder with embeddings and head.
-        unfreeze_vit_last: with `vit`, the tower's last layers, as many as this says, are trained all the same.
-        unfreeze_head: with `llm`, the output head is trained all the same.
-        train_lora_only: everything but adapters is frozen. None of the settings above freezes adapters.
-        paths: regular expressions over parameter paths, matched from their beginning; frozen in any case.
-        vit_mode: whether a tower that is frozen as a whole keeps its drop path (`train`, as the released scripts do).
+        vit: Freezes the tower.
+        projector: Freezes the projector and what LVTC adds to it.
+        llm: Freezes the decoder with embeddings and head.
+        unfreeze_vit_last: With `vit`, so many of the tower's last layers are trained all the same.
+        unfreeze_head: With `llm`, the output head is trained all the same.
+        train_lora_only: Freezes everything but adapters. None of the settings above freezes
+            adapters.
+        paths: Regular expressions over parameter paths, matched from their beginning; what they
+            match is frozen in any case.
+        vit_mode: Whether a tower that is frozen as a whole keeps its drop path (`train`, as the
+            released scripts do).
     """
 
     vit: bool = False
@@ -114,19 +130,28 @@ class FreezeConfig:
     def __post_init__(self):
         if self.unfreeze_vit_last and not self.vit:
             raise ConfigError(
-                "freeze.unfreeze_vit_last needs freeze.vit=true: nothing else freezes the tower as a whole"
+                "freeze.unfreeze_vit_last needs freeze.vit=true: nothing else freezes the tower "
+                "as a whole"
             )
         if self.unfreeze_head and not self.llm:
             raise ConfigError(
-                "freeze.unfreeze_head needs freeze.llm=true: nothing else freezes the decoder as a whole"
+                "freeze.unfreeze_head needs freeze.llm=true: nothing else freezes the decoder as "
+                "a whole"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Arithmetic of a step: activation dtype, rematerialisation of both layer stacks, attention backend
-    (models/attention.py), micro-batches. peak_tflops: of a device, which MFU is a share of; None: that of its kind, where
-    it is known (aot/topologies.py)."""
+    """Describes the arithmetic of a step.
+
+    Attributes:
+        dtype: Of the activations.
+        remat: What both layer stacks keep for the backward pass; see models/layers.py.
+        attention: Backend; see models/attention.py.
+        accumulation: Micro-batches per step.
+        peak_tflops: Of a device, which MFU is a share of; None is that of its kind, where it is
+            known (core/chips.py).
+    """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "attention", "dots", "offload"] = "full"
@@ -137,10 +162,13 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
-    """Bad steps: when a run stops, and what is reported.
+    """Says when bad steps stop a run, and what is reported.
 
-    max_consecutive_nonfinite, max_total_nonfinite: steps whose loss or gradient norm is not finite. spike_factor: a loss
-    over so many times the running median is reported.
+    Attributes:
+        max_consecutive_nonfinite, max_total_nonfinite: Steps whose loss or gradient norm is not
+            finite.
+        spike_factor: A loss over so many times the running median is reported, unless the latest
+            losses scatter that far.
     """
 
     max_consecutive_nonfinite: int = 5
@@ -159,10 +187,15 @@ class StabilityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; data extends over the slices of a multi-slice TPU, the others stay inside one.
+    """Says how many devices lie along each axis of the mesh.
 
-    A single -1 takes what the others leave. Of several, tensor is as small as the rows of a step allow, fsdp at most
-    FSDP_WIDTH, and data takes the rest.
+    A single -1 takes what the others leave. Among several, tensor is as small as the rows per step
+    allow, fsdp at most FSDP_WIDTH (models/sharding.py), and data takes the rest.
+
+    Attributes:
+        data: Extends over the slices of a multi-slice TPU; the others stay inside one.
+        fsdp: Divides rows and parameters.
+        tensor: Divides heads and MLP widths.
     """
 
     data: int = -1
@@ -172,19 +205,25 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Running it again in the same output_dir resumes it.
+    """Describes one run. Running it again in the same output_dir resumes it.
 
     Attributes:
-        output_dir: run folder: checkpoints, resolved config, tokenizer, metrics.
-        model: the model; None takes that of `init_from`. Together with `init_from` it must be the same but for LVTC,
-            prompt and drop path.
-        init_from: Hugging Face folder or run folder whose parameters to start from; None trains from scratch. LVTC
-            parameters that it lacks are initialised and listed.
-        steps: optimiser updates; None runs `epochs` passes over the data.
-        freeze: what is not trained.
-        lora: adapters on the tower's and the decoder's layers; the layers under them have to be frozen.
-        evaluation: benchmarks or a question file to score every `eval_every` steps, besides data.val_meta.
-        keep_last: checkpoints kept besides the one being written.
+        output_dir: Run folder: checkpoints, resolved config, tokenizer, metrics.
+        model: None takes that of `init_from`. Together with `init_from` it must be the same but
+            for LVTC, prompt and drop path.
+        init_from: Hugging Face folder or run folder whose parameters to start from; None trains
+            from scratch. LVTC parameters that it lacks are initialized and listed.
+        data, optimizer, compute, mesh, stability: See their classes.
+        steps: Optimizer updates; None runs `epochs` passes over the data.
+        epochs: See `steps`.
+        freeze: What is not trained.
+        lora: Adapters on the tower's and the decoder's layers; the layers under them have to be
+            frozen.
+        seed: Of fresh parameters, the order of the data, and drop path.
+        evaluation: Benchmarks or a question file to score every `eval_every` steps, besides
+            data.val_meta.
+        log_every, eval_every, save_every: In steps.
+        keep_last: Checkpoints kept besides the one being written.
     """
 
     output_dir: str

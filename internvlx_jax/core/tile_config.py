@@ -18,14 +18,17 @@ NORMALIZATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """How images become tiles.
+    """Says how images become tiles.
 
-    Attributes
-      tile_size: s, side of a tile in pixels.
-      rule: what bounds the number of grid cells: "edge" (the released RVTC), "area", "off" (plain InternVL).
-      max_num, min_num: bounds of columns * rows, the thumbnail not counted.
-      use_thumbnail: a grid of several cells is followed by the whole image squashed to one tile.
-      dynamic: False squashes every image into one tile, without grid and thumbnail (non-HD models).
+    Attributes:
+        tile_size: Side of a tile in pixels (s).
+        rule: What bounds the number of grid cells: "edge" is the released RVTC, the paper's
+            resolution-level compression; "area" bounds by pixels, "off" is plain InternVL.
+        max_num, min_num: Bounds of columns * rows, the thumbnail not counted.
+        use_thumbnail: Whether a grid of several cells is followed by the whole image squashed to
+            one tile.
+        dynamic: False squashes every image into one tile, without grid and thumbnail, as non-HD
+            models do.
     """
 
     tile_size: int = 448

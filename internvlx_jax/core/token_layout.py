@@ -1,4 +1,9 @@
-"""Host-side index plans: which visual token stands in which slot (design: model.md 7, lvtc.md 3). NumPy only."""
+"""Which visual token stands in which slot (design: model.md 7, lvtc.md 3).
+
+Integers of static shape that the host computes with each batch, so that nothing inside a jitted
+step depends on data. This is NumPy: loader processes do not import jax. models/lvtc.py shows the
+short layout beside the long one, and is the only reader of it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,19 @@ from internvlx_jax.core.model_config import LvtcConfig
 
 
 def feature_index(tile_start: np.ndarray, length: int, tokens_per_tile: int) -> np.ndarray:
-    """For each slot, the row's visual token that replaces its text embedding.
+    """Returns, for each slot, the row's visual token that replaces its text embedding.
 
-    tile_start: int32[B, T], first slot of each tile's tokens, or `length` for an unused tile slot
-    -> int32[B, S]: tile * tokens_per_tile + token, or T * tokens_per_tile (out of range) on text slots
+    Args:
+        tile_start: int32[B, T], first slot of each tile's tokens, or `length` for an unused tile
+            slot.
+        length: S, slots per row.
+        tokens_per_tile: Q.
+
+    Returns:
+        int32[B, S]: tile * Q + token, or T * Q (out of range) on text slots.
+
+    Raises:
+        ValueError: A tile's tokens go beyond the row.
     """
     rows, tiles = tile_start.shape
     index = np.full((rows, length), tiles * tokens_per_tile, np.int32)
@@ -30,7 +44,7 @@ def feature_index(tile_start: np.ndarray, length: int, tokens_per_tile: int) -> 
 
 
 def short_lengths(segment_ids: np.ndarray, tile_start: np.ndarray, lvtc: LvtcConfig) -> np.ndarray:
-    """int[B]: slots that each row needs in the short layout; arguments as in `short_layout`."""
+    """Returns int[B], the slots that each row needs in the short layout; see `short_layout`."""
     used = tile_start < segment_ids.shape[1]
     return (segment_ids > 0).sum(axis=1) - used.sum(axis=1) * lvtc.saved_per_tile
 
@@ -38,12 +52,19 @@ def short_lengths(segment_ids: np.ndarray, tile_start: np.ndarray, lvtc: LvtcCon
 def short_layout(
     segment_ids: np.ndarray, tile_start: np.ndarray, short_length: int, lvtc: LvtcConfig
 ) -> ShortLayout:
-    """The short layout of rows that are laid out in the long one; it has the same order, without gaps.
+    """Returns the short layout of rows that are laid out in the long one.
 
-    Low token (a, b) of a tile stands for its top-left child, the long slot of (a * s, b * s), and so takes its position.
+    It has the same order, without gaps. Low token (a, b) of a tile stands for its top-left child,
+    the long slot of (a * s, b * s), and so takes its position.
 
-    segment_ids: int32[B, S], 0 = padding (on any side); tile_start: int32[B, T], first long slot of each tile, or S.
-    Raises ValueError when a row needs more than `short_length` slots (R).
+    Args:
+        segment_ids: int32[B, S], 0 = padding, on any side.
+        tile_start: int32[B, T], first long slot of each tile, or S for an unused tile slot.
+        short_length: R, slots per row of the short layout.
+        lvtc: Grids.
+
+    Raises:
+        ValueError: A row needs more than `short_length` slots.
     """
     rows, length = segment_ids.shape
     tiles = tile_start.shape[1]

@@ -43,7 +43,7 @@ TOKENIZER_FOLDER = (
     Path(__file__).parent / "assets" / "synthetic_tokenizer"
 )  # made by synthetic_tokenizer.py
 
-VERSION = 3  # raise it with every change that alters a page or a sample, so that old folders are not reused
+VERSION = 4  # raise it with every change that alters a page or a sample, so that old folders are not reused
 PAGES = "synthetic_pages"
 FILES = {
     "meta_train": "meta_train.json",

@@ -26,7 +26,7 @@ TILE = 112  # px, the tile side that pages are laid out for
 # Grids (columns, rows) of TILE px tiles that a page covers, with their shares. Most pages are one tile, so
 # that a page stays cheap on a CPU. Under rule `edge` with maximum 6 and a thumbnail a page has
 #   tiles  1     3    4    5    7
-#   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average
+#   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average, 3.0 under rule `off`
 GRIDS: dict[tuple[int, int], float] = {
     (1, 1): 0.82,
     (1, 2): 0.05, (2, 1): 0.04,
@@ -38,6 +38,8 @@ SIDES = (
     99,
     112,
 )  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
+# The same for pages of one tile, which RVTC never cuts. Without it the narrow ones, about a third, are cut into seven.
+SMALL_SIDES = (72, 112)
 FIELDS = (
     1,
     2,
@@ -155,20 +157,22 @@ _SHAPES = ("circle", "ring", "moon", *_OUTLINES)
 def _draw_shape(
     canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color
 ) -> None:
+    # As wide and high as the area allows: a narrow page is stretched to a tile, which makes its stamps round again.
     x, y = _center(area)
-    r = min(area[2] - area[0], area[3] - area[1]) * 0.42
+    rx, ry = (area[2] - area[0]) * 0.42, (area[3] - area[1]) * 0.42
 
     def disc(dx: float, radius: float, color: Color) -> None:
-        canvas.ellipse((x + dx - radius, y - radius, x + dx + radius, y + radius), fill=color)
+        left, top, right, bottom = dx - radius, -radius, dx + radius, radius
+        canvas.ellipse((x + rx * left, y + ry * top, x + rx * right, y + ry * bottom), fill=color)
 
     if value in _OUTLINES:
-        canvas.polygon([(x + r * u, y + r * v) for u, v in _OUTLINES[value].tolist()], fill=ink)
+        canvas.polygon([(x + rx * u, y + ry * v) for u, v in _OUTLINES[value].tolist()], fill=ink)
         return
-    disc(0, r, ink)
+    disc(0, 1, ink)
     if value == "ring":
-        disc(0, r * 0.55, paper)
+        disc(0, 0.55, paper)
     elif value == "moon":
-        disc(r * 0.6, r * 0.85, paper)
+        disc(0.45, 0.72, paper)
 
 
 KINDS: dict[str, Kind] = {
@@ -205,8 +209,8 @@ def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Gen
 
 
 def _place(cell: Box, rng: np.random.Generator) -> Box:
-    """A box inside the cell: a margin of 4 to 8 px on each axis, split at random between the two sides."""
-    margin_x, margin_y = rng.integers(4, 9, size=2).tolist()
+    """A box inside the cell: a margin of 3 to 5 px on each axis, split at random between the two sides."""
+    margin_x, margin_y = rng.integers(3, 6, size=2).tolist()
     left = cell[0] + 1 + int(rng.integers(0, margin_x - 1))
     top = cell[1] + 1 + int(rng.integers(0, margin_y - 1))
     return left, top, left + cell[2] - cell[0] - margin_x, top + cell[3] - cell[1] - margin_y
@@ -237,12 +241,13 @@ def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> 
 
     Returns:
         Page with 1 or 2 fields of distinct kinds, values independent and uniform; the image is RGB uint8 of
-        columns * (99 to 112) by rows * (99 to 112) px.
+        columns * (99 to 112) by rows * (99 to 112) px, of one tile 72 to 112 by 72 to 112 px.
     """
     if grid is None:
         grid = list(GRIDS)[rng.choice(len(GRIDS), p=list(GRIDS.values()))]
     columns, rows = 2 * grid[0], 2 * grid[1]
-    side_x, side_y = rng.integers(SIDES[0], SIDES[1] + 1, size=2).tolist()
+    sides = SMALL_SIDES if grid == (1, 1) else SIDES
+    side_x, side_y = rng.integers(sides[0], sides[1] + 1, size=2).tolist()
     width, height = grid[0] * side_x, grid[1] * side_y
     kinds = rng.permutation(list(KINDS))[: rng.integers(FIELDS[0], FIELDS[1] + 1)].tolist()
     cells = [

@@ -1,36 +1,48 @@
-"""A picture of a few answered questions, from predictions.jsonl (design: evaluation.md 8). No import of jax."""
+"""A picture of a few answered questions, from predictions.jsonl (design: evaluation.md 8).
+
+Nothing here imports jax.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.data.images import load_image
-from internvlx_jax.evaluation.prediction_shards import read_rows
+from internvlx_jax.evaluation.prediction_shards import read_objects
+from internvlx_jax.evaluation.records import Record
 
 COLUMNS = 4
 MAX_PAGES = 4  # of one question; the others are left out
-CARD, PAGES = (300, 368), (276, 216)  # px: a card, and the area of its pages
+CARD, PAGES = (300, 368), (276, 216)  # in px: a card, and the area of its pages
 MARGIN, GAP, HEADER, INSET = 16, 12, 36, 12
-LINE, LARGE = (14, 38), (17, 29)  # font size and characters a line
+LINE, LARGE = (14, 38), (17, 29)  # font size, and characters per line
 
-PAPER, CARD_PAPER, EDGE, INK, GREY = "#eef0f4", "#ffffff", "#cfd4dd", "#1d2430", "#667085"
+PAPER, CARD_PAPER, EDGE, INK, GRAY = "#eef0f4", "#ffffff", "#cfd4dd", "#1d2430", "#667085"
 RIGHT, WRONG = "#1a7f4b", "#b3261e"
 
 
 def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
-    """Draw `count` answers, evenly spread over the file and so not picked by their score.
+    """Draws answers that are evenly spread over the file, so they are not picked by their score.
 
-    predictions: what eval.py writes. out: a PNG, which appears complete or not at all. A page that cannot be
-    read is a grey box. Raises FileNotFoundError, or ConfigError naming the line.
+    A page that cannot be read is a gray box.
+
+    Args:
+        predictions: the predictions.jsonl of an evaluation.
+        out: the PNG to write, which appears complete or not at all.
+        count: number of answers.
+
+    Raises:
+        FileNotFoundError: `predictions` does not exist.
+        ConfigError: a line cannot be used; the message names it.
     """
     rows = _read(predictions)
-    score = sum(row["score"] for row in rows) / len(rows)
+    score = sum(row.score for row in rows) / len(rows)
     shown = [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
     columns = min(COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
@@ -51,42 +63,48 @@ def write_gallery(predictions: Path, out: Path, count: int = 8) -> None:
         picture.save(aside, format="PNG")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    rows = read_rows(path)
-    for number, row in enumerate(rows, start=1):
-        missing = {"prompt", "images", "prediction", "answer", "score", "error"} - row.keys()
-        if missing:
-            raise ConfigError(
-                f"{path} line {number}: no {', '.join(sorted(missing))}; run eval.py again"
-            )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ShownRow(Record):
+    """The fields of a row of predictions.jsonl that a card shows."""
+
+    prompt: str
+    images: list[str]
+    prediction: str
+    answer: list[str]
+    score: float
+    error: str | None
+
+
+def _read(path: Path) -> list[_ShownRow]:
+    rows = [_ShownRow.from_json(stored, where) for where, stored in read_objects(path)]
     if not rows:
         raise ConfigError(f"{path}: no predictions in it; run eval.py again")
     return rows
 
 
-def _card(row: dict[str, Any]) -> Image.Image:
-    """The pages of one question, and below them the question, the answer and whether it is right."""
+def _card(row: _ShownRow) -> Image.Image:
+    """Draws the pages of a question, and below them the question, the answer and a mark."""
     card = Image.new("RGB", CARD, CARD_PAPER)
     draw = ImageDraw.Draw(card)
     draw.rectangle((0, 0, CARD[0] - 1, CARD[1] - 1), outline=EDGE)
-    pages = row["images"][:MAX_PAGES]
+    pages = row.images[:MAX_PAGES]
     for i, path in enumerate(pages):
         width = PAGES[0] // len(pages)
         page = _page(path, (width - 8, PAGES[1]))
         left, top = i * width + (width - page.width) // 2, (PAGES[1] - page.height) // 2
         card.paste(page, (INSET + left, INSET + top))
-    y = _write(draw, INSET, PAGES[1] + 2 * INSET, row["prompt"], GREY, LINE, 2) + 6
-    right = row["score"] == 1
+    y = _write(draw, INSET, PAGES[1] + 2 * INSET, row.prompt, GRAY, LINE, 2) + 6
+    right = row.score == 1
     _mark(draw, INSET, y, right)
     x = INSET + 28
-    if row["error"]:
+    if row.error:
         _write(draw, x, y, f"error: {row['error']}", WRONG, LINE, 4)
         return card
-    y = _write(draw, x, y - 1, row["prediction"] or "(empty)", RIGHT if right else WRONG, LARGE, 1)
+    y = _write(draw, x, y - 1, row.prediction or "(empty)", RIGHT if right else WRONG, LARGE, 1)
     if not right:
-        y = _write(draw, x, y, "expected: " + " | ".join(row["answer"]), INK, LINE, 2)
-    if 0 < row["score"] < 1:
-        _write(draw, x, y, f"score {row['score']:.2f}", GREY, LINE, 1)
+        y = _write(draw, x, y, "expected: " + " | ".join(row.answer), INK, LINE, 2)
+    if 0 < row.score < 1:
+        _write(draw, x, y, f"score {row['score']:.2f}", GRAY, LINE, 1)
     return card
 
 
@@ -100,7 +118,7 @@ def _page(path: str, area: tuple[int, int]) -> Image.Image:
 
 
 def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, right: bool) -> None:
-    """A tick or a cross of 18 px; drawn, because Pillow's own font has neither."""
+    """Draws a tick or a cross of 18 px, because Pillow's own font has neither."""
     if right:
         draw.line([(x, y + 10), (x + 6, y + 16), (x + 18, y + 3)], RIGHT, 4, joint="curve")
     else:
@@ -117,7 +135,7 @@ def _write(
     style: tuple[int, int],
     lines: int,
 ) -> float:
-    """At most `lines` wrapped lines of text with their top at y; returns the top of the line below them."""
+    """Writes at most `lines` wrapped lines from y down; returns the top of the line below them."""
     size, characters = style
     for line in textwrap.wrap(
         text, characters - round(x / size), max_lines=lines, placeholder=" ..."
@@ -127,5 +145,5 @@ def _write(
     return y
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

@@ -1,27 +1,47 @@
-"""What a result was computed from: hashes of checkpoints, data files and settings (design: evaluation.md 8, 9)."""
+"""Hashes of what a result was computed from: checkpoint, data files and settings.
+
+(design: evaluation.md 8, 9)
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-WHOLE = 1 << 20  # bytes of a checkpoint file up to which all of it is read
+WHOLE = 1 << 20  # largest checkpoint file, in bytes, that is read whole
 
 # First digits of the md5 of the published TSV files.
 TSV_MD5 = {
-    "MMBench_DEV_EN": "b6caf113", "SEEDBench_IMG": "68017231", "ScienceQA_TEST": "e42e9e00", "AI2D_TEST": "0f593e0d",
-    "RealWorldQA": "4de008f5", "MMMU_DEV_VAL": "585e8ad7", "TextVQA_VAL": "b233b31f", "DocVQA_VAL": "d5ee77e1",
-    "InfoVQA_VAL": "2342e9c2", "ChartQA_TEST": "c902e0aa", "GQA_TestDev_Balanced": "99b62f22", "VizWiz": "fa4ac416",
-    "MathVista_MINI": "f199b98e", "LLaVABench": "d382a093", "MMVet": "748aa6d4", "MME": "b36b43c3",
-    "HallusionBench": "0c23ac0d", "POPE": "c12f5acb",
-}  # fmt: skip
+    "MMBench_DEV_EN": "b6caf113",
+    "SEEDBench_IMG": "68017231",
+    "ScienceQA_TEST": "e42e9e00",
+    "AI2D_TEST": "0f593e0d",
+    "RealWorldQA": "4de008f5",
+    "MMMU_DEV_VAL": "585e8ad7",
+    "TextVQA_VAL": "b233b31f",
+    "DocVQA_VAL": "d5ee77e1",
+    "InfoVQA_VAL": "2342e9c2",
+    "ChartQA_TEST": "c902e0aa",
+    "GQA_TestDev_Balanced": "99b62f22",
+    "VizWiz": "fa4ac416",
+    "MathVista_MINI": "f199b98e",
+    "LLaVABench": "d382a093",
+    "MMVet": "748aa6d4",
+    "MME": "b36b43c3",
+    "HallusionBench": "0c23ac0d",
+    "POPE": "c12f5acb",
+}
 
 
 def file_hashes(paths: Iterable[Path]) -> tuple[dict[str, str], list[str]]:
-    """(name -> sha256, a note for each TSV that is not the published one)."""
+    """Hashes data files.
+
+    Returns:
+        (sha256 of each file by FOLDER/NAME, a note for each TSV that is not the published one).
+    """
     hashes, notes = {}, []
     for path in paths:
         sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
@@ -33,14 +53,18 @@ def file_hashes(paths: Iterable[Path]) -> tuple[dict[str, str], list[str]]:
         published = TSV_MD5.get(path.stem) if path.suffix == ".tsv" else None
         if published and not md5.hexdigest().startswith(published):
             notes.append(
-                f"{path.name} is not the published file (md5 {md5.hexdigest()[:8]}, expected {published})"
+                f"{path.name} is not the published file (md5 {md5.hexdigest()[:8]}, "
+                f"expected {published})"
             )
     return hashes, notes
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Identifies a checkpoint without reading all of it: names and sizes of its files, the whole content of small
-    ones, the first and the last megabyte of others."""
+    """Identifies a checkpoint without reading all of it.
+
+    The hash covers names and sizes of all files, small files whole, and the first and the last
+    megabyte of the others.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
@@ -53,7 +77,8 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def settings_hash(settings: Any) -> str:
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Returns 16 hexadecimal digits that identify settings, whatever the order of their names."""
     return hashlib.sha256(
         json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""How benchmarks share the tile maximum among the images of a question (design: evaluation.md 4)."""
+"""How the images of a question share the tile maximum (design: evaluation.md 4)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.evaluation.job import TaskRun
+from internvlx_jax.evaluation.records import TrainingStep
 from internvlx_jax.evaluation.selection import Decoding, generation_spec, select
+from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.models.params import AbstractModel, unflatten
 
@@ -43,8 +45,8 @@ class InLoop:
         self.folder, self.abstract, self.mesh = folder, abstract, mesh
         self.processor = Processor.for_model(model, tokenizer, special_text="escape")
         self.tasks = [
-            (task, *generation_spec(task, selection, model, model.prompt.tiles, None, Decoding()))
-            for task in select(selection)
+            (spec, *generation_spec(spec, selection, model, model.prompt.tiles, None, Decoding()))
+            for spec in select(selection)
         ]
         self.generator: BatchGenerator | None = None
 
@@ -65,12 +67,14 @@ class InLoop:
         else:
             self.generator.use(model)
         scores = {}
-        for task, spec, settings in self.tasks:
-            folder = self.folder / f"step-{step}" / task.task.name
-            run = TaskRun(task, folder, f"step-{step}", settings | {"step": step}, spec)
-            run.answer(self.generator)
+        for spec, generation, settings in self.tasks:
+            name = spec.task.name
+            stepped = dataclasses.replace(settings, parameters=TrainingStep(step=step))
+            folder = self.folder / f"step-{step}" / name
+            task_run = TaskRun(spec, folder, f"step-{step}", stepped.to_json())
+            task_run.answer(self.generator, generation)
             if jax.process_index() == 0:
-                score = run.finish()["score"]
+                score = task_run.finish().score
                 if score is not None:
-                    scores[f"eval/{task.task.name}"] = score
+                    scores[f"eval/{name}"] = score
         return scores

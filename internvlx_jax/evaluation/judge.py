@@ -1,4 +1,4 @@
-"""A judge: any OpenAI-compatible endpoint, every reply cached on disk (design: evaluation.md 7)."""
+"""A judge is any OpenAI-compatible endpoint; every reply is cached (design: evaluation.md 7)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,20 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 class JudgeError(RuntimeError):
-    """The endpoint does not answer usefully; replies that came before are in the cache."""
+    """The endpoint gives no useful answer; replies that came before are in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """One question to a judge. `attempt` tells apart the tries of one prompt at one temperature."""
+class JudgeRequest:
+    """One question to a judge.
+
+    Attributes:
+        prompt: the user message.
+        system: the system message; empty for none.
+        temperature: sampling temperature.
+        attempt: number of the try; it tells apart tries of one prompt at one temperature.
+        max_tokens: longest reply; None leaves it to the endpoint.
+    """
 
     prompt: str
     system: str = ""
@@ -42,55 +50,87 @@ class Request:
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """The chat messages of the request, as the endpoint takes them."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.prompt}]
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedReply:
+    """A reply as the cache stores it, in the order of its fields.
+
+    Attributes:
+        model: the model that was asked.
+        messages, temperature, attempt: the request.
+        date: day of the reply, as YYYY-MM-DD.
+        reply: text of the reply.
+    """
+
+    model: str
+    messages: list[dict[str, str]]
+    temperature: float
+    attempt: int
+    date: str
+    reply: str
+
+    @classmethod
+    def read(cls, path: Path) -> CachedReply:
+        """Reads a file of the cache."""
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{field.name: stored[field.name] for field in dataclasses.fields(cls)})
+
+
 class Judge(Protocol):
-    """Whatever answers requests; None where it cannot."""
+    """Anything that answers requests."""
 
-    def ask(self, requests: Sequence[Request]) -> list[str | None]: ...
+    def ask(self, requests: Sequence[JudgeRequest]) -> Sequence[str | None]:
+        """Returns the replies in order; None where the judge cannot answer."""
+        ...
 
-    def describe(self) -> dict[str, Any] | None: ...
+    def describe(self) -> dict[str, Any] | None:
+        """Returns what identifies the judge in a summary; None if it gave no reply."""
+        ...
 
 
 class NoJudge:
-    """Keeps the requests, so that they can be shown and answered later."""
+    """Stands for a missing judge: keeps the requests, so that they can be answered later.
+
+    Attributes:
+        requests: all requests so far, in order.
+    """
 
     def __init__(self):
-        self.requests: list[Request] = []
+        self.requests: list[JudgeRequest] = []
 
-    def ask(self, requests: Sequence[Request]) -> list[None]:
+    def ask(self, requests: Sequence[JudgeRequest]) -> Sequence[str | None]:
+        """Keeps the requests and returns None for each."""
         self.requests += requests
         return [None] * len(requests)
 
     def describe(self) -> None:
-        return None
+        """Returns None, since nothing was judged."""
 
     def write(self, path: Path) -> None:
-        """One JSON object a request."""
-        write_text(
-            path,
-            "".join(
-                json.dumps(
-                    {
-                        "messages": request.messages,
-                        "temperature": request.temperature,
-                        "max_tokens": request.max_tokens,
-                    },
-                    ensure_ascii=False,
-                )
-                + "\n"
-                for request in self.requests
-            ),
-        )
+        """Writes the requests to `path`, one JSON object per request."""
+        lines = [
+            {
+                "messages": request.messages,
+                "temperature": request.temperature,
+                "max_tokens": request.max_tokens,
+            }
+            for request in self.requests
+        ]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 class EndpointJudge:
-    """Asks `url`/chat/completions, several requests at a time. The key comes from OPENAI_API_KEY and is never shown.
+    """Asks URL/chat/completions, several requests at a time.
 
-    cache: folder of replies, named by the hash of model, messages, temperature and try; a run that was interrupted
-    goes on from there.
+    The key is read from OPENAI_API_KEY and never shown. An interrupted run goes on from its cache,
+    whose files are named by the hash of model, messages, temperature and try.
+
+    Attributes:
+        asked: number of requests that were sent, retries included.
     """
 
     def __init__(
@@ -104,6 +144,17 @@ class EndpointJudge:
         retries: int = 5,
         pause: float = 1.0,
     ):
+        """Prepares an endpoint; nothing is sent yet.
+
+        Args:
+            url: the endpoint, with or without "/chat/completions".
+            model: the model to ask there.
+            cache: folder of replies.
+            workers: requests at a time.
+            timeout: seconds until a request counts as failed.
+            retries: most tries per request.
+            pause: seconds before the second try; each further pause is twice as long.
+        """
         url = url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.model, self.cache = model, cache
@@ -111,38 +162,38 @@ class EndpointJudge:
         self.asked = 0
         self._dates: set[str] = set()
 
-    def ask(self, requests: Sequence[Request]) -> list[str]:
-        """Replies in order, equal requests asked once; a refusal is an empty text. Raises JudgeError."""
+    def ask(self, requests: Sequence[JudgeRequest]) -> Sequence[str]:
+        """Returns the replies in order; equal requests are asked once, a refusal is "".
+
+        Raises:
+            JudgeError: the endpoint gives no useful answer.
+        """
         self.cache.mkdir(parents=True, exist_ok=True)
         different = list(dict.fromkeys(requests))
         with ThreadPoolExecutor(self.workers) as pool:
-            replies = dict(zip(different, pool.map(self._reply, different)))
+            replies = dict(zip(different, pool.map(self._reply, different), strict=True))
         return [replies[request] for request in requests]
 
     def describe(self) -> dict[str, Any] | None:
-        """Model, and the dates of the replies that were used; None if it was not asked."""
+        """Returns the model and the dates of the replies that were used; None without replies."""
         return {"model": self.model, "dates": sorted(self._dates)} if self._dates else None
 
-    def _reply(self, request: Request) -> str:
+    def _reply(self, request: JudgeRequest) -> str:
         identity = [self.model, request.messages, request.temperature, request.attempt]
         key = hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()
         path = self.cache / f"{key}.json"
         if not path.is_file():
             text = self._post(request)
-            entry = {
-                "model": self.model,
-                "messages": request.messages,
-                "temperature": request.temperature,
-                "attempt": request.attempt,
-                "date": time.strftime("%Y-%m-%d"),
-                "reply": text,
-            }
-            write_json(path, entry)
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        self._dates.add(entry["date"])
-        return entry["reply"]
+            date = time.strftime("%Y-%m-%d")
+            entry = CachedReply(
+                self.model, request.messages, request.temperature, request.attempt, date, text
+            )
+            write_json(path, dataclasses.asdict(entry))
+        entry = CachedReply.read(path)
+        self._dates.add(entry.date)
+        return entry.reply
 
-    def _post(self, request: Request) -> str:
+    def _post(self, request: JudgeRequest) -> str:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": request.messages,
@@ -171,13 +222,14 @@ class EndpointJudge:
             except (ValueError, LookupError, TypeError) as error:
                 problem = f"the reply is not a chat completion ({type(error).__name__}: {error})"
         raise JudgeError(
-            f"{self.url} gives no answer: {problem}. Check --judge_url, --judge_model and {KEY_VARIABLE}; "
-            "the predictions are written, and --rescore goes on from the replies in the cache"
+            f"{self.url} gives no answer: {problem}. Check --judge_url, --judge_model and "
+            f"{KEY_VARIABLE}; the predictions are written, and --rescore goes on from the replies "
+            "in the cache"
         )
 
 
 def fill(name: str, **values: str) -> str:
-    """A judge text with its `{fields}` replaced, in one pass: braces inside the values stay."""
+    """Fills in the `{fields}` of a judge prompt in one pass, so braces inside the values stay."""
     return _FIELD.sub(lambda field: values.get(field[1], field[0]), PROMPTS[name])
 
 
@@ -190,15 +242,19 @@ def ask_until(
     system: str = "",
     max_tokens: int | None = None,
 ) -> list[T | None]:
-    """Ask each prompt until `read` understands the reply, once a temperature; None where it never does."""
+    """Asks each prompt once per temperature until `read` understands the reply.
+
+    Returns:
+        What `read` made of each reply, in order; None where it never understood one.
+    """
     results: list[T | None] = [None] * len(prompts)
     for attempt, temperature in enumerate(temperatures):
-        open_ = [i for i, result in enumerate(results) if result is None]
+        waiting = [i for i, result in enumerate(results) if result is None]
         replies = judge.ask(
-            [Request(prompts[i], system, temperature, attempt, max_tokens) for i in open_]
+            [JudgeRequest(prompts[i], system, temperature, attempt, max_tokens) for i in waiting]
         )
-        if not open_ or all(reply is None for reply in replies):
+        if all(reply is None for reply in replies):  # also when none is waiting
             break
-        for i, reply in zip(open_, replies):
+        for i, reply in zip(waiting, replies, strict=True):
             results[i] = None if reply is None else read(reply)
     return results

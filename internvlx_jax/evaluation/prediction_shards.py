@@ -1,58 +1,70 @@
-"""Answers on their way to predictions.jsonl: one part file a process, flushed a batch (design: evaluation.md 9)."""
+"""Answers on their way to predictions.jsonl (design: evaluation.md 9).
+
+Each process appends to one part file and flushes it after every batch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_text
-
-Row = dict[str, Any]
+from internvlx_jax.evaluation.records import Row
 
 
 class Parts:
-    """The part files of one task. Rows are known by their `index`; all of them belong to one settings hash."""
+    """The part files of one task; all of their rows belong to one settings hash.
+
+    Attributes:
+        folder: folder of the part files.
+        settings: the settings hash.
+    """
 
     def __init__(self, folder: Path, settings: str):
         self.folder, self.settings = folder, settings
 
     def exist(self) -> bool:
+        """Whether there is any part file."""
         return any(self.folder.glob("*.jsonl"))
 
     def read(self) -> dict[int, Row]:
-        """All finished rows by index. A line that was cut off by the end of its process does not count.
+        """Returns all finished rows by index; a line that an interruption cut off does not count.
 
-        Raises ConfigError when rows come from other settings, or two rows of one index differ.
+        Raises:
+            ConfigError: rows come from other settings, or two rows of one index differ.
         """
         rows: dict[int, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
                 try:
-                    row = json.loads(line)
+                    stored = json.loads(line)
                 except ValueError:
                     continue
-                if row.pop("settings") != self.settings:
+                where = f"{path} line {number}"
+                if stored.pop("settings") != self.settings:
                     raise ConfigError(
-                        f"{path} line {number}: answered with other settings (checkpoint, data, prompts, "
-                        "tiles or decoding); use them again, another --out_dir, or remove this folder"
+                        f"{where}: answered with other settings (checkpoint, data, prompts, tiles "
+                        "or decoding); use them again, another --out_dir, or remove this folder"
                     )
-                if rows.setdefault(row["index"], row) != row:
+                row = Row.from_json(stored, where)
+                if rows.setdefault(row.index, row) != row:
                     raise ConfigError(
-                        f"{path} line {number}: index {row['index']} has two different answers; remove "
+                        f"{where}: index {row.index} has two different answers; remove "
                         f"{self.folder}"
                     )
         return rows
 
     def writer(self, name: str) -> PartWriter:
-        """Appends to NAME.jsonl, behind what an earlier run left there."""
+        """Opens NAME.jsonl; rows are appended behind those of an earlier run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return PartWriter(self.folder / f"{name}.jsonl", self.settings)
 
     def remove(self) -> None:
+        """Removes the part files and their folder."""
         for path in self.folder.glob("*.jsonl"):
             path.unlink()
         if self.folder.is_dir():
@@ -60,51 +72,65 @@ class Parts:
 
 
 class PartWriter:
-    """Use with `with`; each call of `write` is on the disk when it returns."""
+    """A context manager whose `write` returns when the rows are on the disk."""
 
     def __init__(self, path: Path, settings: str):
         self.path, self.settings = path, settings
 
     def __enter__(self) -> PartWriter:
         self._file = self.path.open("ab")
-        self._file.write(
-            b"\n" if self._file.tell() else b""
-        )  # ends a line that an interruption cut off
+        # Ends a line that an interruption cut off.
+        self._file.write(b"\n" if self._file.tell() else b"")
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._file.close()
 
-    def write(self, rows: Mapping[int, Row]) -> None:
-        for index in sorted(rows):
-            self._file.write(
-                json.dumps({"settings": self.settings} | rows[index], ensure_ascii=False).encode()
-                + b"\n"
-            )
+    def write(self, rows: Sequence[Row]) -> None:
+        """Appends rows and waits until they are on the disk."""
+        for row in rows:
+            line = {"settings": self.settings} | row.to_json()
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a predictions.jsonl, one row per line."""
+    lines = (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote. Raises FileNotFoundError, or ConfigError naming the line."""
+    """Reads a predictions.jsonl.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is no row; the message names it.
+    """
+    return [Row.from_json(stored, where) for where, stored in read_objects(path)]
+
+
+def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Reads the lines of a predictions.jsonl as ("FILE line N", JSON object).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is no JSON object; the message names it.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; give the predictions.jsonl of an eval.py run"
         )
-    rows = []
-    with path.open(
-        encoding="utf-8"
-    ) as file:  # not splitlines: texts may hold other Unicode line separators
+    objects = []
+    with path.open(encoding="utf-8") as file:  # splitlines would split at "\u2028" inside texts
         for number, line in enumerate(file, start=1):
+            where = f"{path} line {number}"
             try:
-                row = json.loads(line)
+                stored = json.loads(line)
             except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path} line {number}: not a JSON object; run eval.py again")
-            rows.append(row)
-    return rows
+                stored = None
+            if not isinstance(stored, dict):
+                raise ConfigError(f"{where}: not a JSON object; run eval.py again")
+            objects.append((where, stored))
+    return objects

@@ -1,4 +1,4 @@
-"""How questions are put: the texts of both protocols (design: evaluation.md 3, 4)."""
+"""The prompts of both protocols (design: evaluation.md 3, 4)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 def plain(question: Question) -> str:
+    """Returns the question alone."""
     return question.text
 
 
 def ending(text: str) -> Prompt:
-    """The question and a fixed text behind it, white space included."""
+    """Returns a prompt: the question and then `text`, white space included."""
     return lambda question: question.text + text
 
 
 def option_lines(options: Mapping[str, str]) -> str:
+    """Returns a line per option, each with a line break in front."""
     return "".join(f"\n{letter}. {text}" for letter, text in options.items())
 
 
 def choice(instruction: str) -> Prompt:
-    """[hint, newline] question, one line an option, the instruction."""
+    """Returns a prompt: hint, question, a line per option, and the instruction."""
 
     def prompt(question: Question) -> str:
         hint = f"{question.hint}\n" if question.hint else ""
@@ -42,8 +44,10 @@ def choice(instruction: str) -> Prompt:
 
 
 def vlm_choice(question: Question) -> str:
-    """VLMEvalKit: the instruction is in the language of what stands before it, and asks for a letter only if there
-    are options."""
+    """Returns the prompt of VLMEvalKit for a question with or without options.
+
+    The instruction is in the language of the text before it.
+    """
     text = choice("")(question).removesuffix("\n")
     chinese = bool(_CHINESE.search(text))
     if question.options:
@@ -52,7 +56,10 @@ def vlm_choice(question: Question) -> str:
 
 
 def vlm_images(prompt: Prompt) -> Prompt:
-    """VLMEvalKit names several images; a single one is put in front by the template."""
+    """Returns the prompt of VLMEvalKit, which numbers several images.
+
+    A single image is put in front by the template.
+    """
 
     def with_images(question: Question) -> str:
         text = prompt(question)

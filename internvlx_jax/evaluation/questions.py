@@ -1,4 +1,4 @@
-"""Questions, and the generic question file: one JSON object a line (design: evaluation.md 5)."""
+"""Questions, and question files with one JSON object per line (design: evaluation.md 5)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ class Question:
     Attributes:
         where: file and line, for messages.
         images: paths, or files inside other files; none for a text question.
-        text: the question itself. answers: all accepted ones.
-        hint, options: of multiple-choice questions; letter -> text, in order.
-        fields: whatever else metrics and output files need; of a TSV file all columns but the image.
+        id: its id in the data.
+        text: the question itself.
+        answers: all accepted answers.
+        hint: text that a multiple-choice question puts first.
+        options: texts of the options by letter, in order.
+        fields: everything else that metrics and output files need; for a TSV file all columns but
+            the image.
         prompt: what the model is asked, set by the protocol.
     """
 
@@ -46,10 +50,19 @@ class Question:
 def read_questions(
     path: Path, image_root: Path | None = None, limit: int | None = None
 ) -> list[Question]:
-    """Fields `question`, `answer` (text or list of texts), `image` (path, list of paths, or absent), `question_id`.
+    """Reads a question file.
 
-    Image paths are relative to `image_root`, by default the folder of the file. Raises FileNotFoundError, or
-    ValueError naming file, line and field.
+    Each line has `question`, `answer` (a text or a list of texts), and optionally `image` (a path
+    or a list of paths) and `question_id`.
+
+    Args:
+        path: the file.
+        image_root: folder of the image paths; the folder of the file by default.
+        limit: read only the first lines.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line cannot be used; the message names file, line and field.
     """
     root = path.parent if image_root is None else image_root
     questions: dict[str | int, Question] = {}
@@ -67,7 +80,12 @@ def read_questions(
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """("FILE line N", JSON value) of each line that is not empty. Raises FileNotFoundError or ConfigError."""
+    """Yields ("FILE line N", JSON value) for each line that is not empty.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is not JSON.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"question file {path} does not exist")
     with path.open("rb") as file:  # not splitlines: texts may hold other Unicode line separators

@@ -1,4 +1,4 @@
-"""The scores of a job as tables for people: Markdown and CSV (design: evaluation.md 8)."""
+"""The scores of a job as tables for people, in Markdown and CSV (design: evaluation.md 8)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.files import write_text
+from internvlx_jax.evaluation.records import Summary
 from internvlx_jax.evaluation.tasks import GROUPS
 
 COLUMNS = ("task", "protocol", "score", "samples", "errors", "cut off", "tiles", "judge", "notes")
 
 
-def table_rows(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row a task, and one for the mean of each complete group."""
+def table_rows(summaries: Sequence[Summary]) -> list[dict[str, str]]:
+    """Returns one row per task, and one for the mean of each complete group."""
     rows = [_row(summary) for summary in summaries]
     for group, members in GROUPS.items():
         found = [
             summary
             for summary in summaries
-            if summary["task"] in members and summary["score"] is not None
+            if summary.task in members and summary.score is not None
         ]
-        if len(found) == len(members) and len({summary["protocol"] for summary in found}) == 1:
-            mean = sum(summary["score"] for summary in found) / len(found)
+        if len(found) == len(members) and len({summary.protocol for summary in found}) == 1:
+            mean = sum(summary.score or 0.0 for summary in found) / len(found)
             rows.append(
                 dict.fromkeys(COLUMNS, "")
                 | {
                     "task": f"{group} (mean)",
-                    "protocol": found[0]["protocol"],
+                    "protocol": found[0].protocol,
                     "score": _number(mean),
-                    "samples": str(sum(summary["samples"] for summary in found)),
+                    "samples": str(sum(summary.samples for summary in found)),
                 }
             )
     return rows
 
 
-def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
+def markdown(summaries: Sequence[Summary]) -> str:
+    """Returns the table in Markdown."""
     rows = table_rows(summaries)
     lines = [" | ".join(COLUMNS), "|".join("---" for _ in COLUMNS)]
     lines += [
@@ -47,8 +49,8 @@ def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def write_report(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """report.md and report.csv."""
+def write_report(folder: Path, summaries: Sequence[Summary]) -> None:
+    """Writes report.md and report.csv."""
     write_text(folder / "report.md", markdown(summaries))
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -57,22 +59,30 @@ def write_report(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
     write_text(folder / "report.csv", text.getvalue())
 
 
-def _row(summary: Mapping[str, Any]) -> dict[str, str]:
-    tiles = summary["settings"]["tiles"]
+def _row(summary: Summary) -> dict[str, str]:
+    tiles = summary.settings["tiles"]
     rule = f"{tiles['rule']} {tiles['max_num']}" if tiles["dynamic"] else "one tile"
-    judge = summary["judge"]
+    judge = summary.judge
     return {
-        "task": summary["task"],
-        "protocol": summary["protocol"],
-        "score": "pending" if judge == "pending" else _number(summary["score"]),
-        "samples": str(summary["samples"]),
-        "errors": str(summary["errors"]),
-        "cut off": str(summary["stopped_by_length"]),
+        "task": summary.task,
+        "protocol": summary.protocol,
+        "score": "pending" if judge == "pending" else _number(summary.score),
+        "samples": str(summary.samples),
+        "errors": str(summary.errors),
+        "cut off": str(summary.stopped_by_length),
         "tiles": rule,
-        "judge": "" if judge is None else judge if isinstance(judge, str) else str(judge["model"]),
-        "notes": "; ".join(summary["notes"]),
+        "judge": _judge(judge),
+        "notes": "; ".join(summary.notes),
     }
 
 
+def _judge(judge: Mapping[str, Any] | str | None) -> str:
+    if judge is None or isinstance(judge, str):
+        return judge or ""
+    return str(judge["model"])
+
+
 def _number(score: float | None) -> str:
-    return "-" if score is None else f"{score:.4f}" if abs(score) <= 1 else f"{score:.2f}"
+    if score is None:
+        return "-"
+    return f"{score:.4f}" if abs(score) <= 1 else f"{score:.2f}"

@@ -1,10 +1,10 @@
-"""Which questions a job asks, and how: flags -> tasks that are ready to run (design: evaluation.md 1, 2)."""
+"""Which questions a job asks and how they are asked (design: evaluation.md 1, 2)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
@@ -14,14 +14,10 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.identity import file_hashes
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.questions import Question, read_questions
+from internvlx_jax.evaluation.records import AnswerSettings, QuestionFile
 from internvlx_jax.evaluation.scoring import COMPAT, mean_of
 from internvlx_jax.evaluation.sources import Roots, Source
-from internvlx_jax.evaluation.tasks import (
-    ProtocolSpec,
-    Task,
-    find_protocol,
-    find_tasks,
-)
+from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_protocol, find_tasks
 from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.inference.tiling import Tiler
 
@@ -34,8 +30,8 @@ def check_names(selection: EvaluationConfig) -> None:
     """Raises ConfigError for a metric or a deviation that no scorer knows."""
     if selection.metric is not None and selection.metric not in METRICS:
         raise ConfigError(
-            f"metric {selection.metric!r} is unknown;{did_you_mean(selection.metric, METRICS)} choose one of "
-            f"{', '.join(METRICS)}"
+            f"metric {selection.metric!r} is unknown;{did_you_mean(selection.metric, METRICS)} "
+            f"choose one of {', '.join(METRICS)}"
         )
     for name in (selection.compat or "none").split(","):
         if name not in (*COMPAT, "none", ACCEPTANCE):
@@ -45,18 +41,25 @@ def check_names(selection: EvaluationConfig) -> None:
             )
 
 
-def compat_of(selection: EvaluationConfig, view: ProtocolSpec) -> frozenset[str]:
+def compat_of(selection: EvaluationConfig, spec: ProtocolSpec) -> frozenset[str]:
+    """Returns the deviations in force: those of the selection, else those of the protocol."""
     if selection.compat is None:
-        return frozenset(view.compat)
+        return frozenset(spec.compat)
     names = set(selection.compat.split(",")) - {"none"}
     if ACCEPTANCE in names:
-        names = names - {ACCEPTANCE} | {*view.compat, *view.acceptance}
+        names = names - {ACCEPTANCE} | {*spec.compat, *spec.acceptance}
     return frozenset(names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are chosen, whatever the task."""
+    """How tokens are chosen, whatever the task.
+
+    Attributes:
+        sampling: how a token is chosen.
+        seed: randomness together with the number of a question.
+        stop_strings: texts that end an answer.
+    """
 
     sampling: Sampling = Sampling()
     seed: int = 0
@@ -65,134 +68,158 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """One task of a job: its questions as they are put, whatever the model.
+    """One task of a job with its questions, whatever the model.
 
     Attributes:
-        compat: deviations in force. hashes: of the data files. notes: what is unusual about the data.
+        task: the benchmark.
+        protocol: whose prompts and metrics are used.
+        protocol_spec: the benchmark under this protocol.
+        questions: the questions with their prompts, in order.
+        compat: deviations in force.
+        hashes: hash of each data file.
+        notes: what is unusual about the data.
     """
 
     task: Task
     protocol: str
-    view: ProtocolSpec
+    protocol_spec: ProtocolSpec
     questions: list[Question]
     compat: frozenset[str]
-    hashes: dict[str, str]
+    hashes: Mapping[str, str]
     notes: tuple[str, ...]
 
     @property
     def generic(self) -> bool:
+        """Whether the questions come from a question file of the user."""
         return self.protocol == GENERIC
 
 
 def select(selection: EvaluationConfig) -> list[TaskSpec]:
-    """The units of a selection. Raises FileNotFoundError naming every missing file of all tasks, or ConfigError."""
+    """Reads the tasks of a selection.
+
+    Raises:
+        FileNotFoundError: data files are missing; the message lists those of all tasks.
+        ConfigError: a name is unknown, or a data file cannot be used.
+    """
     check_names(selection)
-    roots = Roots(
-        Path(selection.data_root), Path(selection.tsv_root or Path(selection.data_root) / "tsv")
-    )
+    data = Path(selection.data_root)
+    roots = Roots(data, Path(selection.tsv_root) if selection.tsv_root else data / "tsv")
     chosen = [
         (task, *find_protocol(task, selection.protocol))
         for task in find_tasks(selection.tasks, selection.suite)
     ]
-    if selection.data is not None:
-        task = generic_task(selection)
-        chosen.append((task, GENERIC, task.views[GENERIC]))
+    if selection.data is not None and selection.metric is not None:
+        task = question_file_task(selection, Path(selection.data), selection.metric)
+        chosen.append((task, *find_protocol(task, GENERIC)))
     missing = [
         f"  {task.name} ({protocol}): {path}"
-        for task, protocol, view in chosen
-        for path in view.source.missing(roots)
+        for task, protocol, spec in chosen
+        for path in spec.source.missing(roots)
     ]
     if missing and selection.data is not None and len(chosen) == 1:
         raise FileNotFoundError(f"question file {selection.data} does not exist")
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} data files are missing. Nothing is downloaded: put them there, or set --data_root and "
-            "--tsv_root; docs/evaluation.md says where each comes from.\n" + "\n".join(missing)
+            f"{len(missing)} data files are missing. Nothing is downloaded: fetch them, or set "
+            "--data_root and --tsv_root; docs/evaluation.md says where each comes from.\n"
+            + "\n".join(missing)
         )
-    return [_unit(task, protocol, view, roots, selection) for task, protocol, view in chosen]
+    return [_read(task, protocol, spec, roots, selection) for task, protocol, spec in chosen]
 
 
-def generic_task(selection: EvaluationConfig) -> Task:
-    """A question file as a task: the metric's mean as a fraction."""
-    path = Path(selection.data)
+def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
+    """Returns a question file as a task: its score is the mean of the metric, as a fraction."""
     root = None if selection.image_root is None else Path(selection.image_root)
-    view = ProtocolSpec(
+    spec = ProtocolSpec(
         source=Source(
             lambda roots: [path], lambda roots: read_questions(path, root, selection.limit)
         ),
         prompt=lambda question: selection.prompt.replace("{question}", question.text),
-        score=mean_of(METRICS[selection.metric], scale=1),
+        score=mean_of(METRICS[metric], scale=1),
         dataset=path.stem,
         max_new_tokens=GENERIC_NEW_TOKENS,
     )
-    return Task(
-        name=path.stem,
-        title=f"{path.name}, {selection.metric}",
-        samples=None,
-        views={GENERIC: view},
-    )
+    title = f"{path.name}, {metric}"
+    return Task(name=path.stem, title=title, samples=None, protocols={GENERIC: spec})
 
 
-def _unit(
-    task: Task, protocol: str, view: ProtocolSpec, roots: Roots, selection: EvaluationConfig
+def _read(
+    task: Task, protocol: str, spec: ProtocolSpec, roots: Roots, selection: EvaluationConfig
 ) -> TaskSpec:
-    questions = view.source.read(roots)
+    questions = spec.source.read(roots)
+    files = spec.source.files(roots)
     if not questions:
-        raise ConfigError(
-            f"{task.name}: no questions in {', '.join(map(str, view.source.files(roots)))}"
-        )
-    hashes, notes = file_hashes(view.source.files(roots))
+        raise ConfigError(f"{task.name}: no questions in {', '.join(map(str, files))}")
+    hashes, notes = file_hashes(files)
     if selection.limit is None and task.samples not in (None, len(questions)):
         notes.append(f"{len(questions)} questions, the published set has {task.samples}")
-    questions = [
-        dataclasses.replace(question, prompt=view.prompt(question))
+    asked = [
+        dataclasses.replace(question, prompt=spec.prompt(question))
         for question in questions[: selection.limit]
     ]
-    return TaskSpec(
-        task, protocol, view, questions, compat_of(selection, view), hashes, tuple(notes)
-    )
+    compat = compat_of(selection, spec)
+    return TaskSpec(task, protocol, spec, asked, compat, hashes, tuple(notes))
 
 
 def generation_spec(
-    unit: TaskSpec,
+    spec: TaskSpec,
     selection: EvaluationConfig,
     model: ModelConfig,
     tiles: TileConfig,
     max_num: int | None,
     decoding: Decoding,
-) -> tuple[GenerationSpec, dict[str, Any]]:
-    """How a model is asked the questions of a unit, and the settings that decide its answers.
+) -> tuple[GenerationSpec, AnswerSettings]:
+    """Returns how a model is asked the questions of a task, and the settings that record it.
 
-    tiles: how the model cuts images; max_num: the user's own maximum, None if it is not set.
+    Args:
+        spec: the task.
+        selection: what was selected.
+        model: the model.
+        tiles: how the model cuts images.
+        max_num: the user's own tile maximum; None if it is not set.
+        decoding: how tokens are chosen.
     """
-    view = unit.view
-    if (
-        model.projector.kind == "mlp1"
-        and tiles.rule == "off"
-        and max_num is None
-        and not unit.generic
-    ):
-        tiles = dataclasses.replace(tiles, max_num=unit.task.baseline_tiles)
+    protocol_spec = spec.protocol_spec
+    baseline = model.projector.kind == "mlp1" and tiles.rule == "off"
+    if baseline and max_num is None and not spec.generic:
+        tiles = dataclasses.replace(tiles, max_num=spec.task.baseline_tiles)
     tiler = Tiler(
         tiles,
-        view.images(tiles.dynamic),
-        "after_tiling" if "rgb_after_tiling" in unit.compat else "first",
+        protocol_spec.images(tiles.dynamic),
+        "after_tiling" if "rgb_after_tiling" in spec.compat else "first",
     )
-    asking = GenerationSpec(
+    generation = GenerationSpec(
         tiler=tiler,
-        max_new_tokens=selection.max_new_tokens or view.max_new_tokens,
-        min_new_tokens=view.min_new_tokens,
-        **vars(decoding),
+        max_new_tokens=selection.max_new_tokens or protocol_spec.max_new_tokens,
+        min_new_tokens=protocol_spec.min_new_tokens,
+        sampling=decoding.sampling,
+        seed=decoding.seed,
+        stop_strings=decoding.stop_strings,
     )
-    settings = {
-        "task": unit.task.name, "protocol": unit.protocol, "limit": selection.limit,
-        "tiles": dataclasses.asdict(tiles), "rgb": tiler.rgb, "template": model.prompt.template,
-        "system_message": model.prompt.system_message, "max_new_tokens": asking.max_new_tokens,
-        "min_new_tokens": asking.min_new_tokens, "sampling": dataclasses.asdict(decoding.sampling),
-        "seed": decoding.seed, "stop_strings": list(decoding.stop_strings), "data_sha256": unit.hashes,
-    }  # fmt: skip
-    if unit.generic:
-        settings |= {
-            name: getattr(selection, name) for name in ("data", "metric", "image_root", "prompt")
-        }
-    return asking, settings
+    settings = AnswerSettings(
+        task=spec.task.name,
+        protocol=spec.protocol,
+        limit=selection.limit,
+        tiles=tiles,
+        rgb=tiler.rgb,
+        template=model.prompt.template,
+        system_message=model.prompt.system_message,
+        max_new_tokens=generation.max_new_tokens,
+        min_new_tokens=generation.min_new_tokens,
+        sampling=decoding.sampling,
+        seed=decoding.seed,
+        stop_strings=decoding.stop_strings,
+        data_sha256=spec.hashes,
+        question_file=_question_file(selection) if spec.generic else None,
+    )
+    return generation, settings
+
+
+def _question_file(selection: EvaluationConfig) -> QuestionFile:
+    assert selection.data is not None and selection.metric is not None
+    return QuestionFile(
+        data=selection.data,
+        metric=selection.metric,
+        image_root=selection.image_root,
+        prompt=selection.prompt,
+    )

@@ -1,4 +1,7 @@
-"""Files of benchmarks -> questions: the layouts of InternVL's data folder, and TSV files (design: evaluation.md 5)."""
+"""Reads the questions of benchmarks from InternVL's data folder and from TSV files.
+
+(design: evaluation.md 5)
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,12 @@ Finish = Callable[[Question], Question]
 
 @dataclasses.dataclass(frozen=True)
 class Roots:
-    """Where data lie: `data` is InternVL's data folder, `tsv` holds the TSV files."""
+    """The folders of the data.
+
+    Attributes:
+        data: InternVL's data folder.
+        tsv: folder of the TSV files.
+    """
 
     data: Path
     tsv: Path
@@ -28,14 +36,16 @@ class Roots:
 class Source:
     """The questions of a benchmark.
 
-    files: what has to be there; also what identifies the data, so images are not among them.
-    read: the questions in their canonical order. Raises ConfigError naming file and line.
+    Attributes:
+        files: lists the files that are needed and identify the data; images are not among them.
+        read: reads the questions in their canonical order; raises ConfigError naming file and line.
     """
 
     files: Callable[[Roots], list[Path]]
     read: Callable[[Roots], list[Question]]
 
     def missing(self, roots: Roots) -> list[Path]:
+        """Lists the files that do not exist."""
         return [path for path in self.files(roots) if not path.exists()]
 
 
@@ -46,9 +56,15 @@ def jsonl(
     annotations: tuple[str, Callable[[Path], Answers]] | None = None,
     finish: Finish = lambda question: question,
 ) -> Source:
-    """One JSON object a line: `image`, the question under `text`, `question_id`, `answer`, and fields of the task.
+    """Returns a source with one JSON object per line.
 
-    annotations: a file with the answers by question id, and its reader; without it they are those of the line.
+    Args:
+        path: the file below the data root. A line has `image`, the question, `question_id`,
+            `answer`, and fields of the task.
+        text: name of the field of the question.
+        annotations: a file with the answers by question id, and its reader; without it the line
+            has the answers.
+        finish: completes each question.
     """
     names = [path] + ([annotations[0]] if annotations else [])
 
@@ -66,7 +82,7 @@ def jsonl(
             if keys is not None:
                 if str(question.id) not in keys:
                     raise ConfigError(
-                        f"{where}: question_id {question.id} is not in {roots.data / annotations[0]}"
+                        f"{where}: question_id {question.id} is not in {roots.data / names[1]}"
                     )
                 question = dataclasses.replace(question, answers=tuple(keys[str(question.id)]))
             questions.append(finish(question))
@@ -81,7 +97,13 @@ def tsv(
     keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
     finish: Finish = lambda question: question,
 ) -> Source:
-    """The rows of NAME.tsv that `keep` takes by their columns."""
+    """Returns a source with the rows of NAME.tsv.
+
+    Args:
+        name: name of the file in the TSV root, without its ending.
+        keep: chooses rows by their columns.
+        finish: completes each question.
+    """
 
     def read(roots: Roots) -> list[Question]:
         return [
@@ -94,17 +116,18 @@ def tsv(
 
 
 def tsv_path(roots: Roots, name: str) -> Path:
+    """Returns the path of NAME.tsv."""
     return roots.tsv / f"{name}.tsv"
 
 
 def listed_answers(question: Question) -> Question:
-    """TSV files of VQA datasets hold their answers as a Python list."""
+    """Splits the answers, which TSV files of VQA datasets hold as a Python list."""
     answers = list_cell(question.answers[0], question.where) if question.answers else ()
     return dataclasses.replace(question, answers=answers)
 
 
 def coco_answers(path: Path) -> Answers:
-    """COCO VQA layout: annotations[].question_id, answers[].answer."""
+    """Reads answers in the COCO VQA layout: annotations[].question_id, answers[].answer."""
     return {
         str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
         for row in read_json(path, "annotations")
@@ -112,12 +135,16 @@ def coco_answers(path: Path) -> Answers:
 
 
 def docvqa_answers(path: Path) -> Answers:
-    """DocVQA layout: data[].questionId, answers."""
+    """Reads answers in the DocVQA layout: data[].questionId, answers."""
     return {str(row["questionId"]): row["answers"] for row in read_json(path, "data")}
 
 
 def read_json(path: Path, field: str | None = None) -> Any:
-    """A JSON file, or one field of it. Raises ConfigError naming the file."""
+    """Reads a JSON file, or one field of it.
+
+    Raises:
+        ConfigError: it is not JSON or lacks the field; the message names the file.
+    """
     try:
         value = json.loads(path.read_bytes())
         return value if field is None else value[field]
@@ -129,7 +156,10 @@ def read_json(path: Path, field: str | None = None) -> Any:
 
 
 def image_path(value: str, roots: Roots, *folders: Path) -> str:
-    """An image named relative to the folder that contains the data root, to the data root, or to `folders`."""
+    """Finds an image whose name is relative to one of several folders.
+
+    These are the folder that contains the data root, the data root, and `folders`.
+    """
     candidates = [folder / value for folder in (roots.data.parent, roots.data, *folders)]
     return str(next((path for path in candidates if path.is_file()), candidates[0]))
 

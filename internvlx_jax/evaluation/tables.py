@@ -1,25 +1,31 @@
-"""Tables of predictions that other tools read: TSV and xlsx (design: evaluation.md 8)."""
+"""Tables of predictions that other tools read, as TSV and xlsx (design: evaluation.md 8)."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpyxl import Workbook
-from openpyxl.cell import WriteOnlyCell
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-
+from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import written_aside
 
 CELL = 32_767  # most characters of a cell in xlsx
+CONTROL = re.compile(r"[\000-\010\013\014\016-\037]")  # characters that xlsx cannot hold
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows, whose keys are the columns, to `path`.xlsx; to `path`.tsv if a text does not fit into xlsx.
+    """Writes rows to PATH.xlsx, or to PATH.tsv if a text does not fit into xlsx.
 
-    Texts stay texts: "=1" is no formula and "007" no number. Returns the file written; the other one is removed.
+    Texts stay texts: "=1" is no formula and "007" no number.
+
+    Args:
+        path: path without its ending.
+        rows: values by column; all rows have the same columns.
+
+    Returns:
+        The file written; the other one is removed.
     """
     xlsx, tsv = (path.with_name(path.name + end) for end in (".xlsx", ".tsv"))
     if fits_xlsx(rows):
@@ -32,16 +38,22 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def fits_xlsx(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Cells of xlsx hold no control characters and at most 32,767 characters."""
+    """Whether no text is longer than 32,767 characters or has control characters."""
     texts = (value for row in rows for value in row.values() if isinstance(value, str))
-    return not any(len(text) > CELL or ILLEGAL_CHARACTERS_RE.search(text) for text in texts)
+    return not any(len(text) > CELL or CONTROL.search(text) for text in texts)
 
 
 def write_xlsx(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    book = Workbook(write_only=True)
+    """Writes an Excel sheet.
+
+    Raises:
+        ConfigError: openpyxl is not installed.
+    """
+    openpyxl = require("openpyxl", extra="eval", purpose="writing xlsx files")
+    book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet()
     for values in (columns(rows), *(row.values() for row in rows)):
-        cells = [WriteOnlyCell(sheet, value=value) for value in values]
+        cells = [openpyxl.cell.WriteOnlyCell(sheet, value=value) for value in values]
         for cell in cells:
             if isinstance(cell.value, str):
                 cell.data_type = "s"
@@ -51,7 +63,7 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Tab separated, quoted where needed, UTF-8."""
+    """Writes tab-separated UTF-8, quoted where needed."""
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(columns(rows))
@@ -59,4 +71,5 @@ def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of the columns."""
     return list(rows[0]) if rows else []

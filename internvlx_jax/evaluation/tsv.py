@@ -1,4 +1,7 @@
-"""MMBench-style TSV files, images inside (design: evaluation.md 5). Images stay on disk until they are needed."""
+"""MMBench-style TSV files with images inside (design: evaluation.md 5).
+
+Images stay on disk until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,21 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.evaluation.questions import Question
 
-REFERENCE = (
-    64  # an image value of at most so many characters is the index of the row that holds the image
-)
+# An image cell of at most so many characters is the index of the row that holds the image.
+REFERENCE = 64
 csv.field_size_limit(2**31 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TsvImage:
-    """One base64 image of one row: `part` of those in its image cell.
+    """One base64 image of one row.
 
-    start, stop: bytes of the row in the file; column: of the image.
+    Attributes:
+        path: the TSV file.
+        row: index of the row.
+        start, stop: bytes of the row in the file.
+        column: column of the image cell.
+        part: number of the image in its cell.
     """
 
     path: Path
@@ -38,6 +45,11 @@ class TsvImage:
     part: int
 
     def open(self) -> BinaryIO:
+        """Returns the encoded image.
+
+        Raises:
+            SampleError: the cell is not base64.
+        """
         with self.path.open("rb") as file:
             file.seek(self.start)
             text = file.read(self.stop - self.start).decode()
@@ -59,9 +71,12 @@ class TsvImage:
 
 
 def read_tsv(path: Path) -> Iterator[Question]:
-    """The rows that have an image, in order; `answers` is empty where the column is, `fields` are all other columns.
+    """Yields the rows that have an image as questions, in order.
 
-    Raises ConfigError naming file and line.
+    `answers` is empty where the column is missing; `fields` are all columns but the image.
+
+    Raises:
+        ConfigError: the file cannot be used; the message names file and line.
     """
     images: dict[str, tuple[TsvImage, ...]] = {}
     references: list[tuple[str, str]] = []
@@ -72,21 +87,21 @@ def read_tsv(path: Path) -> Iterator[Question]:
     needed = [name for name in ("index", "question") if name not in header]
     if needed or not {"image", "image_path"} & set(header):
         raise ConfigError(
-            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style TSV has "
-            "index, image (or image_path) and question in its first line"
+            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
+            "TSV has index, image (or image_path) and question in its first line"
         )
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:
         where = f"{path} line {line}"
         if len(cells) != len(header):
             raise ConfigError(
-                f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check the "
-                "quotation marks"
+                f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check "
+                "the quotation marks"
             )
         row = dict(zip(header, cells))
         index = row["index"]
         if index in images:
-            raise ConfigError(f"{where}: index {index} is there twice; give each row its own")
+            raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
         cell = row.pop("image", "")
         if column is not None and len(cell) > REFERENCE:
             images[index] = tuple(
@@ -127,7 +142,11 @@ def _question(where: str, row: dict[str, str], images: tuple[ImageSource, ...]) 
 
 
 def list_cell(cell: str, where: str) -> tuple[str, ...]:
-    """The items of a cell that holds a Python list; a cell that is no list is one item. Raises ConfigError."""
+    """Returns the items of a cell that holds a Python list; any other cell is one item.
+
+    Raises:
+        ConfigError: the list is damaged; the message begins with `where`.
+    """
     if not cell.startswith("["):
         return (cell,)
     try:
@@ -139,14 +158,17 @@ def list_cell(cell: str, where: str) -> tuple[str, ...]:
 
 
 def _parts(cell: str) -> tuple[str, ...]:
-    """The images of a cell: itself, or the items of a list."""
+    """Returns the images of a cell: itself, or the items of a list."""
     if not cell.startswith("["):
         return (cell,)
     return tuple(part.strip().strip("'\"") for part in cell.strip("[] ").split(","))
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:
-    """(line number, cells, first byte, byte behind) of each record; cells may hold line ends inside quotes."""
+    """Yields (line number, cells, first byte, byte behind the last) of each record.
+
+    Cells may hold line ends inside quotes.
+    """
     offset = 0
 
     def lines() -> Iterator[str]:
@@ -158,8 +180,8 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:
                     yield line.decode()
                 except UnicodeDecodeError as error:
                     raise ConfigError(
-                        f"{path}: byte {offset - len(line) + error.start} is not UTF-8; save the file "
-                        "as UTF-8"
+                        f"{path}: byte {offset - len(line) + error.start} is not UTF-8; save the "
+                        "file as UTF-8"
                     ) from None
 
     reader = csv.reader(lines(), delimiter="\t")

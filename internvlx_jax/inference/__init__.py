@@ -1,1 +1,1 @@
-"""Loads checkpoints and asks them: batches, streams and conversations, from Python."""
+"""Loads checkpoints and answers prompts about images: in batches, as streams and in chats."""

@@ -1,4 +1,4 @@
-"""Arguments of callers -> requests and generation specs."""
+"""Turns the arguments of a caller into requests and a generation spec."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 def make_spec(
     tiles: TileConfig,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
     min_new_tokens: int = 0,
     seed: int = 0,
     stop: str | Sequence[str] = (),
@@ -71,19 +71,26 @@ def make_spec(
                                ("min_new_tokens", min_new_tokens, 0)):  # fmt: skip
         if value < least:
             raise ConfigError(f"{name} is {value}, it must be at least {least}")
-    overrides = {"max_num": max_num, "rule": tile_rule, "dynamic": dynamic}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise ConfigError("stop holds an empty text, which would end every answer at once")
     return GenerationSpec(
-        tiler=Tiler(dataclasses.replace(tiles, **overrides)),
+        tiler=Tiler(_replaced(tiles, max_num=max_num, rule=tile_rule, dynamic=dynamic)),
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         sampling=Sampling(**sampling),
         seed=seed,
-        stop_strings=stops,
+        stop_strings=_stop_strings(stop),
     )
+
+
+def _replaced(tiles: TileConfig, **overrides: Any) -> TileConfig:
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return dataclasses.replace(tiles, **given)
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise ConfigError("stop holds an empty text, which would end every answer at once")
+    return stops
 
 
 def make_request(

@@ -1,4 +1,7 @@
-"""Requests -> answers: batched over devices and hosts, or streamed (design: evaluation.md 3, 9)."""
+"""Answers requests in batches over devices and hosts, or streams one answer.
+
+(design: evaluation.md 3, 9)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation with a model, turn by turn (design: evaluation.md 3, data.md 4)."""
+"""Keeps a conversation with a model, turn by turn (design: data.md 4)."""
 
 from __future__ import annotations
 

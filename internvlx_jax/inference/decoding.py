@@ -1,4 +1,4 @@
-"""Prompts in a batch -> token ids -> text: the compiled steps that every kind of answer shares."""
+"""Runs the compiled steps that every kind of answer shares, and reads text from token ids."""
 
 from __future__ import annotations
 

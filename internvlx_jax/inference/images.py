@@ -1,4 +1,4 @@
-"""Images as callers have them -> sources that a tiler reads."""
+"""Accepts images in every form that a caller may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`load_pretrained`: a checkpoint of any kind -> a model on a mesh (design: checkpoints.md 1)."""
+"""Loads a checkpoint of any kind into a model on a mesh (design: checkpoints.md 1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.opening import open_checkpoint
+from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.transfer import transfer
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.core.run_config import MeshConfig
@@ -63,7 +65,17 @@ def load_pretrained(
             kept no average.
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
-    source = open_checkpoint(path, ema=ema)
+    return load_opened(open_checkpoint(path, ema=ema), dtype=dtype, mesh=mesh, lvtc=lvtc)
+
+
+def load_opened(
+    source: RunFolder | HFFolder,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    mesh: Mesh | None = None,
+    lvtc: LvtcConfig | None = None,
+) -> Pretrained:
+    """Reads a checkpoint that is open already; else as `load_pretrained`."""
     config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
     abstract = abstract_model(
         config,

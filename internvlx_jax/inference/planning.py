@@ -1,4 +1,7 @@
-"""Requests -> batches of one shape each, the same on every process (design: evaluation.md 9)."""
+"""Groups requests into batches of one shape each, the same on every process.
+
+(design: evaluation.md 9)
+"""
 
 from __future__ import annotations
 

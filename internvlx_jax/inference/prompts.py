@@ -1,4 +1,4 @@
-"""Requests -> rows of a batch: the one place where a conversation becomes model inputs."""
+"""Builds the rows of a batch: the one place where a conversation becomes model inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is asked, how it is asked, and what it answers."""
+"""Defines what a model is asked, how it is asked, and what it answers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class GenerationSpec:
     tiler: Tiler
     max_new_tokens: int
     min_new_tokens: int = 0
-    sampling: Sampling = Sampling()  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling()
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""What generation cost on this process."""
+"""Records what generation cost on this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the images of a request become tiles (design: evaluation.md 1, 4, 5)."""
+"""Cuts the images of a request into tiles (design: evaluation.md 1, 4, 5)."""
 
 from __future__ import annotations
 

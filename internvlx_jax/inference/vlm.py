@@ -1,4 +1,4 @@
-"""`load`: a checkpoint -> `VLM`, a model that answers from Python."""
+"""Loads a checkpoint as a `VLM`, a model that answers from Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.inference.arguments import Options, make_request, make_spec
+from internvlx_jax.inference.arguments import MAX_NEW_TOKENS, Options, make_request, make_spec
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.chat import Chat
 from internvlx_jax.inference.images import Images
@@ -61,7 +61,6 @@ def load(
         CheckpointError: one report of every unused, missing or mismatched tensor.
     """
     path = path_or_id if revision is None else resolve(path_or_id, revision)
-    mesh = one_device() if mesh is None else mesh
     pretrained = load_pretrained(path, dtype=dtype, mesh=mesh, lvtc=lvtc, ema=ema)
     if tokenizer is not None:
         pretrained = dataclasses.replace(pretrained, tokenizer=Tokenizer.load(tokenizer))
@@ -184,16 +183,8 @@ class VLM:
             return answer.text
         if history:
             raise ValueError("history belongs to a single prompt; give one text as prompt")
-        if not isinstance(prompt, (list, tuple)):
-            raise TypeError(f"prompt is a {type(prompt).__name__}; give a text or a list of texts")
-
-        def request_of(item: tuple[int, tuple[str, Images]]) -> Request:
-            number, (text, entry) = item
-            return make_request(text, entry, system=system, where=f"prompt[{number}]")
-
-        with ThreadPoolExecutor(THREADS) as pool:  # images behind URLs are fetched here
-            requests = list(pool.map(request_of, enumerate(_pairs(prompt, images))))
-        return [answer.text for answer in self._answer(dict(enumerate(requests)), spec)]
+        requests = dict(enumerate(_requests(prompt, images, system)))
+        return [answer.text for answer in self._answer(requests, spec)]
 
     def stream(
         self,
@@ -224,8 +215,14 @@ class VLM:
         return [found[number] for number in numbered]
 
     def spec(self, **options: Unpack[Options]) -> GenerationSpec:
-        """Returns the options as a generation spec. Raises TypeError or ValueError."""
-        return make_spec(self.config.prompt.tiles, **options)
+        """Returns the options as a generation spec. Raises TypeError or ValueError.
+
+        Without `max_new_tokens`, answers may fill half of the decoder's positions, but at most
+        `MAX_NEW_TOKENS`.
+        """
+        half = self.config.decoder.rope.max_positions // 2
+        defaults: Options = {"max_new_tokens": min(MAX_NEW_TOKENS, half)}
+        return make_spec(self.config.prompt.tiles, **(defaults | options))
 
     def stream_request(self, request: Request, spec: GenerationSpec) -> Iterator[str]:
         """Yields pieces of the answer to a request."""
@@ -240,6 +237,19 @@ class VLM:
                     raise answer.error
             found |= answers
         return [found[number] for number in sorted(found)]
+
+
+def _requests(prompts: Sequence[str], images: Any, system: str | None) -> list[Request]:
+    """Returns the request of each prompt."""
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"prompt is a {type(prompts).__name__}; give a text or a list of texts")
+
+    def request(item: tuple[int, tuple[str, Images]]) -> Request:
+        number, (text, entry) = item
+        return make_request(text, entry, system=system, where=f"prompt[{number}]")
+
+    with ThreadPoolExecutor(THREADS) as pool:  # images behind URLs are fetched here
+        return list(pool.map(request, enumerate(_pairs(prompts, images))))
 
 
 def _pairs(prompts: Sequence[str], images: Any) -> list[tuple[str, Images]]:

@@ -1,12 +1,14 @@
-"""Scaled dot-product attention of tower and decoder, by the fastest implementation of the platform (design: model.md 3, 8).
+"""Attention of tower and decoder, by the fastest way of the platform (design: model.md 3, 8).
 
-Whole sequences that attend to themselves (training, prefill, tiles) go through `SelfAttention`, which chooses among
-backends; one decoding step against a cache is `attend`, whose formula is also that of the `xla` backend.
+Whole sequences that attend to themselves (training, prefill, tiles) go through `SelfAttention`,
+which chooses among backends. One decoding step against a cache is `attend`, whose formula is also
+that of the `xla` backend.
 
 | backend | where | what |
 |---|---|---|
-| xla | everywhere | `attend`, in chunks of queries when sequences are long; scores and softmax in float32 |
-| splash | TPU | the Pallas kernel, models/splash.py; splash_interpret is the same emulated, on any platform, slowly |
+| xla | everywhere | `attend`, in chunks of queries when sequences are long |
+| splash | TPU | the Pallas kernel, see models/splash.py |
+| splash_interpret | everywhere, slowly | the same kernel, emulated |
 | cudnn | NVIDIA GPU, 16-bit activations | `jax.nn.dot_product_attention` |
 | auto | | splash on TPU; cudnn on NVIDIA where it applies, see `cudnn_problem`; else xla |
 """
@@ -21,7 +23,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.errors import ConfigError
@@ -29,8 +31,8 @@ from internvlx_jax.models.layers import ATTENTION_OUTPUT
 from internvlx_jax.models.splash import PADDING, splash_attention
 
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
-NVIDIA = ("gpu", "cuda")  # names of the platform of such devices
-CHUNK = 512  # most queries whose scores exist at a time in the xla backend
+NVIDIA = ("gpu", "cuda")  # what JAX calls the platform of such devices
+CHUNK = 512  # queries whose scores exist at a time in the xla backend, at most
 
 
 def attend(
@@ -43,26 +45,36 @@ def attend(
     q_start: jax.Array | int | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Softmax in float32, within equal segments, and causal by slot.
+    """Attends within equal segments, and causally by slot.
 
-    q: [B, S, N, H], k, v: [B, Z, K, H], query head n belongs to key head n // (N / K)  ->  [B, S, N, H]
-    q_segments: int32[B, S], kv_segments: int32[B, Z]; 0 marks padding, which sees padding only and so stays finite.
-    None: one segment.
-    q_start: slot of the first query among the keys (a traced scalar while decoding); None: not causal.
-    window: how many slots a causal query sees, its own included; None: all before it.
+    Scores and softmax are in float32: the weights of thousands of keys, each rounded to bfloat16,
+    would not add up to one. Causality follows slots, not positions, since packed rows restart
+    positions in each segment.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, Z, K, H]; query head n belongs to key head n // (N / K).
+        q_segments, kv_segments: int32[B, S] and int32[B, Z]. 0 marks padding, which sees padding
+            only and so stays finite. None is one segment.
+        q_start: Slot of the first query among the keys, a traced scalar while decoding. None is
+            not causal.
+        window: Slots that a causal query sees, its own included. None is all before it.
+
+    Returns:
+        [B, S, N, H].
     """
     q = rearrange(q, "b s (k j) h -> b s k j h", k=k.shape[2])
     scores = (
         jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32)
         * q.shape[-1] ** -0.5
     )
-    visible = True
+    visible: jax.Array | bool = True
     if q_start is not None:
         slots, key_slots = (q_start + jnp.arange(q.shape[1]))[:, None], jnp.arange(k.shape[1])
         visible = key_slots <= slots  # [S, Z]
         if window is not None:
             visible &= key_slots > slots - window
-    if q_segments is not None:
+    if q_segments is not None and kv_segments is not None:
         visible &= (
             q_segments[:, None, None, :, None] == kv_segments[:, None, None, None, :]
         )  # [B, 1, 1, S, Z]
@@ -81,10 +93,10 @@ def xla_attention(
     causal: bool,
     window: int | None = None,
 ) -> jax.Array:
-    """`attend` of a sequence to itself. Of a long one, the scores exist for one chunk of queries at a time, in the
-    backward pass too, which computes them again.
+    """Attends a sequence to itself by `attend`; arguments are those of `SelfAttention`.
 
-    q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H]
+    The scores of a long sequence exist for one chunk of queries at a time, in the backward pass
+    too, which computes them again.
     """
     length = q.shape[1]
     chunks = -(-length // CHUNK)
@@ -101,7 +113,7 @@ def xla_attention(
     size = -(-length // chunks)
 
     def cut(x: jax.Array) -> jax.Array:
-        """[B, S, ...] -> [chunks, B, size, ...]; queries behind the end are computed and dropped."""
+        """[B, S, ...] -> [chunks, B, size, ...]; queries behind the end are dropped later."""
         x = jnp.pad(x, [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
         return rearrange(x, "b (c s) ... -> c b s ...", c=chunks)
 
@@ -132,8 +144,10 @@ def cudnn_attention(
     causal: bool,
     window: int | None = None,
 ) -> jax.Array:
-    """As `xla_attention`. cuDNN knows no segments: they, and a window, become a mask bool[B, 1, S, S], which all heads
-    share."""
+    """Attends a sequence to itself by cuDNN; arguments are those of `SelfAttention`.
+
+    cuDNN knows no segments: they, and a window, become a mask bool[B, 1, S, S] for all heads.
+    """
     if segments is None and window is not None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
     length = q.shape[1]
@@ -161,9 +175,12 @@ def cudnn_attention(
 
 
 def cudnn_problem(dtype: DTypeLike, head_dim: int) -> str | None:
-    """Why cuDNN cannot compute attention here, or None."""
+    """Says why cuDNN cannot compute attention here, or returns None."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"activations are {jnp.dtype(dtype).name}, it takes bfloat16 or float16; set compute.dtype=bfloat16"
+        return (
+            f"activations are {jnp.dtype(dtype).name}, it takes bfloat16 or float16; "
+            "set compute.dtype=bfloat16"
+        )
     if head_dim % 8 or head_dim > 128:
         return f"head_dim is {head_dim}, it takes multiples of 8 up to 128; set it to auto or xla"
     if not _cudnn_is_installed():
@@ -176,20 +193,21 @@ def _cudnn_is_installed() -> bool:
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     try:
         jax.eval_shape(functools.partial(cudnn_attention, segments=None, causal=True), x, x, x)
-    except RuntimeError:  # what JAX raises when its CUDA plugin or the library is not there
+    except RuntimeError:  # what JAX raises when its CUDA plugin or the library is missing
         return False
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfAttention:
-    """Attention of whole sequences to themselves.
+    """Attends whole sequences to themselves.
 
     Attributes:
-        backend: see the table of this module.
-        rows, heads: how a mesh divides segments [B, S], and queries, keys and values [B, S, heads, head dim]; None
-            outside a mesh. Kernels see the part of one device. Where the mesh does not divide the heads of an array
-            evenly, each device computes all of them.
+        backend: See the table of this module.
+        rows: Sharding of segments [B, S] on a mesh; None outside one.
+        heads: Sharding of queries, keys and values [B, S, heads, head dim], given with `rows`.
+            Kernels see the part of one device. Where the mesh does not divide the heads of an
+            array evenly, each device computes all of them.
     """
 
     backend: Backend = "auto"
@@ -206,9 +224,17 @@ class SelfAttention:
         causal: bool,
         window: int | None = None,
     ) -> jax.Array:
-        """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S], 0 = padding, or None -> [B, S, N, H].
+        """Computes attention.
 
-        window: how many slots a causal query sees, its own included; None is all before it.
+        Args:
+            q: [B, S, N, H].
+            k, v: [B, S, K, H].
+            segments: int32[B, S], 0 = padding; None is one segment.
+            causal: Whether a query sees the slots before it and its own only.
+            window: Slots that a causal query sees, its own included. None is all before it.
+
+        Returns:
+            [B, S, N, H].
         """
         if window is not None and window >= q.shape[1]:
             window = None
@@ -225,13 +251,24 @@ class SelfAttention:
         return compute(q, k, v, segments)
 
     def check(self, dtype: DTypeLike, head_dims: Sequence[int]) -> None:
-        """Raises ConfigError when the backend cannot compute in this dtype, with these head dims, on this mesh."""
+        """Checks that the backend can compute on this mesh.
+
+        Args:
+            dtype: Of the activations.
+            head_dims: Of all attention layers.
+
+        Raises:
+            ConfigError: It cannot; the message names the remedy.
+        """
         platform, problem = self._platform(), None
         fits = {"splash": (None, "tpu"), "cudnn": (None, *NVIDIA)}
         if self.backend not in get_args(Backend):
             problem = f"choose one of {', '.join(get_args(Backend))}"
         elif self.backend in fits and platform not in fits[self.backend]:
-            problem = f"it does not run on the devices of this mesh, which are of the platform {platform}; set it to auto or xla"
+            problem = (
+                "it does not run on the devices of this mesh, which are of the platform "
+                f"{platform}; set it to auto or xla"
+            )
         elif self.backend == "cudnn":
             problem = next(
                 filter(None, (cudnn_problem(dtype, head_dim) for head_dim in head_dims)), None
@@ -264,28 +301,37 @@ class SelfAttention:
             "splash_interpret": functools.partial(splash, interpret=True),
         }
         platform = self._platform()
-        backend = (
-            {"tpu": "splash", "cpu": "xla"}.get(platform, "auto")
-            if self.backend == "auto"
-            else self.backend
-        )
+        backend: str = self.backend
+        if backend == "auto":
+            backend = {"tpu": "splash", "cpu": "xla"}.get(platform or "", "auto")
         if backend != "auto":
             return named[backend](q, k, v, segments)
+        # Without a mesh the platform is known only when the program is compiled.
         kernels = {} if platform in NVIDIA else {"tpu": splash}
         if cudnn_problem(q.dtype, q.shape[-1]) is None:
             kernels["cuda"] = cudnn
         return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=xla)
 
     def _platform(self) -> str | None:
-        """Of the mesh, which is what the program is compiled for, be it attached or not; None without a mesh."""
-        return None if self.rows is None else self.rows.mesh.devices.flat[0].platform
+        """Returns the platform of the mesh, None without one.
+
+        A program is compiled for the devices of the mesh, whether or not they are attached.
+        """
+        return None if self.rows is None else _mesh(self.rows).devices.flat[0].platform
 
     def _dividing(self, k: jax.Array) -> NamedSharding:
+        """Returns `heads` where it divides the key heads evenly, else `rows`."""
+        assert self.rows is not None and self.heads is not None
         try:
             self.heads.shard_shape(k.shape)
         except ValueError:
             return self.rows
         return self.heads
+
+
+def _mesh(sharding: NamedSharding) -> Mesh:
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
 
 
 DEFAULT_ATTENTION = SelfAttention()

@@ -10,7 +10,7 @@ compression): two ranges of one stack, each on a layout of its own; see models/l
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike,
         lora: LoraConfig | None = None,
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype)
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
         self.config, self.lora = config, lora
         w, d, init = config.vocab_size, config.width, normal(config.initializer_range)
         self.embedding = param(init, (w, d), ("vocab", "embed"), **kwargs)

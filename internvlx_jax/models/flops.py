@@ -1,7 +1,9 @@
-"""Analytic FLOPs of a batch, by part (design: training.md 8, lvtc.md 5).
+"""Analytic FLOPs of a batch, by part of the model (design: training.md 8, lvtc.md 5).
 
-A multiply-add is 2. Counted are all matrix products, causal attention at half and the tower's attention in full; not
-counted are recomputation, element-wise work, the embedding lookup and the optimiser. No import of jax.
+A multiply-add counts 2. All matrix products count, causal attention at half and the tower's
+attention in full. Recomputation, element-wise work, the embedding lookup and the optimizer do not
+count: MFU is a share of the work that the model needs, not of what a run happens to do. This file
+does not import jax.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from internvlx_jax.core.projector_sites import ProjectorSite, projector_sites
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """tower, projector (with what LVTC adds to it), decoder (its layers), head (logits of every slot)."""
+    """Holds FLOPs by part.
+
+    Attributes:
+        tower: The vision tower.
+        projector: The projector, and what LVTC adds to it.
+        decoder: The decoder's layers.
+        head: Logits of every slot.
+    """
 
     tower: float = 0.0
     projector: float = 0.0
@@ -32,9 +41,14 @@ class Flops:
 def forward_flops(
     config: ModelConfig, *, tiles: int, lengths: Sequence[int], short_lengths: Sequence[int] = ()
 ) -> Flops:
-    """tiles: of the whole batch; lengths: slots of each row, or of each segment of packed rows.
+    """Counts a forward pass.
 
-    short_lengths: the same in the short layout, with LVTC: its first `expand_layer` layers run on those.
+    Args:
+        config: Of the model.
+        tiles: Tiles of the whole batch.
+        lengths: Slots of each row, or of each segment of packed rows.
+        short_lengths: With LVTC, the same in the short layout, which its first `expand_layer`
+            layers run on.
     """
     return _by_part(_stages(config, tiles, lengths, short_lengths), _Stage.forward)
 
@@ -47,11 +61,17 @@ def train_flops(
     lengths: Sequence[int],
     short_lengths: Sequence[int] = (),
 ) -> Flops:
-    """Forward and backward pass. Backward is twice the forward pass of a trained linear map, once that of a frozen one
-    that gradients cross, nothing below everything trained; attention products cost twice wherever gradients go.
+    """Counts a forward and a backward pass.
 
-    trained: path -> shape of each trained parameter; of a stack whose first layers are frozen, the shape of the others.
-        Adapters count as trained, their base as crossed. Other arguments as in `forward_flops`.
+    The backward pass costs twice the forward pass of a trained linear map, once that of a frozen
+    one that gradients cross, and nothing below everything trained. Attention products cost twice
+    wherever gradients go.
+
+    Args:
+        config: Of the model.
+        trained: Path -> shape of each trained parameter; in a stack whose first layers are frozen,
+            the shape of the others. Adapters count as trained, their base as crossed.
+        tiles, lengths, short_lengths: As in `forward_flops`.
     """
     reached: set[str] = set()
 
@@ -72,7 +92,13 @@ def train_flops(
 
 
 class _Map(NamedTuple):
-    """A matrix product with a kernel: its path, how many vectors go through it, their lengths before and after."""
+    """A matrix product with a kernel.
+
+    Attributes:
+        kernel: Path of the kernel.
+        vectors: How many vectors go through it.
+        inputs, outputs: Their lengths before and after.
+    """
 
     kernel: str
     vectors: float
@@ -83,7 +109,7 @@ class _Map(NamedTuple):
         return 2 * self.vectors * self.inputs * self.outputs
 
     def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
-        """Where gradients go. Adapters, in both directions, are an addition to it."""
+        """Counts the backward pass where gradients go, and adapters in both directions."""
         adapters = self.kernel.removesuffix("kernel") + "lora_"
         weights = sum(
             math.prod(shape[1:]) for path, shape in trained.items() if path.startswith(adapters)
@@ -94,12 +120,16 @@ class _Map(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """What gradients reach as a whole or not at all.
+    """A part of the model that gradients reach as a whole or not at all.
 
     Attributes:
-        part: the field of Flops it counts to.
-        owns: beginnings of the paths of its parameters; none for frozen layers in a stack of trained ones.
-        below: names of the stages whose output it takes.
+        name: Of the stage.
+        part: The field of Flops that it counts to.
+        owns: Beginnings of the paths of its parameters; none for frozen layers below trained ones
+            of the same stack.
+        below: Names of the stages whose output it takes.
+        maps: Matrix products with a kernel.
+        attention: FLOPs of the products without one.
     """
 
     name: str
@@ -116,7 +146,7 @@ class _Stage(NamedTuple):
         return sum(each.forward() for each in self.maps) + self.attention
 
     def backward(self, trained: Mapping[str, Sequence[int]]) -> float:
-        """Where gradients go."""
+        """Counts the backward pass where gradients go."""
         return sum(each.backward(trained) for each in self.maps) + 2 * self.attention
 
 
@@ -134,7 +164,10 @@ def _stages(
     short_lengths: Sequence[int],
     frozen_layers: int = 0,
 ) -> list[_Stage]:
-    """The model in the order of computation; the tower's first `frozen_layers` layers are a stage of their own."""
+    """Returns the model in the order of computation.
+
+    The tower's first `frozen_layers` layers are a stage of their own.
+    """
     decoder, lvtc, sites = config.decoder, config.lvtc, projector_sites(config)
     shallow = 0 if lvtc is None else lvtc.expand_layer
     if shallow and len(short_lengths) != len(lengths):
@@ -152,52 +185,31 @@ def _stages(
             name, "decoder", ("decoder.layers.",), below, *_decoder(config, count, lengths)
         )
 
-    stages = [
+    head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
+    logits = _Map(head, sum(lengths), decoder.width, decoder.vocab_size)
+    added, middle = sites[1:], [projector(sites[0])]
+    if lvtc is None:
+        middle.append(layers("deep", decoder.layers, lengths, "embedding", "low"))
+    else:
+        names = [site.name for site in added]
+        upsampled = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
+        maps, below = [_Map("", upsampled, 1, decoder.width)], ("embedding", "low", "shallow")
+        middle += [
+            layers("shallow", shallow, short_lengths, "embedding", "low"),
+            _Stage("upsampling", "projector", (), below, maps),
+            *map(projector, added),
+            layers("deep", decoder.layers - shallow, lengths, "upsampling", *names),
+        ]
+    return [
         *_tower(config, tiles, min(frozen_layers, config.vision.layers_run)),
         _Stage("embedding", "decoder", ("decoder.embedding",), (), ()),
+        *middle,
+        _Stage("head", "head", (head, "decoder.norm."), ("deep",), [logits]),
     ]
-    if lvtc is None:
-        stages += [
-            projector(*sites),
-            layers("deep", decoder.layers, lengths, "embedding", "low"),
-        ]
-    else:
-        low, *added = sites
-        upsampling = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
-        stages += [
-            projector(low),
-            layers("shallow", shallow, short_lengths, "embedding", "low"),
-            _Stage(
-                "upsampling",
-                "projector",
-                (),
-                ("embedding", "low", "shallow"),
-                [_Map("", upsampling, 1, decoder.width)],
-            ),
-            *map(projector, added),
-            layers(
-                "deep",
-                decoder.layers - shallow,
-                lengths,
-                "upsampling",
-                *(site.name for site in added),
-            ),
-        ]
-    head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
-    stages.append(
-        _Stage(
-            "head",
-            "head",
-            (head, "decoder.norm."),
-            ("deep",),
-            [_Map(head, sum(lengths), decoder.width, decoder.vocab_size)],
-        )
-    )
-    return stages
 
 
 def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:
-    """Patch embedding and the layers up to the selected one."""
+    """Returns the patch embedding and the layers up to the selected one."""
     vision = config.vision
     v, f, patches = vision.width, vision.mlp_width, vision.grid**2
 
@@ -226,7 +238,7 @@ def _tower(config: ModelConfig, tiles: int, frozen_layers: int) -> list[_Stage]:
 
 
 def _pvtc(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
-    """model.md 4; the attention is that of Q queries to M keys, in two branches."""
+    """Counts PVTC (model.md 4): Q queries attend to M keys each, in two branches."""
     v, d, q = config.vision.width, config.decoder.width, grid**2
     patches = config.vision.grid**2
     m = patches // q
@@ -252,7 +264,7 @@ def _pvtc(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_
 
 
 def _mlp(config: ModelConfig, path: str, tiles: int, grid: int) -> tuple[list[_Map], float]:
-    """Both two-layer projectors, `mlp1` and LVTC's `mlp`: a region's patches -> D -> D."""
+    """Counts both two-layer projectors, `mlp1` and `mlp`: a region's patches -> D -> D."""
     d, region = config.decoder.width, config.vision.grid**2 // grid**2 * config.vision.width
     return [
         _Map(f"{path}.fc1.kernel", tiles * grid**2, region, d),

@@ -8,7 +8,7 @@ tokens of a row depend on its prompt and its key alone, not on its neighbors or 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -295,7 +295,7 @@ def greedy(
         ends with its stop id, and the slots behind it hold `pad_id`. Decoding ends when every row
         has stopped.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         sampling=Sampling(), vocabulary=Vocabulary(stop_ids=stop_ids, pad_id=pad_id, bos_id=pad_id)
     )
     keys = row_keys(0, jnp.arange(len(inputs.tokens)))

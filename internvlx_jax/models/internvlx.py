@@ -1,10 +1,14 @@
-"""The whole model: tiles -> tower -> projector -> merge with text -> decoder (design: model.md 2, 7; lvtc.md 1)."""
+"""The whole model: tiles, tower, projector, merge with text, decoder (design: model.md 2, 7).
+
+Reads from top to bottom as the paper's overview figure. What LVTC changes in this order stands in
+models/lvtc.py.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +24,25 @@ from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.tile_config import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
-from internvlx_jax.models.layers import gather, insert_visual_tokens, split_key
+from internvlx_jax.models.layers import insert_visual_tokens, split_key
 from internvlx_jax.models.lora import by_part
 from internvlx_jax.models.loss import LossShardings, token_losses
-from internvlx_jax.models.lvtc import Lvtc, expand, short_inputs
+from internvlx_jax.models.lvtc import Lvtc
 from internvlx_jax.models.projectors import make_projector
 from internvlx_jax.models.vit import VisionTower
 
 
 class ActivationShardings(NamedTuple):
-    """Where activations live. Left to itself the compiler divides some as their kernels are, and then moves them between
-    devices for every gather by index.
+    """Says where activations live on a mesh.
+
+    Left to itself the compiler divides some of them as their kernels are, and then moves them
+    between devices for every gather by index.
 
     Attributes:
-        rows: of what has the rows of a batch in front; each device keeps its own.
-        looked_up: of fresh text embeddings, which come out of the table divided as it is.
-        heads: of queries, keys and values, [rows, slots, heads, head dim].
-        loss: how the slots of a batch are divided for the loss.
+        rows: Sharding of activations whose leading axis is the batch; each device keeps its rows.
+        looked_up: Sharding of fresh text embeddings, which come out of the table divided as it is.
+        heads: Sharding of queries, keys and values, [rows, slots, heads, head dim].
+        loss: How the slots of a batch are divided for the loss.
     """
 
     rows: NamedSharding
@@ -46,11 +52,13 @@ class ActivationShardings(NamedTuple):
 
 
 class InternVLX(nnx.Module):
-    """InternVL-X, or InternVL2 with the `mlp1` projector; `projector` is the one that released checkpoints hold.
+    """InternVL-X, or InternVL2 with the `mlp1` projector.
 
-    dtype: of the activations; param_dtype: of the parameters. remat: see layers.rematerialize, for both layer stacks.
-    attention: backend of both stacks, see models/attention.py. shardings: of activations, on a mesh (see
-    ActivationShardings). Raises ConfigError when the backend cannot do what these ask for.
+    Attributes:
+        vision: The tower.
+        projector: The one that released checkpoints hold; None where LVTC has no use for it.
+        lvtc: What LVTC adds; None without LVTC.
+        decoder: The language model.
     """
 
     def __init__(
@@ -66,14 +74,27 @@ class InternVLX(nnx.Module):
         lora: Sequence[LoraConfig] = (),
         frozen_layers: int = 0,
     ):
+        """Makes the model with fresh parameters.
+
+        Args:
+            config: Sizes and variants.
+            rngs: Stream `params` of the fresh values.
+            dtype: Of the activations.
+            param_dtype: Of the parameters; adapters are float32.
+            remat: What both layer stacks keep for the backward pass; see layers.rematerialize.
+            attention: Backend of both stacks; see models/attention.py.
+            shardings: Of activations, on a mesh.
+            lora: Adapters, at most one entry per part.
+            frozen_layers: Layers at the bottom of the tower that no gradient enters.
+
+        Raises:
+            ConfigError: The attention backend cannot do what the others ask for, or two entries
+                of `lora` name the same part.
+        """
         adapters = by_part(lora)
-        kwargs = dict(rngs=rngs, dtype=param_dtype)
-        self.config, self.dtype, self.remat, self.shardings = (
-            config,
-            jnp.dtype(dtype),
-            remat,
-            shardings,
-        )
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=param_dtype)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.remat, self.shardings = remat, shardings
         self.attention = SelfAttention(attention)
         if shardings is not None:
             self.attention = SelfAttention(attention, rows=shardings.rows, heads=shardings.heads)
@@ -87,8 +108,18 @@ class InternVLX(nnx.Module):
         self.decoder = Decoder(config.decoder, lora=adapters.get("decoder"), **kwargs)
 
     def encode_tiles(self, tiles: jax.Array) -> jax.Array:
-        """uint8 or normalised float[I, Y, X, 3] -> the visual tokens of decoder layer 0, [I, Q, D]."""
-        return self.low_projector(self.features(tiles))
+        """Makes the visual tokens of decoder layer 0.
+
+        Args:
+            tiles: uint8[I, Y, X, 3], or normalized float.
+
+        Returns:
+            [I, Q, D].
+        """
+        low = None if self.lvtc is None else self.lvtc.low
+        projector = self.projector if low is None else low
+        assert projector is not None
+        return projector(self.features(tiles))
 
     def features(
         self,
@@ -96,20 +127,23 @@ class InternVLX(nnx.Module):
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """uint8 or normalised float[I, Y, X, 3] -> the tower's output [I, 1+P, V], class token first."""
-        pixels = normalize_tiles(tiles).astype(self.dtype)
+        """Runs the tower.
+
+        Args:
+            tiles: uint8[I, Y, X, 3], or normalized float.
+            drop_path_key: Randomness of drop path, in training.
+            dropout_key: Randomness of the adapters, in training.
+
+        Returns:
+            [I, 1+P, V], class token first.
+        """
         return self.vision(
-            pixels,
+            normalize_tiles(tiles).astype(self.dtype),
             drop_path_key=drop_path_key,
             dropout_key=dropout_key,
             remat=self.remat,
             attention=self.attention,
         )
-
-    @property
-    def low_projector(self) -> nnx.Module:
-        """What makes the visual tokens of decoder layer 0."""
-        return self.projector if self.lvtc is None or self.lvtc.low is None else self.lvtc.low
 
     def run(
         self,
@@ -119,24 +153,24 @@ class InternVLX(nnx.Module):
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeyValues | None]]:
-        """Hidden states after the last block, [B, S, D]; if asked for, keys and values of each frame: of all layers, or
-        with LVTC of the shallow and of the deep ones."""
-        tower_key, projector_key = split_key(drop_path_key, 2)
+        """Runs the model up to the last decoder block.
+
+        Args:
+            inputs: A batch; with LVTC it carries its short layout.
+            keep_kv: Whether to return keys and values.
+            drop_path_key, dropout_key: As in `features`; the first one is for projectors too.
+
+        Returns:
+            Hidden states [B, S, D]. Keys and values of all layers in one entry, or with LVTC
+            those of the shallow and of the deep layers; None without `keep_kv`.
+        """
+        tower_path, projector_path = split_key(drop_path_key, 2)
         tower_dropout, decoder_dropout = split_key(dropout_key, 2)
-        rows = len(inputs.tiles)
-        # A text-only bucket compiles without the tower.
         features = None
-        if inputs.tiles.shape[1]:
+        if inputs.tiles.shape[1]:  # a bucket of text alone compiles without the tower
             tiles = rearrange(inputs.tiles, "b t y x c -> (b t) y x c")
-            features = self._by_row(self.features(tiles, tower_key, tower_dropout))
-
-        def visual(projector: Callable, key: jax.Array | None) -> jax.Array | None:
-            if features is None:
-                return None
-            return self._by_row(
-                rearrange(projector(features, drop_path_key=key), "(b t) q d -> b (t q) d", b=rows)
-            )
-
+            features = self._by_row(self.features(tiles, tower_path, tower_dropout))
+        project = functools.partial(self._project, features, len(inputs.tiles), projector_path)
         run_layers = functools.partial(
             self.decoder.run_layers,
             keep_kv=keep_kv,
@@ -144,52 +178,53 @@ class InternVLX(nnx.Module):
             attention=self.attention,
             dropout_key=decoder_dropout,
         )
-        frame = TokenLayout(inputs.positions, inputs.segment_ids)
-        if self.lvtc is None:
-            x = self._embed(inputs.tokens)
-            x = self._by_row(
-                insert_visual_tokens(visual(self.projector, projector_key), inputs.feature_index, x)
+        if self.lvtc is not None:
+            return self.lvtc.run(
+                inputs,
+                released=self.projector,
+                project=project,
+                embed=self._embed,
+                run_layers=run_layers,
+                by_row=self._by_row,
             )
-            x, kv = run_layers(x, frame)
-            return x, [kv]
+        x = self._embed(inputs.tokens)
+        x = insert_visual_tokens(project(self.projector, None), inputs.feature_index, x)
+        layout = TokenLayout(inputs.positions, inputs.segment_ids)
+        x, kv = run_layers(self._by_row(x), layout)
+        return x, [kv]
 
-        lvtc, first_deep = self.lvtc, self.lvtc.config.expand_layer
-        tokens, short_layout = short_inputs(inputs)
-        x = self._embed(tokens)
-        x = self._by_row(
-            insert_visual_tokens(
-                visual(self.low_projector, projector_key), inputs.short.feature_index, x
-            )
-        )
-        x, shallow = run_layers(x, short_layout, stop=first_deep, key_length=inputs.tokens.shape[1])
-        high = functools.partial(lvtc.high, released=self.projector)
-        residual = visual(high, _of_layer(projector_key, first_deep))
-        x = self._by_row(expand(self._by_row(x), residual, inputs, lvtc.config))
-        deep = []
-        for start, stop in lvtc.deep_ranges(self.config.decoder.layers):
-            if start in lvtc.config.inject_layers and features is not None:
-                added = visual(lvtc.injection(start), _of_layer(projector_key, start))
-                x = self._by_row(x + gather(added, inputs.feature_index))
-            x, kv = run_layers(x, frame, start=start, stop=stop)
-            deep.append(kv)
-        return x, [shallow, jax.tree.map(lambda *parts: jnp.concatenate(parts), *deep)]
+    def _project(
+        self,
+        features: jax.Array | None,
+        rows: int,
+        key: jax.Array | None,
+        projector: Callable[..., jax.Array] | None,
+        layer: int | None,
+    ) -> jax.Array | None:
+        """Applies a projector to the tower's output, [B * T, 1+P, V] -> [B, T * Q, D].
+
+        What joins in front of a decoder layer draws randomness of its own, from the layer's number.
+        """
+        if features is None:
+            return None
+        assert projector is not None
+        if key is not None and layer is not None:
+            key = jax.random.fold_in(key, layer)
+        tokens = projector(features, drop_path_key=key)
+        return self._by_row(rearrange(tokens, "(b t) q d -> b (t q) d", b=rows))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, S] -> text embeddings [B, S, D]."""
         x = self.decoder.embed(tokens, self.dtype)
-        return (
-            x
-            if self.shardings is None
-            else jax.lax.with_sharding_constraint(x, self.shardings.looked_up)
-        )
+        if self.shardings is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.shardings.looked_up)
 
     def _by_row(self, x: jax.Array) -> jax.Array:
-        """x: [B, ...], or [B * T, ...]."""
-        return (
-            x
-            if self.shardings is None
-            else jax.lax.with_sharding_constraint(x, self.shardings.rows)
-        )
+        """Keeps x, [B, ...] or [B * T, ...], on the devices of its rows."""
+        if self.shardings is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.shardings.rows)
 
     def __call__(
         self,
@@ -198,7 +233,7 @@ class InternVLX(nnx.Module):
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states [B, S, D]; `decoder.logits` or `token_losses` follow. The keys: training only."""
+        """Returns hidden states [B, S, D], for `decoder.logits`; arguments are those of `run`."""
         return self.run(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)[0]
 
     def token_losses(
@@ -209,20 +244,17 @@ class InternVLX(nnx.Module):
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See loss.token_losses."""
+        """Returns loss and hit of every slot; see loss.token_losses and `run`."""
         hidden = self(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)
-        return token_losses(
-            self.decoder, hidden, labels, None if self.shardings is None else self.shardings.loss
-        )
-
-
-def _of_layer(key: jax.Array | None, layer: int) -> jax.Array | None:
-    """Drop-path randomness of what joins at a layer."""
-    return None if key is None else jax.random.fold_in(key, layer)
+        shardings = None if self.shardings is None else self.shardings.loss
+        return token_losses(self.decoder, hidden, labels, shardings)
 
 
 def normalize_tiles(tiles: jax.Array) -> jax.Array:
-    """uint8 -> (x / 255 - mean) / std in float32; float tiles are normalised already."""
+    """Normalizes uint8 tiles to (x / 255 - mean) / std in float32; passes float tiles through.
+
+    The host sends bytes, a quarter of float32's size; only ImageNet's constants occur in releases.
+    """
     if jnp.issubdtype(tiles.dtype, jnp.floating):
         return tiles
     mean, std = (np.asarray(row, np.float32) for row in NORMALIZATIONS["imagenet"])

@@ -1,4 +1,9 @@
-"""Linear maps, norms, drop path, remat and layer stacks shared by tower, projectors and decoder."""
+"""Linear maps, norms, drop path and layer stacks of tower, projectors, decoder (design: model.md).
+
+Linear maps are einsums on kernels with named axes. Flax has modules for all of this, but they
+promote to the dtype of their parameters; here the input decides, so that one float32 model computes
+in bfloat16 wherever its activations are bfloat16 (design: model.md 13).
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,12 @@ from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
 
-ATTENTION_OUTPUT = (
-    "attention_out"  # checkpoint name of what the attention kernel leaves for its backward pass
-)
+# Checkpoint name of what the attention kernel leaves for its backward pass.
+ATTENTION_OUTPUT = "attention_out"
 
-# What of a layer is kept for the backward pass; the rest is computed again.
+# What a layer keeps for the backward pass besides its input; the rest is computed again.
 REMAT_POLICIES = {
-    "full": None,  # nothing but the input
+    "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
@@ -29,14 +33,22 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """A distribution of fresh parameters: its name for reports, and draw(key, shape, dtype)."""
+    """A distribution of fresh parameters.
+
+    Attributes:
+        name: The distribution in words, for reports.
+        draw: (key, shape, dtype) -> values.
+    """
 
     name: str
     draw: Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 
 def uniform_fan_in(fan_in: int) -> Init:
-    """U(-b, b), b = 1 / sqrt(fan_in): PyTorch's default of the tower and the projectors (model.md 12)."""
+    """Returns U(-b, b), b = 1 / sqrt(fan_in).
+
+    PyTorch's default, which fills fresh towers and projectors of the release (model.md 12).
+    """
     bound = fan_in**-0.5
     return Init(
         f"U(-{bound:.4g}, {bound:.4g})",
@@ -45,6 +57,7 @@ def uniform_fan_in(fan_in: int) -> Init:
 
 
 def normal(stddev: float) -> Init:
+    """Returns a normal distribution around 0."""
     return Init(
         f"N(0, {stddev:g}^2)",
         lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype),
@@ -52,14 +65,22 @@ def normal(stddev: float) -> Init:
 
 
 def constant(value: float) -> Init:
+    """Returns the distribution that holds one value."""
     return Init(f"{value:g}", lambda key, shape, dtype: jnp.full(shape, value, dtype))
 
 
 def param(
     init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> nnx.Param:
-    """A parameter whose `axes` name each dim (models/sharding.py maps the names to mesh axes) and whose `init` names
-    the distribution."""
+    """Makes a parameter.
+
+    Args:
+        init: Distribution of the fresh values; its name is kept as metadata.
+        shape: Of the parameter.
+        axes: A name per dim, which models/sharding.py maps to mesh axes.
+        rngs: Stream `params`.
+        dtype: Of the parameter.
+    """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axis names {axes} for shape {shape}")
     return nnx.Param(init.draw(rngs.params(), shape, dtype), axes=axes, init=init.name)
@@ -68,10 +89,8 @@ def param(
 class Linear(nnx.Module):
     """y = einsum(spec, x, kernel) + bias, in x.dtype.
 
-    nnx.Einsum would promote to the parameter dtype; here the input decides, so that one float32 model
-    computes in bfloat16 wherever its activations are bfloat16.
-
-    spec names input, kernel and output; the bias has the output dims of the kernel, in kernel order.
+    `spec` names input, kernel and output. The bias has the output dims of the kernel, in the
+    kernel's order. Kernels are stored input first.
     """
 
     def __init__(
@@ -87,37 +106,40 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
     ):
         inputs, self.output = spec.split("->")
-        contracted, letters = inputs.split(",")
+        letters = inputs.split(",")[1]
         is_output = [letter in self.output for letter in letters]
-        fan_in = math.prod(n for n, out in zip(shape, is_output) if not out)
+        fan_in = math.prod(n for n, out in zip(shape, is_output, strict=True) if not out)
         self.spec = spec
-        self.bias_letters = "".join(letter for letter, out in zip(letters, is_output) if out)
+        self.bias_letters = "".join(
+            letter for letter, out in zip(letters, is_output, strict=True) if out
+        )
         self.kernel = param(init or uniform_fan_in(fan_in), shape, axes, rngs=rngs, dtype=dtype)
-        if bias:
-            bias_shape = tuple(n for n, out in zip(shape, is_output) if out)
-            bias_axes = tuple(a for a, out in zip(axes, is_output) if out)
+        if not bias:
+            self.bias = None
+        else:
+            bias_shape = tuple(n for n, out in zip(shape, is_output, strict=True) if out)
+            bias_axes = tuple(a for a, out in zip(axes, is_output, strict=True) if out)
             self.bias = param(
                 bias_init or uniform_fan_in(fan_in), bias_shape, bias_axes, rngs=rngs, dtype=dtype
             )
-        else:
-            self.bias = None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Applies the map; `dropout_key` is for adapters, see models/lora.py."""
         y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
-        if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            y = y + bias.reshape(
-                [
-                    y.shape[i] if letter in self.bias_letters else 1
-                    for i, letter in enumerate(self.output)
-                ]
-            )
-        return y
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(x.dtype)
+        sizes = zip(self.output, y.shape, strict=True)
+        shape = [size if letter in self.bias_letters else 1 for letter, size in sizes]
+        return y + bias.reshape(shape)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) over the last dim: statistics in float32, cast back, then times the weight (model.md 13)."""
+    """x / rms(x) over the last dim, times a weight (model.md 13).
+
+    Statistics are in float32, since squares of bfloat16 activations lose the small ones. The
+    result is cast back before the weight is applied, in the order of the release.
+    """
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, dtype: DTypeLike):
         self.eps = eps
@@ -130,7 +152,10 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Mean and variance over the last dim, weight and bias, all in float32, then cast (model.md 13)."""
+    """LayerNorm over the last dim, with weight and bias.
+
+    Everything is in float32 and cast at the end, in the order of the release (model.md 13).
+    """
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, dtype: DTypeLike):
         self.eps = eps
@@ -147,7 +172,7 @@ class LayerNorm(nnx.Module):
         ).astype(x.dtype)
 
 
-def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
+def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None] | jax.Array:
     """Splits a key; None, which stands for no randomness, gives as many None."""
     return (None,) * count if key is None else jax.random.split(key, count)
 
@@ -155,9 +180,16 @@ def split_key(key: jax.Array | None, count: int) -> Sequence[jax.Array | None]:
 def drop_path(
     branch: jax.Array, key: jax.Array | None, rate: float | jax.Array, batch_dims: int
 ) -> jax.Array:
-    """Zero whole entries of the leading `batch_dims` with probability `rate`, scale the survivors (model.md 3, 4).
+    """Drops a residual branch at random (model.md 3, 4).
 
-    key: None outside training, which is the identity.
+    Whole entries of the leading `batch_dims` become zero with probability `rate`, and survivors
+    are divided by 1 - rate, so that the expected value stays.
+
+    Args:
+        branch: What a residual connection adds.
+        key: None outside training, which is the identity.
+        rate: Probability; a traced scalar where layers of a stack differ.
+        batch_dims: Leading dims that are dropped independently of each other.
     """
     if key is None:
         return branch
@@ -167,19 +199,33 @@ def drop_path(
 
 
 def rematerialize(body: Callable, policy: str) -> Callable:
-    """Wrap a scan body: `none` keeps all activations, `full` recomputes all, `attention` keeps what the splash kernel
-    leaves, `dots` keeps matmul outputs, `offload` keeps those in the memory of the host."""
+    """Wraps the body of a scan over layers.
+
+    Args:
+        body: Runs one layer.
+        policy: `none` keeps all activations, `full` recomputes all of them, `attention` keeps what
+            the splash kernel leaves, `dots` keeps results of matrix products, `offload` keeps
+            those in the memory of the host.
+
+    Raises:
+        ValueError: The policy is unknown.
+    """
     if policy == "none":
         return body
     if policy not in REMAT_POLICIES:
         raise ValueError(
             f"remat {policy!r} is unknown; choose one of none, {', '.join(REMAT_POLICIES)}"
         )
+    # Inside a scan XLA cannot merge the recomputation with the forward pass: nothing to prevent.
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`length` layers as one module whose parameters have a leading `layers` dim, ready for lax.scan."""
+    """Makes `length` layers as one module whose parameters have a leading `layers` dim.
+
+    A scan over such a stack compiles one layer however many there are. Adapters draw from a stream
+    of their own, so that the base has the same fresh values with and without them.
+    """
     keys = jax.random.split(rngs.params(), length)
     layers = jax.vmap(lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))))(keys)
     for variable in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
@@ -188,7 +234,10 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.
 
 
 def slice_layers(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
-    """Layers start..stop-1 of a stack or of separate layers; the stack itself when that is all of it."""
+    """Returns layers start..stop-1 of a stack or of separate layers.
+
+    The stack itself is returned when that is all of it: a slice would copy its weights.
+    """
     if isinstance(layers, nnx.List):
         return nnx.List(layers[start:stop])
     if start == 0 and all(p.shape[0] == stop for p in jax.tree.leaves(layers)):
@@ -197,29 +246,43 @@ def slice_layers(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
 
 
 def separate_layers(layers: nnx.Module, length: int) -> nnx.List:
-    """The layers of a stack in arrays of their own, for `scan_layers`.
+    """Returns the layers of a stack in arrays of their own, for `scan_layers`.
 
-    XLA on a CPU copies a layer's weights out of the stack in every step of a scan, which costs more than a decoding
-    step; accelerators read them in place.
+    XLA on a CPU copies a layer's weights out of the stack in every step of a scan, which costs more
+    than a decoding step; accelerators read them in place.
     """
-    return nnx.List([jax.tree.map(lambda p: p[i], layers) for i in range(length)])
+    return nnx.List([jax.tree.map(lambda p, i=i: p[i], layers) for i in range(length)])
 
 
 def scan_layers(
     body: Callable[[Any, Any], tuple[Any, Any]], x: Any, layers: nnx.Module, inputs: Any
 ) -> tuple[Any, Any]:
-    """lax.scan of `body(x, (layer, input))` over a stack, or a loop over separate layers; `inputs` are stacked."""
+    """Runs `body(x, (layer, input))` over a stack by lax.scan, or over separate layers by a loop.
+
+    Args:
+        body: Returns the next x, and an output.
+        x: Carried from layer to layer.
+        layers: A stack, or an nnx.List of layers.
+        inputs: A pytree whose leaves have a leading layer dim.
+
+    Returns:
+        The last x, and the outputs, stacked.
+    """
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, x, (layers, inputs))
     outputs = []
     for i, layer in enumerate(layers):
-        x, output = body(x, (layer, jax.tree.map(lambda leaf: leaf[i], inputs)))
+        x, output = body(x, (layer, jax.tree.map(lambda leaf, i=i: leaf[i], inputs)))
         outputs.append(output)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def gather(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x: [B, Z, ...], index: int[B, Y] -> [B, Y, ...]; 0 where the index is out of range."""
+    """Takes x[b, index[b, y]] for every row; [B, Z, ...], int[B, Y] -> [B, Y, ...].
+
+    An index out of range means "none" and gives 0. It is never clamped: that would read a real
+    slot.
+    """
     index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 
@@ -227,10 +290,19 @@ def gather(x: jax.Array, index: jax.Array) -> jax.Array:
 def insert_visual_tokens(
     visual: jax.Array | None, feature_index: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """Visual tokens in their slots, x in the others.
+    """Puts visual tokens into their slots and leaves text as it is (model.md 7).
 
-    visual: [B, T * Q, D]; feature_index: int32[B, S], out of range where x stays; x: [B, S, D] -> [B, S, D]
-    visual None: a batch without tiles.
+    The merge is a gather and a select, not a scatter: each slot looks up its own token, so the
+    slots of a row need nothing from another row or device, nothing depends on how many tiles a
+    sample has, and the text embedding of a placeholder gets a gradient of exactly zero.
+
+    Args:
+        visual: [B, T * Q, D], or None for a batch without tiles.
+        feature_index: int32[B, S], the row's visual token of each slot; out of range on text.
+        x: [B, S, D].
+
+    Returns:
+        [B, S, D].
     """
     if visual is None:
         return x

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class LoraLinear(Linear):
         in_shape = tuple(size[letter] for letter in inside)
         in_axes = tuple(axis[letter] for letter in inside)
         out_axes = tuple(axis[letter] for letter in outside)
-        fresh = dict(rngs=nnx.Rngs(params=rngs.lora()), dtype=jnp.float32)
+        fresh: dict[str, Any] = dict(rngs=nnx.Rngs(params=rngs.lora()), dtype=jnp.float32)
         for end, count in pieces:
             out = tuple(count if count and letter == "j" else size[letter] for letter in outside)
             init = uniform_fan_in(math.prod(in_shape))

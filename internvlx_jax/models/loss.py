@@ -1,4 +1,8 @@
-"""Cross entropy on shifted labels, evaluated in sequence chunks (design: model.md 10, training.md 4)."""
+"""Cross entropy on shifted labels (design: model.md 10, training.md 4).
+
+Logits are the largest array of a step: 92,553 float32 per slot. They exist for one chunk of slots
+at a time, in the backward pass too, which computes them again.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,18 @@ from jax.sharding import NamedSharding
 from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.models.decoder import Decoder
 
-CHUNK = 1024  # slots whose logits exist at a time: 0.4 GB at 92,553 rows
+CHUNK = 1024  # slots whose logits exist at a time: 0.4 GB at 92,553 rows of the vocabulary
 
 
 class LossShardings(NamedTuple):
-    """How a mesh divides the loss.
+    """Says how a mesh divides the loss.
 
     Attributes:
-        slots: of labels [B, S]: rows, and slots along the axis that divides attention heads; where that is uneven, `rows`.
-        head: of the output head [D, W]: its width; where that is uneven, `whole`.
+        slots: Sharding of labels [B, S] by rows, and by slots along the axis that divides
+            attention heads: the vocabulary's size divides by nothing.
+        rows: Takes the place of `slots` where that is uneven.
+        head: Sharding of the output head [D, W] by its width.
+        whole: Takes the place of `head` where that is uneven.
     """
 
     slots: NamedSharding
@@ -30,20 +37,25 @@ class LossShardings(NamedTuple):
 
 
 def shift_left(x: jax.Array, fill: int | float) -> jax.Array:
-    """[B, S] -> value of the next slot; the last slot gets `fill`."""
+    """Moves [B, S] so that each slot has the value of the next one; the last gets `fill`."""
     return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
 
 
 def token_losses(
     decoder: Decoder, hidden: jax.Array, labels: jax.Array, shardings: LossShardings | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-slot loss and hit of the next label; logits exist for one chunk at a time, also in the backward pass.
+    """Computes loss and hit of the next label for every slot.
 
-    hidden: [B, S, D], labels: int32[B, S] unshifted, -100 ignored
-    -> cross entropy float32[B, S] (0 where ignored), hit bool[B, S] (arg max is the label)
+    Args:
+        decoder: Its final norm and head are applied here.
+        hidden: [B, S, D] after the last block.
+        labels: int32[B, S], unshifted; -100 is ignored.
+        shardings: On a mesh: every device gathers the head once and does its own slots. Left to
+            itself the compiler sums the gradient of the head over all devices after every chunk.
 
-    shardings: on a mesh, every device gathers the head once and does its own slots. Left to itself the compiler sums the
-    gradient of the head over all devices after every chunk.
+    Returns:
+        Cross entropy float32[B, S], 0 where ignored; hit bool[B, S], true where the arg max is the
+        label.
     """
     targets = shift_left(labels, IGNORED)
     hidden, head = decoder.norm(hidden), decoder.head_kernel.astype(hidden.dtype)
@@ -69,7 +81,7 @@ def token_losses(
 def _dividing(
     shape: tuple[int, ...], sharding: NamedSharding, otherwise: NamedSharding
 ) -> NamedSharding:
-    """The first one, if it divides an array of this shape evenly."""
+    """Returns `sharding` if it divides an array of this shape evenly."""
     try:
         sharding.shard_shape(shape)
     except ValueError:
@@ -78,7 +90,7 @@ def _dividing(
 
 
 def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """hidden: [B, S, D], normalised; head: [D, W]; targets: int32[B, S] -> float32[B, S], bool[B, S]."""
+    """As `token_losses`, of normalized [B, S, D], head [D, W] and shifted labels int32[B, S]."""
     rows = len(targets)
     hidden, targets = rearrange(hidden, "b s d -> (b s) d"), rearrange(targets, "b s -> (b s)")
     count = len(targets)
@@ -88,7 +100,7 @@ def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax
         jnp.pad(hidden, (padding, (0, 0))),
         jnp.pad(targets, padding, constant_values=IGNORED),
     )
-    head = head.astype(jnp.float32)  # the type in which its gradient is summed over the chunks
+    head = head.astype(jnp.float32)  # the dtype in which its gradient is summed over the chunks
 
     @jax.checkpoint
     def chunk_losses(_, chunk):
@@ -110,12 +122,20 @@ def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax
             rearrange(targets, "(c n) -> c n", c=chunks),
         ),
     )
-    return tuple(
+    ce, hit = (
         rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses
     )
+    return ce, hit
 
 
 def weighted_loss(ce: jax.Array, loss_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Numerator and denominator of sum(w * ce) / sum(w); loss_weight[b, s] belongs to the label in slot s."""
+    """Returns numerator and denominator of the mean loss, sum(w * ce) / sum(w).
+
+    Both are sums, so that a batch may be split over devices and micro-batches before dividing.
+
+    Args:
+        ce: float32[B, S] of `token_losses`.
+        loss_weight: float32[B, S]; the weight in slot s belongs to the label in slot s.
+    """
     weight = shift_left(loss_weight, 0.0)
     return jnp.sum(weight * ce), jnp.sum(weight)

@@ -1,7 +1,8 @@
-"""Parameters as a plain nested dict, apart from the module structure (design: platform.md 3).
+"""Parameters as a plain dict, apart from the module structure (design: platform.md 3).
 
-A model is split once into `graphdef` (static structure) and `params`; `nnx.merge(graphdef, params)` inside a jitted
-function gives the module back. Paths are dotted: `decoder.layers.attn.qkv.kernel`.
+A model is split once into `graphdef` (static structure) and parameters; `nnx.merge(graphdef,
+params)` inside a jitted function gives the module back. Freezing, sharding, checkpoints, moments
+and the name table all speak of parameters by dotted path: `decoder.layers.attn.qkv.kernel`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-    """Everything about a model but its weights.
+    """Holds everything about a model but its weights.
 
     Attributes:
-        graphdef: module structure for nnx.merge.
-        shapes: dotted path -> jax.ShapeDtypeStruct.
-        axes: dotted path -> logical axis name of each dim.
-        inits: dotted path -> distribution of fresh values, in words.
+        graphdef: Module structure for nnx.merge.
+        shapes: Dotted path -> jax.ShapeDtypeStruct.
+        axes: Dotted path -> logical axis name of each dim.
+        inits: Dotted path -> distribution of fresh values, in words.
     """
 
     graphdef: nnx.GraphDef
@@ -46,9 +47,11 @@ class AbstractModel:
 
     @classmethod
     def of(cls, model: InternVLX) -> AbstractModel:
-        """model: with jax.ShapeDtypeStruct in place of arrays."""
+        """Takes a model that has jax.ShapeDtypeStruct in place of arrays apart."""
         graphdef, state = nnx.split(model)
-        variables = {".".join(path): variable for path, variable in nnx.to_flat_state(state)}
+        variables = {
+            ".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)
+        }
         return cls(
             graphdef,
             {path: variable.get_value() for path, variable in variables.items()},
@@ -68,7 +71,7 @@ def abstract_model(
     lora: Sequence[LoraConfig] = (),
     frozen_layers: int = 0,
 ) -> AbstractModel:
-    """Shapes and axes of a model without allocating it."""
+    """Describes a model without allocating it; arguments are those of `InternVLX`."""
     return AbstractModel.of(
         jax.eval_shape(
             lambda: InternVLX(
@@ -94,9 +97,19 @@ def init_params(
     shardings: dict[str, Sharding] | None = None,
     paths: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Random parameters (model.md 12) by dotted path, created on the devices that hold them.
+    """Draws random parameters (model.md 12), on the devices that hold them.
 
-    paths: which of them; None is all. A parameter's values depend on the config and the seed alone.
+    A parameter's values depend on the config and the seed alone, not on `paths` or `shardings`.
+
+    Args:
+        config: Of the model; adapters are the business of `init_adapters`.
+        seed: Of the draw.
+        param_dtype: Of the parameters.
+        shardings: Dotted path -> where it lives; None is the default device.
+        paths: The parameters that are returned; None is all of them.
+
+    Returns:
+        Dotted path -> array.
     """
 
     def init():
@@ -139,10 +152,10 @@ def init_adapters(
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Nested dict -> {dotted path: leaf}."""
+    """Turns a nested dict into {dotted path: leaf}."""
     return flatten_dict(params, sep=".")
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
-    """{dotted path: leaf} -> nested dict."""
+    """Turns {dotted path: leaf} into a nested dict."""
     return unflatten_dict(flat, sep=".")

@@ -1,4 +1,8 @@
-"""Rotary position embedding, half rotation, in float32 (design: model.md 8)."""
+"""Rotary position embedding, half rotation (design: model.md 8, 9).
+
+Angles, cosines and the rotation itself are in float32: bfloat16 cannot tell
+positions beyond 256 apart.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,11 @@ from internvlx_jax.core.model_config import RopeConfig
 
 
 class RopeTables(NamedTuple):
-    """cos, sin: float32[B, S, H/2] of one frame."""
+    """Holds the rotation of each slot of one token layout.
+
+    Attributes:
+        cos, sin: float32[B, S, H/2].
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -21,14 +29,22 @@ class RopeTables(NamedTuple):
 def rope_tables(
     config: RopeConfig, positions: jax.Array, head_dim: int, key_length: int
 ) -> RopeTables:
-    """positions: int32[B, S]; key_length: static number of key slots of the call, which fixes one base for all.
+    """Computes the rotation of each slot.
 
-    Raises ValueError when key_length exceeds config.max_positions and config.allow_longer is off.
+    Args:
+        config: Base and scaling.
+        positions: int32[B, S].
+        head_dim: H.
+        key_length: Number of key slots of the call. Scaling beyond `max_positions` depends on
+            length; a static number fixes one base for all keys, cached ones included.
+
+    Raises:
+        ValueError: `key_length` exceeds `config.max_positions` and `config.allow_longer` is off.
     """
     if key_length > config.max_positions and not config.allow_longer:
         raise ValueError(
-            f"{key_length} key slots exceed the decoder's {config.max_positions} positions; shorten "
-            "the input, or set decoder.rope.allow_longer=True to extrapolate"
+            f"{key_length} key slots exceed the decoder's {config.max_positions} positions; "
+            "shorten the input, or set decoder.rope.allow_longer=True to extrapolate"
         )
     theta, stretch = config.theta, 1.0
     if config.scaling == "linear":
@@ -50,7 +66,7 @@ def rope_tables(
 
 
 def _attention_scale(config: RopeConfig) -> float:
-    """What `su` and `yarn` multiply cos and sin by (model.md 9)."""
+    """Returns what `su` and `yarn` multiply cos and sin by (model.md 9)."""
     growth = config.max_positions / config.original_max_positions
     if growth <= 1:
         return 1.0
@@ -60,7 +76,7 @@ def _attention_scale(config: RopeConfig) -> float:
 
 
 def rotate(x: jax.Array, tables: RopeTables) -> jax.Array:
-    """x: [B, S, ..., H] -> the same, rotated in float32 and cast back."""
+    """Rotates [B, S, ..., H] in float32 and casts back."""
     heads = (1,) * (x.ndim - 3)
     cos, sin = (t.reshape(*t.shape[:2], *heads, t.shape[-1]) for t in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

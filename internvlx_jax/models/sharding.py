@@ -1,11 +1,15 @@
-"""Mesh axes and the rules that map logical parameter axes to them. Mesh axis names appear in this file only."""
+"""Mesh axes, and the rules that map logical axes of parameters to them.
+
+Mesh axis names appear in this file only, so that another way to divide a model is a change of
+this file. Parameters carry logical names: `embed`, `mlp`, `heads`, ...
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,7 +23,9 @@ from internvlx_jax.models.internvlx import ActivationShardings
 from internvlx_jax.models.loss import LossShardings
 
 BATCH_AXES = ("data", "fsdp")
-FSDP_WIDTH = 64  # over all 256 chips of a pod XLA sums whole gradients in place of their shards (docs/scaling.md)
+# Devices along fsdp, at most: over all 256 chips of a pod XLA sums whole gradients in place of
+# their shards (docs/scaling.md).
+FSDP_WIDTH = 64
 RULES = {
     "layers": None,
     "embed": "fsdp",
@@ -33,9 +39,17 @@ RULES = {
 def mesh_sizes(
     config: MeshConfig, devices: int, *, slices: int = 1, rows: int | None = None
 ) -> dict[str, int]:
-    """Axis sizes with every -1 resolved; rows: of a step, where that is a fixed number.
+    """Resolves every -1 among the axis sizes.
 
-    Raises ConfigError when the sizes do not multiply to the devices, or data does not extend over all slices.
+    Args:
+        config: Sizes of the run's config.
+        devices: Number of devices.
+        slices: Slices of a multi-slice TPU.
+        rows: Rows per step, where that is a fixed number.
+
+    Raises:
+        ConfigError: The sizes do not multiply to the devices, or `data` does not extend over all
+            slices.
     """
     sizes = dataclasses.asdict(config)
     remaining = [name for name, size in sizes.items() if size == -1]
@@ -56,8 +70,8 @@ def mesh_sizes(
         )
     if sizes["data"] % slices:
         raise ConfigError(
-            f"mesh {sizes}: mesh.data must be a multiple of the {slices} slices, since fsdp and tensor do "
-            "not extend over the network between them"
+            f"mesh {sizes}: mesh.data must be a multiple of the {slices} slices, since fsdp and "
+            "tensor do not extend over the network between them"
         )
     return sizes
 
@@ -67,9 +81,13 @@ def _divisors(n: int) -> list[int]:
 
 
 def make_mesh(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int | None = None
+    config: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int | None = None
 ) -> Mesh:
-    """A data x fsdp x tensor mesh over all devices, neighbours in the network next to each other; see mesh_sizes."""
+    """Makes a data x fsdp x tensor mesh over all devices; see `mesh_sizes`.
+
+    Neighbors in the network are next to each other on the mesh. `data` extends over slices and the
+    others stay inside one, since they exchange far more.
+    """
     devices = list(devices or jax.devices())
     slices = (
         len({getattr(device, "slice_index", 0) for device in devices})
@@ -91,7 +109,10 @@ def make_mesh(
 
 
 def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """Partition of one parameter. A dim that its mesh axis does not divide stays whole (e.g. 92,553 rows)."""
+    """Returns the partition of one parameter.
+
+    A dim that its mesh axis does not divide stays whole.
+    """
     names = [RULES[axis] if axis else None for axis in axes]
     return PartitionSpec(
         *(
@@ -106,7 +127,7 @@ def param_shardings(
     axes: Mapping[str, tuple[str | None, ...]],
     mesh: Mesh,
 ) -> dict[str, NamedSharding]:
-    """Sharding of every parameter, by dotted path."""
+    """Returns the sharding of every parameter, by dotted path."""
     return {
         path: NamedSharding(mesh, param_spec(leaf.shape, axes[path], mesh))
         for path, leaf in shapes.items()
@@ -119,7 +140,10 @@ def optimizer_shardings(
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> optax.OptState:
-    """Moments are placed like their parameters; counters are whole everywhere."""
+    """Returns the sharding of an optimizer's state.
+
+    Moments are placed like their parameters; counters are whole everywhere.
+    """
     state = jax.eval_shape(optimizer.init, dict(shapes))
     return optax.tree_utils.tree_map_params(
         optimizer,
@@ -131,7 +155,7 @@ def optimizer_shardings(
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Abstract leaves that carry where they live, e.g. for orbax to restore into."""
+    """Returns abstract leaves that carry their shardings, e.g. for orbax to restore into."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -140,13 +164,17 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole."""
+    """Returns the sharding of a batch: rows over data and fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def activation_shardings(mesh: Mesh) -> ActivationShardings:
-    """Rows as in the batch. A lookup takes the rows of `data` in a table whose width is divided over `fsdp`; from there
-    one all-to-all brings each device its rows. Heads as their kernels."""
+    """Returns where activations live.
+
+    Rows are as in the batch and heads as their kernels. A lookup takes the rows of `data` in a
+    table whose width is divided over `fsdp`; from there one all-to-all brings each device its
+    rows.
+    """
 
     def sharding(*axes: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
@@ -166,41 +194,47 @@ def activation_shardings(mesh: Mesh) -> ActivationShardings:
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): the rows of a batch, cut in `count` equal parts, that this process's devices hold.
+    """Returns which rows of a batch this process's devices hold.
 
-    Processes that share their rows, e.g. along the tensor axis, get the same part. Raises ConfigError when the rows of
-    a process are not next to each other.
+    Processes that share their rows, e.g. along the tensor axis, get the same part.
+
+    Returns:
+        (index, count): part `index` of the rows, cut in `count` equal parts.
+
+    Raises:
+        ConfigError: The rows of a process are not next to each other.
     """
     shards = data_parallel_size(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    rows = sorted({index[0].start or 0 for index in held.values()})
+    rows = sorted({index[0].start or 0 for index in held.values() if index is not None})
     if (
         shards % len(rows)
         or rows != list(range(rows[0], rows[0] + len(rows)))
         or rows[0] % len(rows)
     ):
         raise ConfigError(
-            f"mesh {dict(mesh.shape)}: a process would hold the parts {rows} of the {shards} parts of a "
-            "batch; choose mesh.data and mesh.fsdp so that those of a process are consecutive"
+            f"mesh {dict(mesh.shape)}: a process would hold the parts {rows} of the {shards} parts "
+            "of a batch; choose mesh.data and mesh.fsdp so that those of a process are consecutive"
         )
     return rows[0] // len(rows), shards // len(rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def spread_sharding(shape: tuple[int, ...]) -> NamedSharding:
-    """Equal parts of the leading dim over as many devices of this process as divide it."""
+    """Returns equal parts of the leading dim over as many devices of this process as divide it."""
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if shape[0] % n == 0)
     return NamedSharding(Mesh(np.array(devices[:count]), ("part",)), PartitionSpec("part"))
 
 
 def spread(array: np.ndarray) -> jax.Array:
-    """An array under its `spread_sharding`; no copy of aligned CPU memory."""
+    """Places an array under its `spread_sharding`, without copying aligned CPU memory."""
     sharding = spread_sharding(array.shape)
-    devices = list(sharding.mesh.devices)
+    devices = list(cast(Mesh, sharding.mesh).devices)
     parts = [
         jax.device_put(part, device, may_alias=True)
         for part, device in zip(np.split(array, len(devices)), devices, strict=True)
@@ -209,5 +243,5 @@ def spread(array: np.ndarray) -> jax.Array:
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-    """Number of shards of the batch."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

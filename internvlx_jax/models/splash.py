@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 LANES = 128  # the kernel's blocks are multiples of it
 BLOCK = 512  # largest block of queries, and of keys in one product: 1 MiB of float32 scores in VMEM
-DQ_PARTS = 8  # most partial query gradients that the backward kernel writes before they are summed
+DQ_PARTS = 8  # partial query gradients that the backward kernel writes before a sum, at most
 PADDING = -1  # segment of the slots that fill the last block
 
 
@@ -27,12 +27,23 @@ def splash_attention(
     window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """q: [B, S, N, H], k, v: [B, S, K, H], segments: int32[B, S] or None -> [B, S, N, H].
+    """Attends a sequence to itself.
 
-    The kernel has no scale: q takes it, and is rounded once more where 1 / sqrt(H) is no power of two.
-    window: how many slots a causal query sees, its own included; None is all before it.
-    residuals: checkpoint name of what the backward pass needs besides q, k and v: output and log-sum-exp.
-    interpret: emulate the kernel, on any platform, slowly.
+    The kernel has no scale: q takes it, and is rounded once more where 1 / sqrt(H) is no power of
+    two.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, S, K, H].
+        segments: int32[B, S], 0 = padding; None is one segment.
+        causal: Whether a query sees the slots before it and its own only.
+        residuals: Checkpoint name of what the backward pass needs besides q, k and v: output and
+            log-sum-exp.
+        window: Slots that a causal query sees, its own included. None is all before it.
+        interpret: Whether to emulate the kernel, on any platform, slowly.
+
+    Returns:
+        [B, S, N, H].
     """
     length, cut = q.shape[1], blocks(q.shape[1])
     padding = cut.padded - length
@@ -43,16 +54,17 @@ def splash_attention(
     q, k, v = (rearrange(x, "b s n h -> b n s h") for x in (q * q.shape[-1] ** -0.5, k, v))
     kernel = _kernel(q.shape[1], cut, causal, window, residuals, interpret)
     ids = None if segments is None else splash.SegmentIds(segments, segments)
-    return rearrange(jax.vmap(kernel)(q, k, v, ids), "b n s h -> b s n h")[:, :length]
+    out = cast(jax.Array, jax.vmap(kernel)(q, k, v, ids))  # residuals are not returned
+    return rearrange(out, "b n s h -> b s n h")[:, :length]
 
 
 class Blocks(NamedTuple):
-    """How a sequence is cut.
+    """Says how a sequence is cut.
 
     Attributes:
-        padded: length that the blocks divide.
-        block: queries of a block, and keys of one product.
-        keys: keys of a block in the causal backward kernel, a multiple of `block`.
+        padded: Length that the blocks divide.
+        block: Queries per block, and keys per product.
+        keys: Keys per block in the causal backward kernel, a multiple of `block`.
     """
 
     padded: int
@@ -61,8 +73,12 @@ class Blocks(NamedTuple):
 
 
 def blocks(length: int) -> Blocks:
-    """Whatever fits into one block is one. Else the least padding with blocks that are not small, which are slow, and with
-    at most DQ_PARTS blocks of keys: the fused backward kernel writes dq in as many parts, each as large as q."""
+    """Chooses how a sequence is cut.
+
+    What fits into one block is one block. Longer sequences get the least padding with blocks that
+    are not small, since those are slow, and at most DQ_PARTS blocks of keys: the fused backward
+    kernel writes the query gradient in as many parts, each as large as q.
+    """
     if length <= BLOCK:
         padded = _round_up(length, LANES)
         return Blocks(padded, padded, padded)
@@ -80,8 +96,11 @@ def _round_up(length: int, quantum: int) -> int:
 def _kernel(
     heads: int, cut: Blocks, causal: bool, window: int | None, residuals: str, interpret: bool
 ):
-    """One kernel a shape; what it precomputes about the mask is constants. Without a causal mask no block is skipped, and
-    all keys of a sequence are one block in the backward kernel."""
+    """Makes one kernel per shape; what it precomputes about the mask is constants.
+
+    Without a causal mask no block is skipped, and all keys of a sequence are one block in the
+    backward kernel.
+    """
     mask = (splash.CausalMask if causal else splash.FullMask)((cut.padded, cut.padded))
     if window is not None:
         mask = splash.LocalMask((cut.padded, cut.padded), window_size=(window - 1, 0), offset=0)

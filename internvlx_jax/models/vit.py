@@ -1,9 +1,14 @@
-"""InternViT, the vision tower: 300M (LayerNorm) and 6B (RMSNorm, q/k norm) variants (design: model.md 3)."""
+"""InternViT, the vision tower (design: model.md 3).
+
+Covers the 300M tower of InternVL-X (LayerNorm) and the 6B tower of larger InternVL2 models
+(RMSNorm, normalized queries and keys). The tower reads each tile by itself; that tiles belong to
+one image is known to the decoder alone, from their order in the sequence.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +42,7 @@ def _norm(config: VisionConfig, **kwargs) -> nnx.Module:
 
 
 class Attention(nnx.Module):
-    """Full self-attention over class token and patches; x: [I, S, V] -> [I, S, V]."""
+    """Full self-attention over class token and patches; [I, S, V] -> [I, S, V]."""
 
     def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         v, n, h = config.width, config.heads, config.head_dim
@@ -60,14 +65,15 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         key1, key2 = split_key(dropout_key, 2)
         q, k, v = self.qkv(x, key1)
-        if self.q_norm is not None:  # over all heads together, before they are split
+        if self.q_norm is not None and self.k_norm is not None:
+            # Over all heads together, not per head: the release normalizes before it splits.
             q = self.q_norm(q.reshape(x.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x.shape)).reshape(k.shape)
         return self.proj(attention(q, k, v, causal=False), key2)
 
 
 class Mlp(nnx.Module):
-    """Linear - GELU (exact) - Linear; [I, S, V] -> [I, S, V]."""
+    """Linear - exact GELU - Linear; [I, S, V] -> [I, S, V]."""
 
     def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         v, f = config.width, config.mlp_width
@@ -81,11 +87,11 @@ class Mlp(nnx.Module):
 
 
 class LayerDraws(NamedTuple):
-    """Randomness of a layer, or of a stack of layers; None where nothing is random.
+    """Holds the randomness of a layer, or of a stack of layers; None where nothing is random.
 
     Attributes:
         drop_path: key[] or key[L].
-        dropout: key[] or key[L], on what adapters read.
+        dropout: key[] or key[L], for the adapters.
     """
 
     drop_path: jax.Array | None
@@ -93,7 +99,11 @@ class LayerDraws(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm block with layer scale and drop path on both branches."""
+    """A pre-norm block with layer scale and drop path on both branches.
+
+    Layer scale is a learned factor per channel of each branch. The 6B tower starts it at 0.1, which
+    keeps the fresh branches of a deep tower quiet.
+    """
 
     def __init__(self, config: VisionConfig, lora: LoraConfig | None, **kwargs):
         scale = constant(config.layer_scale_init)
@@ -116,9 +126,9 @@ class Block(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """pixels: [I, Y, X, 3] (normalised) -> x: [I, 1+P, V], class token first, patches row-major.
+    """Patches, class token and positions, then blocks up to the selected output.
 
-    frozen_layers: gradients end behind as many layers.
+    There is no norm behind the last block: the projectors normalize what they read.
     """
 
     def __init__(
@@ -130,7 +140,16 @@ class VisionTower(nnx.Module):
         lora: LoraConfig | None = None,
         frozen_layers: int = 0,
     ):
-        kwargs = dict(rngs=rngs, dtype=dtype)
+        """Makes a tower.
+
+        Args:
+            config: Sizes and variants.
+            rngs: Stream `params` of the fresh values.
+            dtype: Of the parameters.
+            lora: Adapters of all blocks.
+            frozen_layers: Blocks at the bottom that no gradient enters.
+        """
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype)
         self.config, self.lora, self.frozen_layers = config, lora, frozen_layers
         v, features = config.width, 3 * config.patch_size**2
         self.patch_embed = Linear(
@@ -145,7 +164,11 @@ class VisionTower(nnx.Module):
         )
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """Patches (right and bottom rows that fill no patch are dropped), class token and positions."""
+        """Makes [I, 1+P, V] of pixels [I, Y, X, 3]: class token and patches, with positions.
+
+        The patch convolution is a matrix product, since its stride is its kernel. Rows and columns
+        at the right and bottom that fill no patch are dropped.
+        """
         size = self.config.patch_size
         rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
         with jax.named_scope("patch_embed"):
@@ -171,9 +194,23 @@ class VisionTower(nnx.Module):
         remat: str = "none",
         attention: SelfAttention = DEFAULT_ATTENTION,
     ) -> jax.Array:
-        """Output of `config.select_layer`. drop_path_key: None outside training."""
+        """Runs the tower.
+
+        Args:
+            pixels: [I, Y, X, 3], normalized.
+            drop_path_key: Randomness of drop path; None outside training.
+            dropout_key: Randomness of the adapters; None outside training.
+            remat: See layers.rematerialize.
+            attention: Attention of whole sequences.
+
+        Returns:
+            [I, 1+P, V] of the layer that `config.select_layer` names, class token first and
+            patches row-major. Layers behind it are not run; they keep their parameters, so that
+            checkpoints stay complete.
+        """
         depth, total = self.config.layers_run, self.config.layers
         x = self.embed(pixels)
+        # Rates grow with depth: early blocks carry what all later ones build on.
         rates = self.config.drop_path * jnp.arange(depth) / max(total - 1, 1)
         drop_path_key = drop_path_key if self.config.drop_path > 0 else None
         dropout_key = dropout_key if self.lora is not None else None
@@ -193,6 +230,7 @@ class VisionTower(nnx.Module):
             inputs = jax.tree.map(lambda leaf: leaf[start:stop], (draws, rates))
             return scan_layers(rematerialize(body, remat), x, layers, inputs)[0]
 
+        # No gradient enters the frozen blocks, so there is nothing to keep for a backward pass.
         frozen = min(self.frozen_layers, depth)
         if frozen:
             x, layers = jax.lax.stop_gradient((x, slice_layers(self.layers, 0, frozen)))
@@ -200,34 +238,20 @@ class VisionTower(nnx.Module):
         return run(x, slice_layers(self.layers, frozen, depth), frozen, depth, remat)
 
 
-_A = (
-    -0.75
-)  # PyTorch's cubic kernel; jax.image.resize uses -0.5, drops outside weights and antialiases
-
-
-@functools.cache
-def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Row o of float64[size_out, size_in] holds the weights of output sample o; the edge sample is repeated."""
-
-    def weight(d):
-        d = abs(d)
-        if d <= 1:
-            return (_A + 2) * d**3 - (_A + 3) * d**2 + 1
-        return _A * d**3 - 5 * _A * d**2 + 8 * _A * d - 4 * _A
-
-    matrix = np.zeros((size_out, size_in))
-    for o in range(size_out):
-        u = (o + 0.5) * size_in / size_out - 0.5
-        j = int(np.floor(u))
-        for k in range(-1, 3):
-            matrix[o, np.clip(j + k, 0, size_in - 1)] += weight(u - (j + k))
-    return matrix
+# Coefficient of PyTorch's cubic kernel. jax.image.resize uses -0.5, drops weights that fall outside
+# the grid and smooths when it shrinks; positions resized so would differ from the release by 0.15.
+CUBIC = -0.75
 
 
 def resize_positions(positions: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Fit a square position table to another patch grid; the class position stays.
+    """Fits a square position table to another patch grid; the class position stays.
 
-    positions: [1+P, V], grid: (rows, columns)  ->  [1+rows*columns, V] in the dtype of `positions`
+    Args:
+        positions: [1+P, V].
+        grid: (rows, columns).
+
+    Returns:
+        [1 + rows * columns, V] in the dtype of `positions`.
     """
     side = int(round((positions.shape[0] - 1) ** 0.5))
     if grid == (side, side):
@@ -237,3 +261,25 @@ def resize_positions(positions: jax.Array, grid: tuple[int, int]) -> jax.Array:
     columns = jnp.asarray(bicubic_matrix(side, grid[1]), jnp.float32)
     resized = jnp.einsum("ai,bj,ijv->abv", rows, columns, patches).reshape(grid[0] * grid[1], -1)
     return jnp.concatenate([positions[:1], resized.astype(positions.dtype)])
+
+
+@functools.cache
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Returns float64[size_out, size_in], the weights of each output sample along one axis.
+
+    The edge sample is repeated beyond the edge.
+    """
+
+    def weight(d):
+        d = abs(d)
+        if d <= 1:
+            return (CUBIC + 2) * d**3 - (CUBIC + 3) * d**2 + 1
+        return CUBIC * d**3 - 5 * CUBIC * d**2 + 8 * CUBIC * d - 4 * CUBIC
+
+    matrix = np.zeros((size_out, size_in))
+    for o in range(size_out):
+        u = (o + 0.5) * size_in / size_out - 0.5
+        j = int(np.floor(u))
+        for k in range(-1, 3):
+            matrix[o, np.clip(j + k, 0, size_in - 1)] += weight(u - (j + k))
+    return matrix

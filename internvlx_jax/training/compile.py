@@ -2,7 +2,7 @@
 
 import sys
 
-from internvlx_jax.cli.compile import main
-
 if __name__ == "__main__":
+    from internvlx_jax.cli.compile import main
+
     sys.exit(main())

@@ -13,83 +13,129 @@ from jax.sharding import Mesh
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
-from internvlx_jax.data.pipeline import Loader
+from internvlx_jax.data.batch import Batch
+from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.models.sharding import data_parallel_size, row_share
+from internvlx_jax.models.sharding import batch_sharding, data_parallel_size, row_share
 
 
-def open_tokenizer(config: TrainConfig, source, model_config: ModelConfig) -> Tokenizer:
-    """That of the config, else that of the checkpoint `source`. Raises ConfigError when there is none, or when the
-    model has fewer rows than it has ids."""
-    tokenizer = (
-        Tokenizer.load(config.data.tokenizer)
-        if config.data.tokenizer
-        else source and source.tokenizer()
-    )
+def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Tokenizer:
+    """Opens the tokenizer of the config, or else that of the checkpoint `source`.
+
+    Raises:
+        ConfigError: There is no tokenizer, or it has more ids than the model has embeddings.
+    """
+    tokenizer = None
+    if config.data.tokenizer:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    elif source is not None:
+        tokenizer = source.tokenizer()
     if tokenizer is None:
         raise ConfigError(
-            "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer to a "
-            "folder with tokenizer.model"
+            "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer "
+            "to a folder with tokenizer.model"
         )
-    if tokenizer.vocab_size > model_config.decoder.vocab_size:
+    if tokenizer.vocab_size > model.decoder.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.decoder.vocab_size is "
-            f"{model_config.decoder.vocab_size}; give the model a row for each"
+            f"{model.decoder.vocab_size}; give the model a row for each"
         )
     return tokenizer
 
 
 def open_loaders(
     config: TrainConfig,
-    model_config: ModelConfig,
+    model: ModelConfig,
     tokenizer: Tokenizer,
     mesh: Mesh,
     position: Mapping[str, Any] | None,
 ) -> tuple[Loader, Loader | None]:
-    """Training and validation data; process 0 makes the indexes, the others find them. Raises ConfigError, on all
-    processes, when the processes see different data or when the rows of a saved position do not fit the devices."""
-    data = config.data
-    processor = Processor.for_model(
-        model_config, tokenizer, special_text=data.special_text, images=data.images
-    )
+    """Opens training and validation data on all processes of a run.
+
+    Process 0 makes the size indexes, the others find them.
+
+    Args:
+        config: The run.
+        model: Its model, which says how samples become tokens.
+        tokenizer: Its tokenizer.
+        mesh: Its devices; each process loads the rows of its own.
+        position: Position in the data that a checkpoint has saved, if any.
+
+    Raises:
+        ConfigError: The rows of the saved position do not fit the devices, or, on all processes,
+            the processes see different data.
+    """
     shards = data_parallel_size(mesh) * config.compute.accumulation
-    row_quantum = (position or {}).get("row_quantum") or data.row_quantum or shards
+    row_quantum = (position or {}).get("row_quantum") or config.data.row_quantum or shards
     if row_quantum % shards:
         raise ConfigError(
-            f"the rows of a step come in multiples of {row_quantum} (data.row_quantum), which {shards} parts "
-            "(data-parallel devices * compute.accumulation) do not divide; use fewer devices, or begin the "
-            "run with a larger data.row_quantum"
+            f"the rows of a step come in multiples of {row_quantum} (data.row_quantum), which "
+            f"{shards} parts (data-parallel devices * compute.accumulation) do not divide; use "
+            "fewer devices, or begin the run with a larger data.row_quantum"
         )
-    index, count = row_share(mesh)
 
-    def make() -> tuple[Loader, Loader | None]:
-        common = dict(process_index=index, process_count=count, progress=jax.process_index() == 0)
-        training = Loader(
-            data.meta,
-            data,
-            processor,
-            row_quantum=row_quantum,
-            seed=config.seed,
-            state=position,
-            epochs=config.epochs if config.steps is None else None,
-            **common,
-        )
-        if data.val_meta is None:
-            return training, None
-        return training, Loader(
-            data.val_meta, data, processor, row_quantum=shards, seed=0, epochs=1, **common
-        )
+    def open_both() -> tuple[Loader, Loader | None]:
+        return _open_both(config, model, tokenizer, mesh, position, row_quantum, shards)
 
     try:
-        made = make() if jax.process_index() == 0 else None
+        opened = open_both() if jax.process_index() == 0 else None
     finally:
         multihost_utils.sync_global_devices("index made")
-    loaders = made or make()
+    loaders = opened or open_both()
+    # Each process plans for itself. Different plans would end in a hang or, worse, in other steps.
     plans = np.array([int(loader.plan_hash[:7], 16) for loader in loaders if loader], np.int32)
     if (multihost_utils.process_allgather(plans) != plans).any():
         raise ConfigError(
-            "the processes see different training data, so their steps would differ; give all of them the "
-            f"same files, tokenizer and versions of NumPy (this one: {loaders[0].plan_hash})"
+            "the processes see different training data, so their steps would differ; give all of "
+            "them the same files, tokenizer and versions of NumPy (this one: "
+            f"{loaders[0].plan_hash})"
         )
     return loaders
+
+
+def _open_both(
+    config: TrainConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    position: Mapping[str, Any] | None,
+    row_quantum: int,
+    shards: int,
+) -> tuple[Loader, Loader | None]:
+    data = config.data
+    processor = Processor.for_model(
+        model, tokenizer, special_text=data.special_text, images=data.images
+    )
+    index, count = row_share(mesh)
+    common: dict[str, Any] = dict(
+        process_index=index, process_count=count, progress=jax.process_index() == 0
+    )
+    training = Loader(
+        data.meta,
+        data,
+        processor,
+        row_quantum=row_quantum,
+        seed=config.seed,
+        state=position,
+        epochs=config.epochs if config.steps is None else None,
+        **common,
+    )
+    if data.val_meta is None:
+        return training, None
+    validation = Loader(
+        data.val_meta, data, processor, row_quantum=shards, seed=0, epochs=1, **common
+    )
+    return training, validation
+
+
+def to_devices(loaded: LoadedStep, mesh: Mesh) -> Batch:
+    """Sends this process's rows of a step to its devices.
+
+    Returns:
+        The global batch, jax.Array[B, ...], with its rows spread over the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows), loaded.batch
+    )

@@ -1,46 +1,37 @@
-"""The training loop, top to bottom: mesh, model, data, state, steps (design: training.md)."""
+"""The training loop, top to bottom (design: training.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 
-from internvlx_jax.aot.compile_report import check_fits, compile_report, table
-from internvlx_jax.aot.topologies import local_topology
-from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import saved_metadata
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
     write_run_folder,
 )
-from internvlx_jax.checkpoints.transfer import check_same_model, transfer
-from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.data.plan import Bucket
-from internvlx_jax.evaluation.in_loop import InLoop
-from internvlx_jax.models.flops import forward_flops
-from internvlx_jax.models.params import init_adapters, init_params, without_adapters
-from internvlx_jax.models.sharding import batch_sharding, make_mesh, placed
-from internvlx_jax.training.data import open_loaders, open_tokenizer
+from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_steps
-from internvlx_jax.training.freeze import describe
 from internvlx_jax.training.metrics import Throughput
-from internvlx_jax.training.mfu import Utilization, peak_flops
+from internvlx_jax.training.metrics_logger import MetricsLogger, record_start
 from internvlx_jax.training.preemption import Preempted, Preemption
 from internvlx_jax.training.profiler import Profiler, Window
-from internvlx_jax.training.setup import prepare
-from internvlx_jax.training.starts import record_start
+from internvlx_jax.training.run import QUARANTINE, Run, first_state, open_run
 from internvlx_jax.training.step import TrainState
-from internvlx_jax.training.watch import Watch
+from internvlx_jax.training.validation import BenchmarksFactory, Validation, check_benchmarks
 
-QUARANTINE = "quarantine-{}.jsonl"  # in the run folder, by process
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 
 
 def train(
@@ -48,218 +39,129 @@ def train(
     *,
     stop_after: int | None = None,
     profile: Window | None = None,
-    dry_run: bool = False,
+    benchmarks: BenchmarksFactory | None = None,
 ) -> dict[str, float]:
-    """Run, or resume, the run in config.output_dir; returns the last validation (or training) metrics.
+    """Runs, or resumes, the run in `config.output_dir`.
 
-    stop_after: end after this many steps of this call, with a checkpoint; the same command goes on from there.
-    profile: steps to trace, to RUN/profile.
-    dry_run: compile the step of every bucket, say what it takes, and end; no parameter is made, nothing is written.
+    Args:
+        config: The run.
+        stop_after: Stops after this many steps of this call, with a checkpoint; the same call goes
+            on from there.
+        profile: Steps to trace, to profile/ of the run folder.
+        benchmarks: Prepares the benchmarks of `config.evaluation`.
 
-    Raises ConfigError, CheckpointError or SampleError for input that cannot be used; Preempted after SIGTERM and
-    NonFiniteError after too many bad steps, both with the run saved.
+    Returns:
+        The newest value of every metric, those of the last validation included.
+
+    Raises:
+        ConfigError, CheckpointError, SampleError: The input cannot be used.
+        Preempted: SIGTERM was received; the run has been saved.
+        NonFiniteError: Too many steps were not finite; the run has been saved.
     """
-    run = Path(config.output_dir).absolute()  # orbax wants absolute paths
-    speak = print if jax.process_index() == 0 else lambda *_: None
+    check_benchmarks(config, benchmarks)
+    run = open_run(config)
+    validation = Validation(run, benchmarks)
 
-    # --- mesh -----------------------------------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh, rows=config.micro_batch)
+    throughput = Throughput(run.saved.get("clocks"))
+    # The folder is written after compilation, so that a run that does not fit its devices leaves
+    # none behind, and can be tried again with other settings.
+    resuming = check_run_folder(run.folder, run.settings)
+    executables = _compile(run, throughput)
+    write_run_folder(run.folder, run.settings, run.tokenizer, run.source)
+    for loader in filter(None, (run.loader, run.validation)):
+        loader.list_bad_samples(run.folder / QUARANTINE.format(jax.process_index()))
 
-    # --- model ----------------------------------------------------------------------------------------------------
-    source = None if config.init_from is None else open_checkpoint(config.init_from)
-    model_config = source.config if config.model is None else config.model
-    if source is not None and config.model is not None:
-        check_same_model(config.model, source.config, source.path)
+    with CheckpointWriter(run.folder, config.keep_last) as checkpoints:
+        first, state = first_state(run, checkpoints, resuming=resuming)
+        last = run.steps if stop_after is None else min(run.steps, first + stop_after)
+        with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
+            session = _Session(run, executables, validation, throughput, checkpoints, metrics)
+            record_start(run, first)
+            if first == 0 and validation.is_due(0, last):
+                session.validate(0, state)
+            with Profiler(run.folder / "profile", profile) as profiler:
+                _run_steps(session, profiler, state, first, last)
+    if run.loader.faults.reasons:
+        logger.info(f"bad samples in this process: {run.loader.faults.summary()}")
+    return metrics.latest
 
-    # --- data -----------------------------------------------------------------------------------------------------
-    tokenizer, saved = open_tokenizer(config, source, model_config), saved_metadata(run)
-    loader, validation = open_loaders(config, model_config, tokenizer, mesh, saved.get("data"))
-    steps = config.steps or loader.plan.total
-    speak(
-        f"{len(loader.table.length):,} samples, {loader.plan.first_step(1):,} steps in the first epoch, {steps:,} steps, "
-        f"{len(loader.plan.buckets)} buckets:"
-    )
-    for bucket, rows in zip(loader.plan.buckets, loader.plan.rows):
-        speak(_describe_bucket(model_config, bucket, rows))
-    if loader.index_faults.reasons:
-        speak(
-            f"left out, see {QUARANTINE.format(0)} in the run folder: {loader.index_faults.summary()}"
-        )
 
-    # --- structure, optimiser, steps: no arrays yet -----------------------------------------------------------------
-    setup = prepare(config, model_config, mesh, steps, len(loader.entries))
-    abstract, shardings = setup.abstract, setup.shardings
-    speak(describe(setup.division))
-    benchmarks = None
-    if config.evaluation is not None:
-        benchmarks = InLoop(
-            config.evaluation,
-            run / "evaluation",
-            model=model_config,
-            abstract=abstract,
-            tokenizer=tokenizer,
-            mesh=mesh,
-        )
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """The parts of a run that work together while it is under way."""
 
-    if dry_run:
-        where = local_topology()
-        reports = compile_report(setup, loader.plan.buckets, loader.plan.rows, where)
-        speak(table(reports, where, mesh))
-        check_fits(reports, where)
-        return {}
+    run: Run
+    executables: Mapping[Bucket, jax.stages.Compiled]
+    validation: Validation
+    throughput: Throughput
+    checkpoints: CheckpointWriter
+    metrics: MetricsLogger
 
-    # --- one executable a bucket, run folder: what does not fit the devices leaves none ----------------------------
-    settings = {"train": to_dict(config), "model": to_dict(model_config)}
-    resuming = check_run_folder(run, settings)
-    throughput = Throughput(saved.get("clocks"))
-    with throughput.paused("compile_s"):
-        executables = compile_train_steps(setup, loader.plan.buckets, loader.plan.rows)
-    write_run_folder(run, settings, tokenizer, source)
-    for each in filter(None, (loader, validation)):
-        each.list_bad_samples(run / QUARANTINE.format(jax.process_index()))
-    speak(
-        f"compiled the step of {len(executables)} buckets; {throughput.clocks['compile_s']:.0f} s in this run until now"
-    )
+    def validate(self, step: int, state: TrainState) -> None:
+        """Scores the parameters after `step` steps, and records the scores."""
+        with self.throughput.paused("evaluation_s"):
+            scores = self.validation(step, state.params())
+        self.metrics.record(step, scores)
 
-    # --- state: resume, or start from a checkpoint, or from scratch -----------------------------------------------
-    checkpoints = CheckpointWriter(run, config.keep_last)
-    if resuming:
-        first = checkpoints.latest_step
-        params, opt_state = checkpoints.load(
-            first, placed(abstract.shapes, shardings), setup.state.opt_state, loader.state(first)
-        )
-        speak(f"resuming {run} at step {first}")
-    elif source is not None:
-        first, transferred = (
-            0,
-            transfer(source, model_config, without_adapters(abstract), mesh, seed=config.seed),
-        )
-        params = transferred.params
-        speak(*transferred.report, sep="\n")
-    else:
-        first, params = (
-            0,
-            init_params(
-                model_config,
-                config.seed,
-                shardings=shardings,
-                paths=without_adapters(abstract).shapes,
-            ),
-        )
-    if not resuming:
-        params |= init_adapters(abstract, config.seed, shardings)
-    places = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    trainable, frozen = jax.device_put(
-        setup.division.split(params), (places.trainable, places.frozen)
-    )
-    if not resuming:
-        opt_state = jax.jit(setup.optimizer.init, out_shardings=places.opt_state)(trainable)
-    state = TrainState(trainable, frozen, opt_state, jax.device_put(np.int32(first), places.step))
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves a checkpoint: parameters after `step` steps, and data that go on with that step."""
+        metadata = {
+            **self.run.settings,
+            "lora": to_dict(self.run.config.lora),
+            "data": self.run.loader.state(step),
+            "clocks": self.throughput.clocks,
+        }
+        with self.throughput.paused("checkpoint_s"):
+            self.checkpoints.save(step, state.params(), state.opt_state, metadata)
 
-    # --- loop -----------------------------------------------------------------------------------------------------
-    def put(step: LoadedStep) -> Any:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), step.batch
-        )
 
-    def validate(params) -> dict[str, float]:
-        sums = np.sum(
-            [
-                jax.device_get(setup.eval_step(params, put(loaded)))
-                for loaded in validation.steps(0, validation.plan.total)
-            ],
-            axis=0,
-        )
-        loss, weight, exact, answers = sums.tolist()
-        return {"eval/loss": loss / weight, "eval/exact": exact / answers}
-
-    def save(step: int, state: TrainState) -> None:
-        checkpoints.save(
-            step,
-            state.params(),
-            state.opt_state,
-            {
-                **settings,
-                "lora": to_dict(config.lora),
-                "data": loader.state(step),
-                "clocks": throughput.clocks,
-            },
-        )
-
-    def report_validation(step: int) -> None:
-        with throughput.paused("evaluation_s"):
-            scores = {} if validation is None else validate(state.params())
-            if benchmarks is not None:
-                scores |= benchmarks(step, state.params())
-        speak(
-            f"step {step}/{steps}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        )
-        watch.record(step, scores)
-
-    last = steps if stop_after is None else min(steps, first + stop_after)
-    watch = Watch(
-        run,
-        config,
-        loader,
-        throughput,
-        first=first,
-        steps=steps,
-        executables=len(executables),
-        utilization=Utilization(setup, peak_flops(config.compute.peak_tflops)),
-        speak=speak,
-    )
-    if jax.process_index() == 0:
-        record_start(run, first, mesh, dict(zip(loader.plan.buckets, loader.plan.rows)))
-    evaluates = validation is not None or benchmarks is not None
-    if evaluates and first == 0:
-        report_validation(0)
-    # A checkpoint taken after step n holds the parameters after n steps and asks the data for step n next.
-    with (
-        checkpoints,
-        watch,
-        Preemption() as preemption,
-        Profiler(run / "profile", profile) as profiler,
-    ):
-        for step, loaded, batch in _ahead(throughput.waited(loader.steps(first, last)), put, first):
-            done = step + 1
+def _run_steps(
+    session: _Session, profiler: Profiler, state: TrainState, first: int, last: int
+) -> None:
+    """Runs the steps after `first` up to `last`: step, metrics, validation, checkpoint."""
+    config, throughput, metrics = session.run.config, session.throughput, session.metrics
+    in_flight: deque[jax.Array] = deque()
+    throughput.start()
+    with Preemption() as preemption:
+        for done, loaded, batch in _batches(session.run, throughput, first, last):
             profiler.before(done)
-            with jax.transfer_guard_host_to_device(
-                "disallow"
-            ):  # the batch is there, and nothing else comes
-                state, metrics = executables[loaded.bucket](state, batch)
-            watch.add(done, loaded, metrics)
-            profiler.after(done, metrics.loss)
+            # The batch is on the devices already; anything else that goes there is a mistake.
+            with jax.transfer_guard_host_to_device("disallow"):
+                state, step_metrics = session.executables[loaded.bucket](state, batch)
+            metrics.add(done, loaded, step_metrics)
+
+            # The host blocks here, and nowhere else: until the devices are IN_FLIGHT steps behind,
+            # which bounds the batches in their memory, or are done with all that is logged.
+            in_flight.append(step_metrics.loss)
+            throughput.wait(in_flight, leave=IN_FLIGHT)
+            profiler.after(done, step_metrics.loss)
             preempted = preemption.reached(done)
             saves = done % config.save_every == 0 or done == last or preempted
             ending = None
-            if saves or done % config.log_every == 0:  # what is saved has been looked at
-                ending = watch.log(done)
-            if (
-                evaluates
-                and (done % config.eval_every == 0 or done == last)
-                and not (ending or preempted)
-            ):
-                report_validation(done)
+            if saves or done % config.log_every == 0:  # no step is saved before it is looked at
+                throughput.wait(in_flight, leave=0)
+                ending = metrics.log(done)
+
+            if session.validation.is_due(done, last) and not (ending or preempted):
+                session.validate(done, state)
             if saves or ending:
-                with throughput.paused("checkpoint_s"):
-                    save(done, state)
+                session.save(done, state)
             if ending:
                 raise ending
             if preempted and done < last:
                 raise Preempted(
-                    f"told to end by SIGTERM: saved at step {done}, the same command goes on from there"
+                    f"stopped by SIGTERM: saved at step {done}, the same command goes on from there"
                 )
-    if loader.faults.reasons:
-        speak(f"bad samples in this process: {loader.faults.summary()}")
-    return watch.latest
 
 
-def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, LoadedStep, Any]]:
-    """(step number, host step, device batch), with the next batch on its way to the device."""
+def _batches(
+    run: Run, throughput: Throughput, first: int, last: int
+) -> Iterator[tuple[int, LoadedStep, Batch]]:
+    """Yields (step from 1, step on the host, batch on the devices), one batch ahead of its use."""
     waiting = None
-    for number, loaded in enumerate(steps, start=first):
-        coming = (number, loaded, put(loaded))
+    steps = throughput.waited(run.loader.steps(first, last))
+    for step, loaded in enumerate(steps, start=first + 1):
+        coming = (step, loaded, to_devices(loaded, run.mesh))
         if waiting is not None:
             yield waiting
         waiting = coming
@@ -267,16 +169,13 @@ def _ahead(steps: Iterator[LoadedStep], put, first: int) -> Iterator[tuple[int, 
         yield waiting
 
 
-def _describe_bucket(config: ModelConfig, bucket: Bucket, rows: int) -> str:
-    """Its shape, and the work of its forward pass."""
-    short = f" ({bucket.short_length} in the short layout)" if config.lvtc else ""
-    flops = forward_flops(
-        config,
-        tiles=rows * bucket.tiles,
-        lengths=[bucket.length] * rows,
-        short_lengths=[bucket.short_length] * rows,
+def _compile(run: Run, throughput: Throughput) -> dict[Bucket, jax.stages.Compiled]:
+    """Compiles the step of every bucket, on the run's clock of compilation."""
+    plan = run.loader.plan
+    with throughput.paused("compile_s"):
+        executables = compile_train_steps(run.setup, plan.buckets, plan.rows)
+    logger.info(
+        f"compiled the step of {len(executables)} buckets; compilation has taken "
+        f"{throughput.clocks['compile_s']:.0f} s of this run"
     )
-    return (
-        f"  {rows} rows of {bucket.tiles} tiles and {bucket.length} slots{short}: forward "
-        f"{flops.total / 1e12:.3g} TFLOP"
-    )
+    return executables

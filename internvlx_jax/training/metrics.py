@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress line, metrics.jsonl and TensorBoard events (design: training.md 7)."""
+"""The numbers of a run: where they go, and how they are taken (design: training.md 7, 8)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
+from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
 from internvlx_jax.core.files import write_text
-from internvlx_jax.data.pipeline import StepCounts
+from internvlx_jax.data.pipeline import LoadedStep, StepCounts
+from internvlx_jax.data.plan import Bucket
+from internvlx_jax.models.flops import train_flops
+from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics
 
 T = TypeVar("T")
@@ -27,14 +32,16 @@ CLOCKS = ("train_s", "compile_s", "checkpoint_s", "evaluation_s")
 
 
 class MetricsWriter:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard. On resume, lines behind `start_step` are dropped first, so
-    that a step is written once however often it was run."""
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard.
+
+    Lines of steps after `start_step` are dropped first, so that a resumed run has each step once,
+    however often it was run.
+    """
 
     def __init__(self, run: Path, start_step: int):
         self._path = run / "metrics.jsonl"
-        first = (
-            start_step + 1 if start_step else 0
-        )  # a run that begins again also repeats its line of step 0
+        # A run that begins again also repeats its line of step 0.
+        first = start_step + 1 if start_step else 0
         kept = []
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
@@ -56,10 +63,11 @@ class MetricsWriter:
 
 
 class Throughput:
-    """Rates over the log window, and the clocks of the run.
+    """Measures rates over the window of a log line, and the clocks of the run.
 
-    clocks: those of the run until now, when it is resumed. Attributes:
-        clocks: seconds of training, and of what is not counted as training: compilation, checkpoints, evaluation.
+    Attributes:
+        clocks: Seconds of training, and of what does not count as training: compilation,
+            checkpoints, evaluation. A resumed run passes those that it has saved.
     """
 
     def __init__(self, clocks: Mapping[str, float] | None = None) -> None:
@@ -67,14 +75,14 @@ class Throughput:
         self.start()
 
     def start(self) -> None:
-        """Begin a window here."""
+        """Begins a window here."""
         self._start = self._last = time.perf_counter()
         self._paused, self._waiting = 0.0, 0.0
         self._steps, self._totals = 0, StepCounts(*[0] * len(StepCounts._fields))
         self._step_ms: list[float] = []
 
     def waited(self, steps: Iterable[T]) -> Iterator[T]:
-        """The same steps; the time until each one comes counts as waiting for data."""
+        """Yields the same steps; the time until each one comes counts as waiting for data."""
         iterator = iter(steps)
         while True:
             started = time.perf_counter()
@@ -86,14 +94,19 @@ class Throughput:
             yield step
 
     def add(self, counts: StepCounts) -> None:
+        """Counts what a step contains."""
         self._steps += 1
-        self._totals = StepCounts(*map(sum, zip(self._totals, counts)))
+        self._totals = StepCounts(*map(sum, zip(self._totals, counts, strict=True)))
 
     def wait(self, in_flight: deque[jax.Array], leave: int) -> None:
-        """Until at most `leave` of the steps that are on the devices are not done: one result of each, the oldest first.
+        """Blocks until all but `leave` of the steps on the devices are done.
 
-        Bounds how many batches wait in device memory, and tells how long a step takes, while the devices always have the
-        next one.
+        Bounds how many batches wait in device memory, and times the steps, while the devices always
+        have the next one.
+
+        Args:
+            in_flight: One result of each step, the oldest first; finished ones are removed.
+            leave: How many steps may still be running.
         """
         while len(in_flight) > leave:
             jax.block_until_ready(in_flight.popleft())
@@ -103,7 +116,7 @@ class Throughput:
 
     @contextmanager
     def paused(self, clock: str) -> Iterator[None]:
-        """Time that belongs to another clock, such as "evaluation_s"."""
+        """Counts the time inside to another clock, such as "evaluation_s"."""
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
@@ -112,9 +125,14 @@ class Throughput:
         self._last += seconds
 
     def take(self) -> dict[str, float]:
-        """Rates since the last call; token slots a second, real and supervised ones; real tiles, images and samples;
-        seconds a step, and milliseconds as they come; shares of real tokens and tiles; rows without a sample; share of the
-        time that the step waited for data; the clocks."""
+        """Ends the window and begins the next one.
+
+        Returns:
+            Per second: token slots, real tokens, supervised tokens, real tiles, images, samples.
+            Seconds per step, and percentiles of the milliseconds per step. Shares of slots that are
+            real, of tokens and tiles. Rows without a sample. The share of the time that steps
+            waited for data. The clocks of the run.
+        """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         self.clocks["train_s"] += seconds
         totals = self._totals
@@ -138,7 +156,7 @@ class Throughput:
 
 
 class Compilations:
-    """How many programs XLA has compiled, or found in the persistent cache, for this process."""
+    """Counts the programs that XLA has compiled, or found in its cache, for this process."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -148,11 +166,11 @@ class Compilations:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-COMPILATIONS = Compilations()  # one listener a process
+COMPILATIONS = Compilations()  # jax keeps listeners for good, so there is one per process
 
 
 def hbm_peak_gib() -> dict[str, float]:
-    """{"hbm_peak_gib": of the fullest device of this process}; empty where the platform does not tell."""
+    """Returns {"hbm_peak_gib": ...} of this process's fullest device, if the platform tells."""
     peaks = [
         (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
     ]
@@ -162,16 +180,21 @@ def hbm_peak_gib() -> dict[str, float]:
 def over_processes(
     values: Mapping[str, float], sums: np.ndarray
 ) -> tuple[dict[str, float], np.ndarray]:
-    """The largest of each value, and the sum of the counts, over all processes."""
+    """Returns the largest of each value, and the sum of the counts, over all processes."""
     every, counts = multihost_utils.process_allgather(
         (np.array(list(values.values()), np.float32), sums.astype(np.int32))
     )
-    return dict(zip(values, np.max(every, axis=0).tolist())), np.sum(counts, axis=0)
+    largest = dict(zip(values, np.max(every, axis=0).tolist(), strict=True))
+    return largest, np.sum(counts, axis=0)
 
 
 def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str, float]:
-    """Of the steps since the last line that made an update: the loss of all their tokens together, and of each dataset
-    that had some; mean norms, and the last learning rate. Without such a step, only the learning rate."""
+    """Aggregates the applied steps of a window.
+
+    Returns:
+        Token-weighted loss, overall and per dataset with tokens in the window; mean norms; the
+        latest learning rate. Only the learning rate if no step was applied.
+    """
     rate = {"learning_rate": float(window[-1].learning_rate)}
     window = [metrics for metrics in window if metrics.applied]
     if not window:
@@ -188,7 +211,7 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
         "loss": float(sums.sum() / parts.sum()),
         **{
             f"loss_by_dataset/{name}": float(total / part)
-            for name, total, part in zip(datasets, sums, parts)
+            for name, total, part in zip(datasets, sums, parts, strict=True)
             if part > 0
         },
         "grad_norm": mean("grad_norm"),
@@ -205,10 +228,74 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
 
 
 def progress_line(step: int, steps: int, values: Mapping[str, float]) -> str:
-    """One line for people."""
+    """Returns one line for people."""
     remaining = int((steps - step) * values["step_s"])
     return (
-        f"step {step}/{steps}  loss {values.get('loss', math.nan):.4f}  lr {values['learning_rate']:.2e}  "
-        f"grad {values.get('grad_norm', math.nan):.2f}  {values['useful_tokens_per_s']:,.0f} tokens/s  "
-        f"{values['images_per_s']:.1f} images/s  eta {remaining // 60}:{remaining % 60:02d}"
+        f"step {step}/{steps}  loss {values.get('loss', math.nan):.4f}  "
+        f"lr {values['learning_rate']:.2e}  grad {values.get('grad_norm', math.nan):.2f}  "
+        f"{values['useful_tokens_per_s']:,.0f} tokens/s  {values['images_per_s']:.1f} images/s  "
+        f"eta {remaining // 60}:{remaining % 60:02d}"
     )
+
+
+def peak_flops(stated_tflops: float | None) -> float | None:
+    """Returns the bfloat16 FLOP/s of one device, or None for an unknown kind.
+
+    Args:
+        stated_tflops: `compute.peak_tflops`, which comes before what is known of the kind.
+    """
+    if stated_tflops is not None:
+        return stated_tflops * 1e12
+    kind = DEVICE_KINDS.get(jax.devices()[0].device_kind)
+    return CHIPS[kind].peak_flops if kind else None
+
+
+class Utilization:
+    """Counts the model FLOPs of a window, by the project's own count (design: training.md 8).
+
+    It counts all slots as they are computed, and real tokens and tiles alone.
+    """
+
+    def __init__(self, setup: Setup, peak: float | None):
+        """Takes the model and devices of `setup`; `peak` is FLOP/s of a device, if known."""
+        self._model, self._devices = setup.model, setup.mesh.size
+        self._trained = {path: leaf.shape for path, leaf in setup.partition.trained.items()}
+        self._saved_per_tile = setup.model.lvtc.saved_per_tile if setup.model.lvtc else 0
+        self._peak = peak
+        self._padded = self._useful = 0.0
+        self._bucket_flops = cache(self._count_bucket)
+
+    def add(self, loaded: LoadedStep) -> None:
+        """Counts the FLOPs of a step."""
+        if self._peak is None:
+            return
+        self._padded += self._bucket_flops(
+            loaded.bucket, loaded.counts.slots // loaded.bucket.length
+        )
+        lengths, tiles = loaded.shapes[:, 0], loaded.shapes[:, 1]
+        short_lengths = lengths - tiles * self._saved_per_tile
+        self._useful += train_flops(
+            self._model,
+            self._trained,
+            tiles=int(tiles.sum()),
+            lengths=lengths.tolist(),
+            short_lengths=short_lengths.tolist(),
+        ).total
+
+    def _count_bucket(self, bucket: Bucket, rows: int) -> float:
+        return train_flops(
+            self._model,
+            self._trained,
+            tiles=rows * bucket.tiles,
+            lengths=[bucket.length] * rows,
+            short_lengths=[bucket.short_length] * rows,
+        ).total
+
+    def take(self, seconds: float) -> dict[str, float]:
+        """Returns shares of the peak over `seconds`, and begins anew; empty for an unknown peak."""
+        if self._peak is None:
+            return {}
+        possible = self._peak * self._devices * seconds
+        shares = {"mfu_padded": self._padded / possible, "mfu_useful": self._useful / possible}
+        self._padded = self._useful = 0.0
+        return shares

@@ -1,13 +1,13 @@
-"""Run one step of a run again, without its update: which module, and which samples, make it bad (design: training.md 6).
+"""Runs one step of a run again, without its update (design: training.md 6).
 
-python -m internvlx_jax.training.replay RUN_DIR --step N
+Shows which module, and which samples, make a step bad: `internvlx replay RUN_DIR --step N`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,34 @@ import optax
 from flax import nnx
 
 from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import from_dict, override
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.loss import shift_left
 from internvlx_jax.models.params import unflatten
-from internvlx_jax.models.sharding import batch_sharding, make_mesh
+from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training.bad_steps import number
-from internvlx_jax.training.data import open_loaders
+from internvlx_jax.training.data import open_loaders, to_devices
 from internvlx_jax.training.freeze import join
 from internvlx_jax.training.setup import Setup, prepare
 from internvlx_jax.training.step import loss_and_grads, module_norms
 
 
 def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
-    """Loss, gradient norms by module, and the loss of every row with its samples, of one step (from 1, as it is logged).
+    """Computes a step's loss, gradient norms per module, and the loss of every row.
 
-    The samples, drop path and arithmetic are those of the step; the parameters are those of the newest checkpoint before
-    it, or else of the oldest one that is kept, which the result names. settings: `FIELD=VALUE` that replace the run's,
-    e.g. mesh.data=1. Raises ConfigError for a step that the run does not have.
+    Samples, drop path and arithmetic are those of the step. The parameters are those of the newest
+    checkpoint before it, or else of the oldest one that is kept; the result names its step.
+
+    Args:
+        run: Run folder.
+        step: The step from 1, as it is logged.
+        settings: `FIELD=VALUE` that replace the run's settings, e.g. mesh.data=1.
+
+    Raises:
+        ConfigError: The run has no such step, or no checkpoint.
     """
     run = Path(run)
     saved = json.loads((run / "config.json").read_text())
@@ -58,14 +65,13 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
         config, model, Tokenizer.load(run / "tokenizer"), mesh, saved_metadata(run)["data"]
     )
     steps = config.steps or loader.plan.total
+    assert steps is not None
     if not 1 <= step <= steps:
         raise ConfigError(f"--step {step}: the run has the steps 1 to {steps}")
     setup = prepare(config, model, mesh, steps)
     loaded = loader.load(loader.plan.step(step - 1))
-    batch = jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), loaded.batch
-    )
-    trained, frozen = setup.division.split(folder.load(setup.abstract, setup.shardings))
+    batch = to_devices(loaded, mesh)
+    trained, frozen = setup.partition.split(folder.load(setup.abstract, setup.shardings))
     loss, norm, norms, rows, weights = jax.jit(_measure(setup, config, step))(
         trained, frozen, batch
     )
@@ -73,13 +79,17 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     return {
         "step": step, "parameters_of_step": folder.step,
         "bucket": {"tiles": loaded.bucket.tiles, "length": loaded.bucket.length},
-        "loss": number(loss), "grad_norm": {"all": number(norm), **{name: number(each) for name, each in norms.items()}},
+        "loss": number(loss),
+        "grad_norm": {name: number(each) for name, each in {"all": norm, **norms}.items()},
         "rows": [{"loss": number(row / weight) if weight else None, "samples": samples}
-                 for row, weight, samples in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
+                 for row, weight, samples
+                 in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
     }  # fmt: skip
 
 
-def _measure(setup: Setup, config: TrainConfig, step: int):
+def _measure(setup: Setup, config: TrainConfig, step: int) -> Callable[..., Any]:
+    """Makes the computation: (loss, norm, norms per module, losses per row, weights per row)."""
+
     def measure(trained, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
         graphdef = setup.abstract.graphdef
@@ -87,9 +97,8 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
             graphdef, trained, frozen, batch, key, config.compute.accumulation
         )
         model = nnx.merge(graphdef, unflatten(join(trained, frozen)))
-        ce, _ = model.token_losses(
-            batch.inputs, batch.labels
-        )  # without drop path: what each row is like
+        # Rows are judged without drop path, whose luck would hide what they are like.
+        ce, _ = model.token_losses(batch.inputs, batch.labels)
         weight = shift_left(batch.loss_weight, 0.0)
         return (
             loss,
@@ -102,31 +111,7 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
     return measure
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m internvlx_jax.training.replay",
-        description="Run one step again, without its update; prints one JSON object.",
-    )
-    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument(
-        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="replace settings of the run, e.g. mesh.data=1",
-    )
-    args = parser.parse_args(argv)
-    try:
-        print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
-    except (ConfigError, CheckpointError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
+    from internvlx_jax.cli.replay import main
+
     sys.exit(main())

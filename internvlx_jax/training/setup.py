@@ -1,4 +1,4 @@
-"""Everything of a run that exists before there are arrays: what is trained, where it lives, and the jitted steps."""
+"""What of a run exists before its arrays: what is trained, where it lives, the jitted steps."""
 
 from __future__ import annotations
 
@@ -33,23 +33,27 @@ from internvlx_jax.training.step import TrainState, make_eval_step, make_train_s
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config means on a mesh; nothing here is allocated.
+    """Describes what a config means on a mesh; nothing in it is allocated.
 
     Attributes:
-        mesh, model, abstract: the devices, the model and its structure; frozen parameters have the compute dtype.
-        shardings: dotted path -> where that parameter lives.
-        division: which parameters are trained.
-        optimizer, schedule: of those.
-        state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
-        remat: policy of both layer stacks.
-        train_step, eval_step: jitted; the state that a train step is given is donated.
+        mesh: The devices.
+        model: The model.
+        abstract: Its structure; frozen parameters have the compute dtype.
+        shardings: Where each parameter lives, by dotted path.
+        partition: Which parameters are trained.
+        optimizer: Their optimizer.
+        schedule: Its learning rate.
+        state: TrainState of jax.ShapeDtypeStruct, with shardings.
+        remat: Rematerialization policy of both layer stacks.
+        train_step: The jitted train step, which is donated its state.
+        eval_step: The jitted eval step.
     """
 
     mesh: Mesh
     model: ModelConfig
     abstract: AbstractModel
     shardings: dict[str, NamedSharding]
-    division: ParameterPartition
+    partition: ParameterPartition
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
@@ -58,11 +62,11 @@ class Setup:
     eval_step: Callable[..., Any]
 
     def batch(self, bucket: Bucket, rows: int) -> Batch:
-        """The batch of one step of a bucket, as jax.ShapeDtypeStruct that carry their shardings."""
+        """Returns the batch of a bucket's step, as jax.ShapeDtypeStruct with shardings."""
         model, t, s, r = self.model, bucket.tiles, bucket.length, bucket.short_length
         size = model.prompt.tiles.tile_size
 
-        def leaf(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        def leaf(*shape: int, dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(self.mesh))
 
         short = None if model.lvtc is None else ShortLayout(leaf(r), leaf(s), leaf(t), leaf(r))
@@ -75,8 +79,18 @@ class Setup:
 def prepare(
     config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, datasets: int = 1
 ) -> Setup:
-    """steps: updates of the whole run, which the schedule is stretched over. datasets: whose losses are told apart.
-    Raises ConfigError for expressions that match no parameter."""
+    """Sets up a run on a mesh.
+
+    Args:
+        config: The run.
+        model: Its model.
+        mesh: Its devices.
+        steps: Updates of the whole run, which the schedule is stretched over.
+        datasets: How many datasets have their losses told apart.
+
+    Raises:
+        ConfigError: An expression of the config matches no parameter.
+    """
     build = functools.partial(
         abstract_model,
         dtype=config.compute.dtype,
@@ -85,19 +99,19 @@ def prepare(
         shardings=activation_shardings(mesh),
         lora=config.lora,
     )
-    division = divide(build(model).shapes, config.freeze, config.compute.dtype)
-    abstract = as_trained(build, model, division, config.freeze.vit_mode)
+    partition = divide(build(model).shapes, config.freeze, config.compute.dtype)
+    abstract = as_trained(build, model, partition, config.freeze.vit_mode)
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
     schedule = make_schedule(config.optimizer, steps)
-    optimizer = make_optimizer(config.optimizer, schedule, division.trained, abstract.axes, model)
+    optimizer = make_optimizer(config.optimizer, schedule, partition.trained, abstract.axes, model)
 
-    trained_shardings = {path: shardings[path] for path in division.trained}
-    frozen_shardings = {path: shardings[path] for path in division.frozen}
-    opt_shardings = optimizer_shardings(optimizer, division.trained, trained_shardings, mesh)
+    trained_shardings = {path: shardings[path] for path in partition.trained}
+    frozen_shardings = {path: shardings[path] for path in partition.frozen}
+    opt_shardings = optimizer_shardings(optimizer, partition.trained, trained_shardings, mesh)
     state = TrainState(
-        placed(division.trained, trained_shardings),
-        placed(division.frozen, frozen_shardings),
-        placed(jax.eval_shape(optimizer.init, division.trained), opt_shardings),
+        placed(partition.trained, trained_shardings),
+        placed(partition.frozen, frozen_shardings),
+        placed(jax.eval_shape(optimizer.init, partition.trained), opt_shardings),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
     )
     train_step = jax.jit(
@@ -118,7 +132,7 @@ def prepare(
         model,
         abstract,
         shardings,
-        division,
+        partition,
         optimizer,
         schedule,
         state,

@@ -1,4 +1,4 @@
-"""A run folder that an earlier version wrote is resumed and evaluated as if nothing had changed (training.md 10)."""
+"""A run folder that an earlier version wrote is resumed and evaluated (training.md 10)."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_it_is_evaluated(expected, flags, name):
 
 
 def test_it_is_resumed(expected):
-    """Two more steps have the losses of a run that was never stopped; the result keeps the average."""
+    """Two more steps have the losses of a run that was never stopped, and keep the average."""
     assert train.main(["--config", "config.py"]) == 0
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]

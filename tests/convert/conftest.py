@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_folder import expected_tensors
 from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
 from internvlx_jax.models.params import abstract_model
 
 DECODERS = {
@@ -54,7 +54,7 @@ def make_checkpoint(golden):
             name: np.asarray(rng.normal(0, 0.1, shape) + ("norm" in name), dtype_of(dtype))
             for name, shape in expected_tensors(
                 name_table(parsed), abstract_model(parsed, dtype="float32")
-            )
+            ).items()
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""config.json: defaults, both RoPE spellings, and every refusal names its field (checkpoints.md 7)."""
+"""config.json: defaults, both RoPE spellings; every refusal names its field (checkpoints.md 7)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""LoRA: in place and as peft's adapter folders; merged, or kept and exported again (checkpoints.md 9)."""
+"""LoRA: in place and as folders of peft; merged, or kept and exported again (checkpoints.md 9)."""
 
 import json
 
@@ -115,7 +115,7 @@ def export(source, to, layout="internvl-x"):
 
 @pytest.mark.parametrize("family", TARGETS)
 def test_adapter_folders(tmp_path, make_checkpoint, family):
-    """Tower and decoder adapters: merged at import, merged at export, merged when loaded, and written as they came."""
+    """Adapters are merged at import, at export and when loaded, and written as they came."""
     tensors = make_checkpoint(tmp_path / "base", family)
     tower, decoder = (
         adapters(tensors, "vision_model.", TOWER),
@@ -308,8 +308,8 @@ def test_adapters_that_do_not_fit(tmp_path, make_checkpoint, capsys):
     )
     message = capsys.readouterr().err
     assert (
-        "layers.0.attention.wxyz.lora_A.weight belongs to no linear map of this model's decoder part"
-        in message
+        "layers.0.attention.wxyz.lora_A.weight belongs to no linear map of this model's decoder "
+        "part" in message
     )
     assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--keep_lora") == 1
     assert "holds no adapters" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The name table, without weights: exact tensor names, shapes and totals at real size (checkpoints.md 11)."""
+"""The name table without weights: names, shapes and totals at real size (checkpoints.md 11)."""
 
 import json
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_folder import expected_tensors
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_writer import index_text, plan_files
+from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
 from internvlx_jax.models.params import abstract_model
 
 
@@ -22,7 +22,7 @@ def abstract(golden, size, **changes):
 @pytest.mark.parametrize("size", ["2b", "8b"])
 def test_names_shapes_and_totals(golden, size):
     stored, config, model = abstract(golden, size)
-    tensors = list(expected_tensors(name_table(config), model))
+    tensors = list(expected_tensors(name_table(config), model).items())
     assert len(tensors) == len(dict(tensors)) == stored["n_tensors"]
     assert [(name, list(shape)) for name, shape in tensors] == [
         (name, list(s)) for name, s in stored["shapes"].items()
@@ -41,7 +41,7 @@ def test_names_shapes_and_totals(golden, size):
 
 @pytest.mark.parametrize("size", ["2b", "8b"])
 def test_backwards_too(golden, size):
-    """Every stored tensor is the source of exactly one entry, and the targets are exactly our parameters."""
+    """Every stored tensor is the source of one entry, and the targets are our parameters."""
     stored, config, model = abstract(golden, size)
     table = name_table(config)
     assert {entry.target for entry in table} == model.shapes.keys()
@@ -66,12 +66,9 @@ def test_internvl2_baseline(golden, size, total, tensors):
     model = abstract_model(config, dtype="bfloat16")
     assert config.projector.kind == "mlp1"
     assert sum(leaf.size for leaf in model.shapes.values()) == total
-    listed = dict(expected_tensors(name_table(config), model))
+    listed = expected_tensors(name_table(config), model)
     assert len(listed) == tensors
-    assert (
-        len(dict(expected_tensors(name_table(config, "hf"), model)))
-        == {517: 661, 573: 733}[tensors]
-    )
+    assert len(expected_tensors(name_table(config, "hf"), model)) == {517: 661, 573: 733}[tensors]
     if size == "8b":
         plan = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in listed.items()}
         assert len(index_text(plan, plan_files(plan))) == 51_167  # bytes of the public file
@@ -84,7 +81,7 @@ def test_shards_of_the_public_files(golden):
     stored, config, model = abstract(golden, "8b")
     plan = {
         name: (shape, np.dtype(ml_dtypes.bfloat16))
-        for name, shape in expected_tensors(name_table(config), model)
+        for name, shape in expected_tensors(name_table(config), model).items()
     }
     files = plan_files(plan)
     tensors, sizes = {}, {}
@@ -93,7 +90,7 @@ def test_shards_of_the_public_files(golden):
         sizes[file] = sizes.get(file, 0) + 2 * int(np.prod(plan[name][0]))
     assert list(tensors.values()) == [399, 78, 78, 39]
     assert list(sizes.values()) == [4_939_896_832, 4_915_904_512, 4_915_904_512, 2_438_115_328]
-    assert list(sizes)[0] == "model-00001-of-00004.safetensors"
+    assert next(iter(sizes)) == "model-00001-of-00004.safetensors"
     assert len(index_text(plan, files)) == 52_892
 
 

@@ -1,4 +1,4 @@
-"""A new model from a ViT folder and an LLM folder: names, tokens, rows, projector, positions (checkpoints.md 8)."""
+"""A new model from a ViT folder and an LLM folder (checkpoints.md 8)."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_new_projector_and_tokens(tmp_path, parts, capsys):
     assert build(tmp_path, "--verify") == 0
     out = capsys.readouterr().out
     assert "9 new tokens, ids 200..208; 9 rows added to 200" in out
-    assert "initialised projector.cls_scale: [4, 64] ~ " in out
+    assert "initialized projector.cls_scale: [4, 64] ~ " in out
     run = RunFolder(tmp_path / "jax")
     embedding, head = run.read("decoder.embedding"), run.read("decoder.head")
     old = tensors["language_model.lm_head.weight"]
@@ -116,7 +116,7 @@ def test_given_projector_mean_rows_and_seed(tmp_path, parts, capsys):
     }
     save_file(bare, tmp_path / "mine.safetensors")
     assert build(tmp_path, "--projector", tmp_path / "mine.safetensors", "--mean_input_rows") == 0
-    assert "initialised" not in capsys.readouterr().out
+    assert "initialized" not in capsys.readouterr().out
     run = RunFolder(tmp_path / "jax")
     np.testing.assert_array_equal(
         run.read("projector.cls_scale").reshape(bare["cls_scale"].shape), bare["cls_scale"]

@@ -1,4 +1,4 @@
-"""import and export through the command: bit-equal tensors and equal configs, for every layout and family."""
+"""import and export through the command: bit-equal tensors and equal configs, for every layout."""
 
 import functools
 import json
@@ -47,7 +47,8 @@ def test_golden_import_verify_export_and_import_again(golden, tmp_path, name, sa
     first, again = RunFolder(tmp_path / "jax"), RunFolder(tmp_path / "again")
     assert first.config == again.config
     assert first.shapes.keys() == again.shapes.keys()
-    for (path, one), (_, other) in zip(first.read_all(first.shapes), again.read_all(first.shapes)):
+    pairs = zip(first.read_all(first.shapes), again.read_all(first.shapes), strict=True)
+    for (path, one), (_, other) in pairs:
         np.testing.assert_array_equal(one, other, err_msg=path)
 
 
@@ -106,7 +107,7 @@ def test_every_family(tmp_path, make_checkpoint, same_tensors, projector, family
 
 
 def test_a_scratch_model_has_a_config_of_its_own(tmp_path, make_checkpoint, same_tensors):
-    """Without the files of a source, config.json says all that is needed to read the folder again."""
+    """Without the files of a source, config.json suffices to read the folder again."""
     make_checkpoint(tmp_path / "source", "qwen2", "mlp1")
     assert run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax") == 0
     for file in (tmp_path / "jax" / "source").iterdir():
@@ -155,7 +156,7 @@ def test_straight_from_one_layout_to_another(tmp_path, make_checkpoint, same_ten
 
 
 def test_shards(tmp_path, make_checkpoint, same_tensors, monkeypatch):
-    """A folder of several files and an index, read again; rows of one tensor come from several parameters."""
+    """Several files and an index are read again; one tensor takes rows of several parameters."""
     make_checkpoint(tmp_path / "source", "phi3")
     monkeypatch.setattr(
         to_hf, "SafetensorsWriter", functools.partial(SafetensorsWriter, max_bytes=200_000)
@@ -188,7 +189,7 @@ def test_shards(tmp_path, make_checkpoint, same_tensors, monkeypatch):
 
 
 def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch):
-    """Those beyond GROUP_BYTES are written and read alone, in parts, with a bound on what orbax holds at once."""
+    """Those beyond GROUP_BYTES are written and read alone, in parts, in bounded memory."""
     monkeypatch.setattr(run_format, "GROUP_BYTES", 2**15)
     make_checkpoint(tmp_path / "source", "qwen2", "mlp1")
     assert run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax", "--verify") == 0

@@ -1,4 +1,7 @@
-"""Everything that is wrong with a checkpoint is named, the exit status is 1, and nothing is left behind (checkpoints.md 8)."""
+"""Everything that is wrong with a checkpoint is named (checkpoints.md 8).
+
+The exit status is 1, and nothing is left behind.
+"""
 
 import json
 import os
@@ -177,7 +180,7 @@ def test_what_may_be_ignored_and_started_fresh_is_listed(
         folder, tmp_path, "--ignore_source", "extra", "--init_missing", "projector", "--verify"
     )
     out = capsys.readouterr().out
-    assert "initialised projector.cls_scale: [4, 32] ~ " in out and "seed 0" in out
+    assert "initialized projector.cls_scale: [4, 32] ~ " in out and "seed 0" in out
     assert "verified: 29 read back" in out  # what was read, not what is fresh
 
 
@@ -190,7 +193,7 @@ def test_a_folder_that_is_there_is_kept(folder, tmp_path, capsys):
 
 
 def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsys):
-    """--verify reads the files: what was written wrong is an error, and the folder never appears."""
+    """--verify reads the files: a wrong value is an error, and the folder never appears."""
     from internvlx_jax.checkpoints import safetensors_writer
     from internvlx_jax.convert import import_hf as to_jax
 
@@ -254,8 +257,8 @@ def test_hub_ids(refused, monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     message = refused(source="owner/name")
     assert (
-        "the Hugging Face hub did not give it (cannot reach the server)" in message
-        and "path of the copy" in message
+        "the Hugging Face hub did not deliver it (cannot reach the server)" in message
+        and "path of a downloaded copy" in message
     )
 
 

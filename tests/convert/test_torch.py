@@ -1,6 +1,7 @@
-"""Against PyTorch itself: transformers loads what we export and computes what we compute; pickle files are read.
+"""Against PyTorch: transformers loads our exports and computes the same; pickle files are read.
 
-`make test-torch` runs these in an environment of their own (requirements-torch.txt), where they may not be skipped.
+`make test-torch` runs these in an environment of their own (requirements-torch.txt), where they
+may not be skipped.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A checkpoint in a model with another LVTC: what is taken over, initialised and left is stated (lvtc.md 2, 6.7)."""
+"""A checkpoint in a model with another LVTC: the report says what is taken (lvtc.md 2, 6.7)."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def trained(released, tmp_path_factory):
 
 
 def check(source, lvtc, *, new, role):
-    """Load under `lvtc`: `new` parts are initialised and named, everything else of the source is as it was."""
+    """Loads under `lvtc`: `new` parts are initialized and named, all others are the source's."""
     folder, values = source
     loaded = load_pretrained(folder, dtype="float32", lvtc=lvtc)
     ours = params(loaded)
@@ -78,12 +78,12 @@ def check(source, lvtc, *, new, role):
 
 
 def test_a_released_checkpoint_under_each_preset(released):
-    """The projector of 4 tokens a tile is the low one of `paper` and the high one of `fast`."""
+    """The projector of 4 tokens per tile is the low one of `paper` and the high one of `fast`."""
     ours, report = check(
         released,
         lvtc("paper"),
         new=("lvtc.high.",),
-        role="is the low projector: 4 tokens a tile for decoder layer 0",
+        role="is the low projector: 4 tokens per tile for decoder layer 0",
     )
     assert ours["lvtc.high.gate"] == 0 and "new, seed 0: lvtc.high.gate [] ~ 0" in report
     kernel = next(line for line in report if "lvtc.high.projector.fc1.kernel" in line)
@@ -94,22 +94,25 @@ def test_a_released_checkpoint_under_each_preset(released):
         released,
         lvtc("fast_inject", expand_layer=0, gate=0.25),
         new=("lvtc.",),
-        role="is the high projector: 4 tokens a tile for the residual before decoder layer 0",
+        role="is the high projector: 4 tokens per tile for the residual before decoder layer 0",
     )
 
 
 @pytest.mark.parametrize("changed, new, left", [
-    (lvtc("paper", expand_layer=1, upsample="nearest", gate=0.0), (), ["lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
-    (lvtc("fast"), ("lvtc.low.",), ["lvtc.high.projector", "lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
-    (lvtc("fast_inject"), ("lvtc.low.", "lvtc.inject_1.projector."), ["lvtc.high.projector", "lvtc.inject_1.projector"]),
+    (lvtc("paper", expand_layer=1, upsample="nearest", gate=0.0), (),
+     ["lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
+    (lvtc("fast"), ("lvtc.low.",),
+     ["lvtc.high.projector", "lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
+    (lvtc("fast_inject"), ("lvtc.low.", "lvtc.inject_1.projector."),
+     ["lvtc.high.projector", "lvtc.inject_1.projector"]),
     (lvtc("paper_inject", gate=None), (), ["lvtc.high.gate", "lvtc.inject_1.gate"]),
 ])  # fmt: skip
 def test_a_trained_model_under_another_preset(trained, changed, new, left):
-    """Trained gates stay when their projector is of another kind; layers, kernels and start values are no obstacle."""
-    _, report = check(trained, changed, new=new, role="projector: 4 tokens a tile")
+    """Trained gates stay although their projector, layer or start value is another."""
+    _, report = check(trained, changed, new=new, role="projector: 4 tokens per tile")
     stated = [line for line in report if line.startswith("not taken over")]
     assert len(stated) == len(left) and all(
-        f": {part} (" in line for part, line in zip(left, stated)
+        f": {part} (" in line for part, line in zip(left, stated, strict=True)
     )
 
 
@@ -145,13 +148,14 @@ def folder(released, trained, tmp_path):
             tensors |= zip(
                 entry.sources(layer),
                 (np.asarray(part, order="C") for part in entry.to_sources(array)),
+                strict=True,
             )
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     return tmp_path / "model"
 
 
 def test_hugging_face_folder_with_lvtc(folder, trained):
-    """Names beside projector.* are ours (checkpoints.md 3); the config key brings the fields back."""
+    """Names beside projector.* are ours (checkpoints.md 3); the config has the fields."""
     loaded = load_pretrained(folder, dtype="float32")
     assert loaded.config.lvtc == lvtc("paper_inject", gate=0.5)
     for path, value in params(loaded).items():

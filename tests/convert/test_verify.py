@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_folder import expected_tensors
 from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
 from internvlx_jax.cli.convert import main
 from internvlx_jax.models.params import abstract_model
 
@@ -75,7 +75,7 @@ def test_a_changed_weight_fails(golden, tmp_path, capsys):
 
 
 def llama_with_mlp1(golden, folder):
-    """A Llama decoder with biases and linear RoPE scaling behind the InternVL2 projector, random weights."""
+    """A Llama decoder with biases and linear RoPE scaling, mlp1 before it, random weights."""
     config = json.loads((golden / "internlm2" / "config.json").read_text())
     config["llm_config"] |= {
         "architectures": ["LlamaForCausalLM"],
@@ -90,7 +90,7 @@ def llama_with_mlp1(golden, folder):
         name: rng.normal(0, 0.1, shape).astype(np.float32)
         for name, shape in expected_tensors(
             name_table(parsed), abstract_model(parsed, dtype="float32")
-        )
+        ).items()
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

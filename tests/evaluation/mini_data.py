@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageDraw
 
-from internvlx_jax.evaluation.metrics.mmmu import DOMAINS
 from internvlx_jax.evaluation.tasks.mme import KINDS
+from internvlx_jax.evaluation.tasks.mmmu import DOMAINS
 
 ROOT = Path(__file__).parents[2]
 TEN = ["red"] * 6 + ["dark red"] * 4
@@ -79,7 +79,7 @@ def write(root: Path) -> None:
 
 def folders(out: Writer) -> None:
     def questions(
-        path, folder, texts=("What colour?", "Which one is it?"), field="question", **more
+        path, folder, texts=("What color?", "Which one is it?"), field="question", **more
     ):
         rows = [
             {
@@ -124,8 +124,10 @@ def folders(out: Writer) -> None:
     questions(
         "gqa/llava_gqa_testdev_balanced_qwen_format.jsonl", "gqa/images", answer=["red", "bus"]
     )
-    for name, key in (("docvqa", "docvqa/val/val_v1.0.json"),
-                      ("infographicsvqa", "infographicsvqa/infographicsVQA_val_v1.0_withQT.json")):  # fmt: skip
+    for name, key in (
+        ("docvqa", "docvqa/val/val_v1.0.json"),
+        ("infographicsvqa", "infographicsvqa/infographicsVQA_val_v1.0_withQT.json"),
+    ):
         rows = questions(f"{name}/val.jsonl", f"{name}/val")
         out.json(
             key,
@@ -139,16 +141,24 @@ def folders(out: Writer) -> None:
         questions(f"{name}/test.jsonl", f"{name}/test")
     for split in ("test_human", "test_augmented"):
         questions(f"chartqa/{split}.jsonl", "chartqa/png", answer=["10", "Total"])
-    questions("ai2diagram/test_vlmevalkit.jsonl", "ai2diagram/images", ("Which?\nA. x\nB. y\nLetter!",) * 2,
-              answer=["A", "B"])  # fmt: skip
-    questions("scienceqa/scienceqa_test_img.jsonl", "scienceqa/images", hint=["", "Look."],
-              choices=[["sun", "moon"], ["salt", "tea", "ice"]], answer=[1, 2])  # fmt: skip
+    questions(
+        "ai2diagram/test_vlmevalkit.jsonl",
+        "ai2diagram/images",
+        ("Which?\nA. x\nB. y\nLetter!",) * 2,
+        answer=["A", "B"],
+    )
+    questions(
+        "scienceqa/scienceqa_test_img.jsonl",
+        "scienceqa/images",
+        hint=["", "Look."],
+        choices=[["sun", "moon"], ["salt", "tea", "ice"]],
+        answer=[1, 2],
+    )
 
     for kind in KINDS:
         name = f"{kind}.png"
-        out.image(
-            f"mme/MME_Benchmark_release_version/{kind}/{'images/' if kind == 'artwork' else ''}{name}"
-        )
+        folder = "images/" if kind == "artwork" else ""
+        out.image(f"mme/MME_Benchmark_release_version/{kind}/{folder}{name}")
         out.text(f"mme/Your_Results/{kind}.txt", f"{name}\tIs it?\tYes\n{name}\tIs it not?\tNo\n")
     rows = questions("mm-vet/llava-mm-vet.jsonl", "mm-vet/images", field="text")
     out.json(
@@ -186,8 +196,12 @@ def folders(out: Writer) -> None:
             ]
         },
     )
-    rows = questions("llava-bench-in-the-wild/questions.jsonl", "llava-bench-in-the-wild/images", field="text",
-                     category=["conv", "detail"])  # fmt: skip
+    rows = questions(
+        "llava-bench-in-the-wild/questions.jsonl",
+        "llava-bench-in-the-wild/images",
+        field="text",
+        category=["conv", "detail"],
+    )
     out.lines(
         "llava-bench-in-the-wild/context.jsonl",
         [{"image": Path(row["image"]).name, "caption": "A thing."} for row in rows],
@@ -196,8 +210,12 @@ def folders(out: Writer) -> None:
         "llava-bench-in-the-wild/answers_gpt4.jsonl",
         [{"question_id": row["question_id"], "text": "It is a thing."} for row in rows],
     )
-    for file in ("mmbench_dev_20230712", "mmbench_dev_cn_20231003", "mmbench_test_en_20231003",
-                 "mmbench_test_cn_20231003"):  # fmt: skip
+    for file in (
+        "mmbench_dev_20230712",
+        "mmbench_dev_cn_20231003",
+        "mmbench_test_en_20231003",
+        "mmbench_test_cn_20231003",
+    ):
         out.tsv(f"../mmbench/{file}", mmbench_rows(out, "请看" if "_cn_" in file else "Which one?"))
 
     def cell():
@@ -224,12 +242,33 @@ def folders(out: Writer) -> None:
         )
     folder = out.root / "MathVista" / "data"
     folder.mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([
-        {"pid": "1", "query": "Question: how many?", "decoded_image": cell(), "choices": None, "precision": None,
-         "answer": "3", "question_type": "free_form", "answer_type": "integer"},
-        {"pid": "2", "query": "Question: which?", "decoded_image": cell(), "choices": ["3/4", "1/2"], "precision": None,
-         "answer": "1/2", "question_type": "multi_choice", "answer_type": "text"},
-    ]), folder / "testmini-00000-of-00001.parquet")  # fmt: skip
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [
+                {
+                    "pid": "1",
+                    "query": "Question: how many?",
+                    "decoded_image": cell(),
+                    "choices": None,
+                    "precision": None,
+                    "answer": "3",
+                    "question_type": "free_form",
+                    "answer_type": "integer",
+                },
+                {
+                    "pid": "2",
+                    "query": "Question: which?",
+                    "decoded_image": cell(),
+                    "choices": ["3/4", "1/2"],
+                    "precision": None,
+                    "answer": "1/2",
+                    "question_type": "multi_choice",
+                    "answer_type": "text",
+                },
+            ]
+        ),
+        folder / "testmini-00000-of-00001.parquet",
+    )
 
 
 def mmbench_rows(out: Writer, text: str) -> list[dict]:
@@ -239,7 +278,7 @@ def mmbench_rows(out: Writer, text: str) -> list[dict]:
         "hint": "Look\nhere.",
         **OPTIONS,
         "answer": "A",
-        "category": "colour",
+        "category": "color",
         "image": out.base64(),
         "source": "s",
         "l2-category": "perception",
@@ -331,11 +370,20 @@ def tables(out: Writer) -> None:
             )
         ],
     )
-    out.tsv("MathVista_MINI", rows(
-        {"answer": "3", "question_type": "free_form", "answer_type": "integer"},
-        {"answer": "1.5", "question_type": "free_form", "answer_type": "float"},
-        {"answer": "red", "question_type": "multi_choice", "answer_type": "text", "choices": "['blue', 'red']",
-         "answer_option": "B"}))  # fmt: skip
+    out.tsv(
+        "MathVista_MINI",
+        rows(
+            {"answer": "3", "question_type": "free_form", "answer_type": "integer"},
+            {"answer": "1.5", "question_type": "free_form", "answer_type": "float"},
+            {
+                "answer": "red",
+                "question_type": "multi_choice",
+                "answer_type": "text",
+                "choices": "['blue', 'red']",
+                "answer_option": "B",
+            },
+        ),
+    )
     out.tsv(
         "LLaVABench",
         rows(

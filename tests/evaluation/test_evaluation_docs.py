@@ -23,7 +23,7 @@ def test_flags_exist(capsys):
         for language, block in BLOCKS
         if language == "bash"
         for line in block.splitlines()
-        if "eval.py" in line
+        if "internvlx eval" in line
         for word in shlex.split(line)
         if word.startswith("--")
     }
@@ -57,5 +57,7 @@ def test_examples_run(data_root):
     exec(task, names)
     (task,) = names["TASKS"]
     roots = Roots(data_root, data_root / "tsv")
-    assert task.views["internvl"].source.missing(roots) == [data_root / "signs" / "val.jsonl"]
-    assert task.default_protocol == "internvl" and task.views["vlmevalkit"].max_new_tokens == 4096
+    assert task.protocols["internvl"].source.missing(roots) == [data_root / "signs" / "val.jsonl"]
+    assert (
+        task.default_protocol == "internvl" and task.protocols["vlmevalkit"].max_new_tokens == 4096
+    )

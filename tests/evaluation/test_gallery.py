@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.gallery import CARD, RIGHT, WRONG, write_gallery
 
-PAGE = (10, 200, 30)  # a colour that nothing else in the picture has
+PAGE = (10, 200, 30)  # a color that nothing else in the picture has
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_right_and_wrong_are_marked(tmp_path, page):
 def test_question_and_answer_are_drawn(tmp_path, page):
     picture = draw(tmp_path, [row([page])])
     assert (picture != draw(tmp_path, [row([page], prediction="8", answer=["8"])])).any()
-    assert (picture != draw(tmp_path, [row([page], prompt="What is the colour?")])).any()
+    assert (picture != draw(tmp_path, [row([page], prompt="What is the color?")])).any()
 
 
 def test_unicode_line_separator_inside_a_text(tmp_path, page):
@@ -95,12 +95,18 @@ def test_failed_question_and_unreadable_page(tmp_path):
     assert count(draw(tmp_path, [failed]), WRONG) > 0
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "no predictions"),
-    ("{\n", "line 1: not a JSON object"),
-    ('[]\n', "line 1: not a JSON object"),
-    ('{"prompt": "", "images": [], "prediction": "", "answer": []}\n', "line 1: no error, score"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no predictions"),
+        ("{\n", "line 1: not a JSON object"),
+        ("[]\n", "line 1: not a JSON object"),
+        (
+            '{"prompt": "", "images": [], "prediction": "", "answer": []}\n',
+            "line 1: no error, score",
+        ),
+    ],
+)
 def test_bad_predictions(tmp_path, text, message):
     (tmp_path / "predictions.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,7 @@
-"""Tasks during training: scores in metrics.jsonl, files as eval.py writes them (design: training.md 9)."""
+"""Tasks during training: scores in metrics.jsonl, files as eval.py writes them.
+
+(design: training.md 9)
+"""
 
 import json
 
@@ -11,8 +14,10 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.overrides import from_dict, to_dict
 from internvlx_jax.core.run_config import ComputeConfig, TrainConfig
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
+from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.models.sharding import make_mesh
-from internvlx_jax.training import loop
+from internvlx_jax.training import run
+from internvlx_jax.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +60,9 @@ def test_tasks_are_scored_while_training(
     )
     assert from_dict(TrainConfig, to_dict(config)) == config
     monkeypatch.setattr(
-        loop, "make_mesh", lambda mesh, rows: make_mesh(mesh, devices=jax.devices()[:1], rows=rows)
+        run, "make_mesh", lambda mesh, rows: make_mesh(mesh, devices=jax.devices()[:1], rows=rows)
     )
-    latest = loop.train(config)
+    latest = train(config, benchmarks=InLoop)
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -1,4 +1,4 @@
-"""One evaluation job on a tiny random model: answers do not depend on batches or devices, errors are counted."""
+"""One job on a tiny random model: batches and devices change nothing, errors are counted."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
-from internvlx_jax.evaluation.job import JudgeConfig
+from internvlx_jax.evaluation.job_config import JudgeConfig
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
@@ -24,7 +24,7 @@ NEW_TOKENS = 6
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory) -> Path:
-    """The questions on generated pages, one without an image between them, and one on two pages at the end."""
+    """Writes questions on generated pages, one without an image and one on two pages."""
     folder = tmp_path_factory.mktemp("job") / "data"
     generate(
         folder, SyntheticConfig(train_samples=1, val_samples=3, text_share=0.0, two_page_share=0.0)
@@ -49,7 +49,10 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_job(configure, run_on, questions, tmp_path_factory):
-    """Runs a job -> (summary, bytes of predictions.jsonl, its rows); `devices` limits the mesh to the first ones."""
+    """Returns a function that runs a job -> (summary, bytes of predictions.jsonl, its rows).
+
+    `devices` limits the mesh to the first ones.
+    """
 
     def run(*, devices=1, **settings):
         config = configure(
@@ -64,12 +67,11 @@ def run_job(configure, run_on, questions, tmp_path_factory):
         )
         (summary,) = run_on(config, devices)
         predictions = (Path(config.out_dir) / "predictions.jsonl").read_bytes()
-        assert json.loads((Path(config.out_dir) / "summary.json").read_text()) == json.loads(
-            json.dumps(summary)
-        )
+        stored = json.loads((Path(config.out_dir) / "summary.json").read_text())
+        assert stored == json.loads(json.dumps(summary.to_json()))
         how = json.loads((Path(config.out_dir) / "run.json").read_text())
         return (
-            summary | {"run": how},
+            summary.to_json() | {"run": how},
             predictions,
             [json.loads(line) for line in predictions.splitlines()],
         )
@@ -110,10 +112,14 @@ def test_a_random_model_answers_each_question_in_its_own_way(one_by_one):
     assert all(row["new_tokens"] == NEW_TOKENS for row in rows if row["finish"] == "length")
 
 
-@pytest.mark.parametrize("settings", [
-    {"batch_size": 7},
-    {"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
-], ids=["batch of 7", "batch of 16 on 8 devices"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 7},
+        {"batch_size": 16, "devices": 8, "mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+    ],
+    ids=["batch of 7", "batch of 16 on 8 devices"],
+)
 def test_batches_and_devices_do_not_change_a_byte(settings, one_by_one, run_job, capsys):
     summary, predictions, _ = run_job(**settings)
     assert predictions == one_by_one[1]
@@ -154,24 +160,31 @@ def test_the_summary_says_what_was_measured(one_by_one, questions, checkpoint):
 def test_a_failed_question_is_an_error_row_that_counts_as_wrong(
     run_job, one_by_one, questions, tmp_path
 ):
-    """Known from the header, known only when decoded beside a good row, and too long for the decoder."""
+    """Errors show in the header, when decoded beside a good row, or as a prompt too long."""
     page, text = read(questions)[0], read(questions)[3]
     page["image"] = str(questions.parent / page["image"])
     broken, floats = tmp_path / "broken.png", tmp_path / "floats.tiff"
     broken.write_bytes(b"not an image")
     Image.new("F", (60, 60)).save(floats)
     data = tmp_path / "questions.jsonl"
-    asked = [page | {"question_id": "broken", "image": str(broken), "answer": ""}, page,
-             page | {"question_id": "floats", "image": str(floats)},
-             text | {"question_id": "long", "question": "a" * 999}, text]  # fmt: skip
+    asked = [
+        page | {"question_id": "broken", "image": str(broken), "answer": ""},
+        page,
+        page | {"question_id": "floats", "image": str(floats)},
+        text | {"question_id": "long", "question": "a" * 999},
+        text,
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))
     summary, _, rows = run_job(data=str(data), batch_size=7)
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked]
     good, failed = [rows[1], rows[4]], [rows[0], rows[2], rows[3]]
     assert [row["prediction"] for row in good] == [one_by_one[2][i]["prediction"] for i in (0, 3)]
     assert not any(row["error"] for row in good)
-    problems = [f"line 1: {broken}: the image cannot be read", f"line 3: {floats}: image mode \"F\"",
-                "line 4: a prompt of "]  # fmt: skip
+    problems = [
+        f"line 1: {broken}: the image cannot be read",
+        f'line 3: {floats}: image mode "F"',
+        "line 4: a prompt of ",
+    ]
     for row, problem in zip(failed, problems):
         assert row["error"].startswith(f"{data} {problem}")
         assert (row["score"], row["prediction"], row["finish"], row["new_tokens"]) == (
@@ -213,16 +226,26 @@ def test_settings_replace_those_of_the_checkpoint(run_job, questions, tmp_path):
     )
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"metric": "exakt"}, "metric 'exakt' is unknown; Did you mean \"exact\"? choose one of exact, anls"),
-    ({"metric": None}, "data and metric belong together"), ({"data": None, "metric": None}, "nothing to evaluate"),
-    ({"protocol": "intervl"}, 'Did you mean "internvl"?'), ({"compat": "swap"}, "compat 'swap' is unknown"),
-    ({"shard": "4/4"}, "shard is '4/4'; give i/n"),
-    ({"judge": dict(url="u")}, "judge_url and judge_model belong together"),
-    ({"prompt": "Read."}, "does not contain {question}"),
-    ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"limit": 0}, "limit is 0"), ({"max_num": 0}, "max_num is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"metric": "exakt"},
+            "metric 'exakt' is unknown; Did you mean \"exact\"? choose one of exact, anls",
+        ),
+        ({"metric": None}, "data and metric belong together"),
+        ({"data": None, "metric": None}, "nothing to evaluate"),
+        ({"protocol": "intervl"}, 'Did you mean "internvl"?'),
+        ({"compat": "swap"}, "compat 'swap' is unknown"),
+        ({"shard": "4/4"}, "shard is '4/4'; give i/n"),
+        ({"judge": dict(url="u")}, "judge_url and judge_model belong together"),
+        ({"prompt": "Read."}, "does not contain {question}"),
+        ({"batch_size": 0}, "batch_size is 0, it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"limit": 0}, "limit is 0"),
+        ({"max_num": 0}, "max_num is 0"),
+    ],
+)
 def test_wrong_settings_are_refused_at_once(settings, message, configure):
     with pytest.raises(ConfigError) as error:
         judge = JudgeConfig(**settings.pop("judge", {}))
@@ -230,16 +253,38 @@ def test_wrong_settings_are_refused_at_once(settings, message, configure):
     assert message in str(error.value)
 
 
-# --- the command --------------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_writes_both_files(checkpoint, questions, one_by_one, tmp_path):
     out = tmp_path / "out"
     process = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), "--checkpoint", str(checkpoint), "--data", str(questions), "--metric",
-         "exact", "--out_dir", str(out), "--dtype", "float32", "--batch_size", "3", "--max_new_tokens", str(NEW_TOKENS),
-         "--limit", "3", "--mesh_data", "8"],
-        capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "eval.py"),
+            "--checkpoint",
+            str(checkpoint),
+            "--data",
+            str(questions),
+            "--metric",
+            "exact",
+            "--out_dir",
+            str(out),
+            "--dtype",
+            "float32",
+            "--batch_size",
+            "3",
+            "--max_new_tokens",
+            str(NEW_TOKENS),
+            "--limit",
+            "3",
+            "--mesh_data",
+            "8",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].startswith("exact 0.0000 on 3 samples, 0 errors; see ")
     assert (out / "predictions.jsonl").read_bytes().splitlines() == one_by_one[1].splitlines()[:3]

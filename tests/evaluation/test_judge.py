@@ -1,4 +1,7 @@
-"""The judge's client against a server of this test: cache, retries, refusals, nonsense (design: evaluation.md 7)."""
+"""The judge's client against a server of this test: cache, retries, refusals, nonsense.
+
+(design: evaluation.md 7)
+"""
 
 import json
 import threading
@@ -6,12 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from internvlx_jax.evaluation.job import JudgeConfig, rescore
+from internvlx_jax.evaluation.job import rescore
+from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import (
     EndpointJudge,
     JudgeError,
+    JudgeRequest,
     NoJudge,
-    Request,
     ask_until,
     fill,
 )
@@ -19,7 +23,10 @@ from internvlx_jax.evaluation.judge import (
 
 @pytest.fixture
 def server():
-    """An endpoint that answers from `replies` in turn (a text, a number as status, or raw bytes), then "1"."""
+    """Starts an endpoint that answers from `replies` in turn, then "1".
+
+    A reply is a text, a number as status, or raw bytes.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -61,7 +68,7 @@ def judge(server, tmp_path):
 
 def test_replies_come_in_order_and_once(server, judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    requests = [Request(f"q{i}") for i in range(20)]
+    requests = [JudgeRequest(f"q{i}") for i in range(20)]
     first = judge()
     server.replies = [f"r{i}" for i in range(20)]
     replies = first.ask(requests)
@@ -78,9 +85,14 @@ def test_replies_come_in_order_and_once(server, judge, monkeypatch):
 
 
 def test_what_is_a_new_question_to_the_judge(server, judge):
-    different = (Request("q"), Request("q", temperature=0.5), Request("q", attempt=1), Request("q", system="s"),
-                 Request("q2"))  # fmt: skip
-    for model, request in (("n", Request("q")), *(("m", request) for request in different)):
+    different = (
+        JudgeRequest("q"),
+        JudgeRequest("q", temperature=0.5),
+        JudgeRequest("q", attempt=1),
+        JudgeRequest("q", system="s"),
+        JudgeRequest("q2"),
+    )
+    for model, request in (("n", JudgeRequest("q")), *(("m", request) for request in different)):
         judge(model).ask([request, request])
     assert len({json.dumps(body) for _, _, body in server.asked}) == 5, (
         "a try is not part of the body"
@@ -93,35 +105,35 @@ def test_what_is_a_new_question_to_the_judge(server, judge):
 
 def test_busy_servers_and_nonsense_are_retried(server, judge):
     server.replies = [503, 429, b"<html>", b'{"choices": []}', "fine"]
-    assert judge().ask([Request("q")]) == ["fine"]
+    assert judge().ask([JudgeRequest("q")]) == ["fine"]
     assert len(server.asked) == 5
 
 
 def test_a_refusal_is_an_empty_reply(server, judge):
     server.replies = ["refuse"]
-    assert judge().ask([Request("q")]) == [""]
+    assert judge().ask([JudgeRequest("q")]) == [""]
 
 
 def test_a_wrong_key_fails_at_once_with_the_reason(server, judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.replies = [401]
     with pytest.raises(JudgeError, match="status 401.*--judge_url") as error:
-        judge().ask([Request("q")])
+        judge().ask([JudgeRequest("q")])
     assert len(server.asked) == 1 and "secret" not in str(error.value)
 
 
 def test_what_came_before_a_failure_stays(server, judge):
     server.replies = ["a", 400]
     with pytest.raises(JudgeError):
-        judge(workers=1).ask([Request("q1"), Request("q2")])
+        judge(workers=1).ask([JudgeRequest("q1"), JudgeRequest("q2")])
     server.replies = ["b"]
-    assert judge().ask([Request("q1"), Request("q2")]) == ["a", "b"]
+    assert judge().ask([JudgeRequest("q1"), JudgeRequest("q2")]) == ["a", "b"]
 
 
 def test_no_server(tmp_path):
     with pytest.raises(JudgeError, match="gives no answer"):
         EndpointJudge("http://localhost:9", "m", tmp_path, retries=2, pause=0.001).ask(
-            [Request("q")]
+            [JudgeRequest("q")]
         )
 
 
@@ -129,7 +141,7 @@ def test_asking_until_understood():
     asked = NoJudge()
     assert ask_until(asked, ["a", "b"], int, temperatures=(0, 1)) == [None, None]
     assert [request.attempt for request in asked.requests] == [0, 0], (
-        "nobody there: not asked again"
+        "a missing judge is not asked again"
     )
 
 
@@ -144,8 +156,8 @@ def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_r
     )
     (pending,) = run_on(configure(tmp_path / "out", **settings))
     folder = tmp_path / "out" / "run" / "mmvet"
-    assert (pending["score"], pending["judge"]) == (None, "pending")
-    assert "2 requests to a judge are in judge_requests.jsonl" in pending["notes"][-1]
+    assert (pending.score, pending.judge) == (None, "pending")
+    assert "2 requests to a judge are in judge_requests.jsonl" in pending.notes[-1]
     config = JudgeConfig(url=f"http://localhost:{server.server_port}", model="m")
     server.replies = ["0.5", 401]
     with pytest.raises(JudgeError):
@@ -153,7 +165,7 @@ def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_r
     assert (folder / "judge_requests.jsonl").is_file(), "still pending"
     server.replies = ["0.5"] * 2
     summary = rescore(str(folder / "predictions.jsonl"), data_root=str(data_root), judge=config)
-    assert (summary["score"], summary["judge"]["model"]) == (50, "m")
+    assert (summary.score, summary.judge["model"]) == (50, "m")
     assert not (folder / "judge_requests.jsonl").exists()
     asked = len(server.asked)
     assert (

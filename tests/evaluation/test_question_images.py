@@ -1,4 +1,7 @@
-"""How several images of a question become tiles, and the order of tiling and RGB (design: evaluation.md 1, 4)."""
+"""How several images of a question become tiles, and the order of tiling and RGB.
+
+(design: evaluation.md 1, 4)
+"""
 
 import io
 
@@ -28,13 +31,22 @@ def stored(width, height, mode="RGB") -> ImageBytes:
 WIDE, SMALL = stored(168, 56), stored(50, 50)
 
 
-@pytest.mark.parametrize("policy, images, blocks", [
-    (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
-    (EACH, [WIDE, SMALL], (4, 1)), (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
-    (VLMEVALKIT, [WIDE, SMALL], (4, 1)), (VLMEVALKIT, [WIDE] * 4, (4,) * 4), (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
-    (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
-    (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)), (FIRST_ONLY, [WIDE, WIDE], (1,)), (EACH, [], ()), (MMMU_GRID, [], ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy, images, blocks",
+    [
+        (EACH, [WIDE], (4,)),  # 3 x 1 and a thumbnail
+        (EACH, [WIDE, SMALL], (4, 1)),
+        (EACH, [WIDE] * 4, (1,) * 4),  # 6 // 4 tiles each
+        (VLMEVALKIT, [WIDE, SMALL], (4, 1)),
+        (VLMEVALKIT, [WIDE] * 4, (4,) * 4),
+        (VLMEVALKIT, [WIDE] * 33, (1,) * 33),
+        (MMMU_GRID, [SMALL], (5,)),  # 100 x 100 is cut, 50 x 50 is not
+        (MMMU_GRID, [SMALL, WIDE, WIDE], (7,)),
+        (FIRST_ONLY, [WIDE, WIDE], (1,)),
+        (EACH, [], ()),
+        (MMMU_GRID, [], ()),
+    ],
+)
 def test_tiles_of_the_images_of_a_question(policy, images, blocks):
     tiler = Tiler(TILES, policy)
     assert tiler.counts(images) == blocks
@@ -62,8 +74,8 @@ def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
     np.testing.assert_array_equal(before, cut_tiles(image.convert("RGB"), TILES))
     (after,) = Tiler(TILES, rgb="after_tiling").cut([palette], "here")
     assert after.shape == before.shape and (after != before).any()
-    colours = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
-    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, (
+    colors = {tuple(color) for color in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {tuple(color) for color in after.reshape(-1, 3).tolist()} <= colors, (
         "none between two of them"
     )
     plain = Tiler(TILES, rgb="after_tiling").cut([WIDE], "here")

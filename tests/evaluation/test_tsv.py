@@ -30,9 +30,12 @@ def write(tmp_path):
 
 def test_images_of_all_kinds(write):
     """Base64, the index of another row, a list; rows without an image are left out."""
-    path = write(["7", CELLS[0], "one\n\"two\"\tthree", "x", "a", "b"], ["8", "7", "q", "", "", ""],
-                 ["9", "", "q", "y", "", ""],
-                 ["10", f"[{CELLS[0]}, {CELLS[1]}]", "q\r\nr", "y", "a", ""])  # fmt: skip
+    path = write(
+        ["7", CELLS[0], 'one\n"two"\tthree', "x", "a", "b"],
+        ["8", "7", "q", "", "", ""],
+        ["9", "", "q", "y", "", ""],
+        ["10", f"[{CELLS[0]}, {CELLS[1]}]", "q\r\nr", "y", "a", ""],
+    )
     first, second, third = read_tsv(path)
     assert (first.text, first.answers, first.options) == (
         'one\n"two"\tthree',
@@ -68,13 +71,24 @@ def test_paths_in_place_of_images(write, tmp_path):
     )
 
 
-@pytest.mark.parametrize("rows, names, problem", [
-    ([["1", "x"]], ("index", "image"), "line 1: no column question"),
-    ([["1", "x"]], ("index", "question"), "line 1: no column image"),
-    ([["1", CELLS[0], "q"], ["1", CELLS[0], "q"]], ("index", "image", "question"), "line 3: index 1 is there twice"),
-    ([["1", CELLS[0]]], ("index", "image", "question"), "line 2: 2 cells, but 3 columns"),
-    ([["1", "5", "q"]], ("index", "image", "question"), "row 1: its image is that of row 5, which has none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, names, problem",
+    [
+        ([["1", "x"]], ("index", "image"), "line 1: no column question"),
+        ([["1", "x"]], ("index", "question"), "line 1: no column image"),
+        (
+            [["1", CELLS[0], "q"], ["1", CELLS[0], "q"]],
+            ("index", "image", "question"),
+            "line 3: index 1 is used twice",
+        ),
+        ([["1", CELLS[0]]], ("index", "image", "question"), "line 2: 2 cells, but 3 columns"),
+        (
+            [["1", "5", "q"]],
+            ("index", "image", "question"),
+            "row 1: its image is that of row 5, which has none",
+        ),
+    ],
+)
 def test_a_bad_table_names_its_line(rows, names, problem, write):
     with pytest.raises(ConfigError, match=re.escape(problem)):
         list(read_tsv(write(*rows, names=names)))

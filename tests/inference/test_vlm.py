@@ -1,6 +1,7 @@
-"""`load` and `VLM`: one answer by call, batch, stream or conversation (design: serving.md 1)."""
+"""`load` and `VLM`: one answer by call, batch, stream or conversation."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from PIL import Image
 
 import internvlx_jax as ivx
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.evaluation import job
+from internvlx_jax.evaluation.job import EvalConfig
 from internvlx_jax.inference.images import image_sources
 from internvlx_jax.inference.planning import BatchSizes
 from internvlx_jax.inference.requests import Request, Turn
@@ -130,6 +134,7 @@ def test_an_answer_ends_at_stop_texts_and_lengths(model, pixels):
     for given in (stop, [stop, "never"]):
         assert model.generate("Tell me", pixels, stop=given, **SHORT) == expected
     assert whole.startswith(model.generate("Tell me", pixels, max_new_tokens=3))
+    assert model.spec().max_new_tokens == 256, "half of the positions, which are few here"
 
 
 def test_tile_options_replace_those_of_the_model(model, pixels):
@@ -203,6 +208,20 @@ def test_a_run_folder_is_loaded(run_folder, pretrained, pixels):
     step = run_folder / "checkpoints" / "1"
     assert ivx.load(str(step), dtype="float32").generate("What?", pixels, **SHORT) == expected
     assert loaded.speed["answers"] == 1 and loaded.model is not None
+
+
+def test_answers_are_those_of_the_evaluator(run_folder, model, image, tmp_path):
+    rows = [{"question": "What is it?", "image": image}, {"question": "Which is next?"}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row | {"answer": "x"}) + "\n" for row in rows))
+    selection = EvaluationConfig(data=str(path), metric="exact", **SHORT)
+    out = tmp_path / "out"
+    job.run(EvalConfig(checkpoint=str(run_folder), out_dir=str(out), selection=selection,
+                       dtype="float32", batch_size=8))  # fmt: skip
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    prompts = [row["question"] for row in rows]
+    answers = model.generate(prompts, [image, None], **SHORT)
+    assert [json.loads(line)["raw"] for line in lines] == answers
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, run_folder):

@@ -72,6 +72,16 @@ def test_a_spike_is_held_against_the_running_median(tmp_path):
     assert bad.verdict() is None, "spikes end no run"
 
 
+@pytest.mark.parametrize("middle, sigma", [(0.02, 1.0), (0.3, 0.6), (2.0, 0.05)])
+def test_noise_is_no_spike(tmp_path, middle, sigma):
+    """Losses of small batches differ by factors, most of all late in a run; what towers over them is a spike still."""
+    bad, rng = bad_steps(tmp_path), np.random.default_rng(0)
+    losses = middle * np.exp(sigma * rng.standard_normal(2000))
+    assert look(bad, *map(step, losses)) == [] and bad.counts["spike"] == 0
+    far = middle * max(4, np.exp(10 * sigma))
+    assert "over 3 x the median" in look(bad, step(far), first=2001)[0]
+
+
 def test_too_many_in_a_row_end_the_run(tmp_path):
     bad = bad_steps(tmp_path, max_consecutive_nonfinite=3)
     look(

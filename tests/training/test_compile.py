@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from internvlx_jax.aot.compile_report import bounding_buckets, check_fits, compile_report
+from internvlx_jax.aot.compile_report import bounding_buckets, check_fits, compile_report, table
+from internvlx_jax.aot.dry_run import dry_run
 from internvlx_jax.aot.topologies import Topology, topology
 from internvlx_jax.core.chips import CHIPS
 from internvlx_jax.core.errors import ConfigError
@@ -130,9 +131,10 @@ def test_a_run_that_does_not_fit_does_not_start(one_bucket, monkeypatch):
     assert not Path(one_bucket.output_dir).exists(), "another try is free to change the settings"
 
 
-def test_dry_run_writes_nothing(one_bucket, capsys):
-    assert train(one_bucket, dry_run=True) == {}
-    printed = capsys.readouterr().out
+def test_dry_run_writes_nothing(one_bucket):
+    where, reports, mesh = dry_run(one_bucket)
+    assert len(reports) == 1
+    printed = table(reports, where, mesh)
     assert "peak GiB" in printed and "8 devices, data 2 x fsdp 2 x tensor 2" in printed
     assert not Path(one_bucket.output_dir).exists()
 

@@ -34,42 +34,42 @@ LLM = {"decoder.layers.attn_norm.scale", "decoder.layers.mlp.kernel", "decoder.h
     (FreezeConfig(vit=True, unfreeze_vit_last=2, paths=(".*attn",)), VIT | {"decoder.layers.attn_norm.scale"}),
 ])  # fmt: skip
 def test_what_is_frozen(config, frozen):
-    division = divide(SHAPES, config, "bfloat16")
-    assert division.frozen.keys() == frozen and division.trained.keys() == SHAPES.keys() - frozen
-    assert {leaf.dtype for leaf in division.frozen.values()} <= {jnp.bfloat16.dtype}
-    assert {leaf.dtype for leaf in division.trained.values()} == {jnp.float32.dtype}
-    assert list(division.whole) == list(SHAPES) and division.frozen_tower_layers == 0
+    partition = divide(SHAPES, config, "bfloat16")
+    assert partition.frozen.keys() == frozen and partition.trained.keys() == SHAPES.keys() - frozen
+    assert {leaf.dtype for leaf in partition.frozen.values()} <= {jnp.bfloat16.dtype}
+    assert {leaf.dtype for leaf in partition.trained.values()} == {jnp.float32.dtype}
+    assert list(partition.whole) == list(SHAPES) and partition.frozen_tower_layers == 0
 
 
 def test_the_last_layers_of_the_tower():
     """Their stack is divided, and put together again."""
-    division = divide(SHAPES, FreezeConfig(vit=True, unfreeze_vit_last=1), "bfloat16")
+    partition = divide(SHAPES, FreezeConfig(vit=True, unfreeze_vit_last=1), "bfloat16")
     path = "vision.layers.attn.kernel"
-    assert division.frozen_tower_layers == 3
-    assert division.trained[path] == jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
-    assert division.frozen[path] == jax.ShapeDtypeStruct((3, 8, 8), jnp.bfloat16)
+    assert partition.frozen_tower_layers == 3
+    assert partition.trained[path] == jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
+    assert partition.frozen[path] == jax.ShapeDtypeStruct((3, 8, 8), jnp.bfloat16)
     assert (
-        division.whole[path] == SHAPES[path]
-        and division.whole["vision.embedding"].dtype == jnp.bfloat16
+        partition.whole[path] == SHAPES[path]
+        and partition.whole["vision.embedding"].dtype == jnp.bfloat16
     )
 
     rng = np.random.default_rng(0)
     params = {
         path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in SIZES.items()
     }
-    trained, frozen = division.split(params)
+    trained, frozen = partition.split(params)
     assert {p: (a.shape, a.dtype) for p, a in trained.items()} == {
-        p: (a.shape, a.dtype) for p, a in division.trained.items()
+        p: (a.shape, a.dtype) for p, a in partition.trained.items()
     }
     assert {p: (a.shape, a.dtype) for p, a in frozen.items()} == {
-        p: (a.shape, a.dtype) for p, a in division.frozen.items()
+        p: (a.shape, a.dtype) for p, a in partition.frozen.items()
     }
     whole = join(trained, frozen)
     np.testing.assert_array_equal(whole[path][3], params[path][3])
     np.testing.assert_array_equal(
         whole[path][:3], params[path][:3].astype(jnp.bfloat16).astype(jnp.float32)
     )
-    again = join(*division.split(whole))  # what is stored in the compute dtype stays as it is
+    again = join(*partition.split(whole))  # what is stored in the compute dtype stays as it is
     for path in SIZES:
         np.testing.assert_array_equal(again[path], whole[path], err_msg=path)
 
@@ -99,10 +99,10 @@ def test_a_decoder_without_head_says_so():
 
 
 def test_the_counts_of_each_module_are_printed():
-    division = divide(
+    partition = divide(
         SHAPES, FreezeConfig(vit=True, unfreeze_vit_last=1, paths=("decoder.head",)), "float32"
     )
-    assert [line.split() for line in describe(division).splitlines()] == [
+    assert [line.split() for line in describe(partition).splitlines()] == [
         ["decoder", "816", "trained", "16,000", "frozen"],
         ["lvtc", "1", "trained", "0", "frozen"],
         ["projector", "128", "trained", "0", "frozen"],

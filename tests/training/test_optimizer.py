@@ -179,10 +179,10 @@ def test_layer_decay_of_the_tower(tiny, abstract):
     ((GroupConfig(params="(decoder"),), "optimizer.groups: '(decoder' is not a regular expression"),
 ])  # fmt: skip
 def test_a_group_that_matches_nothing_is_an_error(groups, message, tiny, abstract):
-    division = divide(abstract.shapes, FreezeConfig(vit=True), "float32")
+    partition = divide(abstract.shapes, FreezeConfig(vit=True), "float32")
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_optimizer(
-            OptimizerConfig(groups=groups), lambda _: 0.1, division.trained, abstract.axes, tiny
+            OptimizerConfig(groups=groups), lambda _: 0.1, partition.trained, abstract.axes, tiny
         )
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvlx_jax.cli.report import main
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.training.report import CHANCE, VALIDATION, draw_curves, main, read_metrics
+from internvlx_jax.training.report import CHANCE, VALIDATION, draw_curves, read_metrics
 
 TRAINING = [
     {"step": step, "loss": 2.0 - step / 100, "learning_rate": 1e-3} for step in (20, 40, 60)

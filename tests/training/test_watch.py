@@ -20,7 +20,7 @@ from internvlx_jax.training.preemption import Preempted
 from internvlx_jax.training.profiler import Window
 from internvlx_jax.training.replay import replay
 from internvlx_jax.training.report_page import write_page
-from internvlx_jax.training.starts import read_starts
+from internvlx_jax.training.metrics_logger import read_starts
 
 STEPS = 8
 NAN_STEP, EMPTY_STEP = 3, 5
@@ -201,7 +201,7 @@ def test_the_loop_moves_nothing_but_the_batch_to_the_devices(config, monkeypatch
     """The guard that the loop sets fails a step that is given an array of the host."""
     from internvlx_jax.training import loop
 
-    def step_on_the_host(setup, buckets, rows):
+    def step_on_the_host(setup, buckets, rows, speak):
         def run(state, batch):
             jax.numpy.sum(np.ones(3))  # what a careless line in the loop would do
             raise AssertionError("not reached")

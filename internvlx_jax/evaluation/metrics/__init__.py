@@ -1,4 +1,7 @@
-"""Scores of answers against their references, one family a file (design: evaluation.md 6). No import of jax."""
+"""Metrics of one answer against its references, one family per file (design: evaluation.md 6).
+
+Nothing here imports jax.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from internvlx_jax.evaluation.metrics.vqa import soft_accuracy
 
 __all__ = ["METRICS", "anls", "exact", "levenshtein", "relaxed", "soft_accuracy"]
 
-# Those of one answer on its own, for `eval.py --data FILE --metric NAME`.
+# The metrics that `eval.py --data FILE --metric NAME` takes.
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "exact": exact, "anls": anls, "relaxed": relaxed, "vqa": soft_accuracy,
-}  # fmt: skip
+    "exact": exact,
+    "anls": anls,
+    "relaxed": relaxed,
+    "vqa": soft_accuracy,
+}

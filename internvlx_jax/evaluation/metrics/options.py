@@ -1,24 +1,30 @@
-"""Which option an answer means, and circular accuracy (design: evaluation.md 6: MMBench, option inference)."""
+"""Which option an answer means (design: evaluation.md 6: MMBench, option inference, yes or no)."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+from internvlx_jax.evaluation.metrics.vqa import strip_punctuation
 
 NONE_OF_THEM = "Z"
-CIRCLE = 1_000_000  # rotations of a question have the same index modulo this
 
-_REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
-             "I'm sorry, but without the image provided", "Cannot determine the answer")  # fmt: skip
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 _TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _STATED = re.compile(r"(?:correct )?answer is \**([A-D])\**(?!\w)", re.IGNORECASE)
 
 
 def first_option(answer: str, options: Mapping[str, str]) -> str:
-    """MMBench and MMMU as InternVL reads them: a leading letter, else the first option whose text is in the answer.
+    """Reads an answer as InternVL does for MMBench and MMMU.
 
-    Neither: the answer itself, which then equals no letter.
+    Returns:
+        The leading letter, else the letter of the first option whose text is in the answer, else
+        the answer itself, which then equals no letter.
     """
     answer = answer.strip()
     if len(answer) == 1 or not answer:
@@ -29,7 +35,11 @@ def first_option(answer: str, options: Mapping[str, str]) -> str:
 
 
 def infer_option(answer: str, options: Mapping[str, str]) -> str | None:
-    """VLMEvalKit's inference: a letter, "Z" for a refusal, or None where only a judge can tell."""
+    """Reads an answer by the rules of VLMEvalKit.
+
+    Returns:
+        A letter, "Z" for a refusal, or None where only a judge can tell.
+    """
     if any(refusal in answer for refusal in _REFUSALS):
         return NONE_OF_THEM
     tokens = answer.translate(_TO_SPACES).split()
@@ -47,9 +57,10 @@ def infer_option(answer: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def circular(indices: Sequence[int], right: Sequence[bool]) -> dict[int, bool]:
-    """First index of each question -> whether all of its rotations are right."""
-    groups: dict[int, list[tuple[int, bool]]] = defaultdict(list)
-    for index, hit in zip(indices, right, strict=True):
-        groups[index % CIRCLE].append((index, hit))
-    return {min(group)[0]: all(hit for _, hit in group) for group in groups.values()}
+def yes_or_no(text: str) -> str | None:
+    """Returns "Yes" or "No" if only one of the two words occurs, else None."""
+    words = strip_punctuation(text.lower(), vlmevalkit=True).split()
+    yes, no = "yes" in words, "no" in words
+    if yes == no:
+        return None
+    return "Yes" if yes else "No"

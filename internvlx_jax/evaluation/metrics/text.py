@@ -1,4 +1,4 @@
-"""Equality, edit distance and numbers within five per cent (design: evaluation.md 6: exact, ANLS, relaxed, GQA)."""
+"""Metrics of texts and numbers (design: evaluation.md 6: exact match, ANLS, relaxed accuracy)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ RELAXED_TOLERANCE = 0.05
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals an answer, both stripped and in lower case."""
+    """Returns 1 if the prediction equals an answer, both stripped and in lower case, else 0."""
     return float(any(prediction.strip().lower() == answer.strip().lower() for answer in answers))
 
 
-def exact_without_stops(prediction: str, answers: Sequence[str]) -> float:
-    """GQA: as `exact`, the prediction without trailing full stops."""
-    return exact(prediction.strip().rstrip("."), answers)
-
-
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """1 - normalised edit distance to the nearest answer; 0 below 0.5.
+    """Returns 1 minus the normalized edit distance to the nearest answer; 0 below 0.5.
 
-    Distances are between stripped, lower-case texts with single spaces; lengths are those of the raw texts.
+    Distances are between stripped, lower-case texts with single spaces. They are divided by the
+    length of the longer raw text.
     """
 
     def distance(answer: str) -> float:
@@ -32,9 +28,13 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 
 
 def relaxed(prediction: str, answers: Sequence[str], *, swap: bool = False) -> float:
-    """1 if an answer is a number and the prediction within 5 % of it, or if both are the same text in any case.
+    """Returns 1 if the prediction is within 5 % of an answer, or the same text in any case.
 
-    swap: take the prediction as the target, as the InternVL script does (`--compat relaxed_swap`).
+    Args:
+        prediction: the model's text.
+        answers: accepted answers, numbers or texts.
+        swap: take 5 % of the prediction instead, as the InternVL script does
+            (`--compat relaxed_swap`).
     """
     prediction = prediction.strip()
     return float(
@@ -60,7 +60,7 @@ def _number(text: str) -> float | None:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Least number of insertions, deletions and substitutions that turn a into b."""
+    """Returns the least number of insertions, deletions and substitutions that turn a into b."""
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         current = [i]

@@ -1,4 +1,4 @@
-"""VQA soft accuracy: agreement with ten human answers after a fixed cleaning (design: evaluation.md 6)."""
+"""VQA soft accuracy: agreement with ten people after a fixed cleaning (design: evaluation.md 6)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ from collections.abc import Sequence
 HUMANS = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {"none": "0", "zero": "0"} | {word: str(value) for value, word in enumerate(
-    "one two three four five six seven eight nine ten".split(), start=1)}  # fmt: skip
+_ONE_TO_TEN = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_NUMBERS = {"none": "0", "zero": "0"} | {
+    word: str(value) for value, word in enumerate(_ONE_TO_TEN, start=1)
+}
 _ARTICLES = {"a", "an", "the"}
-_STOPS = 32  # the reference passes a flag where the number of replacements stands; its value is 32
+# The reference passes a regular-expression flag as the number of replacements; its value is 32.
+_STOPS = 32
 
-# Full stops inside numbers stay. The reference's look-behind is void, so "12.5." and "3." lose their last one;
-# VLMEvalKit keeps those as well.
+# Full stops inside numbers stay. The look-behind of the reference is void, so "12.5." and "3." lose
+# their last one; VLMEvalKit keeps those as well.
 _STOP = re.compile(r"\.(?!\d)")
 _STOP_NOT_AFTER_DIGIT = re.compile(r"(?<!\d)\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_ONE_APOSTROPHE = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's
+    how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've
+    o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
+    someone's something'd something'll that's there'd there're there's they'd they'll they're
+    they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd
+    you'll you're you've
+"""
+_TWO_APOSTROPHES = """
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've
+    someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've
+"""
 
 
 def _contractions() -> dict[str, str]:
-    """Misspelt -> contraction. Most keys are the contraction without its apostrophes, or without one of two."""
-    one_key = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
-        how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
-        shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
-        there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
-        where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
-        you've""".split()
-    two_keys = """couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-        something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've""".split()
-    table = {value.replace("'", ""): value for value in one_key}
-    for value in two_keys:
+    """Maps misspelled contractions to contractions.
+
+    Most keys are the contraction without its apostrophe, or without one of its two.
+    """
+    table = {value.replace("'", ""): value for value in _ONE_APOSTROPHE.split()}
+    for value in _TWO_APOSTROPHES.split():
         first = value.replace("'", "", 1)
         last = "".join(value.rsplit("'", 1))
         table |= {first: value, last: value}
@@ -45,7 +56,12 @@ CONTRACTIONS = _contractions()
 
 
 def clean(text: str, *, vlmevalkit: bool = False) -> str:
-    """The text in which answers are compared. vlmevalkit: that toolkit's variant of the same cleaning."""
+    """Returns the form in which answers are compared.
+
+    Args:
+        text: an answer or a prediction.
+        vlmevalkit: use VLMEvalKit's variant of the cleaning.
+    """
     if not vlmevalkit:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -55,7 +71,11 @@ def clean(text: str, *, vlmevalkit: bool = False) -> str:
 
 
 def strip_punctuation(text: str, *, vlmevalkit: bool = False) -> str:
-    """A mark next to a space is deleted wherever it stands, another one becomes a space; then the full stops."""
+    """Removes punctuation.
+
+    A mark that stands next to a space anywhere is deleted everywhere; any other mark becomes a
+    space. Full stops outside numbers go last.
+    """
     joined = vlmevalkit and _COMMA_IN_NUMBER.search(text)
     cleaned = text
     for mark in _PUNCTUATION:
@@ -65,7 +85,11 @@ def strip_punctuation(text: str, *, vlmevalkit: bool = False) -> str:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str], *, vlmevalkit: bool = False) -> float:
-    """Mean over the ten leave-one-out sets of min(1, matching answers / 3). Raises ValueError without ten answers."""
+    """Returns the mean over the ten leave-one-out sets of min(1, matching answers / 3).
+
+    Raises:
+        ValueError: there are not ten answers.
+    """
     if len(answers) != HUMANS:
         raise ValueError(f"VQA accuracy needs {HUMANS} answers, got {len(answers)}")
     prediction = clean(prediction, vlmevalkit=vlmevalkit)

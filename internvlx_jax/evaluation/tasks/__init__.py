@@ -1,9 +1,9 @@
-"""All benchmarks: one small file each, collected here (docs/evaluation.md shows how to add one)."""
+"""All benchmarks, one file each; docs/evaluation.md shows how to add one."""
 
 from __future__ import annotations
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
-from internvlx_jax.core.evaluation_config import PROTOCOLS, Protocol
+from internvlx_jax.core.evaluation_config import PROTOCOLS
 from internvlx_jax.evaluation.tasks import (
     ai2d,
     chartqa,
@@ -33,30 +33,77 @@ __all__ = [
     "PROTOCOLS",
     "SUITES",
     "TASKS",
-    "Protocol",
-    "Task",
     "ProtocolSpec",
-    "find_tasks",
+    "Task",
     "find_protocol",
+    "find_tasks",
 ]
 
-_FILES = (textvqa, docvqa, chartqa, okvqa, infovqa, gqa, vqav2, vizwiz, mmbench, mme, mmvet, mmmu, pope, seed, ai2d,
-          scienceqa, hallusionbench, mathvista, llavabench, realworldqa)  # fmt: skip
+_MODULES = (
+    textvqa,
+    docvqa,
+    chartqa,
+    okvqa,
+    infovqa,
+    gqa,
+    vqav2,
+    vizwiz,
+    mmbench,
+    mme,
+    mmvet,
+    mmmu,
+    pope,
+    seed,
+    ai2d,
+    scienceqa,
+    hallusionbench,
+    mathvista,
+    llavabench,
+    realworldqa,
+)
 
-TASKS: dict[str, Task] = {task.name: task for file in _FILES for task in file.TASKS}
+TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 
-# The paper's twenty benchmarks, on splits whose references are public where there is one.
+# The paper's twenty benchmarks, on splits with public references where one exists.
 SUITES = {
-    "x20": ("textvqa_val", "docvqa_val", "chartqa_human", "chartqa_aug", "okvqa_val", "infovqa_val", "gqa_testdev",
-            "vqav2_val", "vizwiz_val", "mmbench_dev_en", "mme", "mmvet", "mmmu_val", "pope", "seed", "ai2d_test",
-            "scienceqa", "hallusionbench", "mathvista", "llavabench", "realworldqa"),
-}  # fmt: skip
+    "x20": (
+        "textvqa_val",
+        "docvqa_val",
+        "chartqa_human",
+        "chartqa_aug",
+        "okvqa_val",
+        "infovqa_val",
+        "gqa_testdev",
+        "vqav2_val",
+        "vizwiz_val",
+        "mmbench_dev_en",
+        "mme",
+        "mmvet",
+        "mmmu_val",
+        "pope",
+        "seed",
+        "ai2d_test",
+        "scienceqa",
+        "hallusionbench",
+        "mathvista",
+        "llavabench",
+        "realworldqa",
+    ),
+}
 
 GROUPS = {"chartqa": ("chartqa_human", "chartqa_aug")}  # their mean is reported as well
 
 
 def find_tasks(names: str | None, suite: str | None) -> list[Task]:
-    """`a,b` and a suite -> tasks, each once. Raises ConfigError with the nearest name."""
+    """Finds tasks by name, each once.
+
+    Args:
+        names: names with commas between them.
+        suite: name of a suite, whose tasks come after `names`.
+
+    Raises:
+        ConfigError: a name is unknown; the message has the nearest one.
+    """
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if suite is not None:
         if suite not in SUITES:
@@ -73,11 +120,16 @@ def find_tasks(names: str | None, suite: str | None) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 
-def find_protocol(task: Task, protocol: Protocol | None) -> tuple[Protocol, ProtocolSpec]:
-    """The task under a protocol, its own by default. Raises ConfigError if it has none."""
+def find_protocol(task: Task, protocol: str | None) -> tuple[str, ProtocolSpec]:
+    """Returns a protocol of a task by name, its default without one.
+
+    Raises:
+        ConfigError: the task is not defined under this protocol.
+    """
     protocol = protocol or task.default_protocol
-    if protocol not in task.views:
+    if protocol not in task.protocols:
         raise ConfigError(
-            f"task {task.name} is not defined under protocol {protocol}; it has {', '.join(task.views)}"
+            f"task {task.name} is not defined under protocol {protocol}; "
+            f"it has {', '.join(task.protocols)}"
         )
-    return protocol, task.views[protocol]
+    return protocol, task.protocols[protocol]

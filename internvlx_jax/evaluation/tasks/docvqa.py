@@ -1,4 +1,8 @@
-"""DocVQA: scanned documents."""
+"""DocVQA, validation and test splits: questions on scanned documents, scored by ANLS.
+
+Both protocols ask alike but for white space; `internvl` reads the answers from the original
+annotations. The references of the test split are not public, so it writes a submission.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
@@ -10,15 +14,44 @@ VAL = jsonl("docvqa/val.jsonl", annotations=("docvqa/val/val_v1.0.json", docvqa_
 SERVER = dict(submission=answers_by("questionId"))
 
 TASKS = (
-    Task(name="docvqa_val", title="DocVQA, validation", samples=5349, baseline_tiles=18, views={
-        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="DocVQA_VAL"),
-        "vlmevalkit": vlmevalkit(tsv("DocVQA_VAL", finish=listed_answers), ending(f"\n{BASE}"), scoring.anls,
-                                 dataset="DocVQA_VAL"),
-    }),
-    Task(name="docvqa_test", title="DocVQA, test", samples=5188, baseline_tiles=18, views={
-        "internvl": internvl(jsonl("docvqa/test.jsonl"), ending(f" {BASE}"), scoring.server, max_new_tokens=100,
-                             dataset="DocVQA_TEST", **SERVER),
-        "vlmevalkit": vlmevalkit(tsv("DocVQA_TEST"), ending(f"\n{BASE}"), scoring.server, dataset="DocVQA_TEST",
-                                 **SERVER),
-    }),
-)  # fmt: skip
+    Task(
+        name="docvqa_val",
+        title="DocVQA, validation",
+        samples=5349,
+        baseline_tiles=18,
+        protocols={
+            "internvl": internvl(
+                VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="DocVQA_VAL"
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("DocVQA_VAL", finish=listed_answers),
+                ending(f"\n{BASE}"),
+                scoring.anls,
+                dataset="DocVQA_VAL",
+            ),
+        },
+    ),
+    Task(
+        name="docvqa_test",
+        title="DocVQA, test",
+        samples=5188,
+        baseline_tiles=18,
+        protocols={
+            "internvl": internvl(
+                jsonl("docvqa/test.jsonl"),
+                ending(f" {BASE}"),
+                scoring.server,
+                max_new_tokens=100,
+                dataset="DocVQA_TEST",
+                **SERVER,
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("DocVQA_TEST"),
+                ending(f"\n{BASE}"),
+                scoring.server,
+                dataset="DocVQA_TEST",
+                **SERVER,
+            ),
+        },
+    ),
+)

@@ -1,13 +1,58 @@
-"""HallusionBench: yes or no questions on images that mislead."""
+"""HallusionBench: yes-or-no questions on images that mislead, under `vlmevalkit` only.
 
-from internvlx_jax.evaluation import scoring
+The score is the mean of the accuracy over questions (aAcc), over figures with every question right
+(fAcc), and over questions right on every figure (qAcc).
+"""
+
+from collections.abc import Hashable, Sequence
+
 from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no, mean
 from internvlx_jax.evaluation.sources import tsv
 from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 
+
+def score(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores the mean of aAcc (rows), fAcc (figures) and qAcc (questions).
+
+    The last three fields of an index are set, figure and question.
+    """
+    labels, notes = inferred_yes_or_no(rows, context)
+    right = [
+        not row.error and label.lower() == row.question.answers[0].lower()
+        for label, row in zip(labels, rows, strict=True)
+    ]
+    places = [
+        (row.question.fields["l2-category"], *str(row.question.id).split("_")[-3:]) for row in rows
+    ]
+    parts = {
+        "aAcc": 100 * mean(right),
+        "fAcc": all_right([(kind, group, figure) for kind, group, figure, _ in places], right),
+        "qAcc": all_right([(kind, group, question) for kind, group, _, question in places], right),
+    }
+    return Result(mean(list(parts.values())), [float(hit) for hit in right], labels, parts, notes)
+
+
+def all_right(groups: Sequence[Hashable], right: Sequence[bool]) -> float:
+    """Returns the share of groups, in points, in which every row is right."""
+    together: dict[Hashable, bool] = {}
+    for group, hit in zip(groups, right, strict=True):
+        together[group] = together.get(group, True) and hit
+    return 100 * sum(together.values()) / len(together)
+
+
 TASKS = (
-    Task(name="hallusionbench", title="HallusionBench, mean of aAcc, fAcc, qAcc", samples=951, views={
-        "vlmevalkit": vlmevalkit(tsv("HallusionBench"), ending(f" Please answer yes or no. {BASE}"),
-                                 scoring.hallusionbench, dataset="HallusionBench"),
-    }),
-)  # fmt: skip
+    Task(
+        name="hallusionbench",
+        title="HallusionBench, mean of aAcc, fAcc, qAcc",
+        samples=951,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("HallusionBench"),
+                ending(f" Please answer yes or no. {BASE}"),
+                score,
+                dataset="HallusionBench",
+            ),
+        },
+    ),
+)

@@ -1,4 +1,8 @@
-"""InfographicVQA: infographics."""
+"""InfographicVQA, validation and test splits: questions on infographics, scored by ANLS.
+
+Both protocols ask alike but for white space; `internvl` reads the answers from the original
+annotations. The references of the test split are not public, so it writes a submission.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
@@ -6,20 +10,51 @@ from internvlx_jax.evaluation.sources import docvqa_answers, jsonl, listed_answe
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-VAL = jsonl("infographicsvqa/val.jsonl",
-            annotations=("infographicsvqa/infographicsVQA_val_v1.0_withQT.json", docvqa_answers))  # fmt: skip
+VAL = jsonl(
+    "infographicsvqa/val.jsonl",
+    annotations=("infographicsvqa/infographicsVQA_val_v1.0_withQT.json", docvqa_answers),
+)
 SERVER = dict(submission=answers_by("questionId"))
 
 TASKS = (
-    Task(name="infovqa_val", title="InfographicVQA, validation", samples=2801, baseline_tiles=24, views={
-        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="InfoVQA_VAL"),
-        "vlmevalkit": vlmevalkit(tsv("InfoVQA_VAL", finish=listed_answers), ending(f"\n{BASE}"), scoring.anls,
-                                 dataset="InfoVQA_VAL"),
-    }),
-    Task(name="infovqa_test", title="InfographicVQA, test", samples=3288, baseline_tiles=24, views={
-        "internvl": internvl(jsonl("infographicsvqa/test.jsonl"), ending(f" {BASE}"), scoring.server,
-                             max_new_tokens=100, dataset="InfoVQA_TEST", **SERVER),
-        "vlmevalkit": vlmevalkit(tsv("InfoVQA_TEST"), ending(f"\n{BASE}"), scoring.server, dataset="InfoVQA_TEST",
-                                 **SERVER),
-    }),
-)  # fmt: skip
+    Task(
+        name="infovqa_val",
+        title="InfographicVQA, validation",
+        samples=2801,
+        baseline_tiles=24,
+        protocols={
+            "internvl": internvl(
+                VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="InfoVQA_VAL"
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("InfoVQA_VAL", finish=listed_answers),
+                ending(f"\n{BASE}"),
+                scoring.anls,
+                dataset="InfoVQA_VAL",
+            ),
+        },
+    ),
+    Task(
+        name="infovqa_test",
+        title="InfographicVQA, test",
+        samples=3288,
+        baseline_tiles=24,
+        protocols={
+            "internvl": internvl(
+                jsonl("infographicsvqa/test.jsonl"),
+                ending(f" {BASE}"),
+                scoring.server,
+                max_new_tokens=100,
+                dataset="InfoVQA_TEST",
+                **SERVER,
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("InfoVQA_TEST"),
+                ending(f"\n{BASE}"),
+                scoring.server,
+                dataset="InfoVQA_TEST",
+                **SERVER,
+            ),
+        },
+    ),
+)

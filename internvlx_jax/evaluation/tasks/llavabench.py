@@ -1,13 +1,30 @@
-"""LLaVA-Bench (in the wild): open questions, compared with reference answers by a judge."""
+"""LLaVA-Bench (in the wild): open questions, graded by a judge beside a reference answer.
+
+The score is the model's mean grade relative to the reference's. `vlmevalkit` reads a TSV file;
+`internvl` reads the original files, and its script counts unreadable judgments as -1.
+"""
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation import scoring
+from internvlx_jax.evaluation.judge import PROMPTS, ask_until, fill
 from internvlx_jax.evaluation.prompts import ending
 from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    TrackingJudge,
+    mean,
+    pending,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, image_path, jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+
+GRADES = tuple[float, float]  # of the reference and of the model, 1 to 10
+TEMPERATURES = (0.2,) * 3  # of the tries until a judgment can be read
 
 FOLDER = "llava-bench-in-the-wild"
 QUESTIONS = jsonl(f"{FOLDER}/questions.jsonl", text="text")
@@ -22,7 +39,8 @@ def _read(roots: Roots) -> list[Question]:
         name = question.images[0].rpartition("/")[2]
         if name not in captions or question.id not in references:
             raise ConfigError(
-                f"{question.where}: no caption of {name} or no reference answer in {roots.data / FOLDER}"
+                f"{question.where}: no caption of {name} or no reference answer in "
+                f"{roots.data / FOLDER}"
             )
         return dataclasses.replace(
             question,
@@ -42,11 +60,85 @@ SOURCE = Source(
     lambda roots: [*QUESTIONS.files(roots), roots.data / CONTEXT, roots.data / REFERENCE], _read
 )
 
+
+def score(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores 100 * mean(model) / mean(reference) of the judge's grades, also per category."""
+    keep_unreadable = "llavabench_minus1" in context.compat
+
+    def read(reply: str) -> GRADES | None:
+        try:
+            reference, model = map(float, reply.split("\n")[0].replace(",", " ").split())
+        except ValueError:
+            return (-1.0, -1.0) if keep_unreadable else None
+        return reference, model
+
+    prompts = [
+        fill(
+            "llavabench",
+            caption=row.question.fields["caption"],
+            question=row.question.text,
+            reference=row.question.answers[0],
+            prediction=row.text,
+        )
+        for row in rows
+    ]
+    judge = TrackingJudge(context.judge)
+    system = PROMPTS["llavabench_system"]
+    grades = ask_until(judge, prompts, read, temperatures=TEMPERATURES, system=system)
+    if judge.missing:
+        return pending(rows)
+    parts = _relative_scores(rows, grades)
+    unread = grades.count(None)
+    notes = [f"{unread} judgments could not be read; these questions are left out"] * bool(unread)
+    return Result(
+        parts["all"]["relative"] if parts else None,
+        [grade and grade[1] for grade in grades],
+        [row.text for row in rows],
+        parts,
+        notes,
+    )
+
+
+def _relative_scores(
+    rows: Sequence[Answered], grades: Sequence[GRADES | None]
+) -> dict[str, dict[str, float]]:
+    """Returns the scores of all rows and of each category, sorted by name."""
+    groups: dict[str, list[GRADES]] = defaultdict(list)
+    for row, grade in zip(rows, grades, strict=True):
+        if grade is not None:
+            groups["all"].append(grade)
+            groups[row.question.fields["category"]].append(grade)
+    parts = {}
+    for name in sorted(groups):
+        reference, model = (mean(column) for column in zip(*groups[name], strict=True))
+        parts[name] = {
+            "relative": 100 * model / reference if reference else 0.0,
+            "reference": 10 * reference,
+            "model": 10 * model,
+        }
+    return parts
+
+
 TASKS = (
-    Task(name="llavabench", title="LLaVA-Bench, relative score", samples=60, views={
-        "vlmevalkit": vlmevalkit(tsv("LLaVABench", finish=_tsv_reference), ending("\nAnswer this question in detail."),
-                                 scoring.llavabench, dataset="LLaVABench"),
-        "internvl": internvl(SOURCE, ending(" Please give a detailed answer."), scoring.llavabench, max_new_tokens=1000,
-                             dataset="LLaVABench", acceptance=("llavabench_minus1",)),
-    }),
-)  # fmt: skip
+    Task(
+        name="llavabench",
+        title="LLaVA-Bench, relative score",
+        samples=60,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("LLaVABench", finish=_tsv_reference),
+                ending("\nAnswer this question in detail."),
+                score,
+                dataset="LLaVABench",
+            ),
+            "internvl": internvl(
+                SOURCE,
+                ending(" Please give a detailed answer."),
+                score,
+                max_new_tokens=1000,
+                dataset="LLaVABench",
+                acceptance=("llavabench_minus1",),
+            ),
+        },
+    ),
+)

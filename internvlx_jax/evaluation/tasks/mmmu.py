@@ -1,20 +1,67 @@
-"""MMMU, validation: college questions with several images, in thirty subjects."""
+"""MMMU, validation split: college questions with several images, in thirty subjects.
+
+The metric is accuracy, also per subject and domain. `internvl` reads the parquet files of the hub,
+puts all images into one grid, and matches open answers by their texts and numbers. `vlmevalkit`
+reads a TSV file and makes an open question a choice between its answer and "Other Answers".
+"""
 
 import ast
+import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation import parquet, scoring
+from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID
-from internvlx_jax.evaluation.metrics.mmmu import DOMAINS
+from internvlx_jax.evaluation.metrics import options
 from internvlx_jax.evaluation.prompts import BASE, LETTER, option_lines, vlm_choice
 from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    hits,
+    inferred_options,
+    mean,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, read_json, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
+DOMAINS = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
 SUBJECTS = [subject for domain in DOMAINS.values() for subject in domain]
 IMAGES = [f"image_{i}" for i in range(1, 8)]
-KEY = "MMMU/answer_dict_val.json"  # {id: {question_type, ground_truth}}; without it the answers of the files
+# {id: {question_type, ground_truth}}; without it the answers of the parquet files count.
+KEY = "MMMU/answer_dict_val.json"
+
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_TRIVIAL = set(":,.!?;'")
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
 
 
 def _files(roots: Roots) -> list[Path]:
@@ -59,16 +106,117 @@ def _read(roots: Roots) -> list[Question]:
 
 
 def prompt(question: Question) -> str:
+    """Returns the question with its options, if any, and the instruction of its type."""
     if question.fields["question_type"] == "multiple-choice":
         return f"{question.text}{option_lines(question.options)}\n{LETTER}".strip()
     return f"{question.text}\n{BASE}".strip()
 
 
+def open_answers(text: str) -> set[str | float]:
+    """Returns the texts and numbers that an answer to an open question states."""
+    text = text.strip().strip(".").lower()
+    parts = text.split("\n")
+    stated = []
+    for i, part in enumerate(parts):
+        # An equation may end the answer: only the last part is cut at "=".
+        indicators = _INDICATORS if i < len(parts) - 1 else (*_INDICATORS, "=")
+        tails = [
+            part.rpartition(indicator)[2].strip() for indicator in indicators if indicator in part
+        ]
+        shortest = min(filter(None, tails), key=len, default="")
+        if shortest and shortest not in _TRIVIAL:
+            stated.append(shortest)
+    stated = stated or [text]
+    numbers = [
+        number for tail in stated for pattern in _NUMBERS for number in pattern.findall(tail)
+    ]
+    return {form for item in (*stated, *numbers) for form in _normalize(item)}
+
+
+def open_matches(text: str, keys: Sequence[str]) -> bool:
+    """Whether a key's text is in a stated text, or a key's number is among the stated numbers."""
+    wanted = {form for key in keys for form in _normalize(key)}
+    return any(
+        form in wanted
+        if isinstance(form, float)
+        else any(isinstance(key, str) and key in form for key in wanted)
+        for form in open_answers(text)
+    )
+
+
+def _normalize(text: str) -> list[str | float]:
+    """Returns a number rounded to two decimals, or the lower-case text."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        # One letter alone would be found inside any word.
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def score(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores choices by their letter and open questions by what the text states."""
+    predictions, right = [], []
+    for row in rows:
+        question = row.question
+        if question.fields["question_type"] == "multiple-choice":
+            predictions.append(options.first_option(row.text, question.options))
+            right.append(predictions[-1] in question.answers)
+        else:
+            predictions.append(row.text)
+            right.append(open_matches(row.text, question.answers))
+    return _by_domain(hits(rows, right, predictions, group="subject"))
+
+
+def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores inferred options; those of an open question are its answer and `Other Answers`."""
+    rows = [_closed(row) for row in rows]
+    letters, notes = inferred_options(rows, context)
+    right = [letter in row.question.answers for letter, row in zip(letters, rows, strict=True)]
+    return _by_domain(hits(rows, right, letters, group="category", notes=notes))
+
+
+def _closed(row: Answered) -> Answered:
+    """Returns an open question as a choice; a choice stays."""
+    if row.question.options:
+        return row
+    pair = {"A": row.question.answers[0], "B": "Other Answers"}
+    question = dataclasses.replace(row.question, options=pair, answers=("A",))
+    return dataclasses.replace(row, question=question)
+
+
+def _by_domain(result: Result) -> Result:
+    """Adds scores of domains: the mean of their subjects, each of which has 30 questions."""
+    spelled = {subject.replace(" ", "_"): score for subject, score in result.parts.items()}
+    domains = {
+        domain: mean([spelled[subject] for subject in subjects if subject in spelled])
+        for domain, subjects in DOMAINS.items()
+        if any(subject in spelled for subject in subjects)
+    }
+    return dataclasses.replace(result, parts={"subjects": result.parts, "domains": domains})
+
+
 TASKS = (
-    Task(name="mmmu_val", title="MMMU, validation", samples=900, views={
-        "internvl": internvl(Source(_files, _read), prompt, scoring.mmmu_score, max_new_tokens=10, dataset="MMMU_VAL",
-                             images=lambda dynamic: MMMU_GRID if dynamic else FIRST_ONLY),
-        "vlmevalkit": vlmevalkit(tsv("MMMU_DEV_VAL", keep=lambda row: row.get("split") == "validation"), vlm_choice,
-                                 scoring.mmmu_score_vlm, dataset="MMMU_DEV_VAL"),
-    }),
-)  # fmt: skip
+    Task(
+        name="mmmu_val",
+        title="MMMU, validation",
+        samples=900,
+        protocols={
+            "internvl": internvl(
+                Source(_files, _read),
+                prompt,
+                score,
+                max_new_tokens=10,
+                dataset="MMMU_VAL",
+                images=lambda dynamic: MMMU_GRID if dynamic else FIRST_ONLY,
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("MMMU_DEV_VAL", keep=lambda row: row.get("split") == "validation"),
+                vlm_choice,
+                score_vlm,
+                dataset="MMMU_DEV_VAL",
+            ),
+        },
+    ),
+)

@@ -1,18 +1,30 @@
-"""OK-VQA: questions that need knowledge from outside the image."""
+"""OK-VQA, validation split: questions that need knowledge from outside the image.
+
+The metric is VQA soft accuracy, each protocol with its own cleaning of texts. VLMEvalKit has no TSV
+file of this benchmark, so both protocols ask the questions of InternVL's data folder.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
 from internvlx_jax.evaluation.sources import coco_answers, jsonl
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-# VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
 SOURCE = jsonl(
     "okvqa/okvqa_val.jsonl", annotations=("okvqa/mscoco_val2014_annotations.json", coco_answers)
 )
 
 TASKS = (
-    Task(name="okvqa_val", title="OK-VQA, validation", samples=5046, views={
-        "internvl": internvl(SOURCE, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="OKVQA_VAL"),
-        "vlmevalkit": vlmevalkit(SOURCE, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="OKVQA_VAL"),
-    }),
-)  # fmt: skip
+    Task(
+        name="okvqa_val",
+        title="OK-VQA, validation",
+        samples=5046,
+        protocols={
+            "internvl": internvl(
+                SOURCE, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="OKVQA_VAL"
+            ),
+            "vlmevalkit": vlmevalkit(
+                SOURCE, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="OKVQA_VAL"
+            ),
+        },
+    ),
+)

@@ -1,12 +1,18 @@
-"""POPE: is an object in the photo? Random, popular and adversarial objects."""
+"""POPE: whether an object is in the photo; random, popular and adversarial objects.
+
+The score of `internvl` is the mean F1 of the three categories, and a "no" before the first full
+stop counts. `vlmevalkit` infers yes or no and scores one F1 over all rows; a row of several
+categories counts in each.
+"""
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import ending, plain
 from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no, mean
 from internvlx_jax.evaluation.sources import Roots, Source, image_path, jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
@@ -19,7 +25,7 @@ def _labels(category: str) -> str:
 
 
 def _read(roots: Roots) -> list[Question]:
-    """Labels belong to the questions of their category in the order of both files."""
+    """Pairs the labels of each category with its questions, in the order of both files."""
     members: dict[str, list[Question]] = defaultdict(list)
     for question in QUESTIONS.read(roots):
         images = tuple(
@@ -32,12 +38,12 @@ def _read(roots: Roots) -> list[Question]:
         labels = [row["label"] for _, row in read_jsonl(path)]
         if len(labels) != len(members[category]):
             raise ConfigError(
-                f"{path}: {len(labels)} labels, but {len(members[category])} questions of this category "
-                "in llava_pope_test.jsonl; both files must be of one release"
+                f"{path}: {len(labels)} labels, but {len(members[category])} questions of this "
+                "category in llava_pope_test.jsonl; both files must be of one release"
             )
         questions += [
             dataclasses.replace(question, answers=(label,))
-            for question, label in zip(members[category], labels)
+            for question, label in zip(members[category], labels, strict=True)
         ]
     return questions
 
@@ -47,9 +53,79 @@ SOURCE = Source(
     _read,
 )
 
+
+def label(text: str) -> str:
+    """Returns "no" if a word before the first full stop is No, not or no, else "yes"."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"}.intersection(words) else "yes"
+
+
+def binary_scores(predicted_yes: Sequence[bool], is_yes: Sequence[bool]) -> dict[str, float]:
+    """Returns accuracy, precision, recall, f1 and yes_ratio as fractions, 0 where undefined.
+
+    Args:
+        predicted_yes: what each answer says; yes is positive.
+        is_yes: what is right.
+    """
+    pairs = list(zip(predicted_yes, is_yes, strict=True))
+    tp, fp = pairs.count((True, True)), pairs.count((True, False))
+    fn, tn = pairs.count((False, True)), pairs.count((False, False))
+    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+    return {
+        "accuracy": _ratio(tp + tn, len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": _ratio(tp + fp, len(pairs)),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def score(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores the mean F1 of the categories."""
+    return _score(rows, [label(row.text) for row in rows])
+
+
+def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores one F1 over all rows; a row counts in each of its categories, joined by commas."""
+    labels, notes = inferred_yes_or_no(rows, context)
+    result = _score(rows, [label.lower() for label in labels], notes)
+    return dataclasses.replace(result, score=result.parts["all"]["f1"])
+
+
+def _score(rows: Sequence[Answered], labels: Sequence[str], notes: Sequence[str] = ()) -> Result:
+    """Scores labels; a failed row, and one without yes or no, is predicted against its key."""
+    keys = [row.question.answers[0].lower() == "yes" for row in rows]
+    said = [
+        (label == "yes") if label in ("yes", "no") and not row.error else not key
+        for label, key, row in zip(labels, keys, rows, strict=True)
+    ]
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        for category in row.question.fields["category"].split(","):
+            members[category.strip()].append(i)
+    parts = {
+        category: binary_scores([said[i] for i in indices], [keys[i] for i in indices])
+        for category, indices in members.items()
+    }
+    every = [i for indices in members.values() for i in indices]
+    headline = mean([part["f1"] for part in parts.values()])
+    parts["all"] = binary_scores([said[i] for i in every], [keys[i] for i in every])
+    right = [float(a == b) for a, b in zip(said, keys, strict=True)]
+    return Result(headline, right, labels, parts, notes)
+
+
 TASKS = (
-    Task(name="pope", title="POPE, mean F1", samples=8910, views={
-        "internvl": internvl(SOURCE, ending(" "), scoring.pope, max_new_tokens=100, dataset="POPE"),
-        "vlmevalkit": vlmevalkit(tsv("POPE"), plain, scoring.pope_vlm, dataset="POPE"),
-    }),
-)  # fmt: skip
+    Task(
+        name="pope",
+        title="POPE, mean F1",
+        samples=8910,
+        protocols={
+            "internvl": internvl(SOURCE, ending(" "), score, max_new_tokens=100, dataset="POPE"),
+            "vlmevalkit": vlmevalkit(tsv("POPE"), plain, score_vlm, dataset="POPE"),
+        },
+    ),
+)

@@ -1,4 +1,7 @@
-"""RealWorldQA: choices on photos, many from vehicles."""
+"""RealWorldQA: multiple-choice questions on photos, many from vehicles.
+
+The metric is the accuracy of inferred options, under `vlmevalkit` only.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import vlm_choice
@@ -6,7 +9,14 @@ from internvlx_jax.evaluation.sources import tsv
 from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 
 TASKS = (
-    Task(name="realworldqa", title="RealWorldQA", samples=765, views={
-        "vlmevalkit": vlmevalkit(tsv("RealWorldQA"), vlm_choice, scoring.vanilla_choice, dataset="RealWorldQA"),
-    }),
-)  # fmt: skip
+    Task(
+        name="realworldqa",
+        title="RealWorldQA",
+        samples=765,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("RealWorldQA"), vlm_choice, scoring.vanilla_choice, dataset="RealWorldQA"
+            ),
+        },
+    ),
+)

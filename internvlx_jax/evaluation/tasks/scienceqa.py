@@ -1,26 +1,56 @@
-"""ScienceQA, test questions with an image."""
+"""ScienceQA, test split, questions with an image: multiple choice, scored by accuracy.
+
+`vlmevalkit`, the default, infers the option; `internvl` reads a leading letter.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
-from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import LETTER, choice, vlm_choice
 from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    first_options,
+    hits,
+    vanilla_choice,
+)
 from internvlx_jax.evaluation.sources import jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 
 def _letters(question: Question) -> Question:
-    """`choices` are texts, `answer` is the index of the right one."""
+    """Turns the texts of `choices` into options and the index `answer` into its letter."""
     options = {chr(ord("A") + i): text for i, text in enumerate(question.fields["choices"])}
     return dataclasses.replace(
         question, options=options, answers=(chr(ord("A") + int(question.answers[0])),)
     )
 
 
+def exact_letter(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores InternVL's reading of the letter."""
+    letters = first_options(rows)
+    right = [letter in row.question.answers for letter, row in zip(letters, rows, strict=True)]
+    return hits(rows, right, letters)
+
+
 TASKS = (
-    Task(name="scienceqa", title="ScienceQA, test, image", samples=2017, views={
-        "vlmevalkit": vlmevalkit(tsv("ScienceQA_TEST"), vlm_choice, scoring.vanilla_choice, dataset="ScienceQA_TEST"),
-        "internvl": internvl(jsonl("scienceqa/scienceqa_test_img.jsonl", finish=_letters), choice(LETTER),
-                             scoring.exact_letter, max_new_tokens=100, dataset="ScienceQA_TEST"),
-    }),
-)  # fmt: skip
+    Task(
+        name="scienceqa",
+        title="ScienceQA, test, image",
+        samples=2017,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("ScienceQA_TEST"), vlm_choice, vanilla_choice, dataset="ScienceQA_TEST"
+            ),
+            "internvl": internvl(
+                jsonl("scienceqa/scienceqa_test_img.jsonl", finish=_letters),
+                choice(LETTER),
+                exact_letter,
+                max_new_tokens=100,
+                dataset="ScienceQA_TEST",
+            ),
+        },
+    ),
+)

@@ -1,16 +1,29 @@
-"""SEED-Bench: choices on images (the reported score) and on video frames."""
+"""SEED-Bench: multiple choice on images, which is the reported score, and on video frames.
+
+`internvl` reads the original files and compares the first character; `vlmevalkit` asks the images
+of its TSV file and infers the option.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import plain, vlm_choice
 from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    by_group,
+    mean,
+    vanilla_choice,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, jsonl, read_json, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("SEED/seed.jsonl", text="text")
 KEY = "SEED/SEED-Bench.json"
+IMAGE_TYPES = 9  # question types 1 to 9 are images, 10 to 12 video frames
 
 
 def _read(roots: Roots) -> list[Question]:
@@ -31,10 +44,37 @@ def _read(roots: Roots) -> list[Question]:
     return [finish(question) for question in QUESTIONS.read(roots)]
 
 
+def first_character(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores the first character of the answers to images; video and total are sub-scores."""
+    right = [float(not row.error and row.text[:1] in row.question.answers) for row in rows]
+    types = [int(row.question.fields["question_type_id"]) for row in rows]
+    image = [hit for hit, kind in zip(right, types, strict=True) if kind <= IMAGE_TYPES]
+    video = [hit for hit, kind in zip(right, types, strict=True) if kind > IMAGE_TYPES]
+    parts = {
+        name: 100 * mean(part)
+        for name, part in (("image", image), ("video", video), ("total", right))
+        if part
+    }
+    texts = [row.text for row in rows]
+    return Result(parts.get("image"), right, texts, parts | {"by_type": by_group(types, right)})
+
+
 TASKS = (
-    Task(name="seed", title="SEED-Bench, image", samples=17990, views={
-        "internvl": internvl(Source(lambda roots: [*QUESTIONS.files(roots), roots.data / KEY], _read), plain,
-                             scoring.seed, max_new_tokens=100, dataset="SEEDBench"),
-        "vlmevalkit": vlmevalkit(tsv("SEEDBench_IMG"), vlm_choice, scoring.vanilla_choice, dataset="SEEDBench_IMG"),
-    }),
-)  # fmt: skip
+    Task(
+        name="seed",
+        title="SEED-Bench, image",
+        samples=17990,
+        protocols={
+            "internvl": internvl(
+                Source(lambda roots: [*QUESTIONS.files(roots), roots.data / KEY], _read),
+                plain,
+                first_character,
+                max_new_tokens=100,
+                dataset="SEEDBench",
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("SEEDBench_IMG"), vlm_choice, vanilla_choice, dataset="SEEDBench_IMG"
+            ),
+        },
+    ),
+)

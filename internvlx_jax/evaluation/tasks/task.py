@@ -1,11 +1,13 @@
-"""What a benchmark is: where its questions lie, how they are put, how answers are scored (design: evaluation.md 1, 4)."""
+"""What a benchmark is: its questions, how they are asked and how answers are scored.
+
+(design: evaluation.md 1, 4)
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from internvlx_jax.core.evaluation_config import Protocol
 from internvlx_jax.evaluation.image_policies import VLMEVALKIT
 from internvlx_jax.evaluation.prompts import Prompt, vlm_images
 from internvlx_jax.evaluation.scoring import Scorer
@@ -21,11 +23,16 @@ class ProtocolSpec:
     """A benchmark under one protocol.
 
     Attributes:
-        dataset: name of the table of predictions, and of the TSV where there is one.
+        source: the questions.
+        prompt: how a question is put to the model.
+        score: how answers are scored.
+        dataset: name of the table of predictions, and of the TSV file where there is one.
+        max_new_tokens: most tokens of an answer.
+        min_new_tokens: number of tokens before the stop token is allowed.
         images: how several images become tiles, given whether images are cut at all (`dynamic`).
-        min_new_tokens: as many tokens come before the stop token is allowed.
-        submission: the file for the benchmark's server.
-        compat: deviations that belong to the protocol (scoring.COMPAT); `acceptance` only when asked for.
+        submission: writes the file for the benchmark's server.
+        compat: deviations that belong to the protocol (`scoring.COMPAT`).
+        acceptance: deviations that `--compat acceptance` adds.
     """
 
     source: Source
@@ -45,20 +52,24 @@ class Task:
     """A benchmark.
 
     Attributes:
-        samples: published number of questions; another number is a warning. None where it is not stated.
-        baseline_tiles: tile maximum of the InternVL2 baseline (plain InternVL tiles); other models keep their own.
-        views: by protocol; the first one is the default.
+        name: what `--tasks` takes.
+        title: name and split, for people.
+        samples: published number of questions; another number gives a note. None if not published.
+        baseline_tiles: tile maximum of the InternVL2 baseline (plain InternVL tiles); other models
+            keep their own.
+        protocols: the benchmark under each protocol; the first one is the default.
     """
 
     name: str
     title: str
     samples: int | None
     baseline_tiles: int = 6
-    views: Mapping[Protocol, ProtocolSpec]
+    protocols: Mapping[str, ProtocolSpec]
 
     @property
-    def default_protocol(self) -> Protocol:
-        return next(iter(self.views))
+    def default_protocol(self) -> str:
+        """Name of the protocol that is used unless another is asked for."""
+        return next(iter(self.protocols))
 
 
 def internvl(
@@ -71,7 +82,7 @@ def internvl(
     min_new_tokens: int = 1,
     **rest,
 ) -> ProtocolSpec:
-    """A view as the InternVL repository runs it."""
+    """Returns a benchmark as the InternVL repository runs it; `rest` are further fields."""
     return ProtocolSpec(
         source=source,
         prompt=prompt,
@@ -86,7 +97,7 @@ def internvl(
 def vlmevalkit(
     source: Source, prompt: Prompt, score: Scorer, *, dataset: str, **rest
 ) -> ProtocolSpec:
-    """A view as VLMEvalKit runs InternVL models."""
+    """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields."""
     return ProtocolSpec(
         source=source,
         prompt=vlm_images(prompt),

@@ -1,14 +1,18 @@
-"""TextVQA: text in photos."""
+"""TextVQA, validation split: questions on text in photos, scored by VQA soft accuracy.
+
+Each protocol has its own cleaning of texts. `textvqa_val_ocr` adds the OCR text to the question, as
+LLaVA does.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
 from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed_answers, tsv
-from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
+from internvlx_jax.evaluation.tasks.task import ProtocolSpec, Task, internvl, vlmevalkit
 
 ANSWERS = ("textvqa/textvqa_val_annotations.json", coco_answers)
 
 
-def _view(file: str):
+def _internvl(file: str) -> ProtocolSpec:
     return internvl(
         jsonl(file, annotations=ANSWERS),
         ending(f" {BASE}"),
@@ -19,12 +23,26 @@ def _view(file: str):
 
 
 TASKS = (
-    Task(name="textvqa_val", title="TextVQA, validation", samples=5000, views={
-        "internvl": _view("textvqa/textvqa_val.jsonl"),
-        "vlmevalkit": vlmevalkit(tsv("TextVQA_VAL", finish=listed_answers), ending(f"\n{BASE}"), scoring.vqa_soft_vlm,
-                                 dataset="TextVQA_VAL"),
-    }),
-    Task(name="textvqa_val_ocr", title="TextVQA, validation, OCR text in the question", samples=5000, views={
-        "internvl": _view("textvqa/textvqa_val_llava.jsonl"),
-    }),
-)  # fmt: skip
+    Task(
+        name="textvqa_val",
+        title="TextVQA, validation",
+        samples=5000,
+        protocols={
+            "internvl": _internvl("textvqa/textvqa_val.jsonl"),
+            "vlmevalkit": vlmevalkit(
+                tsv("TextVQA_VAL", finish=listed_answers),
+                ending(f"\n{BASE}"),
+                scoring.vqa_soft_vlm,
+                dataset="TextVQA_VAL",
+            ),
+        },
+    ),
+    Task(
+        name="textvqa_val_ocr",
+        title="TextVQA, validation, OCR text in the question",
+        samples=5000,
+        protocols={
+            "internvl": _internvl("textvqa/textvqa_val_llava.jsonl"),
+        },
+    ),
+)

@@ -1,4 +1,8 @@
-"""VizWiz: photos and questions of blind people."""
+"""VizWiz, validation and test splits: photos and questions of blind people.
+
+The metric is VQA soft accuracy. `internvl` also asks for "Unanswerable"; `vlmevalkit` asks the bare
+question and has its own cleaning of texts. The test split writes a submission.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending, plain
@@ -14,12 +18,32 @@ VAL = jsonl(
 )
 
 TASKS = (
-    Task(name="vizwiz_val", title="VizWiz, validation", samples=4319, views={
-        "internvl": internvl(VAL, PROMPT, scoring.vqa_soft, max_new_tokens=10, dataset="VizWiz"),
-        "vlmevalkit": vlmevalkit(tsv("VizWiz", finish=listed_answers), plain, scoring.vqa_soft_vlm, dataset="VizWiz"),
-    }),
-    Task(name="vizwiz_test", title="VizWiz, test", samples=8000, views={
-        "internvl": internvl(jsonl("vizwiz/vizwiz_test.jsonl"), PROMPT, scoring.server, max_new_tokens=10,
-                             dataset="VizWiz_TEST", submission=answers_by("image")),
-    }),
-)  # fmt: skip
+    Task(
+        name="vizwiz_val",
+        title="VizWiz, validation",
+        samples=4319,
+        protocols={
+            "internvl": internvl(
+                VAL, PROMPT, scoring.vqa_soft, max_new_tokens=10, dataset="VizWiz"
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("VizWiz", finish=listed_answers), plain, scoring.vqa_soft_vlm, dataset="VizWiz"
+            ),
+        },
+    ),
+    Task(
+        name="vizwiz_test",
+        title="VizWiz, test",
+        samples=8000,
+        protocols={
+            "internvl": internvl(
+                jsonl("vizwiz/vizwiz_test.jsonl"),
+                PROMPT,
+                scoring.server,
+                max_new_tokens=10,
+                dataset="VizWiz_TEST",
+                submission=answers_by("image"),
+            ),
+        },
+    ),
+)

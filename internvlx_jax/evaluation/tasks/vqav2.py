@@ -1,4 +1,9 @@
-"""VQAv2: short questions on photos."""
+"""VQAv2, validation and test-dev splits: short questions on photos, by VQA soft accuracy.
+
+VLMEvalKit has no TSV file of this benchmark, so both protocols ask the questions of InternVL's data
+folder, each with its own cleaning of texts. test-dev has no public references and writes a
+submission.
+"""
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
@@ -6,7 +11,6 @@ from internvlx_jax.evaluation.sources import coco_answers, jsonl
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-# VLMEvalKit has no TSV of it; its prompt is put to the questions of the folder.
 VAL = jsonl(
     "vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers)
 )
@@ -14,13 +18,35 @@ TESTDEV = jsonl("vqav2/vqav2_testdev.jsonl")
 SERVER = dict(submission=answers_by("question_id"))
 
 TASKS = (
-    Task(name="vqav2_val", title="VQAv2, validation", samples=214354, views={
-        "internvl": internvl(VAL, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="VQAv2_VAL"),
-        "vlmevalkit": vlmevalkit(VAL, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="VQAv2_VAL"),
-    }),
-    Task(name="vqav2_testdev", title="VQAv2, test-dev", samples=107394, views={
-        "internvl": internvl(TESTDEV, ending(f" {BASE}"), scoring.server, max_new_tokens=10, dataset="VQAv2_TESTDEV",
-                             **SERVER),
-        "vlmevalkit": vlmevalkit(TESTDEV, ending(f"\n{BASE}"), scoring.server, dataset="VQAv2_TESTDEV", **SERVER),
-    }),
-)  # fmt: skip
+    Task(
+        name="vqav2_val",
+        title="VQAv2, validation",
+        samples=214354,
+        protocols={
+            "internvl": internvl(
+                VAL, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="VQAv2_VAL"
+            ),
+            "vlmevalkit": vlmevalkit(
+                VAL, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="VQAv2_VAL"
+            ),
+        },
+    ),
+    Task(
+        name="vqav2_testdev",
+        title="VQAv2, test-dev",
+        samples=107394,
+        protocols={
+            "internvl": internvl(
+                TESTDEV,
+                ending(f" {BASE}"),
+                scoring.server,
+                max_new_tokens=10,
+                dataset="VQAv2_TESTDEV",
+                **SERVER,
+            ),
+            "vlmevalkit": vlmevalkit(
+                TESTDEV, ending(f"\n{BASE}"), scoring.server, dataset="VQAv2_TESTDEV", **SERVER
+            ),
+        },
+    ),
+)

@@ -1,0 +1,131 @@
+"""What all commands share: their output, their flags, and a start without noise."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from internvlx_jax.core.errors import did_you_mean
+
+PACKAGE = "internvlx_jax"
+TPU_NODES = ("/dev/accel*", "/dev/vfio/*")
+GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+
+
+def configure_logging(process: int = 0) -> None:
+    """Sends the package's log to the console: plain messages to stdout, warnings to stderr.
+
+    Every command calls it first, and again once it knows its number in a job of several processes.
+    It also keeps jax from looking for a TPU on a machine without one, which would print errors of
+    the TPU library.
+
+    Args:
+        process: Number of this process in its job; only the first one narrates, all of them warn.
+    """
+    logger = logging.getLogger(PACKAGE)
+    logger.setLevel(logging.INFO)
+    for handler in [each for each in logger.handlers if isinstance(each, _ConsoleHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_ConsoleHandler(narrates=process == 0))
+    logger.propagate = False  # some libraries give the root logger a handler of their own
+    _skip_absent_tpu()
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to whatever sys.stdout and sys.stderr are at that moment, as print does."""
+
+    def __init__(self, *, narrates: bool):
+        super().__init__(logging.INFO)
+        self._narrates = narrates
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if record.levelno >= logging.WARNING:
+                print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+            elif self._narrates:
+                print(record.getMessage(), flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _skip_absent_tpu() -> None:
+    """Chooses jax's platforms by the device nodes, if libtpu is installed and no TPU is attached.
+
+    jax starts an installed TPU library even where there is nothing for it to drive. A choice of
+    the user (JAX_PLATFORMS) and machines with plugins of other vendors are left alone. Compilers
+    for TPU topologies are still found, because they do not need the platform.
+    """
+    if "JAX_PLATFORMS" in os.environ or find_spec("libtpu") is None or _any_node(TPU_NODES):
+        return
+    plugins = {entry.name for entry in entry_points(group="jax_plugins")}
+    cuda = {name for name in plugins if "cuda" in name}
+    if plugins != cuda:
+        return
+    platforms = "cuda,cpu" if cuda and _any_node(GPU_NODES) else "cpu"
+    os.environ["JAX_PLATFORMS"] = platforms
+    if "jax" in sys.modules:  # it has read the variable; its devices are looked for at first use
+        sys.modules["jax"].config.update("jax_platforms", platforms)
+
+
+def _any_node(patterns: Sequence[str]) -> bool:
+    return any(glob.glob(pattern) for pattern in patterns)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line and name the nearest flag, subcommand or value."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = self._flags(known)
+            self.error(
+                f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
+            )
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+    def _flags(self, known: argparse.Namespace) -> list[str]:
+        """Returns the flags of this parser and of the subcommand that was chosen."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = action.choices[getattr(known, action.dest)]
+                flags += [flag for each in chosen._actions for flag in each.option_strings]
+        return flags
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        listed = [str(choice) for choice in action.choices]
+        raise argparse.ArgumentError(
+            action,
+            f"invalid choice: {value!r} (choose from {', '.join(listed)})."
+            f"{did_you_mean(str(value), listed)}",
+        )
+
+
+def add_config_flags(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds `--config` and `--set`, which every command about a run has."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a file of configs/; arguments follow a colon: configs/hd_finetune.py:size=8b",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help=f"override fields of the config, e.g. {example}",
+    )

@@ -1,0 +1,45 @@
+"""Runs one step of a run again, without its update, and prints one JSON object.
+
+    internvlx replay RUN_DIR --step N
+
+Shows which module, and which samples, make a step bad. Exit status: 0 done, 1 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from internvlx_jax.cli.console import CommandParser, configure_logging
+from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.training.replay import replay
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = CommandParser(
+        prog="internvlx replay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
+    parser.add_argument(
+        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="replace settings of the run, e.g. mesh.data=1",
+    )
+    args = parser.parse_args(argv)
+    configure_logging()
+    try:
+        print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
+    except (ConfigError, CheckpointError, SampleError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
