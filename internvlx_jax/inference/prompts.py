@@ -10,8 +10,8 @@ from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import RopeConfig
 from internvlx_jax.data.batch import Row, collate
-from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.buckets import Bucket, smallest_bucket
+from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.inference.requests import GenerationSpec, Request
 
