@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from internvlx_jax.cli.console import CommandParser, configure_logging
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.model_config import ModelConfig
@@ -34,6 +35,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 def main(argv: list[str] | None = None) -> int:
     """Runs `internvlx data` and returns its exit status: 1 for an error, named on stderr."""
     args = _parser().parse_args(argv)
+    configure_logging()
     try:
         args.run(args)
     except (ConfigError, CheckpointError, SampleError, OSError, ValueError) as error:
@@ -42,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="internvlx data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
