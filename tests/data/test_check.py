@@ -21,7 +21,9 @@ def chat(question: str, answer: str) -> dict:
 
 @pytest.fixture
 def meta(tmp_path):
-    """Two images (a wide one, and one of which half can be decoded), a text with markup, two bad lines."""
+    """Two images (a wide one, and one of which half can be decoded), a text with markup, two bad
+    lines.
+    """
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (50, 112, 3), np.uint8)).save(tmp_path / "wide.png")
     Image.fromarray(rng.integers(0, 256, (56, 73, 3), np.uint8)).save(tmp_path / "whole.png")
@@ -118,11 +120,14 @@ def test_a_text_sample_and_a_packed_setting(run, tmp_path):
     assert "0 tiles" in (tmp_path / "out" / "sample-2.html").read_text()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["show", "--sample", "9"], "--sample 9: there are samples 0 to 2"),
-    (["check", "--set", "max_lenght=5"], "did you mean max_length"),
-    (["check", "--config", "nowhere.py"], "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["show", "--sample", "9"], "--sample 9: there are samples 0 to 2"),
+        (["check", "--set", "max_lenght=5"], "did you mean max_length"),
+        (["check", "--config", "nowhere.py"], "no such file"),
+    ],
+)
 def test_errors_are_one_line(words, message, run):
     status, _, errors = run(*words)
     assert status == 1 and "error: " in errors and message in errors

@@ -111,12 +111,16 @@ def test_last_the_answer_is_cut(processor):
     np.testing.assert_array_equal(fitted.encoded.labels, full.labels[:-30])
 
 
-@pytest.mark.parametrize("turns, images, capacity", [
-    (("<image>What?", "This."), 1, Capacity(PER_TILE)),
-    (("long " * 100 + "<image>", "This."), 1, Capacity(60)),
-    (("long " * 100, "This."), 0, Capacity(60)),
-    (("<image><image>", "This."), 2, Capacity(500, 1)),
-], ids=["image", "question", "text", "tile slots"])  # fmt: skip
+@pytest.mark.parametrize(
+    "turns, images, capacity",
+    [
+        (("<image>What?", "This."), 1, Capacity(PER_TILE)),
+        (("long " * 100 + "<image>", "This."), 1, Capacity(60)),
+        (("long " * 100, "This."), 0, Capacity(60)),
+        (("<image><image>", "This."), 2, Capacity(500, 1)),
+    ],
+    ids=["image", "question", "text", "tile slots"],
+)
 def test_what_cannot_fit_is_too_long(processor, turns, images, capacity):
     with pytest.raises(SampleError, match="a.jsonl line 7: .* image tokens are never cut") as error:
         fit_sample(processor, sample(*turns, images=images), [(50, 50)] * images, capacity)

@@ -1,4 +1,6 @@
-"""The size index: right without decoding, cached by content, made again when something changes (design: data.md 10)."""
+"""The size index: right without decoding, cached by content, made again when something changes
+(design: data.md 10).
+"""
 
 import dataclasses
 import json
