@@ -2,11 +2,12 @@
 
     python benchmarks/data.py [padding] [speed] [index]
 
-Needs the sample data beside the checkout. `padding` prints what docs/data.md shows: padding in both modes and what RVTC
-saves against plain tiling, from 1,626 image sizes with texts drawn from the receipts. `speed` compares the pipeline with a
-bare Pillow loop (decode, resize, crop, normalise) over the same receipts in the same run, on one core, and counts what
-two worker processes on two cores give. `index` times the size index. Exit status 1 if the pipeline reaches less than
-90 % of the bare loop.
+Needs the sample data beside the checkout. `padding` prints what docs/data.md shows: padding in both
+modes and what RVTC saves against plain tiling, from 1,626 image sizes with texts drawn from the
+receipts. `speed` compares the pipeline with a bare Pillow loop (decode, resize, crop, normalize)
+over the same receipts in the same run, on one core, and counts what two worker processes on two
+cores give. `index` times the size index. Exit status 1 if the pipeline reaches less than 90 % of
+the bare loop.
 """
 
 import csv
@@ -46,7 +47,10 @@ def processor(rule: str = "edge", max_num: int = 6) -> Processor:
 
 
 def size_mix(folder: Path, copies: int = 1) -> Path:
-    """A meta file over image_sizes.csv: stated sizes, no files, conversations drawn from the receipts."""
+    """A meta file over image_sizes.csv.
+
+    Stated sizes, no files, conversations drawn from the receipts.
+    """
     texts = [
         json.loads(line)["conversations"]
         for line in (DATA / "receipts/train.jsonl").read_text().splitlines()
@@ -77,35 +81,36 @@ def padding() -> list[dict]:
                     str(meta), DataConfig(meta="", max_length=8192), processor(rule, max_num)
                 )
                 found, bucket, pack = (
-                    report["datasets"]["sizes"],
-                    report["padding"]["bucket"],
-                    report["padding"]["pack"],
+                    report.datasets["sizes"],
+                    report.padding["bucket"],
+                    report.padding["pack"],
                 )
                 rows.append(
                     {
                         "rule": rule,
                         "max": max_num,
-                        "tiles": sum(int(tiles) * count for tiles, count in found["tiles"].items())
-                        / found["samples"],
-                        "tokens": found["tokens"]["mean"],
-                        "tiles_saved": found["off"]["tile_share_saved"],
-                        "tokens_saved": found["off"]["token_share_saved"],
-                        "bucket_tokens": bucket["padded_tokens"],
-                        "bucket_tiles": bucket["padded_tiles"],
-                        "executables": bucket["executables"],
-                        "pack_tokens": pack["padded_tokens"],
-                        "pack_tiles": pack["padded_tiles"],
+                        "tiles": sum(int(tiles) * count for tiles, count in found.tiles.items())
+                        / found.samples,
+                        "tokens": found.tokens.mean,
+                        "tiles_saved": found.off.tile_share_saved,
+                        "tokens_saved": found.off.token_share_saved,
+                        "bucket_tokens": bucket.padded_tokens,
+                        "bucket_tiles": bucket.padded_tiles,
+                        "executables": bucket.executables,
+                        "pack_tokens": pack.padded_tokens,
+                        "pack_tiles": pack.padded_tiles,
                     }
                 )
     print(
-        "| rule | max | tiles | tokens | tiles saved | tokens saved | bucket: padded tokens | tiles | executables | "
-        "pack: padded tokens | tiles |"
+        "| rule | max | tiles | tokens | tiles saved | tokens saved | "
+        "bucket: padded tokens | tiles | executables | pack: padded tokens | tiles |"
     )
     print("|---" * 11 + "|")
     for row in rows:
         print(
-            f"| `{row['rule']}` | {row['max']} | {row['tiles']:.2f} | {row['tokens']:.0f} | {row['tiles_saved']:.1%} | "
-            f"{row['tokens_saved']:.1%} | {row['bucket_tokens']:.1%} | {row['bucket_tiles']:.1%} | {row['executables']} | "
+            f"| `{row['rule']}` | {row['max']} | {row['tiles']:.2f} | {row['tokens']:.0f} | "
+            f"{row['tiles_saved']:.1%} | {row['tokens_saved']:.1%} | {row['bucket_tokens']:.1%} | "
+            f"{row['bucket_tiles']:.1%} | {row['executables']} | "
             f"{row['pack_tokens']:.1%} | {row['pack_tiles']:.1%} |"
         )
     return rows
@@ -131,7 +136,10 @@ def bare_loop(paths: list[Path], tiles: TileConfig) -> float:
 
 
 def pipeline(folder: str, workers: int) -> dict[str, float]:
-    """Rates of the whole pipeline: read, decode, cut, tokenise, collate, and bring to this process."""
+    """Rates of the whole pipeline.
+
+    Read, decode, cut, tokenize, collate, and bring to this process.
+    """
     config = DataConfig(meta="", tokens_per_step=8192, index_dir=folder, num_workers=workers)
     loader = Loader(str(DATA / "receipts_meta.json"), config, processor(), row_quantum=1, seed=0)
     warm = 8  # steps until the workers have started
@@ -177,7 +185,8 @@ def speed() -> dict:
             result["2 workers, two cores"] = pipeline(folder, 2)
             os.sched_setaffinity(0, cores[:1])
             bare.append(bare_loop(paths, TileConfig()))
-    # The machine may be faster or slower after a minute: each rate stands between two of the bare loop.
+    # The machine may be faster or slower after a minute: each rate stands between two of the bare
+    # loop.
     ratios = {
         name: 2 * rates["images_per_s"] / (before + after)
         for (name, rates), before, after in zip(result.items(), bare, bare[1:])

@@ -53,7 +53,7 @@ from internvlx_jax.core.presets import internvlx_2b, internvlx_8b, lvtc_preset
 from internvlx_jax.core.run_config import ComputeConfig, FreezeConfig, MeshConfig, TrainConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.batch import Batch, Row, collate
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.models.attention import SelfAttention, attend
 from internvlx_jax.models.flops import forward_flops, train_flops
 from internvlx_jax.models.generation import Vocabulary, advance, for_decoding, row_keys, start

@@ -27,7 +27,7 @@ from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig, ProjectorConfig
 from internvlx_jax.core.presets import internvlx_2b, lvtc_preset
 from internvlx_jax.data.batch import Batch, Row, collate
-from internvlx_jax.data.plan import smallest_bucket
+from internvlx_jax.data.buckets import smallest_bucket
 from internvlx_jax.models.attention import attend
 from internvlx_jax.models.flops import Flops, forward_flops
 from internvlx_jax.models.generation import prefill
