@@ -1,9 +1,11 @@
-"""Compile a run for devices that need not be there, and say what each step takes (design: training.md 5, 8; platform.md 2).
+"""What each step of a run takes on devices that need not be attached.
+
+(design: training.md 5, 8; platform.md 2)
 
     internvlx compile --config configs/hd_finetune.py --topology v5e:16x16 --out report.json
 
-Per bucket and device: memory against what the device has, analytic FLOPs by part, traffic of main memory and of the
-network as the compiled program has it, and the time that none of the three can go below.
+Per bucket and device: memory against what the device has, analytic FLOPs by part, traffic of main
+memory and of the network as in the compiled program, and a lower bound of the time from all three.
 """
 
 from __future__ import annotations
@@ -38,17 +40,26 @@ STEPS = 1000  # length of the schedule, which nothing reported depends on
 
 @dataclasses.dataclass(frozen=True)
 class BucketReport:
-    """One compiled train step; bytes, FLOPs and times are of one device and one step.
+    """Describes one compiled train step; bytes, FLOPs and times are per device and step.
 
     Attributes:
-        batch: rows of the global step.
-        argument_bytes, temporary_bytes, peak_hbm_bytes: memory of the device; the peak is what has to fit.
-        flops: analytic, forward and backward, by part and in total; recomputation does not count.
-        memory_bytes: traffic of main memory.
-        collectives: kind -> {"count", "bytes"}: runs, and bytes received.
-        compute_ms, memory_ms, network_ms: at the vendor's rates, `compute_ms` with what remat computes again.
-        roofline_ms: the longest of the three, as if they overlapped entirely.
-        roofline_mfu: share of the peak FLOP/s that `flops` are in that time.
+        tiles: Tile slots per row.
+        length: Token slots per row.
+        short_length: Token slots per row in the short layout; 0 without LVTC.
+        batch: Rows of the global step.
+        argument_bytes: Memory of state and batch.
+        temporary_bytes: Memory of intermediate results.
+        peak_hbm_bytes: Memory that has to fit.
+        flops: Analytic FLOPs of forward and backward pass, by part and in total; recomputation does
+            not count.
+        memory_bytes: Traffic of main memory.
+        collectives: {"count", "bytes"} per kind: runs, and bytes received.
+        compute_ms: Time of the arithmetic at the vendor's rate, with what remat computes again.
+        memory_ms: Time of the memory traffic at the vendor's rate.
+        network_ms: Time of the collectives at the vendor's rate.
+        roofline_ms: The longest of the three, as if they overlapped entirely.
+        roofline_mfu: `flops` in that time, as a share of the peak FLOP/s.
+        compile_s: Seconds that compilation took.
     """
 
     tiles: int
@@ -70,8 +81,12 @@ class BucketReport:
 
 
 def bounding_buckets(data: DataConfig, model: ModelConfig) -> list[Bucket]:
-    """Without data: text, one tile, and as many as an image may have, each at full length. Buckets that data make need
-    at most as much. A packed row has one shape; without data.pack.tiles it is full of tiles."""
+    """Returns the buckets that bound a run whose data are not at hand.
+
+    These are text only, one tile, and as many tiles as an image may have, each at full length;
+    buckets made from data need at most as much. A packed row has one shape; without
+    data.pack.tiles it is full of tiles.
+    """
     tiles, saved = model.prompt.tiles, model.lvtc.saved_per_tile if model.lvtc else 0
     if data.batch_mode == "pack":
         counts = [data.pack.tiles or data.max_length // model.tokens_per_tile]
@@ -84,7 +99,17 @@ def bounding_buckets(data: DataConfig, model: ModelConfig) -> list[Bucket]:
 def compile_report(
     setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int], where: Topology
 ) -> list[BucketReport]:
-    """The steps of all buckets, compiled side by side. Raises ConfigError when a compiler refuses one that does not fit."""
+    """Compiles and describes the steps of all buckets, side by side.
+
+    Args:
+        setup: The run, on the devices of `where`.
+        buckets: Its buckets.
+        rows: Rows of a step in each bucket.
+        where: The devices.
+
+    Raises:
+        ConfigError: The compiler refuses a step because it does not fit.
+    """
 
     def report(bucket: Bucket, rows: int) -> BucketReport:
         started = time.perf_counter()
@@ -100,10 +125,10 @@ def compile_report(
 def describe_step(
     setup: Setup, bucket: Bucket, rows: int, compiled: Any, where: Topology, *, seconds: float
 ) -> BucketReport:
-    """Read a compiled train step. seconds: that its compilation took."""
+    """Reads a compiled train step, whose compilation took `seconds`."""
     chip, count = where.chip, len(where.devices)
     memory, traffic = compiled.memory_analysis(), moved(compiled.as_text(), count)
-    batch = dict(
+    batch: dict[str, Any] = dict(
         tiles=rows * bucket.tiles,
         lengths=[bucket.length] * rows,
         short_lengths=[bucket.short_length] * rows,
@@ -124,7 +149,7 @@ def describe_step(
                 * each.received
                 / where.bandwidth([devices[number] for number in each.group])
             )
-    times = dict(
+    times: dict[str, Any] = dict(
         compute_ms=None, memory_ms=None, network_ms=None, roofline_ms=None, roofline_mfu=None
     )
     if chip:
@@ -133,7 +158,8 @@ def describe_step(
             traffic.memory_bytes / chip.memory_bandwidth,
             network,
         )
-        times = dict(zip(("compute_ms", "memory_ms", "network_ms"), (1e3 * s for s in seconds_of)))
+        names = ("compute_ms", "memory_ms", "network_ms")
+        times = dict(zip(names, (1e3 * s for s in seconds_of), strict=True))
         times |= dict(
             roofline_ms=1e3 * max(seconds_of),
             roofline_mfu=useful.total / count / chip.peak_flops / max(seconds_of),
@@ -154,8 +180,10 @@ def describe_step(
 
 
 def _recomputed(setup: Setup, forward: Flops) -> float:
-    """FLOPs that the backward pass does once more: logits always, and the stacks that it crosses where no products are
-    kept."""
+    """Returns the FLOPs of the forward pass that the backward pass repeats.
+
+    These are the logits always, and the stacks that it crosses where no products are kept.
+    """
     again = forward.head
     if setup.remat in ("full", "attention"):
         again += forward.decoder
@@ -165,18 +193,19 @@ def _recomputed(setup: Setup, forward: Flops) -> float:
 
 
 def table(reports: Sequence[BucketReport], where: Topology, mesh: Mesh) -> str:
-    """For people, in Markdown."""
+    """Returns a table for people, in Markdown."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     limit = (
         "memory of a device unknown"
         if where.memory is None
-        else f"{where.memory / GIB:.2f} GiB a device"
+        else f"{where.memory / GIB:.2f} GiB per device"
     )
     lines = [
         f"{where.name}: {len(where.devices)} devices, {axes}; {limit}",
         "",
-        "| tiles | slots | rows | peak GiB | arguments | temporaries | TFLOP: tower | projector | decoder | head | "
-        "memory GB | collectives GB | compute ms | memory ms | network ms | roofline ms | MFU | compile s |",
+        "| tiles | slots | rows | peak GiB | arguments | temporaries | TFLOP: tower | projector | "
+        "decoder | head | memory GB | collectives GB | compute ms | memory ms | network ms | "
+        "roofline ms | MFU | compile s |",
         "|" + "---|" * 18,
     ]
     for r in reports:
@@ -217,15 +246,17 @@ def table(reports: Sequence[BucketReport], where: Topology, mesh: Mesh) -> str:
 
 
 def check_fits(reports: Sequence[BucketReport], where: Topology) -> None:
-    """Raises ConfigError, with what to change, when a step needs more memory than a device has, as far as that is known."""
-    over = [r for r in reports if where.memory is not None and r.peak_hbm_bytes > where.memory]
+    """Raises ConfigError, with what to change, when a step needs more memory than a device has."""
+    if where.memory is None:
+        return
+    over = [r for r in reports if r.peak_hbm_bytes > where.memory]
     if over:
         listed = ", ".join(
             f"{r.tiles} tiles and {r.length} slots: {r.peak_hbm_bytes / GIB:.2f} GiB" for r in over
         )
         raise ConfigError(
-            f"{len(over)} of {len(reports)} buckets do not fit the {where.memory / GIB:.2f} GiB of a device "
-            f"({listed}); change one of: {REMEDIES}"
+            f"{len(over)} of {len(reports)} buckets do not fit the {where.memory / GIB:.2f} GiB of "
+            f"a device ({listed}); change one of: {REMEDIES}"
         )
 
 
@@ -235,7 +266,17 @@ def report_config(
     topology_name: str,
     tiles: Sequence[int] | None = None,
 ) -> tuple[Topology, list[BucketReport], Mesh]:
-    """The bounding buckets of a config file for a topology. tiles: only those with so many tile slots."""
+    """Compiles the bounding buckets of a config file for a topology.
+
+    Args:
+        path: Config file, with arguments as in `load_config_file`.
+        settings: `FIELD=VALUE` overrides.
+        topology_name: Devices, as in `topologies.topology`.
+        tiles: Only buckets with these numbers of tile slots.
+
+    Raises:
+        ConfigError: The config, the topology or `tiles` does not exist, or a step does not fit.
+    """
     config = override(load_config_file(path), settings)
     model, data = config.model or open_checkpoint(config.init_from).config, config.data
     where = topology(topology_name)
@@ -249,7 +290,7 @@ def report_config(
     )
     possible = bounding_buckets(data, model)
     buckets = [bucket for bucket in possible if tiles is None or bucket.tiles in tiles]
-    if not buckets:
+    if not buckets and tiles is not None:
         raise ConfigError(
             f"--tiles {' '.join(map(str, tiles))}: the buckets have "
             f"{', '.join(str(bucket.tiles) for bucket in possible)} tiles"

@@ -1,6 +1,7 @@
-"""What a compiled program moves, read from its HLO text: collectives and traffic of main memory (design: platform.md 2).
+"""What a compiled program moves, read from its HLO text (design: platform.md 2).
 
-`cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
+Collectives and traffic of main memory. XLA's `cost_analysis()` counts the body of a loop once; here
+it counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ _MESH_GROUPS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction.
+    """Describes one collective instruction.
 
     Attributes:
-        kind: one of COLLECTIVES; a fused all-reduce and slice of TPUs is a reduce-scatter.
-        received: bytes that each device receives over the network, of one run by a ring.
-        times: runs in a step.
-        group: numbers of the devices of one group, in the order of the mesh.
+        kind: One of COLLECTIVES; the fused all-reduce and slice of TPUs is a reduce-scatter.
+        received: Bytes that each device receives over the network in one run, by a ring.
+        times: Runs per step.
+        group: Numbers of the devices of one group, in the order of the mesh.
     """
 
     kind: str
@@ -84,10 +85,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """Attributes:
-    collectives: of one step.
-    memory_bytes: read from and written to main memory by each device in one step; VMEM does not count.
-    unknown_loops: loops whose length the text does not tell; their bodies count once.
+    """Holds what a step moves.
+
+    Attributes:
+        collectives: Its collectives.
+        memory_bytes: Bytes that each device reads from and writes to main memory; VMEM does not
+            count.
+        unknown_loops: Loops whose length the text does not tell; their bodies count once.
     """
 
     collectives: tuple[Collective, ...]
@@ -112,7 +116,7 @@ class _Instruction:
 
 
 def moved(text: str, devices: int) -> Moved:
-    """text: `compiled.as_text()` of a program for so many devices."""
+    """Reads `compiled.as_text()` of a program for `devices` devices."""
     computations, entry = _parse(text)
     collectives: list[Collective] = []
     traffic, unknown = 0.0, 0
@@ -146,7 +150,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _executed(
     computations: dict[str, list[_Instruction]], name: str, times: int = 1
 ) -> Iterator[tuple[_Instruction, int, bool]]:
-    """Every instruction that runs, how often in a step, and whether that is known."""
+    """Yields every instruction that runs, how often per step, and whether that is known."""
     for instruction in computations[name]:
         known = True
         if instruction.op == "while":
@@ -172,7 +176,7 @@ def _branches(instruction: _Instruction) -> list[str]:
 def _trip_count(
     instruction: _Instruction, computations: dict[str, list[_Instruction]]
 ) -> int | None:
-    """Stated by the compiler, or the one integer that the condition compares with."""
+    """Returns what the compiler states, or the one integer that the condition compares with."""
     stated = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', instruction.rest)
     if stated:
         return int(stated.group(1))
@@ -197,7 +201,10 @@ def _collective(
 
 
 def _first_group(rest: str, devices: int) -> tuple[int, ...]:
-    """Members of one of the groups, in the notations of HLO: lists, `[4,64]<=[256]`, `mesh['x'=64,'y'=4] {'x'}`."""
+    """Returns the members of one group.
+
+    HLO writes groups as lists, as `[4,64]<=[256]`, or as `mesh['x'=64,'y'=4] {'x'}`.
+    """
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return int(pairs.group(1)), int(pairs.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
@@ -227,7 +234,7 @@ def _integers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _traffic(instruction: _Instruction, fused: list[_Instruction], shapes: dict[str, str]) -> float:
-    """Bytes that one run of an instruction reads and writes in main memory."""
+    """Returns the bytes that one run of an instruction reads and writes in main memory."""
     op, operands = instruction.op, instruction.operands
     if (
         op in NO_TRAFFIC
@@ -251,7 +258,11 @@ def _traffic(instruction: _Instruction, fused: list[_Instruction], shapes: dict[
 def _fusion_traffic(
     written: float, read: list[float], fused: list[_Instruction], shapes: dict[str, str]
 ) -> tuple[float, list[float]]:
-    """Of operands that are only sliced the slices are read; what is updated in place is written where it changes."""
+    """Corrects the traffic of a fusion, (bytes written, bytes read per operand).
+
+    Operands that are only sliced are read where they are sliced; what is updated in place is
+    written where it changes.
+    """
     users: dict[str, list[_Instruction]] = {}
     for instruction in fused:
         for operand in instruction.operands:
@@ -273,7 +284,7 @@ def _fusion_traffic(
 
 
 def _bytes(shape: str) -> float:
-    """Of all arrays of a shape that live in main memory; `S(1)` and above in a layout are other memories."""
+    """Returns the bytes of a shape's arrays in main memory; `S(1)` and above are other memories."""
     total = 0.0
     for dtype, dims, layout in _ARRAY.findall(shape):
         if dtype in ITEM_BITS and not re.search(r"S\([1-9]", layout):
@@ -282,7 +293,7 @@ def _bytes(shape: str) -> float:
 
 
 def _closing(rest: str) -> int:
-    """Position of the parenthesis that ends the operands."""
+    """Returns the position of the parenthesis that ends the operands."""
     depth = 1
     for position, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")

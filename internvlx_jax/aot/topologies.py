@@ -1,10 +1,11 @@
-"""Devices that are not attached, for compiling without hardware, and what the chips can do (design: platform.md 2)."""
+"""Devices that need not be attached, for compiling without hardware (design: platform.md 2)."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,11 +27,13 @@ _TPU_ENVIRONMENT = {
 
 _HOPPER = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
-  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
@@ -40,11 +43,13 @@ device_description_str: "{name}"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Attributes:
-    name: as it was asked for.
-    chip: None for devices that are not in CHIPS.
-    memory: bytes that a program may use on a device; None where that is unknown.
-    devices: attached or not.
+    """Describes the devices that a step is compiled for.
+
+    Attributes:
+        name: Name of the topology, or kind of the attached devices.
+        chip: What the vendor says of a device; None for devices that are not in CHIPS.
+        memory: Bytes that a program may use on a device; None if unknown.
+        devices: The devices, attached or not.
     """
 
     name: str
@@ -53,9 +58,13 @@ class Topology:
     devices: Sequence[jax.Device]
 
     def bandwidth(self, group: Sequence[jax.Device]) -> float:
-        """Bytes a second that a device can receive from a group it is in: over both directions of every axis of the
-        torus that the group extends along, over NVLink, or over the network when it spans slices or hosts."""
+        """Returns the bytes per second that a device can receive from a group it is in.
+
+        They come over both directions of every axis of the torus that the group extends along, over
+        NVLink, or over the network when the group spans slices or hosts. Needs a known chip.
+        """
         chip = self.chip
+        assert chip is not None
         slices = {getattr(device, "slice_index", None) for device in group}
         if chip.platform == "cuda":
             return (
@@ -70,9 +79,14 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """`v5e:16x16`, `v5p:4x4x8`, `v6e:16x16*2` (two slices), `h200:1x1x8` (slices x hosts x GPUs).
+    """Returns the devices that a name stands for.
 
-    Raises ConfigError for a name that no compiler knows, or when the compiler is not installed.
+    Args:
+        name: `v5e:16x16`, `v5p:4x4x8`, `v6e:16x16*2` (two slices), `h200:1x1x8` (slices x hosts x
+            GPUs).
+
+    Raises:
+        ConfigError: No compiler knows the name, or the compiler is not installed.
     """
     kind, _, shape = name.partition(":")
     kind = ALIASES.get(kind, kind)
@@ -83,8 +97,8 @@ def topology(name: str) -> Topology:
         or not all(part.isdigit() for part in [*shape.split("x"), slices or "1"])
     ):
         raise ConfigError(
-            f"--topology {name}: expected CHIP:AxB[xC], e.g. v5e:16x16, v5p:4x4x8, v6e:16x16*2 (two slices) "
-            f"or h200:1x1x8; chips: {', '.join(CHIPS)}"
+            f"--topology {name}: expected CHIP:AxB[xC], e.g. v5e:16x16, v5p:4x4x8, v6e:16x16*2 "
+            f"(two slices) or h200:1x1x8; chips: {', '.join(CHIPS)}"
         )
     chip = CHIPS[kind]
     try:
@@ -92,7 +106,7 @@ def topology(name: str) -> Topology:
             os.environ.update(
                 {key: os.environ.get(key, value) for key, value in _TPU_ENVIRONMENT.items()}
             )
-            options = {"num_slices": int(slices)} if slices else {}
+            options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
             if kind == "v4":
                 options["chip_config_name"] = "megacore"
             compiler_name = {"v5p": "v5"}.get(kind, kind)
@@ -107,14 +121,15 @@ def topology(name: str) -> Topology:
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         raise ConfigError(
             f"--topology {name}: {str(error).splitlines()[0]}; install the compiler with "
-            f"pip install 'internvlx-jax[{'tpu' if chip.platform == 'tpu' else 'cuda'}]' and check that "
-            "such a topology exists"
+            f"pip install 'internvlx-jax[{'tpu' if chip.platform == 'tpu' else 'cuda'}]' and check "
+            "that such a topology exists"
         ) from error
     return Topology(name, chip, chip.memory, found.devices)
 
 
 def local_topology() -> Topology:
-    """The attached devices."""
+    """Returns the attached devices."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    return Topology(kind, CHIPS.get(DEVICE_KINDS.get(kind, "")), device_memory(devices[0]), devices)
+    chip = CHIPS.get(DEVICE_KINDS.get(kind, ""))
+    return Topology(kind, chip, device_memory(devices[0]), devices)

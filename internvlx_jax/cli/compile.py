@@ -1,4 +1,4 @@
-"""Compiles a run for devices that need not be attached, and says what each step takes.
+"""Compiles a run for devices that need not be attached, and reports what each step takes.
 
     internvlx compile --config configs/hd_finetune.py --topology v5e:16x16 --out report.json
 

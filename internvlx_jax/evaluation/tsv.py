@@ -87,8 +87,8 @@ def read_tsv(path: Path) -> Iterator[Question]:
     needed = [name for name in ("index", "question") if name not in header]
     if needed or not {"image", "image_path"} & set(header):
         raise ConfigError(
-            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style TSV "
-            "has index, image (or image_path) and question in its first line"
+            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
+            "TSV has index, image (or image_path) and question in its first line"
         )
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:

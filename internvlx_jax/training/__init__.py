@@ -1,1 +1,1 @@
-"""Training: sharding, optimiser, the jitted step, checkpoints, the loop (design: training.md)."""
+"""Training: what a run freezes and optimizes, its jitted step, its loop, its log."""

@@ -1,7 +1,8 @@
-"""Steps that went wrong: written down with their samples, and when a run stops (design: training.md 4, 6).
+"""Bad steps: written down with their samples, and when they stop a run (design: training.md 4, 6).
 
-The step itself skips the update, on the devices (training/step.py). Here, on the host, its metrics are looked at when a
-window of them is read, so a run stops at most `log_every` steps after the limit; all of these are skipped as well.
+The step itself skips the update, on the devices (training/step.py). The host looks at its metrics
+when it reads a window of them, so a run stops at most `log_every` steps after the limit; the bad
+ones among these are skipped as well.
 """
 
 from __future__ import annotations
@@ -29,18 +30,16 @@ DEVIATION = 1.4826  # standard deviations in a median absolute deviation, of nor
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps with a loss or gradient that is not finite; the run has been saved."""
+    """Too many steps had a loss or gradient that is not finite; the run has been saved."""
 
 
 class BadSteps:
-    """Counts and writes down non-finite steps, steps without anything supervised, and loss spikes.
+    """Counts and records non-finite steps, steps with nothing supervised, and loss spikes.
 
-    Every process looks at the same numbers and decides alike; the first one writes. A resumed run goes on from the
-    lines of the steps before `first`; the running median begins anew.
+    Every process looks at the same numbers and decides alike; the first one writes.
 
-    planned_ids: step, from 0 -> samples of each row.
     Attributes:
-        counts: "nonfinite", "unsupervised" and "spike" -> steps of the whole run.
+        counts: Steps of the whole run per kind: "nonfinite", "unsupervised", "spike".
     """
 
     def __init__(
@@ -52,12 +51,17 @@ class BadSteps:
         planned_ids: Callable[[int], list[list[str]]],
         writes: bool,
     ):
-        self._path, self._config, self._planned_ids, self._writes = (
-            run / FILE,
-            config,
-            planned_ids,
-            writes,
-        )
+        """Goes on from the record of an earlier start; only the running median begins anew.
+
+        Args:
+            run: Run folder.
+            first: Steps that are done; records of later ones are dropped.
+            config: The limits.
+            planned_ids: Maps a step (from 0) to the samples of each row.
+            writes: Whether this process writes the record.
+        """
+        self._path, self._config = run / FILE, config
+        self._planned_ids, self._writes = planned_ids, writes
         kept = [line for line in read_bad_steps(run) if line["step"] <= first]
         self.counts = Counter(line["kind"] for line in kept)
         self._consecutive = 0
@@ -66,33 +70,44 @@ class BadSteps:
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def look(self, window: Sequence[tuple[int, Bucket, Metrics]]) -> list[str]:
-        """What is wrong with some of these steps (step from 1, bucket, metrics on the host), a line each."""
-        said = []
+        """Records the bad ones among some steps.
+
+        Args:
+            window: Per step: its number from 1, its bucket, its metrics on the host.
+
+        Returns:
+            A message per bad step.
+        """
+        messages = []
         for step, bucket, metrics in window:
-            loss, kind = float(metrics.loss), None
-            finite = math.isfinite(loss) and math.isfinite(metrics.grad_norm)
-            self._consecutive = 0 if finite else self._consecutive + 1
-            if not finite:
-                kind, words = "nonfinite", "loss or gradient norm is not finite, update skipped"
-            elif not metrics.applied:
-                kind, words = "unsupervised", "nothing is supervised, update skipped"
-            else:
-                if len(self._losses) >= MEDIAN_FROM:
-                    median, factor = statistics.median(self._losses), self._config.spike_factor
-                    if loss > factor * median and loss > usual_bound(self._losses):
-                        kind, words = (
-                            "spike",
-                            f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}",
-                        )
-                self._losses.append(loss)
-            if kind:
+            found = self._judge(metrics)
+            if found:
+                kind, words = found
                 self.counts[kind] += 1
                 self._write(step, kind, bucket, metrics)
-                said.append(f"step {step}: {words}; samples in {FILE}")
-        return said
+                messages.append(f"step {step}: {words}; samples in {FILE}")
+        return messages
+
+    def _judge(self, metrics: Metrics) -> tuple[str, str] | None:
+        """Returns the kind of a bad step and words for it; counts every step."""
+        loss = float(metrics.loss)
+        finite = math.isfinite(loss) and math.isfinite(metrics.grad_norm)
+        self._consecutive = 0 if finite else self._consecutive + 1
+        if not finite:
+            return "nonfinite", "loss or gradient norm is not finite, update skipped"
+        if not metrics.applied:
+            return "unsupervised", "nothing is supervised, update skipped"
+        earlier = list(self._losses)
+        self._losses.append(loss)
+        if len(earlier) < MEDIAN_FROM:
+            return None
+        median, factor = statistics.median(earlier), self._config.spike_factor
+        if loss <= factor * median or loss <= usual_bound(earlier):
+            return None
+        return "spike", f"loss {loss:.4f} is over {factor:g} x the median {median:.4f}"
 
     def verdict(self) -> str | None:
-        """Why the run has to stop, if it has to."""
+        """Returns why the run has to stop, if it has to."""
         limits = self._config
         if self._consecutive >= limits.max_consecutive_nonfinite:
             broken = (
@@ -100,12 +115,15 @@ class BadSteps:
                 f"{limits.max_consecutive_nonfinite})"
             )
         elif self.counts["nonfinite"] >= limits.max_total_nonfinite:
-            broken = f"{self.counts['nonfinite']} steps in all (max_total_nonfinite = {limits.max_total_nonfinite})"
+            broken = (
+                f"{self.counts['nonfinite']} steps in all (max_total_nonfinite = "
+                f"{limits.max_total_nonfinite})"
+            )
         else:
             return None
         return (
-            f"loss or gradient norm was not finite in {broken}. The run is saved; {self._path} names the samples, and "
-            "`python -m internvlx_jax.training.replay` runs one of the steps again"
+            f"loss or gradient norm was not finite in {broken}. The run is saved; {self._path} "
+            "names the samples, and `internvlx replay` runs one of the steps again"
         )
 
     def _write(self, step: int, kind: str, bucket: Bucket, metrics: Metrics) -> None:
@@ -129,10 +147,11 @@ class BadSteps:
 
 
 def usual_bound(losses: Sequence[float]) -> float:
-    """Return the loss above which none of these was to be expected: SPREADS deviations over the median.
+    """Returns the loss above which none is to be expected: SPREADS deviations over the median.
 
-    The scale is logarithmic. Batches of few answers have losses that differ by factors once most answers are right, so
-    that a multiple of the median alone calls ordinary ones spikes; losses that hardly vary leave the multiple to decide.
+    The scale is logarithmic. Batches of few answers have losses that differ by factors once most
+    answers are right, so that a multiple of the median alone calls ordinary ones spikes; losses
+    that hardly vary leave the multiple to decide.
     """
     logs = [math.log(max(loss, TINY)) for loss in losses]
     middle = statistics.median(logs)
@@ -141,10 +160,10 @@ def usual_bound(losses: Sequence[float]) -> float:
 
 
 def read_bad_steps(run: Path) -> list[dict[str, Any]]:
-    """What a run has written down. Raises ConfigError naming a line that cannot be read."""
+    """Returns the record of a run folder; raises ConfigError for a line that cannot be read."""
     return read_json_lines(run / FILE, "step", "kind", "samples")
 
 
 def number(value: Any) -> float | str:
-    """JSON has no words for these: "nan", "inf"."""
+    """Returns a float, or "nan" or "inf", for which JSON has no numbers."""
     return float(value) if math.isfinite(value) else str(float(value))

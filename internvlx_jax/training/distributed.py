@@ -187,7 +187,7 @@ def _from_cluster(port: int | None, timeout: int, *, required: bool) -> ProcessI
         return None
     local = cluster.get_local_process_id()  # under SLURM each process drives one GPU
     return ProcessInfo(
-        coordinator=cluster.get_coordinator_address(timeout, port and str(port)),
+        coordinator=cluster.get_coordinator_address(timeout, None if port is None else str(port)),
         processes=cluster.get_process_count(),
         process=cluster.get_process_id(),
         devices=None if local is None else [local],

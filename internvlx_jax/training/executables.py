@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -75,7 +76,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     Where the compiler does not state the peak, this counts arguments, results that do not alias
     them, and temporaries as if all of them lived at once.
     """
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return memory.peak_memory_in_bytes or (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -25,14 +25,17 @@ HEAD = "decoder.head"
 
 @dataclasses.dataclass(frozen=True)
 class ParameterPartition:
-    """Parameters, divided into trained and frozen ones. A stack of layers can be divided too: its first layers are
-    frozen, and both parts have the stack's path.
+    """Describes which parameters are trained and which are frozen.
+
+    A stack of layers can be divided too: its first layers are frozen, and both parts have the
+    stack's path.
 
     Attributes:
-        whole: dotted path -> jax.ShapeDtypeStruct of every parameter, in the order of the model.
-        trained, frozen: the two parts; trained ones in the dtype of the parameters, frozen ones in that of the
-            computation.
-        frozen_tower_layers: of a tower whose last layers only are trained; else 0.
+        whole: jax.ShapeDtypeStruct of every parameter by dotted path, in the order of the model.
+        trained: The trained part, in the dtype of the parameters.
+        frozen: The frozen part, in the compute dtype.
+        frozen_tower_layers: First layers of the tower that are frozen while its last are trained;
+            0 where the tower is not divided.
     """
 
     whole: dict[str, jax.ShapeDtypeStruct]
@@ -43,7 +46,7 @@ class ParameterPartition:
     def split(
         self, params: Mapping[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Whole parameters -> (trained, frozen). `join` is the inverse, but for the dtype of the frozen ones."""
+        """Splits whole parameters into (trained, frozen); `join` undoes it but for dtypes."""
         return (
             {
                 path: params[path][-leaf.shape[0] :] if path in self.frozen else params[path]
@@ -59,7 +62,7 @@ class ParameterPartition:
 
 
 def join(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Both parts of a ParameterPartition -> whole parameters; a divided stack has the dtype of its trained layers."""
+    """Joins trained and frozen parameters; a divided stack gets the dtype of its trained layers."""
     divided = {
         path: jnp.concatenate([frozen[path].astype(trained[path].dtype), trained[path]])
         for path in trained.keys() & frozen.keys()
@@ -70,10 +73,16 @@ def join(trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> d
 def divide(
     shapes: Mapping[str, jax.ShapeDtypeStruct], config: FreezeConfig, dtype: DTypeLike
 ) -> ParameterPartition:
-    """shapes: of whole parameters. dtype: of the computation.
+    """Divides parameters into trained and frozen ones.
 
-    Raises ConfigError for an expression that is malformed or matches nothing, for more layers than the tower has, and
-    when nothing is left to train.
+    Args:
+        shapes: Whole parameters by dotted path.
+        config: What is frozen.
+        dtype: The compute dtype, which frozen parameters are stored in.
+
+    Raises:
+        ConfigError: An expression is malformed or matches nothing, the tower has fewer layers than
+            are to be trained, an adapter's base is trained, or nothing is left to train.
     """
     beginnings = tuple(
         begin for module, begins in MODULES.items() if getattr(config, module) for begin in begins
@@ -90,8 +99,8 @@ def divide(
     if config.unfreeze_head:
         if HEAD not in shapes:
             raise ConfigError(
-                "freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve as one "
-                "(model.decoder.tie_embeddings)"
+                "freeze.unfreeze_head: this decoder has no head of its own, its embeddings serve "
+                "as one (model.decoder.tie_embeddings)"
             )
         still.remove(HEAD)
 
@@ -114,8 +123,8 @@ def divide(
         raise ConfigError("freeze: every parameter is frozen, nothing is left to train")
     if adapted & trained.keys():
         raise ConfigError(
-            f"lora: {min(adapted & trained.keys())} is trained, and so is its adapter; set freeze.vit, "
-            "freeze.llm or freeze.train_lora_only"
+            f"lora: {min(adapted & trained.keys())} is trained, and so is its adapter; set "
+            "freeze.vit, freeze.llm or freeze.train_lora_only"
         )
     whole = {path: leaf if path in trained else frozen[path] for path, leaf in shapes.items()}
     return ParameterPartition(whole, trained, frozen, frozen_layers)
@@ -152,20 +161,25 @@ def _layers(
 
 
 def _matched(paths: Iterable[str], expressions: Iterable[str]) -> set[str]:
-    """Paths that any expression matches from their beginning, e.g. `vision` or `decoder.layers.*norm`."""
+    """Returns paths that any expression matches from their beginning, e.g. `decoder.*norm`."""
     paths, matched = list(paths), set()
     for expression in expressions:
         found = match_paths("freeze.paths", expression, paths)
         if not found:
             raise ConfigError(
-                f"freeze.paths: {expression!r} matches no parameter; paths begin with {first_names(paths)}"
+                f"freeze.paths: {expression!r} matches no parameter; paths begin with "
+                f"{first_names(paths)}"
             )
         matched |= found
     return matched
 
 
 def match_paths(field: str, expression: str, paths: Iterable[str]) -> set[str]:
-    """The paths that an expression matches from their beginning. Raises ConfigError for a malformed one."""
+    """Returns the paths that an expression matches from their beginning.
+
+    Raises:
+        ConfigError: The expression is malformed; the message begins with `field`.
+    """
     try:
         return {path for path in paths if re.match(expression, path)}
     except re.error as error:
@@ -175,11 +189,12 @@ def match_paths(field: str, expression: str, paths: Iterable[str]) -> set[str]:
 
 
 def first_names(paths: Iterable[str]) -> str:
+    """Returns the first components of paths, as a list for messages."""
     return ", ".join(sorted({path.split(".")[0] for path in paths}))
 
 
 def describe(partition: ParameterPartition) -> str:
-    """Trained and frozen parameter counts of each module, and of the adapters."""
+    """Returns lines with the trained and frozen parameter counts per module, and of adapters."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, leaves in enumerate((partition.trained, partition.frozen)):
         for path, leaf in leaves.items():

@@ -269,7 +269,9 @@ class Utilization:
         """Counts the FLOPs of a step."""
         if self._peak is None:
             return
-        self._padded += self._bucket_flops(loaded.bucket, loaded.counts.slots // loaded.bucket.length)
+        self._padded += self._bucket_flops(
+            loaded.bucket, loaded.counts.slots // loaded.bucket.length
+        )
         lengths, tiles = loaded.shapes[:, 0], loaded.shapes[:, 1]
         short_lengths = lengths - tiles * self._saved_per_tile
         self._useful += train_flops(

@@ -1,4 +1,4 @@
-"""The log of a run: metrics per window of steps, and a line per start (design: training.md 6, 7)."""
+"""The log of a run: metrics per window of steps, a line per start (design: training.md 6, 7)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""AdamW behind a clip of the global norm: schedules, weight-decay rules, groups, an average of the parameters
-(design: training.md 3, 11)."""
+"""AdamW behind a clip of the global norm (design: training.md 3, 11).
+
+Schedules, weight-decay rules, groups of parameters, and an average of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,17 @@ Axes = Mapping[str, tuple[str | None, ...]]
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update k = 0, 1, ... of `steps`: lr * k/W below W, the updates of the warm-up, so that the first
-    has rate 0 where there is one; `config.schedule` from there on."""
+    """Makes the learning-rate schedule: linear warm-up over W updates, then `config.schedule`.
+
+    Update k = 0, 1, ... below W has rate lr * k / W, so the first one of a warm-up has rate 0.
+
+    Args:
+        config: Warm-up, schedule and highest rate.
+        steps: Updates of the whole run.
+
+    Raises:
+        ConfigError: Warm-up and cool-down do not fit into the run.
+    """
     warmup = (
         config.warmup_steps
         if config.warmup_steps is not None
@@ -36,8 +47,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     lr = config.learning_rate
     if config.schedule == "wsd" and warmup + cooldown > steps:
         raise ConfigError(
-            f"optimizer: {warmup} updates of warm-up and {cooldown} of cool-down (cooldown_ratio) do not fit "
-            f"into a run of {steps}"
+            f"optimizer: {warmup} updates of warm-up and {cooldown} of cool-down (cooldown_ratio) "
+            f"do not fit into a run of {steps}"
         )
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(lr, rest),
@@ -57,9 +68,17 @@ def make_optimizer(
     axes: Axes,
     model: ModelConfig,
 ) -> optax.GradientTransformation:
-    """For the trained parameters of a model, with decoupled weight decay.
+    """Makes the optimizer of the trained parameters, with decoupled weight decay.
 
-    trained: as in `freeze.ParameterPartition`; axes: of all parameters. Raises ConfigError for a group that matches nothing.
+    Args:
+        config: Its settings.
+        schedule: Its learning rate.
+        trained: The trained part of a `freeze.ParameterPartition`.
+        axes: Logical axes of all parameters, by dotted path.
+        model: The model.
+
+    Raises:
+        ConfigError: A group matches no trained parameter.
     """
     rates, decays = (
         relative_rates(config, trained, model),
@@ -86,12 +105,12 @@ def make_optimizer(
 
 
 def average(opt_state: optax.OptState) -> dict[str, jax.Array] | None:
-    """The averaged parameters in an optimiser state, if it keeps them."""
+    """Returns the averaged parameters in an optimizer state, if it keeps them."""
     return optax.tree.get(opt_state, "ema")
 
 
 def _averaged(decay: float) -> optax.GradientTransformation:
-    """Passes updates through; its state follows the parameters that they lead to."""
+    """Passes updates through, and averages the parameters that they lead to."""
 
     def init(params):
         return Ema(jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params))
@@ -108,7 +127,10 @@ def _averaged(decay: float) -> optax.GradientTransformation:
 def relative_rates(
     config: OptimizerConfig, trained: Mapping[str, jax.ShapeDtypeStruct], model: ModelConfig
 ) -> dict[str, float | np.ndarray]:
-    """Learning rate of each parameter as a share of the optimiser's; for layers of the tower float32[L, 1, ...]."""
+    """Returns each parameter's learning rate as a share of the optimizer's.
+
+    With `vit_layer_decay` the rate of a stack of the tower is float32[L, 1, ...].
+    """
     groups = _groups(config, trained)
     rates: dict[str, float | np.ndarray] = {}
     for path, leaf in trained.items():
@@ -120,7 +142,7 @@ def relative_rates(
 
 
 def group_rate(config: OptimizerConfig, group: GroupConfig) -> float:
-    """Learning rate of a group as a share of the optimiser's."""
+    """Returns a group's learning rate as a share of the optimizer's."""
     own = 1.0 if group.learning_rate is None else group.learning_rate / config.learning_rate
     return own * group.multiplier
 
@@ -132,9 +154,8 @@ def _layer_decay(
         return 1.0
     if path.startswith(TOWER_EMBEDDINGS):
         return decay**depth
-    below = np.arange(leaf.shape[0])[
-        ::-1
-    ]  # layers behind each one: a divided stack keeps the last layers
+    # Layers behind each one; a divided stack holds the last layers, so they count from its end.
+    below = np.arange(leaf.shape[0])[::-1]
     return np.float32(decay**below).reshape(-1, *[1] * (len(leaf.shape) - 1))
 
 
@@ -144,7 +165,7 @@ def weight_decays(
     axes: Axes,
     model: ModelConfig,
 ) -> dict[str, float]:
-    """Weight decay of each parameter, 0 where the rule excludes it."""
+    """Returns each parameter's weight decay, 0 where the decay rule excludes it."""
     groups = _groups(config, trained)
     decays = {}
     for path in trained:
@@ -165,21 +186,20 @@ def _decays(rule: str, path: str, axes: Axes, model: ModelConfig) -> bool:
             path.startswith("decoder.") and "norm" in module and model.decoder.family == "llama"
         )
         return not (name == "bias" or layer_norm or llama_norm)
-    rank = len(axes[path]) - axes[path].count(
-        "layers"
-    )  # the stacking of layers does not make a vector a matrix
+    # Stacking layers does not make a vector a matrix.
+    rank = len(axes[path]) - axes[path].count("layers")
     return rank >= 2 and name != "bias" and not any(word in name for word in NEVER_MATRICES)
 
 
 def _groups(config: OptimizerConfig, trained: Mapping[str, Any]) -> dict[str, GroupConfig]:
-    """Path -> the first group that matches it."""
+    """Returns the first group that matches each path, for paths that any group matches."""
     groups: dict[str, GroupConfig] = {}
     for group in config.groups:
         found = match_paths("optimizer.groups", group.params, trained) - groups.keys()
         if not found:
             raise ConfigError(
-                f"optimizer.groups: {group.params!r} matches no trained parameter that an earlier group has "
-                f"not; trained paths begin with {first_names(trained)}"
+                f"optimizer.groups: {group.params!r} matches no trained parameter that an earlier "
+                f"group has not; trained paths begin with {first_names(trained)}"
             )
         groups |= dict.fromkeys(found, group)
     return groups

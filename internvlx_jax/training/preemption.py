@@ -1,4 +1,4 @@
-"""SIGTERM: the run saves at the next step boundary that all processes reach, and ends (design: training.md 10)."""
+"""SIGTERM: the run saves at the next step that all processes reach (design: training.md 10)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 class Preempted(Exception):
-    """The run was told to end before its last step; it has been saved."""
+    """The run was stopped before its last step; it has been saved."""
 
 
 class Preemption:
-    """Whether the run was told to end. As a context manager it takes SIGTERM, where jax.distributed does not.
+    """Knows whether the run was told to stop; as a context manager it handles SIGTERM.
 
-    With several processes jax has the handler: a SIGTERM to any of them makes all agree on a step that none has passed.
+    With several processes jax has the handler: a SIGTERM to any of them makes all agree on a step
+    that none has passed.
     """
 
     def __init__(self) -> None:
@@ -43,5 +44,5 @@ class Preemption:
         self._told = True
 
     def reached(self, step: int) -> bool:
-        """To be asked by all processes after every step: whether to save this one and end."""
+        """Returns whether to save this step and stop; all processes ask after every step."""
         return self._told or multihost_utils.reached_preemption_sync_point(step)

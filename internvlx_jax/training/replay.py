@@ -1,12 +1,13 @@
-"""Run one step of a run again, without its update: which module, and which samples, make it bad (design: training.md 6).
+"""Runs one step of a run again, without its update (design: training.md 6).
 
-python -m internvlx_jax.training.replay RUN_DIR --step N
+Shows which module, and which samples, make a step bad: `internvlx replay RUN_DIR --step N`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ from internvlx_jax.training.step import loss_and_grads, module_norms
 
 
 def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
-    """Loss, gradient norms by module, and the loss of every row with its samples, of one step (from 1, as it is logged).
+    """Computes a step's loss, gradient norms per module, and the loss of every row.
 
-    The samples, drop path and arithmetic are those of the step; the parameters are those of the newest checkpoint before
-    it, or else of the oldest one that is kept, which the result names. settings: `FIELD=VALUE` that replace the run's,
-    e.g. mesh.data=1. Raises ConfigError for a step that the run does not have.
+    Samples, drop path and arithmetic are those of the step. The parameters are those of the newest
+    checkpoint before it, or else of the oldest one that is kept; the result names its step.
+
+    Args:
+        run: Run folder.
+        step: The step from 1, as it is logged.
+        settings: `FIELD=VALUE` that replace the run's settings, e.g. mesh.data=1.
+
+    Raises:
+        ConfigError: The run has no such step, or no checkpoint.
     """
     run = Path(run)
     saved = json.loads((run / "config.json").read_text())
@@ -57,6 +65,7 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
         config, model, Tokenizer.load(run / "tokenizer"), mesh, saved_metadata(run)["data"]
     )
     steps = config.steps or loader.plan.total
+    assert steps is not None
     if not 1 <= step <= steps:
         raise ConfigError(f"--step {step}: the run has the steps 1 to {steps}")
     setup = prepare(config, model, mesh, steps)
@@ -70,13 +79,17 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     return {
         "step": step, "parameters_of_step": folder.step,
         "bucket": {"tiles": loaded.bucket.tiles, "length": loaded.bucket.length},
-        "loss": number(loss), "grad_norm": {"all": number(norm), **{name: number(each) for name, each in norms.items()}},
+        "loss": number(loss),
+        "grad_norm": {name: number(each) for name, each in {"all": norm, **norms}.items()},
         "rows": [{"loss": number(row / weight) if weight else None, "samples": samples}
-                 for row, weight, samples in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
+                 for row, weight, samples
+                 in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
     }  # fmt: skip
 
 
-def _measure(setup: Setup, config: TrainConfig, step: int):
+def _measure(setup: Setup, config: TrainConfig, step: int) -> Callable[..., Any]:
+    """Makes the computation: (loss, norm, norms per module, losses per row, weights per row)."""
+
     def measure(trained, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
         graphdef = setup.abstract.graphdef
@@ -84,9 +97,8 @@ def _measure(setup: Setup, config: TrainConfig, step: int):
             graphdef, trained, frozen, batch, key, config.compute.accumulation
         )
         model = nnx.merge(graphdef, unflatten(join(trained, frozen)))
-        ce, _ = model.token_losses(
-            batch.inputs, batch.labels
-        )  # without drop path: what each row is like
+        # Rows are judged without drop path, whose luck would hide what they are like.
+        ce, _ = model.token_losses(batch.inputs, batch.labels)
         weight = shift_left(batch.loss_weight, 0.0)
         return (
             loss,

@@ -1,6 +1,6 @@
-"""The report of a run: RUN/metrics.jsonl -> RUN/curves.png, and RUN/report.html (design: training.md 7). No import of jax.
+"""Learning curves of a run: RUN/metrics.jsonl to RUN/curves.png (design: training.md 7).
 
-python -m internvlx_jax.training.report RUN_DIR
+Imports no jax. `internvlx report RUN_DIR` draws them, and RUN/report.html (report_page.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ POINTS = dict(color=VALIDATION, linewidth=1.8, marker="o", markersize=4, label="
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Name of each metric -> (steps, values), in the order of the file.
+    """Reads metrics.jsonl.
 
-    A last line without its end is one that a running or killed run has not finished; it is left out. Raises
-    FileNotFoundError, or ConfigError naming the line.
+    A last line without its end is one that a running or killed run has not finished; it is left
+    out.
+
+    Returns:
+        (steps, values) of each metric, in the order of the file.
+
+    Raises:
+        FileNotFoundError: The run has logged nothing.
+        ConfigError: A line cannot be read; names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -39,11 +46,18 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def draw_curves(run: Path, *, chance: float | None = None) -> Path:
-    """Draw RUN/curves.png: training and validation loss, and validation exact match if there is any.
+    """Draws RUN/curves.png: loss in training and validation, and exact match if it was measured.
 
-    chance: exact match without seeing the images, 0..1; drawn as a line. Returns the path of the picture,
-    which appears complete or not at all. Raises FileNotFoundError, and ConfigError without matplotlib or
-    without a loss.
+    Args:
+        run: Run folder.
+        chance: Exact match without seeing the images, 0 to 1; drawn as a line.
+
+    Returns:
+        The path of the picture, which appears complete or not at all.
+
+    Raises:
+        FileNotFoundError: The run has logged nothing.
+        ConfigError: It has logged no loss, or matplotlib is missing.
     """
     series = read_metrics(run / "metrics.jsonl")
     if "loss" not in series:
@@ -60,7 +74,7 @@ def draw_curves(run: Path, *, chance: float | None = None) -> Path:
     loss.plot(*series["loss"], color=TRAIN, linewidth=1.4, label="training")
     if "eval/loss" in series:
         loss.plot(*series["eval/loss"], **POINTS)
-    _finish(loss, "loss", "cross entropy a token")
+    _finish(loss, "loss", "cross entropy per token")
     loss.set_ylim(bottom=0)
 
     if exact:
@@ -90,7 +104,7 @@ def draw_curves(run: Path, *, chance: float | None = None) -> Path:
 
 
 def figure_class() -> type[Any]:
-    """matplotlib's Figure, which saves PNG files with Agg and needs no display. ConfigError without it."""
+    """Returns matplotlib's Figure, which needs no display; raises ConfigError without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

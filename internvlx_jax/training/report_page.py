@@ -1,4 +1,7 @@
-"""Everything about a run on one page that stands alone: RUN/report.html (design: training.md 7). No import of jax."""
+"""All about a run on one page that stands alone: RUN/report.html (design: training.md 7).
+
+Imports no jax.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_clas
 
 # Panels: title, unit, metrics; one without any of its metrics is left out.
 PANELS = (
-    ("loss", "cross entropy a token", ("loss", "eval/loss")),
-    ("loss by dataset", "cross entropy a token", ("loss_by_dataset/*",)),
+    ("loss", "cross entropy per token", ("loss", "eval/loss")),
+    ("loss by dataset", "cross entropy per token", ("loss_by_dataset/*",)),
     ("learning rate", "", ("learning_rate", "learning_rate/*")),
     ("gradient norm", "before clipping", ("grad_norm", "grad_norm/*")),
     ("update", "of the parameters' norm", ("update_ratio",)),
-    ("tokens", "a second", ("useful_tokens_per_s", "supervised_tokens_per_s")),
-    ("images and tiles", "a second", ("images_per_s", "tiles_per_s")),
+    ("tokens", "per second", ("useful_tokens_per_s", "supervised_tokens_per_s")),
+    ("images and tiles", "per second", ("images_per_s", "tiles_per_s")),
     ("share of the peak", "model FLOPs", ("mfu_padded", "mfu_useful")),
     ("step", "milliseconds", ("step_ms_p50", "step_ms_p95")),
     ("filled", "share of slots", ("token_fill", "tile_fill")),
@@ -30,17 +33,21 @@ PANELS = (
 )
 COLORS = (VALIDATION, TRAIN, "#b3541e", "#3d8c5b", "#7a4fa3")
 LISTED = 50  # bad steps and bad samples that the page shows
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1d2430}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;font-size:.85rem}
-td,th{border-bottom:1px solid #e3e6eb;padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;
+padding:0 1rem;color:#1d2430}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+table{border-collapse:collapse;font-size:.85rem}
+td,th{border-bottom:1px solid #e3e6eb;padding:.2rem .8rem .2rem 0;text-align:left;
+vertical-align:top}
 img{max-width:100%}.wide{overflow-x:auto}"""
 
 
 def write_page(run: Path) -> Path:
-    """RUN/report.html, from the files of the run folder; it appears complete or not at all.
+    """Writes RUN/report.html from the files of the run folder; it appears complete or not at all.
 
-    Raises FileNotFoundError for a run that has logged nothing, ConfigError without matplotlib or for a file that cannot be
-    read.
+    Raises:
+        FileNotFoundError: The run has logged nothing.
+        ConfigError: matplotlib is missing, or a file cannot be read.
     """
     series = read_metrics(run / "metrics.jsonl")
     settings = (
@@ -129,14 +136,14 @@ def write_page(run: Path) -> Path:
 
 
 def _curves(series: Mapping[str, Series]) -> str:
-    """All panels as one PNG in base64."""
+    """Returns all panels as one PNG in base64."""
     panels = [
         (title, unit, found) for title, unit, names in PANELS if (found := _matching(series, names))
     ]
     rows = -(-len(panels) // 2)
     figure = figure_class()(figsize=(11.2, 3.2 * max(rows, 1)), dpi=110, layout="constrained")
-    for place, (title, unit, names) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, 2, place)
+    for position, (title, unit, names) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, position)
         for name, color in zip(names, COLORS):
             points = len(series[name][0])
             axes.plot(
@@ -169,12 +176,13 @@ def _matching(series: Mapping[str, Series], names: Sequence[str]) -> list[str]:
 
 
 def _newest(series: Mapping[str, Series]) -> str:
-    """The last value of every metric of training."""
+    """Returns a table with the last value of every metric of training."""
     last = max((steps[-1] for steps, _ in series.values()), default=0)
     rows = (
         (name, values[-1]) for name, (_, values) in series.items() if not name.startswith("eval/")
     )
-    return f"<details><summary>At step {last}: all metrics</summary>{_table(('metric', 'last value'), rows)}</details>"
+    table = _table(("metric", "last value"), rows)
+    return f"<details><summary>At step {last}: all metrics</summary>{table}</details>"
 
 
 def _scores(evaluations: Mapping[str, Series]) -> Iterable[tuple[Any, ...]]:

@@ -90,6 +90,7 @@ def open_run(config: TrainConfig) -> Run:
     tokenizer, saved = open_tokenizer(config, source, model), saved_metadata(folder)
     loader, validation = open_loaders(config, model, tokenizer, mesh, saved.get("data"))
     steps = config.steps or loader.plan.total
+    assert steps is not None  # the plan is endless only where config.steps is set
     _describe_data(loader, steps, model)
 
     setup = prepare(config, model, mesh, steps, len(loader.entries))
@@ -112,7 +113,7 @@ def first_state(
     abstract, shardings, seed = run.setup.abstract, run.setup.shardings, run.config.seed
     first, opt_state = 0, None
     if resuming:
-        first = checkpoints.latest_step
+        first = checkpoints.latest_step or 0
         params, opt_state = checkpoints.load(
             first,
             placed(abstract.shapes, shardings),

@@ -1,4 +1,4 @@
-"""Everything of a run that exists before there are arrays: what is trained, where it lives, and the jitted steps."""
+"""What of a run exists before its arrays: what is trained, where it lives, the jitted steps."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ from internvlx_jax.training.step import TrainState, make_eval_step, make_train_s
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config means on a mesh; nothing here is allocated.
+    """Describes what a config means on a mesh; nothing in it is allocated.
 
     Attributes:
-        mesh, model, abstract: the devices, the model and its structure; frozen parameters have the compute dtype.
-        shardings: dotted path -> where that parameter lives.
-        partition: which parameters are trained.
-        optimizer, schedule: of those.
-        state: TrainState of jax.ShapeDtypeStruct that carry their shardings.
-        remat: policy of both layer stacks.
-        train_step, eval_step: jitted; the state that a train step is given is donated.
+        mesh: The devices.
+        model: The model.
+        abstract: Its structure; frozen parameters have the compute dtype.
+        shardings: Where each parameter lives, by dotted path.
+        partition: Which parameters are trained.
+        optimizer: Their optimizer.
+        schedule: Its learning rate.
+        state: TrainState of jax.ShapeDtypeStruct, with shardings.
+        remat: Rematerialization policy of both layer stacks.
+        train_step: The jitted train step, which is donated its state.
+        eval_step: The jitted eval step.
     """
 
     mesh: Mesh
@@ -58,11 +62,11 @@ class Setup:
     eval_step: Callable[..., Any]
 
     def batch(self, bucket: Bucket, rows: int) -> Batch:
-        """The batch of one step of a bucket, as jax.ShapeDtypeStruct that carry their shardings."""
+        """Returns the batch of a bucket's step, as jax.ShapeDtypeStruct with shardings."""
         model, t, s, r = self.model, bucket.tiles, bucket.length, bucket.short_length
         size = model.prompt.tiles.tile_size
 
-        def leaf(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        def leaf(*shape: int, dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(self.mesh))
 
         short = None if model.lvtc is None else ShortLayout(leaf(r), leaf(s), leaf(t), leaf(r))
@@ -75,8 +79,18 @@ class Setup:
 def prepare(
     config: TrainConfig, model: ModelConfig, mesh: Mesh, steps: int, datasets: int = 1
 ) -> Setup:
-    """steps: updates of the whole run, which the schedule is stretched over. datasets: whose losses are told apart.
-    Raises ConfigError for expressions that match no parameter."""
+    """Sets up a run on a mesh.
+
+    Args:
+        config: The run.
+        model: Its model.
+        mesh: Its devices.
+        steps: Updates of the whole run, which the schedule is stretched over.
+        datasets: How many datasets have their losses told apart.
+
+    Raises:
+        ConfigError: An expression of the config matches no parameter.
+    """
     build = functools.partial(
         abstract_model,
         dtype=config.compute.dtype,

@@ -21,13 +21,13 @@ FlatParams = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a step changes, by dotted path.
+    """Holds what a step changes; parameters are keyed by dotted path.
 
     Attributes:
-        trainable: float32 parameters that get gradients.
-        frozen: the others, in the dtype of the computation; never differentiated, no moments.
-        opt_state: optax state of `trainable`.
-        step: int32 scalar, steps taken; those without an update count too.
+        trainable: Parameters that get gradients, float32.
+        frozen: The others, in the compute dtype; never differentiated, no moments.
+        opt_state: The optimizer's state for `trainable`.
+        step: Steps taken, int32 scalar; those without an update count too.
     """
 
     trainable: FlatParams
@@ -36,19 +36,24 @@ class TrainState(NamedTuple):
     step: jax.Array
 
     def params(self) -> FlatParams:
+        """Returns whole parameters, trained and frozen ones together."""
         return join(self.trainable, self.frozen)
 
 
 class Metrics(NamedTuple):
-    """Of one step, float32; scalars where nothing else is said.
+    """Holds the metrics of one step: float32 scalars unless stated otherwise.
 
     Attributes:
-        loss: of all micro-batches and devices.
-        loss_sums, weight_sums: [K], of each dataset: weighted losses, and the weights to divide by.
-        grad_norm: before clipping, of all and of each module.
-        param_norm, update_norm: of the trained parameters before the update, and of what is added to them.
-        learning_rate: of an update here.
-        applied: bool; False: nothing was supervised, or loss or gradient norm was not finite, so nothing changed.
+        loss: Weighted mean over all micro-batches and devices.
+        loss_sums: Sum of weighted losses per dataset, [K].
+        weight_sums: Sum of weights per dataset, [K].
+        grad_norm: Norm of all gradients, before clipping.
+        grad_norms: The same per module.
+        param_norm: Norm of the trained parameters before the update.
+        update_norm: Norm of what the update adds to them.
+        learning_rate: The schedule's rate at this update.
+        applied: Bool. False if nothing was supervised, or loss or gradient norm was not finite;
+            then nothing changed.
     """
 
     loss: jax.Array
@@ -63,7 +68,7 @@ class Metrics(NamedTuple):
 
 
 class EvalSums(NamedTuple):
-    """Sums over one batch, float32 scalars; `exact` counts the answers whose tokens are all arg max."""
+    """Holds sums over one batch; `exact` counts answers whose tokens are all arg max. float32."""
 
     loss: jax.Array
     weight: jax.Array
@@ -80,11 +85,21 @@ def loss_and_grads(
     accumulation: int = 1,
     datasets: int = 1,
 ) -> tuple[tuple[jax.Array, jax.Array], FlatParams]:
-    """(loss, weighted losses of each dataset [K]) and the gradients of the loss, whose numerator and denominator are
-    summed over all micro-batches before dividing.
+    """Computes the loss of a batch and its gradients.
 
-    key: randomness of drop path and adapters, None for none. Micro-batches interleave rows, so that every device keeps
-    its own.
+    Numerator and denominator of the loss are summed over all micro-batches before dividing.
+
+    Args:
+        graphdef: Module structure of the model.
+        trainable: Parameters to differentiate.
+        frozen: The other parameters.
+        batch: Global batch of B rows.
+        key: Randomness of drop path and dropout; None switches both off.
+        accumulation: Micro-batches that B divides into.
+        datasets: K, the number of datasets.
+
+    Returns:
+        (loss, weighted losses per dataset float32[K]), and gradients like `trainable`.
     """
     total_weight = jnp.sum(shift_left(batch.loss_weight, 0.0))
     scale = jnp.where(total_weight > 0, 1 / jnp.where(total_weight > 0, total_weight, 1.0), 0.0)
@@ -107,6 +122,7 @@ def loss_and_grads(
         micro, key = micro_and_key
         return jax.tree.map(jnp.add, sums, grad(trainable, micro, key)), None
 
+    # Micro-batches interleave rows, so that every device keeps its own.
     micros = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
     )
@@ -116,7 +132,7 @@ def loss_and_grads(
 
 
 def sums_by_dataset(values: jax.Array, dataset: jax.Array, count: int) -> jax.Array:
-    """values: float32[B, S], dataset: int32[B, S] -> float32[count]"""
+    """Sums float32[B, S] by dataset, int32[B, S], to float32[count]."""
     return jnp.sum(jnp.where(dataset == jnp.arange(count)[:, None, None], values, 0.0), axis=(1, 2))
 
 
@@ -128,10 +144,12 @@ def make_train_step(
     accumulation: int,
     datasets: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function for jax.jit; randomness depends on (seed, step) alone.
+    """Makes the train step, a pure function for jax.jit.
 
-    Where loss or gradient norm is not finite, or nothing is supervised, parameters, moments and the position in the
-    schedule stay as they were, on all devices, and only the step number moves on (training.md 6).
+    Where loss or gradient norm is not finite, or nothing is supervised, parameters, moments and the
+    position in the schedule stay as they were, on all devices, and only the step number moves on
+    (design: training.md 6). Randomness depends on (seed, step) alone, so that a resumed run repeats
+    it.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -166,7 +184,7 @@ def make_train_step(
 
 
 def module_norms(grads: FlatParams) -> dict[str, jax.Array]:
-    """L2 norm of the gradients of each module, the first component of their paths."""
+    """Returns the L2 norm of the gradients per module, the first component of their paths."""
     modules: dict[str, list[jax.Array]] = {}
     for path, grad in grads.items():
         modules.setdefault(path.partition(".")[0], []).append(grad)
@@ -174,12 +192,15 @@ def module_norms(grads: FlatParams) -> dict[str, jax.Array]:
 
 
 def updates_done(opt_state: optax.OptState) -> jax.Array:
-    """What AdamW has counted, int32 scalar: the position in the schedule."""
+    """Returns AdamW's count of updates, the position in the schedule, int32 scalar."""
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], EvalSums]:
-    """Loss and teacher-forced exact match: all tokens of an answer arg max, which is what greedy decoding would write."""
+    """Makes the eval step: loss, and teacher-forced exact match.
+
+    An answer matches if all its tokens are arg max, which is what greedy decoding would write.
+    """
 
     def eval_step(params: FlatParams, batch: Batch) -> EvalSums:
         model: InternVLX = nnx.merge(graphdef, unflatten(params))
@@ -192,15 +213,20 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[FlatParams, Batch], Eval
 
 
 def count_answers(supervised: jax.Array, hit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An answer is an unbroken run of supervised slots -> (answers, answers that are hit throughout), float32.
+    """Counts answers, which are unbroken runs of supervised slots.
 
-    supervised, hit: bool[B, S]
+    Args:
+        supervised: Whether a slot has a label, bool[B, S].
+        hit: Whether its label is arg max, bool[B, S].
+
+    Returns:
+        The number of answers, and of those that are hit throughout, float32 scalars.
     """
     before = jnp.pad(supervised[:, :-1], ((0, 0), (1, 0)))
     first, last = supervised & ~before, supervised & ~shift_left(supervised, False)
     missed = jnp.cumsum(supervised & ~hit, axis=1)
-    missed_before = jax.lax.cummax(
-        jnp.where(first, missed - ~hit, 0), axis=1
-    )  # as of the start of the current run
+    # Misses up to the start of the current run: the count only grows, so its largest value is the
+    # newest one.
+    missed_before = jax.lax.cummax(jnp.where(first, missed - ~hit, 0), axis=1)
     exact = last & (missed == missed_before)
     return jnp.sum(last, dtype=jnp.float32), jnp.sum(exact, dtype=jnp.float32)

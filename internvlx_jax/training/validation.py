@@ -93,6 +93,7 @@ class Validation:
         loader, setup = self._run.validation, self._run.setup
         if loader is None:
             return {}
+        assert loader.plan.total is not None  # one pass, see open_loaders
         sums = [
             jax.device_get(setup.eval_step(params, to_devices(loaded, setup.mesh)))
             for loaded in loader.steps(0, loader.plan.total)

@@ -1,4 +1,7 @@
-"""How several images of a question become tiles, and the order of tiling and RGB (design: evaluation.md 1, 4)."""
+"""How several images of a question become tiles, and the order of tiling and RGB.
+
+(design: evaluation.md 1, 4)
+"""
 
 import io
 
@@ -71,8 +74,8 @@ def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
     np.testing.assert_array_equal(before, cut_tiles(image.convert("RGB"), TILES))
     (after,) = Tiler(TILES, rgb="after_tiling").cut([palette], "here")
     assert after.shape == before.shape and (after != before).any()
-    colours = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
-    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, (
+    colors = {tuple(color) for color in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {tuple(color) for color in after.reshape(-1, 3).tolist()} <= colors, (
         "none between two of them"
     )
     plain = Tiler(TILES, rgb="after_tiling").cut([WIDE], "here")
