@@ -64,9 +64,7 @@ def test_an_unknown_preset():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", ["off", "paper", "fast"])
 def test_run_configs(size, preset):
-    config = load_config_file(
-        f"configs/internvlx_{size}_hd" + ("" if preset == "off" else f"_{preset}") + ".py"
-    )
+    config = load_config_file(f"configs/hd_finetune.py:size={size},lvtc={preset}")
     assert config.model.lvtc == SIZES[size](preset).lvtc
     tiles = config.model.prompt.tiles
     assert (tiles.rule, tiles.max_num, tiles.use_thumbnail) == ("edge", 6, True)
