@@ -112,7 +112,7 @@ def test_finished_folder_is_reused(tmp_path):
 
 def test_folder_with_something_else_is_refused(tmp_path):
     generate(tmp_path / "a", SMALL)
-    with pytest.raises(FileExistsError, match="seed: 0 there, 9 wanted"):
+    with pytest.raises(FileExistsError, match="seed: 0 in synthetic.json, 9 wanted"):
         generate(tmp_path / "a", dataclasses.replace(SMALL, seed=9))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
