@@ -1,11 +1,13 @@
-"""The demo: a tiny InternVL-X learns to read generated pages from scratch, on two CPU cores in a few minutes.
+"""The demo: a tiny InternVL-X learns to read generated pages from scratch, on two CPU cores.
 
-Patches of 28 px make a PVTC region (2 x 2 patches) as large as a field of the page, so that four visual tokens a tile
-are enough. Fresh weights are wider than a large model's, for a width of 96.
+Training takes a few minutes. Patches of 28 px make a PVTC region (2 x 2 patches) as large as a
+field of the page, so that four visual tokens per tile are enough. The initial weights are larger
+than those of a large model, because the width is only 96.
 
-All three compressors are on: RVTC (`edge`) cuts no more tiles than a page has pixels for, PVTC makes four
-tokens of the 16 patches of a tile, and LVTC `fast` gives the first decoder layer one token a tile and the other
-two all four. Its gate starts open: from scratch there is no released model to leave undisturbed.
+All three compressors are on: RVTC (`edge`) cuts no more tiles than a page has pixels for, PVTC
+turns the 16 patches of a tile into four tokens, and LVTC `fast` gives the first decoder layer one
+token per tile and the other two layers all four. The gate of LVTC starts open, because training
+starts from scratch and has no released model to leave undisturbed.
 """
 
 import dataclasses
@@ -45,7 +47,8 @@ def get_config() -> TrainConfig:
             rope=RopeConfig(theta=1e4, max_positions=2048),
         ),
         lvtc=dataclasses.replace(lvtc, gate=1.0),
-        # Without the template's system message, which is the same in every sample, a step holds more of them.
+        # The template's system message is the same in every sample; without it, a step holds more
+        # samples.
         prompt=PromptConfig(
             template="internlm2-chat",
             system_message="",

@@ -1,8 +1,9 @@
 """A small model from scratch on real receipts, with InternLM2's real vocabulary and RVTC.
 
-Shows the whole path on real input on a CPU: images are cut into up to six tiles and a thumbnail.
-The model is far too small, and the data far too few, to learn to read receipts. The sample data
-in `../shared/data` come from third parties and are expected beside the checkout.
+The config takes real input through the whole path on a CPU: images are cut into up to six tiles
+and a thumbnail. The model is far too small, and the data are far too few, to learn to read
+receipts. The sample data in `../shared/data` come from third parties and are expected beside the
+checkout.
 `python benchmarks/receipts.py` runs training, a stop, a resume and evaluation.
 """
 

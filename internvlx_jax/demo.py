@@ -1,12 +1,13 @@
-"""`make demo`: a tiny InternVL-X learns to read generated pages, and is scored on pages it has not seen.
+"""`make demo`: a tiny InternVL-X learns to read generated pages, and is scored on new ones.
 
     python -m internvlx_jax.demo        (in the root of the checkout)
 
-Training and evaluation are the commands that a user would type. Everything lies in runs/demo, which is
-emptied before. The last line is
-`demo: exact_match=1.00 chance=0.09 blank=0.09 visual_tokens=4.4 (InternVL: 13.1)`: the share of right answers,
-that of the best answerer that sees no page, the model's own on blank pages, and what its three compressors
-spend on a validation page, see `Spent`.
+Training and evaluation are the commands that a user would type. Everything lies in runs/demo, which
+is emptied first. The last line is
+`demo: exact_match=1.00 chance=0.09 blank=0.09 visual_tokens=4.4 (InternVL: 13.1)`:
+the share of right answers, the same for the best answerer that sees no page, the same for the model
+on blank pages, and the visual tokens that its three compressors spend on a validation page (see
+`Spent`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from internvlx_jax.data.tiles import tile_count
 from internvlx_jax.evaluation.gallery import write_gallery
 from internvlx_jax.training.report import draw_curves, figure_class
 
-# Unless the user sets them. A program as small as this one keeps one core busy: two host devices that share the batch
-# use two. XLA sizes the CPU thread pool by NPROC, and several devices can deadlock in a small pool.
+# Defaults, which the user's environment overrides. A program as small as this one keeps one core
+# busy; two host devices that share the batch use two. XLA sizes the CPU thread pool by NPROC, and
+# several devices can deadlock in a small pool.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
 # Device nodes of TPUs, NVIDIA GPUs (the second under WSL) and AMD GPUs.
 ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "dxg", "kfd")
@@ -45,17 +47,19 @@ DATA, TRAIN, EVAL, EVAL_BLANK = RUN / "data", RUN / "train", RUN / "eval", RUN /
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What the compressors spend on a page, on average over validation pages of one image.
+    """Holds what the compressors spend per page, on average over validation pages of one image.
 
-    InternVL's way is its tile rule, which cuts every page for its aspect ratio up to the same maximum
-    (`off`), and the tokens of `mlp1`, one for 2 x 2 patches (256 of a tile at full size, 4 here), in every
-    decoder layer.
+    InternVL's way is its tile rule, which cuts every page for its aspect ratio up to the same
+    maximum (`off`), and one token of `mlp1` per 2 x 2 patches (256 per tile at full size, 4 here)
+    in every decoder layer.
 
     Attributes:
-        tiles: by RVTC, thumbnails included; tiles_off: without it.
-        shallow, deep: visual tokens in the decoder layers before LVTC's expansion, and from there on.
-        tokens: their mean over all layers.
-        internvl: visual tokens in any layer in InternVL's way.
+        tiles: Tiles cut by RVTC, thumbnails included.
+        tiles_off: The same without RVTC.
+        shallow: Visual tokens in the decoder layers before LVTC's expansion.
+        deep: Visual tokens from the expansion on.
+        tokens: The mean of both over all layers.
+        internvl: Visual tokens in every layer in InternVL's way.
     """
 
     tiles: float
@@ -67,7 +71,7 @@ class Spent:
 
     @classmethod
     def of(cls, model: ModelConfig, sizes: Sequence[tuple[int, int]]) -> Spent:
-        """Count for pages of these (width, height)."""
+        """Counts for pages of these (width, height)."""
         edge = model.prompt.tiles
         tiles, tiles_off = (
             sum(tile_count(rule, *size) for size in sizes) / len(sizes)
@@ -101,10 +105,15 @@ def main() -> int:
 
 
 def run_demo() -> None:
-    """All stages; raises CalledProcessError with the command of the one that failed."""
+    """Runs all stages.
+
+    Raises:
+        CalledProcessError: A stage failed; the error holds its command.
+        ConfigError: The working folder is not the root of a checkout.
+    """
     for needed in ("train.py", "eval.py", CONFIG):
         if not Path(needed).is_file():
-            raise ConfigError(f"{needed} is not here; run the demo in the root of the checkout")
+            raise ConfigError(f"{needed} is missing; run the demo in the root of the checkout")
     figure_class()  # a missing matplotlib should not show up after minutes of training
     if RUN.exists():
         shutil.rmtree(RUN)
@@ -124,11 +133,11 @@ def run_demo() -> None:
 
     spent = Spent.of(load_config_file(CONFIG).model, page_sizes(DATA / FILES["val_vqa"]))
     print(
-        f"RVTC: {spent.tiles:.2f} tiles a page, {spent.tiles_off:.2f} without it "
+        f"RVTC: {spent.tiles:.2f} tiles per page, {spent.tiles_off:.2f} without it "
         f"({1 - spent.tiles / spent.tiles_off:.0%} saved)"
     )
     print(
-        f"PVTC and LVTC: {spent.shallow:.1f} visual tokens a page in shallow decoder layers, "
+        f"PVTC and LVTC: {spent.shallow:.1f} visual tokens per page in shallow decoder layers, "
         f"{spent.deep:.1f} in deep ones, {spent.tokens:.1f} on average; "
         f"{spent.internvl:.1f} in all layers in InternVL's way"
     )
@@ -144,7 +153,7 @@ def run_demo() -> None:
 
 
 def evaluate(questions: Path, out: Path) -> float:
-    """Exact match of the trained model, as eval.py writes it."""
+    """Evaluates the trained model with eval.py and returns its exact match."""
     python(
         "eval.py",
         "--checkpoint",
@@ -166,7 +175,7 @@ def evaluate(questions: Path, out: Path) -> float:
 
 
 def page_sizes(questions: Path) -> list[tuple[int, int]]:
-    """Return (width, height) of each page that is asked about."""
+    """Returns (width, height) of each page that is asked about."""
     rows = map(json.loads, questions.read_text(encoding="utf-8").splitlines())
     return [
         image_size(questions.parent / name) for name in dict.fromkeys(row["image"] for row in rows)
@@ -174,21 +183,26 @@ def page_sizes(questions: Path) -> list[tuple[int, int]]:
 
 
 def python(*args: str) -> None:
-    """Run a script of the checkout with this interpreter, its output passing through."""
+    """Runs a script of the checkout with this interpreter, its output passing through."""
     command = [sys.executable, *args]
     print(f"$ {shlex.join(command)}", flush=True)
-    # libtpu, which is installed for its compiler, complains about a missing TPU whenever jax looks for one.
+    # libtpu, which is installed for its compiler, complains about a missing TPU whenever jax looks
+    # for one.
     quiet = {} if has_accelerator() else {"JAX_PLATFORMS": "cpu"}
     subprocess.run(command, check=True, env=ENVIRONMENT | quiet | os.environ)
 
 
 def has_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Return whether jax could find more than a CPU; beyond Linux, nobody knows without asking it."""
+    """Returns whether jax could find more than a CPU.
+
+    The answer is always yes outside Linux, where only jax itself could tell.
+    """
     return sys.platform != "linux" or any(any(devices.glob(name)) for name in ACCELERATORS)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
+    """Prints the name of a stage, and the seconds that it took."""
     print(f"--- {name}", flush=True)
     started = time.perf_counter()
     yield

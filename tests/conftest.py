@@ -1,14 +1,17 @@
-"""Eight CPU devices for every test; third-party data is optional outside CI and never silently absent."""
+"""Gives every test eight CPU devices, and the data that several files of tests share.
+
+Third-party data are optional outside CI and never silently absent.
+"""
 
 import os
 import tempfile
 from importlib.metadata import version
 
-os.environ.setdefault(
-    "NPROC", "16"
-)  # a bigger XLA thread pool: 8 devices on 2 cores deadlock otherwise
+# XLA sizes its thread pool by NPROC: 8 devices deadlock in the pool of a machine with 2 cores.
+os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation: compile cheaply, and each program once a session, subprocesses included.
+# Most of the suite's time is compilation: compile cheaply, and each program once per session,
+# subprocesses included.
 os.environ["JAX_OPTIMIZATION_LEVEL"] = "O0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process that starts them
     CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
@@ -32,13 +35,13 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Measured inputs and outputs of the original PyTorch model, committed under tests/golden."""
+    """Returns the folder of measured inputs and outputs of the original PyTorch model."""
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Third-party sample data beside the checkout (never committed). Required under CI=true."""
+    """Returns the third-party sample data beside the checkout, which are required under CI=true."""
     if SHARED_DATA.is_dir():
         return SHARED_DATA
     message = f"third-party sample data not found at {SHARED_DATA}"

@@ -1,4 +1,7 @@
-"""Every citation of a design page resolves: `design: PAGE.md N` is a numbered heading of docs/design/PAGE.md."""
+"""Every citation of a design page resolves.
+
+`design: PAGE.md N` cites the heading with number N of docs/design/PAGE.md.
+"""
 
 import re
 from pathlib import Path
@@ -13,17 +16,23 @@ LEFT_OUT = ("golden", "assets", "runs", "node_modules")
 MARK = "design" + ": "
 OLD_MARK = "spec" + ": "
 
-# After the mark: everything to the end of the bracket or sentence, over line breaks of a comment or docstring.
+# After the mark: everything to the end of the bracket or sentence, over line breaks of a comment or
+# docstring.
 CITATION = re.compile(MARK + r"((?:[a-z]+\.md)\b[^()\"]*)")
-# A page, and its numbers with what may stand between them: "4", "8.4", "3 to 8, 10", "10-17", "2 and 16".
+# A page, and its numbers with what may stand between them: "4", "8.4", "3 to 8, 10", "10-17",
+# "2 and 16".
 NUMBER = r"\d+(?:\.\d+)?"
 PAGE = re.compile(rf"\b([a-z]+\.md)(?: ({NUMBER}(?:(?:, | to | and |-){NUMBER})*))?(?![\w-])")
-# Docstrings cite without the mark, too. Here a number has to follow: docs/ has pages of the same names.
+# Docstrings cite without the mark, too. A number has to follow here, because docs/ has pages of the
+# same names.
 BARE = re.compile(rf"(?<![\w/.])([a-z]+\.md) ({NUMBER}(?:(?:, | to | and |-){NUMBER})*)(?![\w-])")
 
 
 def texts():
-    """(path, text) of every source, document and config; line breaks with their indent or comment sign are blanks."""
+    """Yields (path, text) of every source, document and config.
+
+    Line breaks with their indent or comment sign become blanks.
+    """
     for path in sorted(ROOT.rglob("*")):
         inside = path.relative_to(ROOT).parts
         if path.suffix in SUFFIXES and not any(
@@ -34,14 +43,17 @@ def texts():
 
 
 def numbers(cited):
-    """Every section that a list of numbers names, ends of ranges included: "3 to 5, 8.4" -> 3, 4, 5, 8.4."""
+    """Yields every section that a list of numbers names: "3 to 5, 8.4" -> 3, 4, 5, 8.4."""
     for part in re.split(r", | and ", cited or ""):
         first, *last = re.split(r" to |-", part)
         yield from map(str, range(int(first), int(last[0]) + 1)) if last else filter(None, [first])
 
 
 def citations(text):
-    """(page, number) of every citation in a text; the number is None where a page is cited as a whole."""
+    """Yields (page, number) of every citation in a text.
+
+    The number is None where a page is cited as a whole.
+    """
     for found in CITATION.finditer(text):
         for page, cited in PAGE.findall(found[1]):
             yield from ((page, number) for number in numbers(cited)) if cited else [(page, None)]
@@ -51,7 +63,7 @@ def citations(text):
 
 
 def sections(page):
-    """Numbers of the headings of a page."""
+    """Returns the numbers of the headings of a page."""
     return set(re.findall(rf"^#{{2,4}} ({NUMBER})\.? ", (DESIGN / page).read_text(), re.MULTILINE))
 
 
@@ -83,13 +95,13 @@ def test_reading(text, expected):
 
 
 def test_citations_resolve():
-    """Pages and numbers cited anywhere in the repository are there."""
+    """Pages and numbers cited anywhere in the repository exist."""
     headings = {page: sections(page) for page in PAGES}
     wrong = [
         f"{path}: {page} {number or ''}"
         for path, text in texts()
         for page, number in set(citations(text))
-        if page not in headings or number is not None and number not in headings[page]
+        if page not in headings or (number is not None and number not in headings[page])
     ]
     assert not wrong
 
@@ -104,7 +116,7 @@ def test_one_name():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_numbering(page):
-    """Sections of a page are numbered from 1, none twice and none left out, so that numbers stay what they are."""
+    """Sections of a page are numbered from 1, none twice and none left out."""
     headings = re.findall(r"^## (.*)", (DESIGN / page).read_text(), re.MULTILINE)
     assert [heading.split(".")[0] for heading in headings] == [
         str(n) for n in range(1, len(headings) + 1)

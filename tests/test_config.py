@@ -59,31 +59,34 @@ def test_every_config_file_loads_and_survives_json(file):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("setting, expected", [
-    ("name=y", changed(name="y")),
-    ("name=3", changed(name="3")),
-    ("name=none", changed(name="none")),
-    ("name=a=b", changed(name="a=b")),
-    ("name=", changed(name="")),
-    ("inner.width=16", changed(inner=Inner(width=16))),
-    ("inner.ratio=1e-4", changed(inner=Inner(ratio=1e-4))),
-    ("inner.ratio=2", changed(inner=Inner(ratio=2.0))),
-    ("inner={'width': 4}", changed(inner=Inner(width=4))),
-    ("maybe={'heads': 4}", changed(maybe=Inner(heads=4))),
-    ("maybe.heads=4", changed(maybe=Inner(heads=4))),
-    ("mode=none", changed(mode="none")),
-    ("path=runs/5", changed(path="runs/5")),
-    ("path=5", changed(path="5")),
-    ("path=None", changed(path=None)),
-    ("steps=none", changed(steps=None)),
-    ("steps=7", changed(steps=7)),
-    ("flag=true", changed(flag=True)),
-    ("flag=False", changed(flag=False)),
-    ("sizes=(1, 2)", changed(sizes=(1, 2))),
-    ("sizes=[3]", changed(sizes=(3,))),
-    ("words=[]", changed(words=())),
-    ("words=['b', 'c.*d']", changed(words=("b", "c.*d"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ("name=y", changed(name="y")),
+        ("name=3", changed(name="3")),
+        ("name=none", changed(name="none")),
+        ("name=a=b", changed(name="a=b")),
+        ("name=", changed(name="")),
+        ("inner.width=16", changed(inner=Inner(width=16))),
+        ("inner.ratio=1e-4", changed(inner=Inner(ratio=1e-4))),
+        ("inner.ratio=2", changed(inner=Inner(ratio=2.0))),
+        ("inner={'width': 4}", changed(inner=Inner(width=4))),
+        ("maybe={'heads': 4}", changed(maybe=Inner(heads=4))),
+        ("maybe.heads=4", changed(maybe=Inner(heads=4))),
+        ("mode=none", changed(mode="none")),
+        ("path=runs/5", changed(path="runs/5")),
+        ("path=5", changed(path="5")),
+        ("path=None", changed(path=None)),
+        ("steps=none", changed(steps=None)),
+        ("steps=7", changed(steps=7)),
+        ("flag=true", changed(flag=True)),
+        ("flag=False", changed(flag=False)),
+        ("sizes=(1, 2)", changed(sizes=(1, 2))),
+        ("sizes=[3]", changed(sizes=(3,))),
+        ("words=[]", changed(words=())),
+        ("words=['b', 'c.*d']", changed(words=("b", "c.*d"))),
+    ],
+)
 def test_override_sets_a_field_of_every_kind(setting, expected):
     result = override(OUTER, [setting])
     assert result == expected
@@ -94,7 +97,7 @@ def test_later_settings_win_and_the_config_itself_stays():
     assert override(OUTER, ["steps=1", "inner.width=4", "steps=2"]) == changed(
         steps=2, inner=Inner(width=4)
     )
-    assert OUTER == Outer(name="x")
+    assert Outer(name="x") == OUTER
 
 
 def test_fields_that_depend_on_each_other_change_together():
@@ -106,27 +109,30 @@ def test_a_run_from_scratch_can_be_turned_into_a_fine_tuning(demo):
     assert (tuned.model, tuned.init_from) == (None, "runs/base")
 
 
-@pytest.mark.parametrize("setting, message", [
-    ("stpes=3", "--set stpes: Outer has no field 'stpes'; did you mean steps?"),
-    ("inner.widht=3", "--set inner.widht: Inner has no field 'widht'; did you mean width?"),
-    ("inner.qqq=3", "--set inner.qqq: Inner has no field 'qqq'; known: width, heads, ratio"),
-    ("maybe.width=3", "maybe: width 3 is not divisible by heads 2"),
-    ("inner.width.deep=3", "--set inner.width.deep: 'width' is 8, it has no fields"),
-    ("steps.x=3", "--set steps.x: 'steps' is 5, it has no fields"),
-    ("steps", "--set steps: expected field=value, e.g. optimizer.learning_rate=1e-4"),
-    ("steps=many", "--set steps: expected int, got 'many'"),
-    ("steps=1.5", "--set steps: expected int, got 1.5"),
-    ("inner.width=none", "--set inner.width: expected int, got None"),
-    ("inner.width=true", "--set inner.width: expected int, got True"),
-    ("inner.ratio=half", "--set inner.ratio: expected float, got 'half'"),
-    ("flag=1", "--set flag: expected bool, got 1"),
-    ("sizes=3", "--set sizes: expected a list, got 3"),
-    ("sizes=[1, 'a']", "--set sizes[1]: expected int, got 'a'"),
-    ("mode=ful", "--set mode: 'ful' is not one of 'none', 'full'; did you mean full?"),
-    ("inner=5", "--set inner: expected fields of Inner, got 5"),
-    ("inner={'widht': 4}", "--set inner.widht: Inner has no such field; did you mean width?"),
-    ("inner.heads=3", "inner: width 8 is not divisible by heads 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("stpes=3", "--set stpes: Outer has no field 'stpes'; did you mean steps?"),
+        ("inner.widht=3", "--set inner.widht: Inner has no field 'widht'; did you mean width?"),
+        ("inner.qqq=3", "--set inner.qqq: Inner has no field 'qqq'; known: width, heads, ratio"),
+        ("maybe.width=3", "maybe: width 3 is not divisible by heads 2"),
+        ("inner.width.deep=3", "--set inner.width.deep: 'width' is 8, it has no fields"),
+        ("steps.x=3", "--set steps.x: 'steps' is 5, it has no fields"),
+        ("steps", "--set steps: expected field=value, e.g. optimizer.learning_rate=1e-4"),
+        ("steps=many", "--set steps: expected int, got 'many'"),
+        ("steps=1.5", "--set steps: expected int, got 1.5"),
+        ("inner.width=none", "--set inner.width: expected int, got None"),
+        ("inner.width=true", "--set inner.width: expected int, got True"),
+        ("inner.ratio=half", "--set inner.ratio: expected float, got 'half'"),
+        ("flag=1", "--set flag: expected bool, got 1"),
+        ("sizes=3", "--set sizes: expected a list, got 3"),
+        ("sizes=[1, 'a']", "--set sizes[1]: expected int, got 'a'"),
+        ("mode=ful", "--set mode: 'ful' is not one of 'none', 'full'; did you mean full?"),
+        ("inner=5", "--set inner: expected fields of Inner, got 5"),
+        ("inner={'widht': 4}", "--set inner.widht: Inner has no such field; did you mean width?"),
+        ("inner.heads=3", "inner: width 8 is not divisible by heads 3"),
+    ],
+)
 def test_a_wrong_setting_is_an_error_that_names_it(setting, message):
     with pytest.raises(ConfigError) as error:
         override(OUTER, [setting])
@@ -143,14 +149,20 @@ def test_unknown_fields_of_a_real_config_are_named_at_any_depth(demo):
             override(demo, [setting])
 
 
-@pytest.mark.parametrize("data, message", [
-    ({"name": "x", "inner": {"widht": 3}}, "inner.widht: Inner has no such field; did you mean width?"),
-    ({"name": "x", "inner": {"width": "3"}}, "inner.width: expected int, got '3'"),
-    ({"name": "x", "inner": [1]}, "inner: expected fields of Inner, got [1]"),
-    ({"name": "x", "inner": {"heads": 3}}, "inner: width 8 is not divisible by heads 3"),
-    ({}, "Outer: Outer.__init__() missing 1 required keyword-only argument: 'name'"),
-    (5, "Outer: expected fields of Outer, got 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (
+            {"name": "x", "inner": {"widht": 3}},
+            "inner.widht: Inner has no such field; did you mean width?",
+        ),
+        ({"name": "x", "inner": {"width": "3"}}, "inner.width: expected int, got '3'"),
+        ({"name": "x", "inner": [1]}, "inner: expected fields of Inner, got [1]"),
+        ({"name": "x", "inner": {"heads": 3}}, "inner: width 8 is not divisible by heads 3"),
+        ({}, "Outer: Outer.__init__() missing 1 required keyword-only argument: 'name'"),
+        (5, "Outer: expected fields of Outer, got 5"),
+    ],
+)
 def test_stored_configs_are_checked(data, message):
     with pytest.raises(ConfigError) as error:
         from_dict(Outer, data)
@@ -175,7 +187,9 @@ def test_a_config_file_without_get_config_is_an_error(tmp_path):
 SIZES = """
 from typing import Literal
 
-def get_config(size: Literal["2b", "8b"] = "2b", lvtc="off", *, rate: float = 0.5, layers: tuple[int, ...] = ()):
+def get_config(
+    size: Literal["2b", "8b"] = "2b", lvtc="off", *, rate: float = 0.5, layers: tuple[int, ...] = ()
+):
     return size, lvtc, rate, layers
 """
 

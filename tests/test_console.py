@@ -34,13 +34,19 @@ def parser():
     return parser
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--config", "x", "check", "--decoed"], 'unknown argument --decoed. Did you mean "--decode"?'),
-    (["--config", "x", "check", "--cofnig=y"], '--cofnig=y. Did you mean "--config"?'),
-    (["--config", "x", "chek"], 'Did you mean "check"?'),
-    (["--config", "x", "show", "--rule", "edeg"], 'Did you mean "edge"?'),
-    (["check"], "required: --config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--config", "x", "check", "--decoed"],
+            'unknown argument --decoed. Did you mean "--decode"?',
+        ),
+        (["--config", "x", "check", "--cofnig=y"], '--cofnig=y. Did you mean "--config"?'),
+        (["--config", "x", "chek"], 'Did you mean "check"?'),
+        (["--config", "x", "show", "--rule", "edeg"], 'Did you mean "edge"?'),
+        (["check"], "required: --config"),
+    ],
+)
 def test_misspelled_flags_get_a_hint(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parser().parse_args(flags)
@@ -54,14 +60,17 @@ def test_right_flags_are_taken():
     assert args.decode and args.settings == ["a=1", "b=2"] and args.command == "check"
 
 
-@pytest.mark.parametrize("nodes, plugins, platforms", [
-    ([], [], "cpu"),
-    ([], ["xla_cuda13"], "cpu"),
-    (console.GPU_NODES, ["xla_cuda13"], "cuda,cpu"),
-    (console.GPU_NODES, [], "cpu"),
-    (console.TPU_NODES, [], None),
-    ([], ["other"], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "nodes, plugins, platforms",
+    [
+        ([], [], "cpu"),
+        ([], ["xla_cuda13"], "cpu"),
+        (console.GPU_NODES, ["xla_cuda13"], "cuda,cpu"),
+        (console.GPU_NODES, [], "cpu"),
+        (console.TPU_NODES, [], None),
+        ([], ["other"], None),
+    ],
+)
 def test_platforms_follow_the_device_nodes(nodes, plugins, platforms, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.delitem(sys.modules, "jax", raising=False)

@@ -1,4 +1,7 @@
-"""The demo as an orchestration: real data, a stand-in for train.py and eval.py in an empty folder."""
+"""The demo calls its stages in order.
+
+The data are real; train.py and eval.py are replaced by stand-ins in an empty folder.
+"""
 
 import dataclasses
 import json
@@ -37,8 +40,17 @@ data, out = pathlib.Path(args.data), pathlib.Path(args.out_dir)
 questions = [json.loads(line) for line in data.read_text().splitlines()]
 out.mkdir()
 right = "blank" not in data.name
-rows = [{"prompt": q["question"], "images": [str(data.parent / q["image"])], "prediction": q["answer"],
-         "answer": [q["answer"]], "score": float(right), "error": None} for q in questions]
+rows = [
+    {
+        "prompt": q["question"],
+        "images": [str(data.parent / q["image"])],
+        "prediction": q["answer"],
+        "answer": [q["answer"]],
+        "score": float(right),
+        "error": None,
+    }
+    for q in questions
+]
 (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (out / "summary.json").write_text(json.dumps({"score": float(right)}))
 """
@@ -103,7 +115,10 @@ def test_device_nodes(tmp_path, node, found):
 
 
 def test_what_the_compressors_spend():
-    """A narrow page of one tile, which InternVL cuts 2 x 3 with a thumbnail, and one of two tiles and a thumbnail."""
+    """Two pages: a narrow one of one tile, and one of two tiles and a thumbnail.
+
+    InternVL cuts the narrow one 2 x 3 with a thumbnail.
+    """
     model = load_config_file(ROOT / demo.CONFIG).model
     spent = demo.Spent.of(model, [(72, 108), (220, 110)])
     assert (spent.tiles, spent.tiles_off) == (2, 5)

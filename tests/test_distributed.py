@@ -1,4 +1,4 @@
-"""Start on several hosts: who is missing is named by all who are there (design: training.md 12)."""
+"""Processes of several hosts find each other and name the missing (design: training.md 12)."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def port():
 
 
 def roll(port, *process_ids, processes=3, timeout=1.0):
-    """What each of these processes gets from the roll call: None or its error."""
+    """Returns what each of these processes gets from wait_for_peers: None or its error."""
 
     def one(process):
         try:
@@ -76,7 +76,10 @@ def test_contradictions_are_told_to_all(port):
 
 
 def test_strangers_and_restarted_processes_do_not_disturb(port):
-    """A connection that says nothing sensible, and a process that was killed while it waited and comes again."""
+    """Strangers and restarts are ignored.
+
+    A connection says nothing sensible, and a process is killed while it waits and comes again.
+    """
     with ThreadPoolExecutor() as pool:
         all_three = pool.submit(roll, port, 0, processes=3, timeout=20)
         for words in (

@@ -51,6 +51,7 @@ GENERATED = (
     "report.html",
     "curves.png",
     "profile/",
+    "OpenGVLab/",  # ids of the Hugging Face hub
 )
 FILE = re.compile(
     r"[\w.-]+(/[\w.-]+)+/?|[\w-]+(/|\.(py|md|json|jsonl|npz|png|toml))|\.venv|LICENSE|Makefile"
@@ -63,6 +64,7 @@ PROGRAMS = {
     "internvlx chat": ("chat",),
     "internvlx compile": ("compile",),
     "internvlx report": ("report",),
+    "internvlx replay": ("replay",),
     **{f"internvlx data {name}": ("data", name) for name in ("check", "show", "generate")},
     **{
         f"internvlx convert {name}": ("convert", name)
@@ -88,7 +90,7 @@ def prose(doc):
 
 
 def spans(doc):
-    """The inline code spans of a document."""
+    """Returns the inline code spans of a document."""
     return re.findall(r"`([^`\n]+)`", prose(doc))
 
 
@@ -104,7 +106,7 @@ def commands(*docs):
 
 
 def paths(doc):
-    """Files and folders that a document names, in spans, commands and links."""
+    """Returns the files and folders that a document names, in spans, commands and links."""
     # A table row that begins with a folder lists the files in it.
     words = [
         folder + name
@@ -120,7 +122,7 @@ def paths(doc):
 
 
 def exists(doc, path):
-    """Whether a path exists from the root, the configs, the document or the package."""
+    """Returns whether a path exists below the root, configs, the document or the package."""
     return (
         (ROOT / path).exists()
         or (ROOT / "configs" / path).exists()
@@ -130,7 +132,7 @@ def exists(doc, path):
 
 
 def help_of(start):
-    """What a program prints for --help, when `start()` runs it."""
+    """Returns what a program prints for --help, when `start()` runs it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
         start()
@@ -144,7 +146,7 @@ def flags_in(help_text):
 
 @pytest.fixture(scope="module")
 def flags():
-    """The flags of each subcommand."""
+    """Returns the flags of each subcommand."""
     return {
         program: flags_in(help_of(lambda words=words: cli.main([*words, "--help"])))
         for program, words in PROGRAMS.items()
@@ -229,7 +231,7 @@ def test_settings_of_the_commands_are_fields():
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {span.split()[1] for doc in DOCS for span in spans(doc) if span.startswith("make ")}
-    assert named == {"demo", "test", "test-gpu", "test-torch"} and named <= targets
+    assert named == {"demo", "test", "test-gpu", "test-torch", "bench-gpu"} and named <= targets
 
 
 def test_last_line_of_the_demo_is_the_same_everywhere():

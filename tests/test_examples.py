@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from PIL import Image
 
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter, write_run_folder
 from internvlx_jax.core.model_config import (
     DecoderConfig,
     ModelConfig,

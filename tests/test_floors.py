@@ -10,9 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "internvlx_jax"
 ROOMS = (
-    "core", "models", "data", "checkpoints", "inference", "training", "aot", "evaluation",
-    "convert", "cli",
-)  # fmt: skip
+    "core",
+    "models",
+    "data",
+    "checkpoints",
+    "inference",
+    "training",
+    "aot",
+    "evaluation",
+    "convert",
+    "cli",
+)
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:
@@ -88,8 +96,10 @@ def loaded_after(code: str) -> set[str]:
     """Modules that a fresh interpreter has loaded after running some code."""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
-        text=True, capture_output=True, cwd=ROOT,
-    )  # fmt: skip
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 

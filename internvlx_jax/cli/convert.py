@@ -93,7 +93,7 @@ def _underscored(word: str) -> str:
 
 def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--from", dest="source", help="checkpoint folder or Hugging Face id")
-    flags.add_argument("--revision", help="of a Hugging Face id")
+    flags.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     flags.add_argument("--vit", help="build from parts: folder of the tower")
     flags.add_argument("--llm", help="build from parts: folder of the decoder")
     flags.add_argument(
@@ -102,7 +102,10 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         help="build from parts: folder or file; without it, it starts fresh",
     )
     flags.add_argument(
-        "--projector_kind", choices=("pvtc", "mlp1"), default="pvtc", help="of a fresh projector"
+        "--projector_kind",
+        choices=("pvtc", "mlp1"),
+        default="pvtc",
+        help="kind of a fresh projector",
     )
     flags.add_argument(
         "--mean_input_rows",
@@ -114,7 +117,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("keep", "float32", "bfloat16"),
         default="keep",
-        help="of the stored weights",
+        help="dtype of the stored weights",
     )
     flags.add_argument(
         "--field",
@@ -147,7 +150,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="parameters (dotted paths) that start fresh where the checkpoint lacks them",
     )
-    flags.add_argument("--seed", type=int, default=0, help="of what starts fresh")
+    flags.add_argument("--seed", type=int, default=0, help="seed of what starts fresh")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
 
@@ -170,7 +173,9 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--image_token_id", type=int, help="for the hf config, where no tokenizer says it"
     )
-    flags.add_argument("--ema", action="store_true", help="of a run: the average of its parameters")
+    flags.add_argument(
+        "--ema", action="store_true", help="take the average of the parameters of a run"
+    )
     flags.add_argument("--drop_lvtc", action="store_true", help="leave LVTC's parameters out")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")

@@ -257,7 +257,7 @@ def _config_fields(
 
 
 def _says(base: Mapping[str, Any], config: ModelConfig, tensors: Sequence[str]) -> bool:
-    """Whether a config.json describes this model."""
+    """Says whether a config.json describes this model."""
     try:
         return model_config(base, tensors) == config
     except ConfigError:

@@ -194,9 +194,8 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: expected a list, got {value!r}")
         return tuple(_coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        made = isinstance(hint, type) and isinstance(value, hint)
-        return value if made else from_dict(hint, value, path)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")

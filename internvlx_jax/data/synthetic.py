@@ -1,17 +1,18 @@
-"""Generated dataset on which a tiny model learns to read pages from scratch (design: data.md 1, 2).
+"""Writes a dataset from which a tiny model learns to read pages (design: data.md 1, 2).
 
     python -m internvlx_jax.data.synthetic --out runs/synthetic
 
-    OUT/synthetic.json                                        the configuration and what was written
-    OUT/meta_train.json, meta_val.json                        InternVL meta files with relative paths
-    OUT/synthetic_pages/train.jsonl, val.jsonl                chats about one page or two, or text only
-    OUT/synthetic_pages/val_vqa.jsonl, val_blank_vqa.jsonl    one question a line, one page each
-    OUT/synthetic_pages/images/train|val|blank/               PNG files
+    OUT/synthetic.json                                     the configuration and what was written
+    OUT/meta_train.json, meta_val.json                     InternVL meta files, relative paths
+    OUT/synthetic_pages/train.jsonl, val.jsonl             chats about one page or two, or text only
+    OUT/synthetic_pages/val_vqa.jsonl, val_blank_vqa.jsonl one question per line, about one page
+    OUT/synthetic_pages/images/train|val|blank/            PNG files
 
-A conversation asks once about every field of its page, or about three fields of its two pages. Every value is
-uniform and independent of everything else on the page, so an answerer that does not see the image is right
-about one time in nine. The blank questions are the validation questions on empty pages of the same sizes.
-Sample i of a split depends on (seed, split, i) only: a longer dataset begins with the shorter one.
+A conversation asks once about every field of its page, or about three fields of its two pages.
+Every value is uniform and independent of everything else on the page, so an answerer that does not
+see the image is right about one time in nine. The blank questions are the validation questions on
+empty pages of the same sizes. Sample i of a split depends on (seed, split, i) only: a longer
+dataset begins with the shorter one.
 """
 
 import argparse
@@ -39,11 +40,11 @@ __all__ = [
     "text_samples",
 ]
 
-TOKENIZER_FOLDER = (
-    Path(__file__).parent / "assets" / "synthetic_tokenizer"
-)  # made by synthetic_tokenizer.py
+# Written by synthetic_tokenizer.py.
+TOKENIZER_FOLDER = Path(__file__).parent / "assets" / "synthetic_tokenizer"
 
-VERSION = 4  # raise it with every change that alters a page or a sample, so that old folders are not reused
+# Raise it with every change that alters a page or a sample, so that old folders are not reused.
+VERSION = 4
 PAGES = "synthetic_pages"
 FILES = {
     "meta_train": "meta_train.json",
@@ -57,13 +58,15 @@ SUMMARY = "synthetic.json"
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    """What to generate.
+    """Describes the dataset to generate.
 
     Attributes:
-        seed: 0 to 2**32 - 1
-        train_samples, val_samples: lines of train.jsonl and val.jsonl
-        two_page_share: share of samples with two images and questions about the first or the second page
-        text_share: share of samples without an image
+        seed: 0 to 2**32 - 1.
+        train_samples: Lines of train.jsonl.
+        val_samples: Lines of val.jsonl.
+        two_page_share: Share of samples with two images and questions about the first or the second
+            page.
+        text_share: Share of samples without an image.
     """
 
     seed: int = 0
@@ -83,20 +86,23 @@ class SyntheticConfig:
             or self.two_page_share + self.text_share > 1
         ):
             raise ValueError(
-                f"two_page_share={self.two_page_share} and text_share={self.text_share} must be at least 0 "
-                "and at most 1 together."
+                f"two_page_share={self.two_page_share} and text_share={self.text_share} must be at "
+                "least 0 and at most 1 together."
             )
 
 
 def text_samples() -> list[tuple[str, str]]:
-    """All (question, answer) pairs of the text-only samples: copying a value, and counting on by one."""
+    """Returns all (question, answer) pairs of the text-only samples.
+
+    They ask to copy a value, or to count on by one.
+    """
     values = sorted({value for kind in KINDS.values() for value in kind.values})
     repeat = [(f"Repeat the word: {value}.", value) for value in values]
     return repeat + [(f"Which number comes after {n}?", str(n + 1)) for n in range(1, 9)]
 
 
 def _turns(questions: Iterable[tuple[str, str]], head: str) -> list[dict[str, str]]:
-    """Human and gpt turns; `head` holds the image placeholders and opens the first turn."""
+    """Returns human and gpt turns; `head` holds the image placeholders of the first turn."""
     turns = []
     for question, answer in questions:
         turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
@@ -105,7 +111,7 @@ def _turns(questions: Iterable[tuple[str, str]], head: str) -> list[dict[str, st
 
 
 def _ask(page: Page, rng: np.random.Generator, prefix: str = "") -> list[tuple[str, str]]:
-    """One question about each field, in random order and wording."""
+    """Returns one question about each field, in random order and wording."""
     fields = [page.fields[i] for i in rng.permutation(len(page.fields))]
     return [
         (prefix + str(rng.choice(KINDS[field.kind].questions)), field.value) for field in fields
@@ -113,7 +119,10 @@ def _ask(page: Page, rng: np.random.Generator, prefix: str = "") -> list[tuple[s
 
 
 def _sample(config: SyntheticConfig, split: str, index: int) -> tuple[dict[str, Any], list[Page]]:
-    """Sample `index` of a split: its JSONL object without image paths, and its pages (none, one or two)."""
+    """Returns sample `index` of a split: its JSONL object without image paths, and its pages.
+
+    The sample has no page, one or two.
+    """
     rng = np.random.default_rng(np.random.SeedSequence((config.seed, SPLITS.index(split), index)))
     sample: dict[str, Any] = {"id": f"{split}-{index:06d}"}
     kind = rng.random()
@@ -122,7 +131,7 @@ def _sample(config: SyntheticConfig, split: str, index: int) -> tuple[dict[str, 
         sample["conversations"] = _turns([pairs[rng.integers(len(pairs))]], "")
         return sample, []
     if kind < config.text_share + config.two_page_share:
-        # One tile a page and three questions keep these samples as short as the others.
+        # One tile per page and three questions keep these samples as short as the others.
         pages = [make_page(rng, (1, 1)), make_page(rng, (1, 1))]
         questions = [
             pair
@@ -156,7 +165,7 @@ def _save(image: Image.Image, root: Path, name: str) -> str:
 
 
 def _write_split(root: Path, config: SyntheticConfig, split: str) -> list[dict[str, Any]]:
-    """Write the JSONL file and the images of a split under the folder `root`; returns the samples."""
+    """Writes the JSONL file and the images of a split below `root`, and returns its samples."""
     (root / "images" / split).mkdir(parents=True)
     samples = []
     for index in range(getattr(config, f"{split}_samples")):
@@ -174,7 +183,7 @@ def _write_split(root: Path, config: SyntheticConfig, split: str) -> list[dict[s
 
 
 def _vqa_rows(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a question of the single-page samples, shaped like other generic VQA files."""
+    """Returns one row per question of the single-page samples, as in generic VQA files."""
     kinds = {question: name for name, kind in KINDS.items() for question in kind.questions}
     rows = []
     for sample in samples:
@@ -193,7 +202,10 @@ def _vqa_rows(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write_vqa(root: Path, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the validation questions, and the same on blank pages; returns the rows of the former."""
+    """Writes the validation questions, and the same on blank pages.
+
+    Returns the rows of the former.
+    """
     rows = _vqa_rows(samples)
     if not rows:
         raise ValueError(
@@ -214,13 +226,14 @@ def _write_vqa(root: Path, samples: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def chance(known: Iterable[Mapping[str, str]], rows: Iterable[Mapping[str, str]]) -> float:
-    """Exact match on `rows` of the best answerer that does not see the image.
+    """Returns the exact match on `rows` of the best answerer that does not see the image.
 
-    It knows the kind of field that is asked for and always gives the answer that was most frequent for that kind in
-    `known`, the training questions.
+    It knows the kind of field that is asked for, and always gives the answer that was most frequent
+    for that kind in the training questions.
 
     Args:
-        known, rows: objects with `field` and `answer`, such as the lines of val_vqa.jsonl
+        known: Training questions: objects with `field` and `answer`.
+        rows: Questions to answer, such as the lines of val_vqa.jsonl.
     """
     counts = collections.defaultdict(collections.Counter)
     for row in known:
@@ -231,7 +244,7 @@ def chance(known: Iterable[Mapping[str, str]], rows: Iterable[Mapping[str, str]]
 
 
 def _read_summary(folder: Path, config: SyntheticConfig) -> dict[str, Any] | None:
-    """The summary of a finished dataset in `folder`, None where nothing is there yet."""
+    """Returns the summary of a finished dataset in `folder`, None if the folder is empty."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     path = folder / SUMMARY
@@ -243,30 +256,33 @@ def _read_summary(folder: Path, config: SyntheticConfig) -> dict[str, Any] | Non
     want = {"version": VERSION, **dataclasses.asdict(config)}
     have = {"version": summary.get("version"), **summary.get("config", {})}
     keys = [key for key in want if have.get(key) != want[key]]
-    changes = [f"{key}: {have.get(key)} there, {want[key]} wanted" for key in keys]
+    changes = [f"{key}: {have.get(key)} in {SUMMARY}, {want[key]} wanted" for key in keys]
     if changes:
         raise FileExistsError(
-            f"{folder} holds another dataset ({'; '.join(changes)}). Choose another folder, or delete it."
+            f"{folder} holds another dataset ({'; '.join(changes)}). "
+            "Choose another folder, or delete it."
         )
     return summary
 
 
 def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[str, Any]:
-    """Write the dataset, or reuse it where the folder holds it already.
+    """Writes the dataset, or reuses it if the folder already holds it.
 
-    The files are written into a sibling folder, which is renamed at the end: `folder` is complete or absent.
+    The files are written into a sibling folder, which is renamed at the end: `folder` is complete
+    or absent.
 
     Args:
-        folder: a new or empty folder, or one that holds the same configuration
-        config: what to generate
+        folder: A new or empty folder, or one that holds the same configuration.
+        config: What to generate.
 
     Returns:
-        The contents of synthetic.json: `version`, `config`, counts of `train` and `val` (`samples`, `images`,
-        `questions`), `vqa_questions`, and `chance` (see chance()) of val_vqa.jsonl. FILES names the files.
+        The contents of synthetic.json: `version`, `config`, counts of `train` and `val` (`samples`,
+        `images`, `questions`), `vqa_questions`, and `chance` (see chance()) of val_vqa.jsonl. FILES
+        names the files.
 
     Raises:
         FileExistsError: `folder` holds something else.
-        ValueError: no validation sample has exactly one page.
+        ValueError: No validation sample has exactly one page.
     """
     folder = Path(folder).absolute()
     if (summary := _read_summary(folder, config)) is not None:

@@ -1,13 +1,14 @@
-"""Drawn pages in the spirit of receipts and forms: the images of the generated dataset (see synthetic.py).
+"""Draws pages in the spirit of receipts and forms: the images of synthetic.py.
 
-A page is cut into cells of half a tile. One or two cells hold a field, the others are empty or hold grey
-lines that stand for small print. A field is a box with a coloured band, a printed label in the band and one
-large value below it; every kind of field has its own band colour and tints its box with it, so a patch that
-shows a piece of a value also shows which field the value belongs to. Sizes are chosen for tiles of 112 px
-(4 x 4 patches of 28 px): a box is about two patches wide and high, and but for the tilt it lies inside one tile.
+A page is cut into cells of half a tile. One or two cells hold a field; the others are empty or hold
+gray lines that stand for small print. A field is a box with a colored band, a printed label in the
+band and one large value below it. Every kind of field has its own band color and tints its box with
+it, so a patch that shows a piece of a value also shows which field the value belongs to. Sizes are
+chosen for tiles of 112 px (4 x 4 patches of 28 px): a box is about two patches wide and high, and
+apart from the tilt it lies inside one tile.
 
-Only fonts that ship with Pillow are used. A page is a pure function of the random generator that is passed in
-(same bytes for the same versions of NumPy and Pillow).
+Only fonts that ship with Pillow are used. A page is a pure function of the random generator that is
+passed in (same bytes for the same versions of NumPy and Pillow).
 """
 
 import dataclasses
@@ -23,42 +24,44 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and
 
 TILE = 112  # px, the tile side that pages are laid out for
 
-# Grids (columns, rows) of TILE px tiles that a page covers, with their shares. Most pages are one tile, so
-# that a page stays cheap on a CPU. Under rule `edge` with maximum 6 and a thumbnail a page has
+# Grids (columns, rows) of TILE px tiles that a page covers, with their shares. Most pages are one
+# tile, so that a page stays cheap on a CPU. Under rule `edge` with maximum 6 and a thumbnail a page
+# has
 #   tiles  1     3    4    5    7
 #   share  82 %  9 %  4 %  3 %  2 %     1.5 tiles on average, 3.0 under rule `off`
 GRIDS: dict[tuple[int, int], float] = {
     (1, 1): 0.82,
-    (1, 2): 0.05, (2, 1): 0.04,
-    (1, 3): 0.02, (3, 1): 0.02,
+    (1, 2): 0.05,
+    (2, 1): 0.04,
+    (1, 3): 0.02,
+    (3, 1): 0.02,
     (2, 2): 0.03,
-    (2, 3): 0.01, (3, 2): 0.01,
-}  # fmt: skip
-SIDES = (
-    99,
-    112,
-)  # px a tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC
-# The same for pages of one tile, which RVTC never cuts. Without it the narrow ones, about a third, are cut into seven.
+    (2, 3): 0.01,
+    (3, 2): 0.01,
+}
+# px per tile, drawn for each axis; pages with smaller tiles could get another grid from RVTC.
+SIDES = (99, 112)
+# The same for pages of one tile, which RVTC never cuts. Without RVTC the narrow ones, about a
+# third, are cut into seven.
 SMALL_SIDES = (72, 112)
-FIELDS = (
-    1,
-    2,
-)  # fields a page, inclusive; pages with one field make the first steps of learning easy
+# Fields per page, inclusive; pages with one field make the first steps of learning easy.
+FIELDS = (1, 2)
 BAND = 13  # px, height of the label band
 LABEL_SIZE = 11  # px, font size of the printed labels where they fit
-TILT = 280.0  # degrees times pixels: the largest rotation moves a page's edge by about 2.4 px at every size
+# Degrees times pixels: the largest rotation moves a page's edge by about 2.4 px at every size.
+TILT = 280.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of field.
+    """Describes a kind of field.
 
     Attributes:
-        label: text printed in the band
-        band: RGB of the band; the box is tinted with it
-        values: the equally likely values, each one the exact answer to a question about the field
-        questions: paraphrases of the question about the field
-        draw: draw(canvas, area, value, ink, paper) prints a value into an area of the page
+        label: Text printed in the band.
+        band: RGB of the band; the box is tinted with it.
+        values: The equally likely values, each one the exact answer to a question about the field.
+        questions: Paraphrases of the question about the field.
+        draw: draw(canvas, area, value, ink, paper) prints a value into an area of the page.
     """
 
     label: str
@@ -70,7 +73,13 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a page: its kind (a key of KINDS), its value, and its box before the page is tilted."""
+    """Holds one field of a page.
+
+    Attributes:
+        kind: A key of KINDS.
+        value: The printed value.
+        box: Where the field stands before the page is tilted.
+    """
 
     kind: str
     value: str
@@ -79,7 +88,13 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A drawn page: an RGB image, the grid of tiles it was laid out for, and its fields (distinct kinds)."""
+    """Holds a drawn page.
+
+    Attributes:
+        image: RGB.
+        grid: (columns, rows) of tiles that the page was laid out for.
+        fields: One or two fields of distinct kinds.
+    """
 
     image: Image.Image
     grid: tuple[int, int]
@@ -93,7 +108,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def _fitting_font(text: str, width: int, height: int) -> ImageFont.FreeTypeFont:
-    """The largest font in which the ink of `text` fits into width x height pixels."""
+    """Returns the largest font in which the ink of `text` fits into width x height pixels."""
     size = 6
     while True:
         left, top, right, bottom = _font(size + 1).getbbox(text)
@@ -127,7 +142,7 @@ def _draw_swatch(
 
 
 def _polygon(radii: tuple[float, ...], turn: float) -> np.ndarray:
-    """Corners float[K, 2] in [-1, 1], K = len(radii), the first one `turn` radians from the right."""
+    """Returns corners float[K, 2] in [-1, 1], K = len(radii), from `turn` radians onwards."""
     angles = turn + 2 * math.pi * np.arange(len(radii)) / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
 
@@ -140,9 +155,19 @@ def _heart() -> np.ndarray:
 
 _UP = -math.pi / 2
 _CROSS = [
-    (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
-    (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1),
-]  # fmt: skip
+    (-1, -3),
+    (1, -3),
+    (1, -1),
+    (3, -1),
+    (3, 1),
+    (1, 1),
+    (1, 3),
+    (-1, 3),
+    (-1, 1),
+    (-3, 1),
+    (-3, -1),
+    (-1, -1),
+]
 _OUTLINES: dict[str, np.ndarray] = {
     "square": _polygon((1.2,) * 4, math.pi / 4),
     "diamond": _polygon((0.75, 1.15) * 2, 0),
@@ -157,7 +182,8 @@ _SHAPES = ("circle", "ring", "moon", *_OUTLINES)
 def _draw_shape(
     canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color
 ) -> None:
-    # As wide and high as the area allows: a narrow page is stretched to a tile, which makes its stamps round again.
+    # A shape is as wide and high as the area allows: a narrow page is stretched to a tile, which
+    # makes its stamps round again.
     x, y = _center(area)
     rx, ry = (area[2] - area[0]) * 0.42, (area[3] - area[1]) * 0.42
 
@@ -177,14 +203,20 @@ def _draw_shape(
 
 KINDS: dict[str, Kind] = {
     "stamp": Kind(
-        label="STAMP", band=(20, 130, 70), values=_SHAPES, draw=_draw_shape,
+        label="STAMP",
+        band=(20, 130, 70),
+        values=_SHAPES,
+        draw=_draw_shape,
         questions=("What shape is the stamp?", "Which stamp is it?", "Name the stamp."),
     ),
     "colour": Kind(
-        label="COLOUR", band=(90, 90, 90), values=tuple(_COLORS), draw=_draw_swatch,
+        label="COLOUR",
+        band=(90, 90, 90),
+        values=tuple(_COLORS),
+        draw=_draw_swatch,
         questions=("What is the colour?", "Which colour is it?", "Name the colour."),
     ),
-}  # fmt: skip
+}
 
 
 def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
@@ -201,7 +233,7 @@ def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
 
 
 def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Generator) -> None:
-    """Grey strokes of random lengths in an otherwise empty cell."""
+    """Draws gray strokes of random lengths into an otherwise empty cell."""
     left, top, right, bottom = cell
     for y in range(top + 8, bottom - 8, 7):
         end = left + 6 + int(rng.integers(0, right - left - 12))
@@ -209,7 +241,10 @@ def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Gen
 
 
 def _place(cell: Box, rng: np.random.Generator) -> Box:
-    """A box inside the cell: a margin of 3 to 5 px on each axis, split at random between the two sides."""
+    """Returns a box inside the cell.
+
+    The margin is 3 to 5 px on each axis, split at random between the two sides.
+    """
     margin_x, margin_y = rng.integers(3, 6, size=2).tolist()
     left = cell[0] + 1 + int(rng.integers(0, margin_x - 1))
     top = cell[1] + 1 + int(rng.integers(0, margin_y - 1))
@@ -217,7 +252,7 @@ def _place(cell: Box, rng: np.random.Generator) -> Box:
 
 
 def _scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.Image:
-    """What a scanner adds: a small tilt, uneven light, grain and specks."""
+    """Adds what a scanner adds: a small tilt, uneven light, grain and specks."""
     width, height = image.size
     tilt = rng.uniform(-TILT, TILT) / max(width, height)
     image = image.rotate(tilt, resample=Image.Resampling.BILINEAR, fillcolor=paper)
@@ -233,15 +268,16 @@ def _scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.I
 
 
 def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> Page:
-    """Draw a page.
+    """Draws a page.
 
     Args:
-        rng: the only source of randomness
-        grid: (columns, rows) of tiles that the page covers; None draws one of GRIDS by its share
+        rng: The only source of randomness.
+        grid: (columns, rows) of tiles that the page covers; None draws one of GRIDS by its share.
 
     Returns:
-        Page with 1 or 2 fields of distinct kinds, values independent and uniform; the image is RGB uint8 of
-        columns * (99 to 112) by rows * (99 to 112) px, of one tile 72 to 112 by 72 to 112 px.
+        A page with 1 or 2 fields of distinct kinds, whose values are independent and uniform. The
+        image is RGB uint8 of columns * (99 to 112) by rows * (99 to 112) px; a page of one tile has
+        72 to 112 by 72 to 112 px.
     """
     if grid is None:
         grid = list(GRIDS)[rng.choice(len(GRIDS), p=list(GRIDS.values()))]

@@ -1,10 +1,10 @@
-"""Trains the small SentencePiece tokenizer that ships with the generated dataset (design: data.md 5).
+"""Trains the small SentencePiece tokenizer of the generated dataset (design: data.md 5).
 
     python -m internvlx_jax.data.synthetic_tokenizer --out DIR
 
-It has the traits of InternLM2's: byte fallback, no text normalisation, no dummy prefix, spaces kept, the chat
-and image tokens appended after the pieces. Every answer of the dataset is one piece after the answer header,
-and the default system texts take few pieces.
+The tokenizer has the traits of InternLM2's: byte fallback, no text normalization, no dummy prefix,
+spaces kept, the chat and image tokens appended after the pieces. Every answer of the dataset is one
+piece after the answer header, and the default system texts take few pieces.
 """
 
 import argparse
@@ -21,9 +21,22 @@ from internvlx_jax.data.tokenizer_files import write_tokenizer_files
 
 PIECES = 640
 ADDED_TOKENS = (
-    "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>",
-    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
-)  # fmt: skip
+    "<|plugin|>",
+    "<|interpreter|>",
+    "<|action_end|>",
+    "<|action_start|>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
 SYSTEM_TEXTS = tuple(
     get_template(name).system_message for name in ("internlm2-chat", "internvl2_5")
 )
@@ -43,9 +56,10 @@ def _training_lines() -> list[str]:
 
 
 def train_tokenizer(folder: Path) -> None:
-    """Train the tokenizer and write tokenizer.model, added_tokens.json and tokenizer_config.json to `folder`.
+    """Trains the tokenizer and writes its files to `folder`.
 
-    Ids: 0 <unk>, 1 <s>, 2 </s>, then 256 bytes, merges and characters up to 640, then ADDED_TOKENS.
+    The files are tokenizer.model, added_tokens.json and tokenizer_config.json. Ids: 0 <unk>, 1 <s>,
+    2 </s>, then 256 bytes, merges and characters up to 640, then ADDED_TOKENS.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

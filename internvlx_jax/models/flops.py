@@ -187,15 +187,13 @@ def _stages(
 
     head = "decoder.embedding" if decoder.tie_embeddings else "decoder.head"
     logits = _Map(head, sum(lengths), decoder.width, decoder.vocab_size)
-    low, *added = sites
-    middle = [projector(low)]
+    added, middle = sites[1:], [projector(sites[0])]
     if lvtc is None:
         middle.append(layers("deep", decoder.layers, lengths, "embedding", "low"))
     else:
         names = [site.name for site in added]
         upsampled = tiles * (lvtc.high_grid * lvtc.low_grid**2 + lvtc.high_grid**2 * lvtc.low_grid)
-        below = ("embedding", "low", "shallow")
-        maps = [_Map("", upsampled, 1, decoder.width)]
+        maps, below = [_Map("", upsampled, 1, decoder.width)], ("embedding", "low", "shallow")
         middle += [
             layers("shallow", shallow, short_lengths, "embedding", "low"),
             _Stage("upsampling", "projector", (), below, maps),

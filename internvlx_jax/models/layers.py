@@ -106,7 +106,7 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
     ):
         inputs, self.output = spec.split("->")
-        contracted, letters = inputs.split(",")
+        letters = inputs.split(",")[1]
         is_output = [letter in self.output for letter in letters]
         fan_in = math.prod(n for n, out in zip(shape, is_output, strict=True) if not out)
         self.spec = spec

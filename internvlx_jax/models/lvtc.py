@@ -29,6 +29,7 @@ Further dims: U, C low and high grid side (g_l, g_h), R short slots.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,7 @@ class Lvtc(nnx.Module):
     def deep_ranges(self) -> list[tuple[int, int]]:
         """Returns the decoder layers on the long layout, cut in front of each injection."""
         bounds = (self.config.expand_layer, *self.config.inject_layers, self.layers)
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(itertools.pairwise(bounds))
 
 
 def short_inputs(inputs: Inputs) -> tuple[jax.Array, TokenLayout]:

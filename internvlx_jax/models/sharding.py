@@ -14,7 +14,6 @@ from typing import Any, cast
 import jax
 import numpy as np
 import optax
-from jax import Device
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -82,7 +81,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def make_mesh(
-    config: MeshConfig, devices: Sequence[Device] | None = None, *, rows: int | None = None
+    config: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int | None = None
 ) -> Mesh:
     """Makes a data x fsdp x tensor mesh over all devices; see `mesh_sizes`.
 

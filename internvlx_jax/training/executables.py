@@ -13,7 +13,7 @@ import jax
 
 from internvlx_jax.core.chips import GIB
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.setup import Setup
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from tensorboardX import SummaryWriter
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
 from internvlx_jax.core.files import write_text
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep, StepCounts
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics

@@ -19,8 +19,8 @@ from internvlx_jax.checkpoints.transfer import check_same_model, transfer
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import init_adapters, init_params, without_adapters

@@ -16,7 +16,7 @@ from internvlx_jax.core.inputs import Inputs, ShortLayout
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.models.params import AbstractModel, abstract_model
 from internvlx_jax.models.sharding import (
     activation_shardings,

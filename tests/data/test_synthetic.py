@@ -112,7 +112,7 @@ def test_finished_folder_is_reused(tmp_path):
 
 def test_folder_with_something_else_is_refused(tmp_path):
     generate(tmp_path / "a", SMALL)
-    with pytest.raises(FileExistsError, match="seed: 0 there, 9 wanted"):
+    with pytest.raises(FileExistsError, match="seed: 0 in synthetic.json, 9 wanted"):
         generate(tmp_path / "a", dataclasses.replace(SMALL, seed=9))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
@@ -274,7 +274,10 @@ def test_chance_is_about_one_in_nine(dataset):
 
 
 def _blind_questions(path):
-    """For each question about a single page: what is known without the image, by name, and the answer."""
+    """For each question about a single page.
+
+    What is known without the image, by name, and the answer.
+    """
     for sample in single_page(read(path)):
         pairs = questions(sample)
         for turn, (question, answer) in enumerate(pairs):
@@ -335,7 +338,10 @@ def _value_crops(rng, pages):
 
 
 def test_values_can_be_read_from_their_boxes():
-    """The nearest of a few hundred known crops has the right value: what is printed is what is answered."""
+    """The nearest of a few hundred known crops has the right value.
+
+    What is printed is what is answered.
+    """
     known, known_answers = _value_crops(np.random.default_rng(1), 400)
     new, new_answers = _value_crops(np.random.default_rng(2), 60)
     for kind in KINDS:

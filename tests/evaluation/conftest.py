@@ -24,7 +24,8 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation import job
-from internvlx_jax.evaluation.job import EvalConfig
+from internvlx_jax.evaluation.job_config import EvalConfig
+from internvlx_jax.evaluation.records import Summary
 from internvlx_jax.models.params import abstract_model
 from internvlx_jax.models.sharding import make_mesh
 
@@ -48,9 +49,9 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A run folder with random weights, large enough that every token and pixel counts for the answer.
+    """Writes a run folder with random weights; every token and pixel counts for the answer.
 
-    The stop token has a larger column in the head, so that it comes first now and then.
+    The stop token has a larger column in the head, so it comes first now and then.
     """
     tokenizer = Tokenizer.load(TOKENIZER_FOLDER)
     run = tmp_path_factory.mktemp("job") / "run"
@@ -98,9 +99,9 @@ def configure(checkpoint):
 
 @pytest.fixture(scope="session")
 def run_on():
-    """Runs a job on the first devices of this process."""
+    """Returns a function that runs a job on the first devices of this process."""
 
-    def run(config: EvalConfig, devices: int = 1) -> list[dict]:
+    def run(config: EvalConfig, devices: int = 1) -> list[Summary]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 job, "make_mesh", lambda mesh: make_mesh(mesh, devices=jax.devices()[:devices])
@@ -112,7 +113,7 @@ def run_on():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """eval.py in this process -> (exit status, stdout, stderr)."""
+    """Returns a function that runs eval.py here -> (exit status, stdout, stderr)."""
     spec = importlib.util.spec_from_file_location("eval_command", mini_data.ROOT / "eval.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

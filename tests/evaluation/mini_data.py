@@ -79,7 +79,7 @@ def write(root: Path) -> None:
 
 def folders(out: Writer) -> None:
     def questions(
-        path, folder, texts=("What colour?", "Which one is it?"), field="question", **more
+        path, folder, texts=("What color?", "Which one is it?"), field="question", **more
     ):
         rows = [
             {
@@ -157,9 +157,8 @@ def folders(out: Writer) -> None:
 
     for kind in KINDS:
         name = f"{kind}.png"
-        out.image(
-            f"mme/MME_Benchmark_release_version/{kind}/{'images/' if kind == 'artwork' else ''}{name}"
-        )
+        folder = "images/" if kind == "artwork" else ""
+        out.image(f"mme/MME_Benchmark_release_version/{kind}/{folder}{name}")
         out.text(f"mme/Your_Results/{kind}.txt", f"{name}\tIs it?\tYes\n{name}\tIs it not?\tNo\n")
     rows = questions("mm-vet/llava-mm-vet.jsonl", "mm-vet/images", field="text")
     out.json(
@@ -279,7 +278,7 @@ def mmbench_rows(out: Writer, text: str) -> list[dict]:
         "hint": "Look\nhere.",
         **OPTIONS,
         "answer": "A",
-        "category": "colour",
+        "category": "color",
         "image": out.base64(),
         "source": "s",
         "l2-category": "perception",

@@ -23,7 +23,7 @@ def test_flags_exist(capsys):
         for language, block in BLOCKS
         if language == "bash"
         for line in block.splitlines()
-        if "eval.py" in line
+        if "internvlx eval" in line
         for word in shlex.split(line)
         if word.startswith("--")
     }

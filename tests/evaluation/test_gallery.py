@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.gallery import CARD, RIGHT, WRONG, write_gallery
 
-PAGE = (10, 200, 30)  # a colour that nothing else in the picture has
+PAGE = (10, 200, 30)  # a color that nothing else in the picture has
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_right_and_wrong_are_marked(tmp_path, page):
 def test_question_and_answer_are_drawn(tmp_path, page):
     picture = draw(tmp_path, [row([page])])
     assert (picture != draw(tmp_path, [row([page], prediction="8", answer=["8"])])).any()
-    assert (picture != draw(tmp_path, [row([page], prompt="What is the colour?")])).any()
+    assert (picture != draw(tmp_path, [row([page], prompt="What is the color?")])).any()
 
 
 def test_unicode_line_separator_inside_a_text(tmp_path, page):

@@ -1,4 +1,7 @@
-"""Tasks during training: scores in metrics.jsonl, files as eval.py writes them (design: training.md 9)."""
+"""Tasks during training: scores in metrics.jsonl, files as eval.py writes them.
+
+(design: training.md 9)
+"""
 
 import json
 

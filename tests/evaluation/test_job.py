@@ -1,4 +1,4 @@
-"""One evaluation job on a tiny random model: answers do not depend on batches or devices, errors are counted."""
+"""One job on a tiny random model: batches and devices change nothing, errors are counted."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
-from internvlx_jax.evaluation.job import JudgeConfig
+from internvlx_jax.evaluation.job_config import JudgeConfig
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
@@ -24,7 +24,7 @@ NEW_TOKENS = 6
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory) -> Path:
-    """The questions on generated pages, one without an image between them, and one on two pages at the end."""
+    """Writes questions on generated pages, one without an image and one on two pages."""
     folder = tmp_path_factory.mktemp("job") / "data"
     generate(
         folder, SyntheticConfig(train_samples=1, val_samples=3, text_share=0.0, two_page_share=0.0)
@@ -49,7 +49,10 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_job(configure, run_on, questions, tmp_path_factory):
-    """Runs a job -> (summary, bytes of predictions.jsonl, its rows); `devices` limits the mesh to the first ones."""
+    """Returns a function that runs a job -> (summary, bytes of predictions.jsonl, its rows).
+
+    `devices` limits the mesh to the first ones.
+    """
 
     def run(*, devices=1, **settings):
         config = configure(
@@ -64,12 +67,11 @@ def run_job(configure, run_on, questions, tmp_path_factory):
         )
         (summary,) = run_on(config, devices)
         predictions = (Path(config.out_dir) / "predictions.jsonl").read_bytes()
-        assert json.loads((Path(config.out_dir) / "summary.json").read_text()) == json.loads(
-            json.dumps(summary)
-        )
+        stored = json.loads((Path(config.out_dir) / "summary.json").read_text())
+        assert stored == json.loads(json.dumps(summary.to_json()))
         how = json.loads((Path(config.out_dir) / "run.json").read_text())
         return (
-            summary | {"run": how},
+            summary.to_json() | {"run": how},
             predictions,
             [json.loads(line) for line in predictions.splitlines()],
         )
@@ -158,7 +160,7 @@ def test_the_summary_says_what_was_measured(one_by_one, questions, checkpoint):
 def test_a_failed_question_is_an_error_row_that_counts_as_wrong(
     run_job, one_by_one, questions, tmp_path
 ):
-    """Known from the header, known only when decoded beside a good row, and too long for the decoder."""
+    """Errors show in the header, when decoded beside a good row, or as a prompt too long."""
     page, text = read(questions)[0], read(questions)[3]
     page["image"] = str(questions.parent / page["image"])
     broken, floats = tmp_path / "broken.png", tmp_path / "floats.tiff"
@@ -251,7 +253,7 @@ def test_wrong_settings_are_refused_at_once(settings, message, configure):
     assert message in str(error.value)
 
 
-# --- the command --------------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command_writes_both_files(checkpoint, questions, one_by_one, tmp_path):

@@ -1,4 +1,7 @@
-"""The judge's client against a server of this test: cache, retries, refusals, nonsense (design: evaluation.md 7)."""
+"""The judge's client against a server of this test: cache, retries, refusals, nonsense.
+
+(design: evaluation.md 7)
+"""
 
 import json
 import threading
@@ -6,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from internvlx_jax.evaluation.job import JudgeConfig, rescore
+from internvlx_jax.evaluation.job import rescore
+from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import (
     EndpointJudge,
     JudgeError,
@@ -19,7 +23,10 @@ from internvlx_jax.evaluation.judge import (
 
 @pytest.fixture
 def server():
-    """An endpoint that answers from `replies` in turn (a text, a number as status, or raw bytes), then "1"."""
+    """Starts an endpoint that answers from `replies` in turn, then "1".
+
+    A reply is a text, a number as status, or raw bytes.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -134,7 +141,7 @@ def test_asking_until_understood():
     asked = NoJudge()
     assert ask_until(asked, ["a", "b"], int, temperatures=(0, 1)) == [None, None]
     assert [request.attempt for request in asked.requests] == [0, 0], (
-        "nobody there: not asked again"
+        "a missing judge is not asked again"
     )
 
 
@@ -149,8 +156,8 @@ def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_r
     )
     (pending,) = run_on(configure(tmp_path / "out", **settings))
     folder = tmp_path / "out" / "run" / "mmvet"
-    assert (pending["score"], pending["judge"]) == (None, "pending")
-    assert "2 requests to a judge are in judge_requests.jsonl" in pending["notes"][-1]
+    assert (pending.score, pending.judge) == (None, "pending")
+    assert "2 requests to a judge are in judge_requests.jsonl" in pending.notes[-1]
     config = JudgeConfig(url=f"http://localhost:{server.server_port}", model="m")
     server.replies = ["0.5", 401]
     with pytest.raises(JudgeError):
@@ -158,7 +165,7 @@ def test_rescoring_adds_the_judge_later(server, judge, configure, run_on, data_r
     assert (folder / "judge_requests.jsonl").is_file(), "still pending"
     server.replies = ["0.5"] * 2
     summary = rescore(str(folder / "predictions.jsonl"), data_root=str(data_root), judge=config)
-    assert (summary["score"], summary["judge"]["model"]) == (50, "m")
+    assert (summary.score, summary.judge["model"]) == (50, "m")
     assert not (folder / "judge_requests.jsonl").exists()
     asked = len(server.asked)
     assert (

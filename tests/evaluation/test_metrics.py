@@ -53,7 +53,7 @@ def test_exact(prediction, answers, score):
     [
         ("helo", ["hello"], 0.8),
         ("abxy", ["abcd"], 0.5),
-        ("a b", ["  a  b "], 1.0),  # the vectors of the specification
+        ("a b", ["  a  b "], 1.0),  # the vectors of the design page
         ("abcxy", ["abcd"], 0.6),
         ("abxyz", ["abcd"], 0.0),  # 2 and 3 edits of 5: above and below a half
         ("HELLO", ["hello"], 1.0),
@@ -129,7 +129,7 @@ def test_gqa_ignores_trailing_full_stops():
         ("none", "0"),
         ("12.5.", "12.5"),
         ("Aug. 5, 2010", "aug 5 2010"),
-        ("let's go", "let 's go"),  # those of the specification
+        ("let's go", "let 's go"),  # those of the design page
         ("a\nb\tc", "b c"),
         ("Ten", "10"),
         ("couldntve", "couldntve"),
@@ -159,7 +159,7 @@ def test_cleaning_of_vqa(text, cleaned):
     ],
 )
 def test_cleaning_of_vqa_in_vlmevalkit(text, cleaned):
-    """The full stop stays behind a digit; no change of 's; a comma between digits deletes all marks."""
+    """A full stop behind a digit and 's stay; a comma between digits deletes all marks."""
     assert clean(text, vlmevalkit=True) == cleaned
 
 
@@ -199,7 +199,7 @@ OPTIONS = {"A": "a red car", "B": "blue bus", "C": "tree", "D": "none of these"}
         ("A blue bus", "A"),
         ("A or B", None),
         ("B because it is big and long and wide", None),
-        ("a red car and a tree", None),  # those of the specification
+        ("a red car and a tree", None),  # those of the design page
         ("Sorry, I can't help with images of people yet.", "Z"),
         ("Z", "Z"),
         ("Z or A", "A"),
@@ -228,7 +228,7 @@ def test_option_inference(answer, letter):
     ],
 )
 def test_first_option(answer, letter):
-    """A leading capital is taken as a letter, whatever follows; else the first option in the order of the letters."""
+    """A leading capital is taken as a letter, whatever follows; else the first option counts."""
     assert first_option(answer, OPTIONS) == letter
 
 
@@ -296,12 +296,12 @@ def test_mme_scores_by_hand():
     ],
 )
 def test_pope_labels(text, label):
-    """Only the text before the first full stop, only these spellings, only single spaces separate words."""
+    """Only the text before the first full stop, these spellings and single spaces count."""
     assert pope.label(text) == label
 
 
 def test_pope_arithmetic():
-    """The check of the specification: TP 1256, FP 39, TN 1371, FN 244."""
+    """The check of the design page: TP 1256, FP 39, TN 1371, FN 244."""
     predicted = [True] * (1256 + 39) + [False] * (1371 + 244)
     keys = [True] * 1256 + [False] * 39 + [False] * 1371 + [True] * 244
     scores = binary_scores(predicted, keys)
@@ -340,7 +340,7 @@ def test_all_right_is_by_group():
         ("So the answer is 3.14159 m.", {"3.14159 m", 3.14}),
         ("x = 1,234", {1234.0, 234.0}),
         ("The result is 2e3.", {2000.0, 3.0}),
-        ("Therefore $5.50 is final", {"final"}),  # those of the specification
+        ("Therefore $5.50 is final", {"final"}),  # those of the design page
         ("5", {5.0}),
         ("a", {" a", "a "}),
         ("It is blue\nx = 7", {"blue", 7.0}),
@@ -413,7 +413,7 @@ def test_mathvista_texts_match_without_the_bug():
     ],
 )
 def test_mathvista_in_internvl(extraction, key, right):
-    """int(float(x)) cuts, round() loses the last zero of "1.50", and a text picks the nearest choice."""
+    """int(float(x)) cuts, round() loses the zero of "1.50", a text picks the nearest choice."""
     assert internvl_matches(extraction, key) == right
 
 
@@ -434,7 +434,10 @@ def test_the_table_names_the_metrics_of_single_answers():
 
 
 def test_metrics_and_tasks_import_no_jax():
-    code = "import sys, internvlx_jax.evaluation.scoring, internvlx_jax.evaluation.tasks; print('jax' in sys.modules)"
+    code = (
+        "import sys, internvlx_jax.evaluation.scoring, internvlx_jax.evaluation.tasks; "
+        "print('jax' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""How several images of a question become tiles, and the order of tiling and RGB (design: evaluation.md 1, 4)."""
+"""How several images of a question become tiles, and the order of tiling and RGB.
+
+(design: evaluation.md 1, 4)
+"""
 
 import io
 
@@ -60,19 +63,19 @@ def test_mmmu_enlarges_the_first_image_bilinearly():
 
 
 def test_mmmu_without_a_grid_takes_the_first_image_as_it_is():
-    view = TASKS["mmmu_val"].views["internvl"]
-    assert (view.images(True), view.images(False)) == (MMMU_GRID, FIRST_ONLY)
+    spec = TASKS["mmmu_val"].protocols["internvl"]
+    assert (spec.images(True), spec.images(False)) == (MMMU_GRID, FIRST_ONLY)
 
 
-def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
+def test_palettes_are_resized_by_nearest_neighbor_after_tiling():
     palette = stored(120, 90, "P")
     image = Image.open(palette.open())
     (before,) = Tiler(TILES).cut([palette], "here")
     np.testing.assert_array_equal(before, cut_tiles(image.convert("RGB"), TILES))
     (after,) = Tiler(TILES, rgb="after_tiling").cut([palette], "here")
     assert after.shape == before.shape and (after != before).any()
-    colours = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
-    assert {tuple(colour) for colour in after.reshape(-1, 3).tolist()} <= colours, (
+    colors = {tuple(color) for color in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {tuple(color) for color in after.reshape(-1, 3).tolist()} <= colors, (
         "none between two of them"
     )
     plain = Tiler(TILES, rgb="after_tiling").cut([WIDE], "here")

@@ -1,4 +1,7 @@
-"""Scores of whole tasks, computed by hand, and perfect answers to every benchmark (design: evaluation.md 6)."""
+"""Scores of whole tasks, computed by hand, and perfect answers to every benchmark.
+
+(design: evaluation.md 6)
+"""
 
 import dataclasses
 
@@ -63,25 +66,25 @@ PERFECT = {"mme": 2800, "pope": 1}
 @pytest.mark.parametrize("name, protocol", ALL)
 def test_perfect_answers_reach_the_top_and_failures_the_bottom(name, protocol, data_root):
     """So the references reach the metric, from the files of each layout."""
-    (unit,) = select(
+    (spec,) = select(
         EvaluationConfig(tasks=name, protocol=protocol, data_root=str(data_root), compat="none")
     )
-    if not unit.questions[0].answers:
-        assert unit.protocol_spec.submission is not None
+    if not spec.questions[0].answers:
+        assert spec.protocol_spec.submission is not None
         return
-    best = [Answered(question, question.answers[0]) for question in unit.questions]
+    best = [Answered(question, question.answers[0]) for question in spec.questions]
     failed = [dataclasses.replace(row, error="unreadable") for row in best]
     if name in JUDGED:
         judge = Scripted(*["1" if name == "mmvet" else "8 8"] * len(best))
-        assert score(unit.protocol_spec.score, best, judge).score == 100
-        assert score(unit.protocol_spec.score, best).pending
+        assert score(spec.protocol_spec.score, best, judge).score == 100
+        assert score(spec.protocol_spec.score, best).pending
         return
-    if "MMBench_TEST" in unit.protocol_spec.dataset:
-        assert score(unit.protocol_spec.score, best).score is None
+    if "MMBench_TEST" in spec.protocol_spec.dataset:
+        assert score(spec.protocol_spec.score, best).score is None
         return
     for scored, expected in (
-        (score(unit.protocol_spec.score, best), PERFECT.get(name, 100)),
-        (score(unit.protocol_spec.score, failed), 0),
+        (score(spec.protocol_spec.score, best), PERFECT.get(name, 100)),
+        (score(spec.protocol_spec.score, failed), 0),
     ):
         assert scored.score == pytest.approx(expected)
         assert all(value == (expected > 0) for value in scored.scores)
@@ -165,7 +168,7 @@ def test_mmmu_open_questions_of_vlmevalkit_are_choices():
 
 
 def test_pope_is_the_mean_of_its_categories():
-    """random: TP 1, FN 1 -> F1 2/3; popular: TP 1, FP 1 -> F1 2/3; adversarial: no yes at all -> 0."""
+    """random: TP 1, FN 1 -> F1 2/3; popular: TP 1, FP 1 -> F1 2/3; adversarial: no yes -> 0."""
     rows = [
         row("Yes", "yes", category="random"),
         row("no", "yes", category="random"),

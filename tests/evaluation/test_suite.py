@@ -1,6 +1,10 @@
-"""Every benchmark end to end on made-up data: any devices, processes, shards and interruptions give the same bytes."""
+"""Every benchmark end to end on made-up data.
+
+Any number of devices, processes, shards and interruptions gives the same bytes.
+"""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -17,8 +21,10 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.run_config import MeshConfig
+from internvlx_jax.evaluation import job
 from internvlx_jax.evaluation import prediction_shards as parts
-from internvlx_jax.evaluation.job import EvalConfig, JudgeConfig, rescore
+from internvlx_jax.evaluation.job import rescore
+from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
 from internvlx_jax.evaluation.selection import Decoding
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 
@@ -50,16 +56,16 @@ def all_tasks(settings, configure, run_on, tmp_path_factory):
 
 def test_every_task_runs_under_its_own_protocol(all_tasks, data_root):
     folder, summaries = all_tasks
-    assert [summary["task"] for summary in summaries] == list(TASKS)
+    assert [summary.task for summary in summaries] == list(TASKS)
     for summary in summaries:
         task, rows = (
-            TASKS[summary["task"]],
-            read_rows(folder / summary["task"] / "predictions.jsonl"),
+            TASKS[summary.task],
+            read_rows(folder / summary.task / "predictions.jsonl"),
         )
-        assert (summary["protocol"], summary["errors"]) == (task.default_protocol, 0)
-        assert [row["index"] for row in rows] == list(range(summary["samples"]))
+        assert (summary.protocol, summary.errors) == (task.default_protocol, 0)
+        assert [row["index"] for row in rows] == list(range(summary.samples))
         assert json.loads((folder / task.name / "summary.json").read_text()) == json.loads(
-            json.dumps(summary)
+            json.dumps(summary.to_json())
         )
         assert {row["finish"] for row in rows} <= {"stop", "length"} and all(
             row["tiles"] > 0 for row in rows
@@ -68,7 +74,7 @@ def test_every_task_runs_under_its_own_protocol(all_tasks, data_root):
             "predictions.jsonl",
             "summary.json",
             "run.json",
-            *summary["files"],
+            *summary.files,
         }
     assert len({row["raw"] for row in read_rows(folder / "mme" / "predictions.jsonl")}) > 10, (
         "or nothing is compared"
@@ -84,14 +90,14 @@ def test_every_other_protocol_runs(settings, configure, run_on, tmp_path):
                 tmp_path / protocol, **settings | dict(tasks=",".join(tasks), protocol=protocol)
             )
         )
-        assert [
-            (summary["task"], summary["protocol"], summary["errors"]) for summary in summaries
-        ] == [(name, protocol, 0) for name in tasks]
+        assert [(summary.task, summary.protocol, summary.errors) for summary in summaries] == [
+            (name, protocol, 0) for name in tasks
+        ]
 
 
 def test_the_minimum_of_new_tokens_is_that_of_the_protocol(all_tasks):
     _, summaries = all_tasks
-    minimum = {summary["task"]: summary["settings"]["min_new_tokens"] for summary in summaries}
+    minimum = {summary.task: summary.settings["min_new_tokens"] for summary in summaries}
     assert (minimum["textvqa_val"], minimum["mme"], minimum["realworldqa"]) == (1, 0, 0)
 
 
@@ -155,7 +161,7 @@ def test_two_processes_give_the_same_bytes(all_tasks, settings, configure, tmp_p
 def test_an_interrupted_job_goes_on_where_it_stopped(
     all_tasks, settings, configure, run_on, tmp_path, monkeypatch
 ):
-    """Stopped inside a task, with half a line on the disk: finished answers are kept, the others are made."""
+    """A job stops inside a task with half a line on the disk: finished answers are kept."""
     three = settings | dict(tasks="textvqa_val,mme,pope", batch_size=4)
     write, written = parts.PartWriter.write, []
 
@@ -163,7 +169,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         if len(written) == 3:
             self._file.write(b'{"settings": "')
             raise KeyboardInterrupt
-        written.append(sorted(rows))
+        written.append([row.index for row in rows])
         write(self, rows)
 
     with monkeypatch.context() as patch:
@@ -180,14 +186,14 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         run_on(configure(tmp_path / "out", **three | dict(max_new_tokens=5, resume=True)))
 
     def records(self, rows):
-        written.append(sorted(rows))
+        written.append([row.index for row in rows])
         write(self, rows)
 
     written.clear()
     monkeypatch.setattr(parts.PartWriter, "write", records)
     run_on(configure(tmp_path / "out", **three, resume=True))
     assert sum(map(len, written)) == 28 - 2 * 4 + 6, (
-        "two batches of MME and all of TextVQA were there"
+        "two batches of MME and all of TextVQA are kept"
     )
     expected = {
         path: text
@@ -223,13 +229,14 @@ def test_rescoring_gives_the_same_bytes(all_tasks, data_root):
 def test_rescoring_uses_other_deviations(settings, configure, run_on, data_root, tmp_path):
     run_on(configure(tmp_path / "out", **settings | dict(tasks="chartqa_human")))
     path = tmp_path / "out" / MODEL / "chartqa_human" / "predictions.jsonl"
-    rows = read_rows(path)
-    rows[0]["raw"] = "9.5"  # within 5 % of 10, but 10 is not within 5 % of it
+    rows = parts.read_rows(path)
+    # 9.5 is within 5 % of 10, but 10 is not within 5 % of 9.5.
+    rows[0] = dataclasses.replace(rows[0], raw="9.5")
     parts.write_rows(path, rows)
-    assert rescore(str(path), data_root=str(data_root))["score"] == 50
+    assert rescore(str(path), data_root=str(data_root)).score == 50
     swapped = rescore(str(path), data_root=str(data_root), compat="acceptance")
-    assert (swapped["score"], swapped["compat"]) == (0, ["relaxed_swap"])
-    rows[0]["prompt"] = "Another one?"
+    assert (swapped.score, swapped.compat) == (0, ["relaxed_swap"])
+    rows[0] = dataclasses.replace(rows[0], prompt="Another one?")
     parts.write_rows(path, rows)
     with pytest.raises(ConfigError, match="row 0 is not the question at .*test_human.jsonl line 1"):
         rescore(str(path), data_root=str(data_root))
@@ -330,7 +337,7 @@ def test_a_question_keeps_its_randomness_in_any_batch(settings, configure, run_o
 
 def test_flags_become_settings(command, monkeypatch):
     seen = []
-    monkeypatch.setattr("internvlx_jax.cli.evaluate.run", lambda config: seen.append(config) or [])
+    monkeypatch.setattr(job, "run", lambda config: seen.append(config) or [])
     assert (
         command(
             "--resume",

@@ -79,7 +79,7 @@ def test_paths_in_place_of_images(write, tmp_path):
         (
             [["1", CELLS[0], "q"], ["1", CELLS[0], "q"]],
             ("index", "image", "question"),
-            "line 3: index 1 is there twice",
+            "line 3: index 1 is used twice",
         ),
         ([["1", CELLS[0]]], ("index", "image", "question"), "line 2: 2 cells, but 3 columns"),
         (

@@ -93,20 +93,28 @@ def test_pillow_images_of_any_mode_are_read_as_their_files_are(pixels, mode):
     np.testing.assert_array_equal(tiles, expected)
 
 
-@pytest.mark.parametrize("wrong, error, message", [
-    (7, TypeError, "images is a int; give a path, a URL, the bytes"),
-    ([None], TypeError, r"images\[0\] is a NoneType; give"),
-    (np.zeros((4, 4), np.uint8), ValueError, r"uint8\[4, 4\]; give RGB pixels as uint8\[H, W, 3\]"),
-    (np.zeros((4, 4, 3)), ValueError, r"float64\[4, 4, 3\]"),
-    (np.zeros((2, 4, 4, 3), np.uint8), ValueError, r"\[2, 4, 4, 3\]"),
-    (np.zeros((0, 4, 3), np.uint8), ValueError, r"\[0, 4, 3\]"),
-    (Image.new("F", (4, 4)), ValueError, 'the mode "F"'),
-    ("gone.png", SampleError, "gone.png: the image cannot be read"),
-    ("data:image/png;base64,!", SampleError, "images: the data: URL is not well formed"),
-    ("data:image/png", SampleError, "no comma"),
-    (b"no image", SampleError, "images .bytes.: the image cannot be read"),
-    ("nosuch://a/b.png", ValueError, "nosuch"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (7, TypeError, "images is a int; give a path, a URL, the bytes"),
+        ([None], TypeError, r"images\[0\] is a NoneType; give"),
+        (
+            np.zeros((4, 4), np.uint8),
+            ValueError,
+            r"uint8\[4, 4\]; give RGB pixels as uint8\[H, W, 3\]",
+        ),
+        (np.zeros((4, 4, 3)), ValueError, r"float64\[4, 4, 3\]"),
+        (np.zeros((2, 4, 4, 3), np.uint8), ValueError, r"\[2, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"\[0, 4, 3\]"),
+        (Image.new("F", (4, 4)), ValueError, 'the mode "F"'),
+        ("gone.png", SampleError, "gone.png: the image cannot be read"),
+        ("data:image/png;base64,!", SampleError, "images: the data: URL is not well formed"),
+        ("data:image/png", SampleError, "no comma"),
+        (b"no image", SampleError, "images .bytes.: the image cannot be read"),
+        ("nosuch://a/b.png", ValueError, "nosuch"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_image_is_named(wrong, error, message):
     with pytest.raises(error, match=message):
         cut(wrong)

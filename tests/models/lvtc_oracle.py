@@ -1,8 +1,8 @@
-"""The model with LVTC, one segment at a time, in float64 NumPy: lvtc.md 1 to 3 and model.md 4 and 8 word by word.
+"""The model with LVTC in float64 NumPy: lvtc.md 1 to 3, model.md 4 and 8, word by word.
 
-Nothing of the package but its configs is used here: no index plans, no frames, no padding, no batch. Weights are
-taken by their dotted path. A segment is a list of pieces in the order of its sequence: an integer array is text, an
-integer is a tile of the pool.
+Nothing of the package but its configs is used here: no index plans, no layouts, no padding, no
+batch. Weights are taken by their dotted path. A segment is a list of pieces in the order of its
+sequence: an integer array is text, an integer is a tile of the pool.
 """
 
 import functools
@@ -30,7 +30,7 @@ def softmax(x):
 
 
 def upsample(low: np.ndarray, side: int, method: str) -> np.ndarray:
-    """[a, b, d] -> [side, side, d]: half-pixel centres, edges clamped; or the copy of the parent."""
+    """[a, b, d] -> [side, side, d]: bilinear as half-pixel centers, or the parent's copy."""
     old = low.shape[0]
     high = np.zeros((side, side, low.shape[-1]))
     for row in range(side):
@@ -65,7 +65,10 @@ class Oracle:
         return self.config.lvtc
 
     def hidden(self, pieces: list[Piece], positions: np.ndarray) -> np.ndarray:
-        """Residual stream behind the last layer: [slots of the long layout, d]. `positions` are of the long layout."""
+        """Residual stream behind the last layer: [slots of the long layout, d].
+
+        `positions` are of the long layout.
+        """
         lvtc = self.lvtc
         stride = lvtc.high_grid // lvtc.low_grid
         # Shallow: the tokens of the low grid in the place of each tile.
@@ -126,7 +129,10 @@ class Oracle:
         )
 
     def added(self, path: str, kind: str, tile: int) -> np.ndarray:
-        """gate * P(V) on the high grid; without a gate P(V) itself. The released projector has no copy under `path`."""
+        """gate * P(V) on the high grid.
+
+        Without a gate P(V) itself. The released projector has no copy under `path`.
+        """
         gate = 1.0 if self.lvtc.gate is None else self.params[f"{path}.gate"]
         own = any(name.startswith(f"{path}.projector.") for name in self.params)
         return gate * self.visual_tokens(
@@ -153,7 +159,9 @@ class Oracle:
         return silu(normed @ self.params[f"{path}.fc1.kernel"]) @ self.params[f"{path}.fc2.kernel"]
 
     def pvtc(self, path: str, region: np.ndarray, query: int, tile: int) -> np.ndarray:
-        """One region [m, v] -> its token [d]: what the region asks of itself, and what the class token asks of it."""
+        """One region [m, v] -> its token [d]: what the region asks of itself, and what the class
+        token asks of it.
+        """
         keys = self.small_map(f"{path}.region_kv", region)
         local = self.small_map(f"{path}.local_query", region.reshape(-1))
         by_class = (

@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the merged weights afterwards, dropout in training only (training.md 11)."""
+"""Adapters: nothing at first, then the merged weights; dropout in training (training.md 11)."""
 
 import dataclasses
 
@@ -86,7 +86,10 @@ def hidden(graphdef, params, inputs, key=None):
 
 
 def test_names_and_shapes(model):
-    """Every linear map of the layers; checkpoints of Qwen2 keep q, k and v apart, those of InternLM2 do not."""
+    """Every linear map of the layers.
+
+    Checkpoints of Qwen2 keep q, k and v apart, those of InternLM2 do not.
+    """
     config, base, adapted, _ = model
     adapters = {path: leaf.shape for path, leaf in adapted.shapes.items() if is_adapter(path)}
     maps = {
@@ -114,7 +117,7 @@ def test_names_and_shapes(model):
 
 @pytest.mark.parametrize("family", ["internlm2", "llama", "qwen2", "phi3"])
 def test_checkpoints_of_every_family_know_the_names(family):
-    """Where gate and up are one tensor of a checkpoint (Phi-3), they still have two adapters here."""
+    """Where gate and up are one tensor of a checkpoint (Phi-3), they have two adapters here."""
     config = ModelConfig(
         vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
         projector=ProjectorConfig(kind="mlp1"),

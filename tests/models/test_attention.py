@@ -1,5 +1,6 @@
-"""Attention backends against the plain formula: packed rows with padding, the two frames of LVTC, grouped queries, head
-dims 64 and 128, tiles; outputs and gradients; on one device and on a mesh (model.md 3, 8; platform.md 2).
+"""Attention backends against the plain formula: packed rows with padding, the two layouts of LVTC,
+grouped queries, head dims 64 and 128, tiles; outputs and gradients; on one device and on a mesh
+(model.md 3, 8; platform.md 2).
 
 cuDNN needs a GPU: `make test-gpu`.
 """
@@ -31,7 +32,10 @@ ALLOW_TPU_KERNELS = [jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call
 
 
 def formula(q, k, v, segments, causal):
-    """softmax(q k / sqrt(H)) v with a loop over rows and heads, in the float64 of NumPy; for values only."""
+    """softmax(q k / sqrt(H)) v with a loop over rows and heads, in the float64 of NumPy.
+
+    For values only.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     visible = (
@@ -125,7 +129,10 @@ def test_equals_the_plain_formula(case, backend):
 @pytest.mark.parametrize("backend", ["auto", "splash_interpret"])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_on_a_mesh_equals_the_plain_formula(case, backend, copies):
-    """Rows over data and fsdp, heads over tensor; with one key head each device computes all heads."""
+    """Rows over data and fsdp, heads over tensor.
+
+    With one key head each device computes all heads.
+    """
     (q, k, v, do), segments, causal, expected = case
     shardings = activation_shardings(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     attention = SelfAttention(backend, rows=shardings.rows, heads=shardings.heads)
@@ -174,9 +181,10 @@ def test_the_devices_of_the_mesh_decide():
 
 def test_what_a_backend_cannot_do_is_named(tiny_model):
     for backend, dtype, head_dims, message in (
-            ("flash", jnp.bfloat16, (64,), "'flash': choose one of auto, xla, splash"),
-            ("cudnn", jnp.float32, (64,), "activations are float32.* set compute.dtype=bfloat16"),
-            ("cudnn", jnp.bfloat16, (132,), "head_dim is 132.* set it to auto or xla")):  # fmt: skip
+        ("flash", jnp.bfloat16, (64,), "'flash': choose one of auto, xla, splash"),
+        ("cudnn", jnp.float32, (64,), "activations are float32.* set compute.dtype=bfloat16"),
+        ("cudnn", jnp.bfloat16, (132,), "head_dim is 132.* set it to auto or xla"),
+    ):
         with pytest.raises(ConfigError, match=message):
             SelfAttention(backend).check(dtype, head_dims)
     with pytest.raises(ConfigError, match="float32"):

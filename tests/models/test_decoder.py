@@ -165,7 +165,9 @@ def test_rope_scaling():
 
 @pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
 def test_sliding_window(backend, monkeypatch):
-    """A query sees itself and the `window - 1` slots before it, in its segment: the same as without the other keys."""
+    """A query sees itself and the `window - 1` slots before it, in its segment: the same as without
+    the other keys.
+    """
     monkeypatch.setattr(attention, "CHUNK", 4)
     rng = np.random.default_rng(0)
     q, k, v = (
@@ -200,7 +202,9 @@ def test_sliding_window(backend, monkeypatch):
     "scaling, scale", [("su", (1 + np.log(4) / np.log(16)) ** 0.5), ("yarn", 0.1 * np.log(4) + 1)]
 )
 def test_phi3_rope(scaling, scale):
-    """Frequencies are stretched by the short factors, by the long ones once a position is beyond the original range."""
+    """Frequencies are stretched by the short factors, by the long ones once a position is beyond
+    the original range.
+    """
     short, long = (1.0, 1.5, 2.0, 2.5), (2.0, 3.0, 4.0, 5.0)
     config = RopeConfig(
         theta=100.0,

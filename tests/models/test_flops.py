@@ -27,10 +27,13 @@ from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.training.freeze import as_trained, divide, join
 
 
-@pytest.mark.parametrize("model, pvtc, token, row", [
-    (internvlx_2b(), 103.1, 3.399, 15.57),
-    (internvlx_8b(), 395.2, 14.717, 64.68),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, pvtc, token, row",
+    [
+        (internvlx_2b(), 103.1, 3.399, 15.57),
+        (internvlx_8b(), 395.2, 14.717, 64.68),
+    ],
+)
 def test_check_values(model, pvtc, token, row):
     one_tile = forward_flops(model, tiles=1, lengths=[0])
     assert one_tile.tower / 1e9 == pytest.approx(723.6, abs=0.05)
@@ -136,7 +139,10 @@ def dot_flops(jaxpr):
 
 @pytest.mark.parametrize("lvtc", ["off", "paper_inject", "fast"])
 def test_every_matrix_product_is_counted(lvtc):
-    """Against a walk of the traced model. Only causal attention differs: XLA computes both halves."""
+    """Against a walk of the traced model.
+
+    Only causal attention differs: XLA computes both halves.
+    """
     decoder = DecoderConfig(
         vocab_size=99, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=48
     )
@@ -199,17 +205,28 @@ SMALL = ModelConfig(
 
 
 def count_of_xla(function, *args):
-    """Before anything is fused or removed. The body of a scan would count once, so there must be none."""
+    """Before anything is fused or removed.
+
+    The body of a scan would count once, so there must be none.
+    """
     return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("freeze", [
-    None, FreezeConfig(), FreezeConfig(vit=True), FreezeConfig(vit=True, llm=True),
-    FreezeConfig(vit=True, unfreeze_vit_last=1, projector=True, llm=True),
-], ids=["forward", "all", "projector and decoder", "projector", "a layer of the tower"])  # fmt: skip
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        None,
+        FreezeConfig(),
+        FreezeConfig(vit=True),
+        FreezeConfig(vit=True, llm=True),
+        FreezeConfig(vit=True, unfreeze_vit_last=1, projector=True, llm=True),
+    ],
+    ids=["forward", "all", "projector and decoder", "projector", "a layer of the tower"],
+)
 def test_the_count_of_xla(freeze):
-    """Of an unrolled model within 3 %. XLA counts element-wise work too, both halves of causal attention, and the logits
-    that the backward pass computes again."""
+    """Of an unrolled model within 3 %. XLA counts element-wise work too, both halves of causal
+    attention, and the logits that the backward pass computes again.
+    """
     work = dict(tiles=4, lengths=[256, 256])
     inputs = jax.eval_shape(lambda: short_batch(SMALL, 2, 2, 256, 256))
     labels = jax.ShapeDtypeStruct((2, 256), jnp.int32)

@@ -110,7 +110,7 @@ def test_an_empty_row_pads_the_batch(load_golden):
 
 
 def test_golden_tokens_with_a_repetition_penalty(parity):
-    """Ids of this answer and the bos in front of it count as written, those of the prompt do not."""
+    """Ids of this answer and the bos in front of it count as written, the prompt's do not."""
     inputs = prompts(parity, "gen1", parity.inputs["pixel_values"][:2])
     options = dict(
         sampling=Sampling(repetition_penalty=1.3),
@@ -131,7 +131,9 @@ def test_golden_tokens_with_a_repetition_penalty(parity):
 
 
 def test_cached_steps_equal_one_forward_pass(load_golden):
-    """Without a cache: the answer behind its prompt, each token the most likely one after what stands before it."""
+    """Without a cache: the answer behind its prompt, each token the most likely one after what
+    stands before it.
+    """
     parity = load_golden("qwen2")
     answer = parity.outputs["gen1_new_tokens"][0]
     prompt = parity.inputs["gen1_input_ids"]
@@ -146,7 +148,10 @@ def test_cached_steps_equal_one_forward_pass(load_golden):
 
 
 def test_pieces_and_the_minimum_of_new_tokens(load_golden):
-    """Three steps and then the rest give what one call gives; a stop id has to wait for the minimum."""
+    """Three steps and then the rest give what one call gives.
+
+    A stop id has to wait for the minimum.
+    """
     parity = load_golden("internlm2")
     inputs = prompts(parity, "gen1", parity.inputs["pixel_values"][:2])
     expected = parity.outputs["gen1_new_tokens"]
@@ -177,12 +182,19 @@ def test_pieces_and_the_minimum_of_new_tokens(load_golden):
 LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
 
 
-@pytest.mark.parametrize("sampling, kept", [
-    (Sampling(temperature=1), {0, 1, 2, 3}), (Sampling(temperature=1, top_k=2), {0, 1}),
-    (Sampling(temperature=1, top_p=0.7), {0, 1}), (Sampling(temperature=1, top_p=0.81), {0, 1, 2}),
-    (Sampling(temperature=1, top_p=0.01), {0}), (Sampling(temperature=1, top_k=3, top_p=0.9), {0, 1, 2}),
-    (Sampling(temperature=0.01), {0}), (Sampling(), {0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling, kept",
+    [
+        (Sampling(temperature=1), {0, 1, 2, 3}),
+        (Sampling(temperature=1, top_k=2), {0, 1}),
+        (Sampling(temperature=1, top_p=0.7), {0, 1}),
+        (Sampling(temperature=1, top_p=0.81), {0, 1, 2}),
+        (Sampling(temperature=1, top_p=0.01), {0}),
+        (Sampling(temperature=1, top_k=3, top_p=0.9), {0, 1, 2}),
+        (Sampling(temperature=0.01), {0}),
+        (Sampling(), {0}),
+    ],
+)
 def test_what_may_be_sampled(sampling, kept):
     """top_p drops the least likely tokens while together they have at most 1 - p."""
     rows = 2000

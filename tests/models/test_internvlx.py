@@ -1,4 +1,7 @@
-"""The whole model against the original: logits, loss, all gradients; the merge and its static index (model.md 7, 10)."""
+"""The whole model against the original: logits, loss, all gradients.
+
+Also the merge and its static index (model.md 7, 10).
+"""
 
 import json
 
@@ -61,7 +64,9 @@ def test_rows_alone_equal_rows_in_the_batch(parity):
 
 
 def test_loss_and_gradients(parity, golden):
-    """All gradients of `internlm2`, the stored selection and every norm of the others, in checkpoint layout."""
+    """All gradients of `internlm2`, the stored selection and every norm of the others, in
+    checkpoint layout.
+    """
     labels = jnp.asarray(parity.inputs["labels"], jnp.int32)
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(parity.model, batch(parity), labels)
     np.testing.assert_allclose(loss, parity.outputs["loss"], atol=1e-5)

@@ -1,4 +1,7 @@
-"""LVTC against a loop written from its definition; upsampling, caches, gradients, config errors (design: lvtc.md 6)."""
+"""LVTC against a loop written from its definition.
+
+Also upsampling, caches, gradients, config errors (design: lvtc.md 6).
+"""
 
 import dataclasses
 import functools
@@ -126,7 +129,10 @@ def abstract(config: ModelConfig) -> AbstractModel:
 
 
 def random_params(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Dotted path -> float32. No norm is neutral and no gate is closed; equal paths have equal values."""
+    """Dotted path -> float32.
+
+    No norm is neutral and no gate is closed; equal paths have equal values.
+    """
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng(list(path.encode()))
@@ -148,7 +154,10 @@ def tile_pool(config: ModelConfig) -> np.ndarray:
 
 
 class Segment(NamedTuple):
-    """One sample: integers in `pieces` are tiles of the pool. `start` is its first slot in the row."""
+    """One sample: integers in `pieces` are tiles of the pool.
+
+    `start` is its first slot in the row.
+    """
 
     pieces: list[Piece]
     positions: np.ndarray
@@ -221,7 +230,10 @@ def lay_out(
     pool: np.ndarray,
     lengths: tuple[int, int] | None = None,
 ) -> Layout:
-    """Rows in the form that the model reads. Tiles stand in any slots, in order; the other slots hold noise."""
+    """Rows in the form that the model reads.
+
+    Tiles stand in any slots, in order; the other slots hold noise.
+    """
     long, short = lengths or case.lengths
     lvtc = case.lvtc
     tokens, positions, segments = (np.zeros((len(rows), long), np.int32) for _ in range(3))
@@ -428,8 +440,9 @@ def padded_prompts(case: Case) -> Layout:
 
 
 def full_logits(model: InternVLX, case: Case, answers: np.ndarray) -> np.ndarray:
-    """One forward of prompts and answers -> [B, new + 1, W]: behind the prompt and behind each new token. By causality
-    that is what a forward after every step would give."""
+    """One forward of prompts and answers -> [B, new + 1, W]: behind the prompt and behind each new
+    token. By causality that is what a forward after every step would give.
+    """
     new, rows, last = answers.shape[1], [], []
     for pieces, answer in zip(prompts(case), answers):
         slots = width(pieces, case.lvtc.high_grid)
@@ -493,7 +506,10 @@ def test_greedy_writes_what_the_full_forward_prefers():
 
 
 def test_gradients_and_masked_tiles():
-    """Every added parameter learns; a masked tile slot contributes exactly nothing, whatever it holds."""
+    """Every added parameter learns.
+
+    A masked tile slot contributes exactly nothing, whatever it holds.
+    """
     graphdef, params = abstract(LEAN.config).graphdef, unflatten(random_params(LEAN.config))
     ((_, layout),) = draw_batches(LEAN, 1)
     unused = layout.tile_start == LEAN.lengths[0]
@@ -524,7 +540,8 @@ def test_gradients_and_masked_tiles():
     assert other_value == value
     jax.tree.map(np.testing.assert_array_equal, of_lvtc_again, of_lvtc)
 
-    # The start of training: closed gates hide their projectors, which learn nothing until the gates have opened.
+    # The start of training: closed gates hide their projectors, which learn nothing until the gates
+    # have opened.
     closed = unflatten(flatten(params["lvtc"]) | dict.fromkeys(gates, np.float32(0)))
     _, at_start, _ = gradients(closed, layout.inputs.tiles)
     assert all(
@@ -579,7 +596,7 @@ def test_the_baseline_projector_has_no_lvtc():
     ],
 )
 def test_the_released_projector_has_one_place(lvtc, role):
-    """A checkpoint has one PVTC of the model's own token grid: the tokens of layer 0 take it first."""
+    """A checkpoint has one PVTC of the model's own token grid: layer 0 takes it first."""
     config = model_config(lvtc)
     paths = abstract(config).shapes
     site = released_site(config)

@@ -17,7 +17,7 @@ SIZES = {"2b": internvlx_2b, "8b": internvlx_8b}
 
 @pytest.mark.parametrize("size", SIZES)
 def test_off_is_the_released_model(golden, size):
-    """Same settings as the released config.json, but for what concerns fresh weights and training."""
+    """Same settings as the released config.json, but for fresh weights and training."""
     stored = json.loads((golden / f"shapes-{size}.json").read_text())
     released, ours = model_config(stored["config"], stored["shapes"]), SIZES[size]()
     fresh = dict(layer_scale_init=ours.vision.layer_scale_init, drop_path=ours.vision.drop_path)
@@ -26,12 +26,18 @@ def test_off_is_the_released_model(golden, size):
     )
 
 
-@pytest.mark.parametrize("preset, role, tokens, mean", [
-    ("off", "low", 256, (256, 256)), ("paper", "low", 1024, (416, 376)), ("paper_inject", "low", 1024, (416, 376)),
-    ("fast", "high", 256, (104, 94)), ("fast_inject", "high", 256, (104, 94)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset, role, tokens, mean",
+    [
+        ("off", "low", 256, (256, 256)),
+        ("paper", "low", 1024, (416, 376)),
+        ("paper_inject", "low", 1024, (416, 376)),
+        ("fast", "high", 256, (104, 94)),
+        ("fast_inject", "high", 256, (104, 94)),
+    ],
+)
 def test_each_preset(preset, role, tokens, mean):
-    """Which projector is the released one, slots of a tile, and the mean visual tokens of lvtc.md 5."""
+    """The released projector, slots per tile, and the mean visual tokens of lvtc.md 5."""
     for make, expected in zip(SIZES.values(), mean):
         model = make(preset)
         assert (released_site(model).name, model.tokens_per_tile) == (role, tokens)
@@ -58,9 +64,7 @@ def test_an_unknown_preset():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", ["off", "paper", "fast"])
 def test_run_configs(size, preset):
-    config = load_config_file(
-        f"configs/internvlx_{size}_hd" + ("" if preset == "off" else f"_{preset}") + ".py"
-    )
+    config = load_config_file(f"configs/hd_finetune.py:size={size},lvtc={preset}")
     assert config.model.lvtc == SIZES[size](preset).lvtc
     tiles = config.model.prompt.tiles
     assert (tiles.rule, tiles.max_num, tiles.use_thumbnail) == ("edge", 6, True)

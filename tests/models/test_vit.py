@@ -1,4 +1,6 @@
-"""The vision tower against the original: embeddings, every block, other image sizes (model.md 3, 15)."""
+"""The vision tower against the original: embeddings, every block, other image sizes (model.md 3,
+15).
+"""
 
 import dataclasses
 

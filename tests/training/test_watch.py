@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from kill import logged, tiny_config
+from kill_run import logged, tiny_config
 
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
@@ -16,11 +16,11 @@ from internvlx_jax.core.run_config import GroupConfig, StabilityConfig
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.training.bad_steps import NonFiniteError, read_bad_steps
 from internvlx_jax.training.loop import train
+from internvlx_jax.training.metrics_logger import read_starts
 from internvlx_jax.training.preemption import Preempted
 from internvlx_jax.training.profiler import Window
 from internvlx_jax.training.replay import replay
 from internvlx_jax.training.report_page import write_page
-from internvlx_jax.training.metrics_logger import read_starts
 
 STEPS = 8
 NAN_STEP, EMPTY_STEP = 3, 5
