@@ -1,4 +1,6 @@
-"""Reports about steps that were only compiled: buckets, topologies, figures, and a gate on two presets (platform.md 2)."""
+"""Reports about steps that were only compiled: buckets, topologies, figures, and a gate on two
+presets (platform.md 2).
+"""
 
 import dataclasses
 import json
@@ -144,7 +146,8 @@ GATED = ("hd_finetune.py:size=2b", "hd_finetune.py:size=8b,lvtc=paper")
 
 @pytest.mark.parametrize("name", GATED)
 def test_memory_and_collectives_do_not_grow(name, tmp_path):
-    """Two presets for TPUs that are not there. After a wanted change, write what this prints into compile_gate.json.
+    """Two presets for TPUs that are not there. After a wanted change, write what this prints into
+    compile_gate.json.
 
     The figures are the compiler's: its version is a part of the key.
     """

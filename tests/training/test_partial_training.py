@@ -47,7 +47,9 @@ def stored(config):
 
 
 def test_adapters_only(partial_run, tiny_params):
-    """The base stays as it was, bit for bit and in bfloat16; stopping and resuming gives the straight run."""
+    """The base stays as it was, bit for bit and in bfloat16; stopping and resuming gives the
+    straight run.
+    """
     changes = dict(
         lora=(
             LoraConfig(part="vision", rank=2, alpha=4.0),

@@ -1,4 +1,6 @@
-"""Two processes x 4 devices through train.py: kills, SIGTERM, resume elsewhere, missing peers (training.md 10, 13)."""
+"""Two processes x 4 devices through train.py: kills, SIGTERM, resume elsewhere, missing peers
+(training.md 10, 13).
+"""
 
 import dataclasses
 import random
@@ -74,7 +76,9 @@ def test_differences_are_seen(straight, tmp_path):
 
 
 def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
-    """Saved at a step that both reach; a process with 8 devices and another mesh takes the same data from there."""
+    """Saved at a step that both reach; a process with 8 devices and another mesh takes the same
+    data from there.
+    """
     config, _ = straight
     told = beside(config, "told")
     run = Path(told.output_dir)
