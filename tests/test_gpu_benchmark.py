@@ -62,7 +62,6 @@ def test_memory_rises_from_row_to_row(report):
         "2B, LVTC off, remat full",
         "2B, LVTC fast, remat full",
         "2B, LVTC paper, remat full",
-        "2B, LVTC off, remat dots",
     ]
 
 
