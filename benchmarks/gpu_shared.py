@@ -106,7 +106,7 @@ SIZES = {
         toy_model,
         segments=((1, 20), (1, 12)),
         rows=2,
-        train_cases=(("off", "full"), ("fast", "full"), ("paper", "full")),
+        train_cases=(("off", "full"), ("fast", "full")),
         steps=1,
         prompt=(1, 12),
         new_tokens=3,
