@@ -1,4 +1,4 @@
-"""The loop end to end: resume equals an undisturbed run, one executable a bucket, clear refusals (training.md 10)."""
+"""The loop end to end: exact resume, one executable per bucket, clear refusals (training.md 10)."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""One update: accumulation, freezing, weights, drop path, counting of answers (training.md 2, 4, 5)."""
+"""One update: accumulation, freezing, weights, drop path, counts (training.md 2, 4, 5)."""
 
 import dataclasses
 
