@@ -1,4 +1,4 @@
-"""A watched run: bad steps, metrics, profiler, SIGTERM, replay, report (training.md 4, 6, 7, 10)."""
+"""Watched runs: bad steps, logs, profiler, SIGTERM, replay, report (training.md 4, 6, 7, 10)."""
 
 import dataclasses
 import os
