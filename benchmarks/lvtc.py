@@ -1,21 +1,27 @@
-"""Time and memory of LVTC against many and few visual tokens in all layers, next to the FLOPs that predict them.
+"""Measures time and memory of LVTC against many and few visual tokens in all layers.
 
     python benchmarks/lvtc.py [--sizes quarter] [--out runs/lvtc_benchmark]
 
-`2b` is InternVL-X 2B; `quarter` has its widths and a quarter of its layers (tower 6, decoder 6, expanded before layer 5),
-and fits a small machine. float32 on a CPU, bfloat16 elsewhere. The variants are timed in turn, round after round, so that a
-change in the machine's speed meets all of them; the best round counts. A train step is loss and gradients with full
-rematerialisation, without the optimiser, whose cost does not depend on the tokens. Peak memory is what XLA reserves for
-the compiled step: arguments and temporaries. In prefill the decoder's attention is also timed by itself: its products
-count half in the FLOPs (they are causal), its softmax not at all. Prints a table; writes lvtc.json and lvtc.png.
+Prints a table with the FLOPs that predict the times; writes lvtc.json and lvtc.png.
+
+* `2b` is InternVL-X 2B. `quarter` has its widths and a quarter of its layers (tower 6, decoder 6,
+  expanded before layer 5), and fits a small machine. It is float32 on a CPU, bfloat16 elsewhere.
+* The variants are timed in turn, round after round, so that a change in the machine's speed meets
+  all of them; the best round counts.
+* A train step is loss and gradients with full rematerialization, without the optimizer, whose cost
+  does not depend on the tokens.
+* Peak memory is what XLA reserves for the compiled step: arguments and temporaries.
+* In prefill the decoder's attention is also timed by itself. Its products count half in the FLOPs,
+  because they are causal, and its softmax not at all.
 """
 
 import argparse
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
@@ -25,46 +31,45 @@ from flax import nnx
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig, ProjectorConfig
-from internvlx_jax.core.presets import internvlx_2b, lvtc_preset
+from internvlx_jax.core.presets import LvtcPreset, internvlx_2b, lvtc_preset
 from internvlx_jax.data.batch import Batch, Row, collate
-from internvlx_jax.data.plan import smallest_bucket
+from internvlx_jax.data.buckets import smallest_bucket
 from internvlx_jax.models.attention import attend
 from internvlx_jax.models.flops import Flops, forward_flops
 from internvlx_jax.models.generation import prefill
-from internvlx_jax.models.params import AbstractModel, abstract_model, init_params, unflatten
+from internvlx_jax.models.params import (
+    AbstractModel,
+    Params,
+    abstract_model,
+    init_params,
+    unflatten,
+)
 from internvlx_jax.training.step import loss_and_grads
 
-VARIANTS = (
-    "all-1024",
-    "all-256",
-    "paper",
-    "fast",
-)  # the first is what the others are compared with
+VARIANTS = ("all-1024", "all-256", "paper", "fast")  # the others are compared with the first
+PRESETS: dict[str, LvtcPreset] = {"all-256": "off", "paper": "paper", "fast": "fast"}
 TILES, TEXT = 1, 64
 ROUNDS = {"prefill": 3, "train step": 1}
 
 
 def model(size: str, variant: str) -> ModelConfig:
+    """Returns the model of a size, with the visual tokens of a variant."""
     base, expand_layer = internvlx_2b(), 19
     if size == "quarter":
-        base, expand_layer = (
-            dataclasses.replace(
-                base,
-                vision=dataclasses.replace(base.vision, layers=6),
-                decoder=dataclasses.replace(base.decoder, layers=6, vocab_size=8192),
-            ),
-            5,
+        base = dataclasses.replace(
+            base,
+            vision=dataclasses.replace(base.vision, layers=6),
+            decoder=dataclasses.replace(base.decoder, layers=6, vocab_size=8192),
         )
+        expand_layer = 5
     if variant == "all-1024":
         return dataclasses.replace(base, projector=ProjectorConfig(downsample_ratio=1.0))
-    preset = "off" if variant == "all-256" else variant
-    return dataclasses.replace(
-        base, lvtc=lvtc_preset(preset, token_grid=16, expand_layer=expand_layer, inject_layers=())
-    )
+    lvtc = lvtc_preset(PRESETS[variant], token_grid=16, expand_layer=expand_layer, inject_layers=())
+    return dataclasses.replace(base, lvtc=lvtc)
 
 
 def batch_of(config: ModelConfig) -> tuple[Batch, Flops]:
-    """One row of TILES tiles and TEXT tokens, filled to the slot, and its forward FLOPs."""
+    """Makes one row of TILES tiles and TEXT tokens without padding, and counts its FLOPs."""
     visual = TILES * config.tokens_per_tile
     length, lvtc = visual + TEXT, config.lvtc
     saved = 0 if lvtc is None else lvtc.saved_per_tile
@@ -87,22 +92,23 @@ def batch_of(config: ModelConfig) -> tuple[Batch, Flops]:
     )
 
 
-def run_prefill(graphdef, params, batch):
+def run_prefill(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Any:
+    """Runs the prompts of a batch."""
     return prefill(nnx.merge(graphdef, unflatten(params)), batch.inputs, 1)
 
 
-def run_gradients(graphdef, params, batch):
+def run_gradients(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Any:
+    """Computes loss and gradients of all parameters."""
     return loss_and_grads(graphdef, params, {}, batch, None)
 
 
 def attention_seconds(config: ModelConfig, inputs: Inputs, dtype: str) -> float:
-    """Of all decoder layers in the forward pass, each on the slots of its frame."""
+    """Times attention of all decoder layers, each on the slots of its layout."""
     layers, shallow = config.decoder.layers, config.lvtc.expand_layer if config.lvtc else 0
     seconds = (layers - shallow) * _attention_layer(config.decoder, inputs.tokens.shape[1], dtype)
-    if shallow:
-        seconds += shallow * _attention_layer(
-            config.decoder, inputs.short.short_to_long.shape[1], dtype
-        )
+    if inputs.short is not None:
+        short = inputs.short.short_to_long.shape[1]
+        seconds += shallow * _attention_layer(config.decoder, short, dtype)
     return seconds
 
 
@@ -119,107 +125,132 @@ def _attention_layer(decoder: DecoderConfig, length: int, dtype: str) -> float:
     return min(_timed(program, q, k, v) for _ in range(5))
 
 
-def _timed(program, *args) -> float:
+def _timed(program: Callable[..., Any], *args: Any) -> float:
     started = time.perf_counter()
     jax.block_until_ready(program(*args))
     return time.perf_counter() - started
 
 
 class Job(NamedTuple):
+    """Holds a compiled step and its arguments.
+
+    Attributes:
+        variant, step: Of its row in the table.
+        attention_s: Seconds of the decoder's attention, measured for prefill only.
+        flops: Predicted.
+    """
+
     variant: str
-    what: str
+    step: str
+    attention_s: float | None
     program: jax.stages.Compiled
     params: dict[str, jax.Array]
     batch: Batch
     flops: float
 
 
-def compiled(function, abstract: AbstractModel, batch: Batch):
-    return (
-        jax.jit(functools.partial(function, abstract.graphdef))
-        .lower(abstract.shapes, batch)
-        .compile()
-    )
+def compiled(
+    function: Callable[..., Any], abstract: AbstractModel, batch: Batch
+) -> jax.stages.Compiled:
+    """Compiles a step of a model for the shapes of a batch."""
+    step = jax.jit(functools.partial(function, abstract.graphdef))
+    return step.lower(abstract.shapes, batch).compile()
 
 
-def measure(size: str, dtype: str) -> list[dict]:
-    """One result for each of prefill, gradients and each variant."""
-    rows, shared = [], {}
-    jobs = []
+def jobs(size: str, dtype: str) -> list[Job]:
+    """Compiles both steps of each variant; variants share tower and decoder."""
+    made: list[Job] = []
+    shared: dict[str, jax.Array] = {}
     for variant in VARIANTS:
         config = model(size, variant)
         abstract = abstract_model(config, dtype=dtype, param_dtype=dtype, remat="full")
-        params = init_params(
-            config,
-            0,
-            param_dtype=dtype,
-            paths=[
-                p for p in abstract.shapes if p not in shared or p.startswith(("projector", "lvtc"))
-            ],
-        )
+        own = [
+            path
+            for path in abstract.shapes
+            if path not in shared or path.startswith(("projector", "lvtc"))
+        ]
+        params = init_params(config, 0, param_dtype=dtype, paths=own)
         shared |= {
             path: leaf for path, leaf in params.items() if path.startswith(("vision", "decoder"))
         }
         params = {path: params.get(path, shared.get(path)) for path in abstract.shapes}
         batch, flops = batch_of(config)
-        # The head computes one slot in prefill and every slot in training; a backward pass costs two forward ones.
-        for what, function, predicted in (
-            ("prefill", run_prefill, flops.total - flops.head),
-            ("train step", run_gradients, 3 * flops.total),
-        ):
-            jobs.append(
-                Job(variant, what, compiled(function, abstract, batch), params, batch, predicted)
-            )
-    for what, rounds in ROUNDS.items():
-        chosen = [job for job in jobs if job.what == what]
-        seconds = {job.variant: float("inf") for job in chosen}
-        for _ in range(rounds):
-            for job in chosen:
-                seconds[job.variant] = min(
-                    seconds[job.variant], _timed(job.program, job.params, job.batch)
-                )
-        base = chosen[0]
-        for job in chosen:
+        attention = attention_seconds(config, batch.inputs, dtype)
+        prefill_step = compiled(run_prefill, abstract, batch)
+        train_step = compiled(run_gradients, abstract, batch)
+        # The head computes one slot in prefill and every slot in training; a backward pass costs
+        # two forward ones.
+        made += [
+            Job(
+                variant,
+                "prefill",
+                attention,
+                prefill_step,
+                params,
+                batch,
+                flops.total - flops.head,
+            ),
+            Job(variant, "train step", None, train_step, params, batch, 3 * flops.total),
+        ]
+    return made
+
+
+def measure(size: str, dtype: str) -> list[dict[str, Any]]:
+    """Returns one row for each step and variant."""
+    rows, made = [], jobs(size, dtype)
+    for step, rounds in ROUNDS.items():
+        chosen = [job for job in made if job.step == step]
+        times = [
+            [_timed(job.program, job.params, job.batch) for job in chosen] for _ in range(rounds)
+        ]
+        best = [min(taken) for taken in zip(*times, strict=True)]
+        for job, seconds in zip(chosen, best, strict=True):
             memory = job.program.memory_analysis()
             rows.append(
                 {
                     "size": size,
-                    "step": what,
+                    "step": step,
                     "variant": job.variant,
-                    "seconds": seconds[job.variant],
+                    "seconds": seconds,
                     "gflops": job.flops / 1e9,
-                    "ratio": seconds[job.variant] / seconds[base.variant],
-                    "predicted_ratio": job.flops / base.flops,
-                    "attention_s": attention_seconds(
-                        model(size, job.variant), job.batch.inputs, dtype
-                    )
-                    if what == "prefill"
-                    else None,
+                    "ratio": seconds / best[0],
+                    "predicted_ratio": job.flops / chosen[0].flops,
+                    "attention_s": job.attention_s,
                     "peak_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
                 }
             )
     return rows
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
     lines = [
-        "| size | step | variant | seconds | TFLOP | time against all-1024 | FLOPs against all-1024 | difference | "
-        "attention, s | peak memory, GiB |",
+        "| size | step | variant | seconds | TFLOP | time against all-1024 | "
+        "FLOPs against all-1024 | difference | attention, s | peak memory, GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['size']} | {row['step']} | {row['variant']} | {row['seconds']:.3f} | "
-            f"{row['gflops'] / 1e3:.3f} | {row['ratio']:.3f} | {row['predicted_ratio']:.3f} | "
-            f"{row['ratio'] / row['predicted_ratio'] - 1:+.0%} | "
-            f"{'' if row['attention_s'] is None else format(row['attention_s'], '.3f')} | {row['peak_gib']:.2f} |"
+        attention = "" if row["attention_s"] is None else f"{row['attention_s']:.3f}"
+        cells = (
+            row["size"],
+            row["step"],
+            row["variant"],
+            f"{row['seconds']:.3f}",
+            f"{row['gflops'] / 1e3:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['predicted_ratio']:.3f}",
+            f"{row['ratio'] / row['predicted_ratio'] - 1:+.0%}",
+            attention,
+            f"{row['peak_gib']:.2f}",
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws measured and predicted ratios side by side."""
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # after the choice of the backend
 
     groups = list(dict.fromkeys((row["size"], row["step"]) for row in rows))
     figure, axes = pyplot.subplots(
@@ -233,20 +264,11 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, group in zip(axes[0], groups):
         chosen = [row for row in rows if (row["size"], row["step"]) == group]
         places = np.arange(len(chosen))
-        axis.bar(
-            places - 0.2,
-            [row["ratio"] for row in chosen],
-            0.4,
-            label="measured time",
-            color="#1f5fbf",
-        )
-        axis.bar(
-            places + 0.2,
-            [row["predicted_ratio"] for row in chosen],
-            0.4,
-            label="FLOPs",
-            color="#c3ccda",
-        )
+        for shift, key, label, color in (
+            (-0.2, "ratio", "measured time", "#1f5fbf"),
+            (0.2, "predicted_ratio", "FLOPs", "#c3ccda"),
+        ):
+            axis.bar(places + shift, [row[key] for row in chosen], 0.4, label=label, color=color)
         axis.set_xticks(places, [row["variant"] for row in chosen], rotation=30)
         axis.set_title(" ".join(group))
     axes[0][0].set_ylabel("against all-1024")
@@ -255,6 +277,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

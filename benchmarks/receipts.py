@@ -1,13 +1,14 @@
-"""The whole path on real receipts: train, stop, resume, evaluate (configs/receipts_tiny.py).
+"""Trains, stops, resumes and evaluates on real receipts (configs/receipts_tiny.py).
 
     python benchmarks/receipts.py
 
-Needs the sample data that the config names. Prints one JSON object: training loss at the start and
-at the end, the step at which it stopped and resumed, and the score on receipts it has not seen. That
-score is poor: 60 small steps teach the form of an answer, not reading. Exit status 1 if the loss has
-not halved.
+Needs the sample data that the config names. Prints one JSON object: the training loss at the start
+and at the end, the step at which the run stopped and resumed, and the score on receipts that it has
+not seen. That score is poor, because 60 small steps teach the form of an answer, not reading. The
+exit status is 1 if the loss has not halved.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -23,10 +24,17 @@ STOP_AFTER = 30
 
 
 def main() -> int:
+    """Runs the command.
+
+    Returns:
+        Exit status, 1 if data is missing or the loss has not halved.
+    """
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     if not QUESTIONS.is_file():
         print(
-            f"error: {QUESTIONS} not found; this benchmark needs the sample data beside the "
-            "checkout",
+            f"error: {QUESTIONS} is missing; put the sample data beside the checkout",
             file=sys.stderr,
         )
         return 1
@@ -57,7 +65,7 @@ def main() -> int:
     )
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
-    summary, how = (
+    summary, evaluation_run = (
         json.loads((RUN / "eval" / name).read_text()) for name in ("summary.json", "run.json")
     )
     result = {
@@ -69,13 +77,14 @@ def main() -> int:
         "train_seconds": round(trained - started),
         "anls": summary["score"],
         "questions": summary["samples"],
-        "eval_seconds": round(how["seconds"]),
+        "eval_seconds": round(evaluation_run["seconds"]),
     }
     print(json.dumps(result, indent=2))
     return 0 if losses[-1] < losses[0] / 2 else 1
 
 
 def python(*args: str) -> None:
+    """Runs a script with this interpreter."""
     subprocess.run([sys.executable, *args], check=True)
 
 

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py --write docs/scaling.md
 
 Each row is a model, an LVTC preset and a topology, with the largest bucket: all tiles at full
-length. Needs the compiler for TPUs (pip install 'internvlx-jax[tpu]') but no TPU.
-JAX_OPTIMIZATION_LEVEL=O0 compiles several times faster and changes memory by about 1 %.
+length.
+Needs the compiler for TPUs (pip install 'internvlx-jax[tpu]') but no TPU. JAX_OPTIMIZATION_LEVEL=O0
+compiles several times faster and changes memory by about 1 %.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,16 +34,30 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- made by benchmarks/scaling.py -->", "<!-- end -->"
 HEAD = (
     "| model | LVTC | topology | data x fsdp x tensor | rows | slots | peak GiB of | "
-    "TFLOP per device | collectives GB | compute ms | memory ms | network ms | roofline MFU | compile s |\n"
-    + "|"
-    + "---|" * 14
+    "TFLOP per device | collectives GB | compute ms | memory ms | network ms | "
+    "roofline MFU | compile s |\n" + "|" + "---|" * 14
 )
 
 
-def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[str, dict]:
+def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[str, dict[str, Any]]:
+    """Compiles one case.
+
+    Args:
+        model: "2b" or "8b".
+        preset: Of LVTC.
+        topology: Name of the devices, such as `v5e:16x16`.
+        settings: Further `field=value` of the config.
+
+    Returns:
+        The line of the table, and all numbers.
+
+    Raises:
+        ConfigError: The step does not fit the memory of a device.
+    """
     name = f"hd_finetune.py:size={model},lvtc={preset}"
-    where, (report,), mesh = report_config(CONFIGS / name, settings, topology, [TILES])
-    check_fits([report], where)
+    target, (report,), mesh = report_config(CONFIGS / name, settings, topology, [TILES])
+    check_fits([report], target)
+    assert target.memory is not None  # every topology names a chip of known memory
     received = sum(each["bytes"] for each in report.collectives.values())
     slots = f"{report.length}" + (f" ({report.short_length})" if report.short_length else "")
     cells = [
@@ -51,7 +67,7 @@ def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[st
         " x ".join(map(str, mesh.shape.values())),
         report.batch,
         slots,
-        f"{report.peak_hbm_bytes / GIB:.2f} of {where.memory / GIB:.2f}",
+        f"{report.peak_hbm_bytes / GIB:.2f} of {target.memory / GIB:.2f}",
         f"{report.flops['total'] / 1e12:.1f}",
         f"{received / 1e9:.1f}",
         *(f"{ms:.0f}" for ms in (report.compute_ms, report.memory_ms, report.network_ms)),
@@ -64,13 +80,18 @@ def row(model: str, preset: str, topology: str, settings: list[str]) -> tuple[st
             "config": name,
             "topology": topology,
             "mesh": dict(mesh.shape),
-            "hbm_limit_bytes": where.memory,
+            "hbm_limit_bytes": target.memory,
             **dataclasses.asdict(report),
         },
     )
 
 
 def main() -> int:
+    """Runs the command.
+
+    Returns:
+        Exit status, 1 if a case does not fit or cannot be compiled.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,11 +100,11 @@ def main() -> int:
     parser.add_argument("--topologies", nargs="*", default=TOPOLOGIES)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table in this page")
-    parser.add_argument("--out", type=Path, help="write all numbers there as JSON")
+    parser.add_argument("--out", type=Path, help="write all numbers to this file as JSON")
     args = parser.parse_args()
     failed, lines, reports = [], [], []
 
-    def attempt(case: tuple[str, str, str]) -> tuple[str, dict] | None:
+    def attempt(case: tuple[str, str, str]) -> tuple[str, dict[str, Any]] | None:
         try:
             line, report = row(*case, args.settings)
         except ConfigError as error:

@@ -1,26 +1,42 @@
-"""The measurement for a GPU runs at toy size, so that the first GPU finds a script that works."""
+"""Rehearses the measurement for a GPU at toy size, so that the first GPU finds a working script."""
 
 import importlib.util
 import json
 import os
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+pytestmark = pytest.mark.slow
 
-import gpu
-
+ROOT = Path(__file__).parents[1]
 PARTS = ["ceilings", "attention", "train", "decode", "lora"]
+
+
+def run(folder, *flags, status=0, path=()):
+    """Runs the benchmark at toy size.
+
+    Returns:
+        What it wrote to gpu.json, and what it printed.
+    """
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--size", "toy", "--out", folder]
+    paths = os.pathsep.join(map(str, (*path, ROOT)))
+    done = subprocess.run(
+        [*command, *flags],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return json.loads((folder / "gpu.json").read_text()), done.stdout
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu_benchmark")
-    assert gpu.main(["--size", "toy", "--in_process", "--out", str(folder), "--parts", *PARTS]) == 0
-    return json.loads((folder / "gpu.json").read_text())
+    return run(folder, "--in_process", "--parts", *PARTS)[0]
 
 
 def test_every_part_is_measured(report):
@@ -30,7 +46,7 @@ def test_every_part_is_measured(report):
         assert row.get("ms", 1) > 0 and row.get("within_tolerance", True)
 
 
-def test_a_frame_of_lvtc_has_its_slots(report):
+def test_a_layout_of_lvtc_has_its_slots(report):
     slots = {
         row["name"].split(",")[1]: (row["slots"], row["short_slots"])
         for row in report["rows"]
@@ -39,31 +55,48 @@ def test_a_frame_of_lvtc_has_its_slots(report):
     assert slots == {" LVTC fast": (40, 34), " LVTC off": (40, 0), " LVTC paper": (64, 40)}
 
 
-def test_rows_beyond_the_time_are_counted(tmp_path):
-    report = gpu.Report(tmp_path / "gpu.json", time.time() + 1, {})
-    report.attempt("train", "late", 40, lambda: pytest.fail("was begun"))
-    report.attempt("train", "broken", 0, lambda: 1 / 0)
-    saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert saved["skipped"] == 1 and "may need 40" in saved["rows"][0]["skipped"]
-    assert saved["rows"][1]["error"].startswith("ZeroDivisionError")
-
-
-def test_pytorch_has_a_process_of_its_own():
-    assert gpu.groups(gpu.PARTS) == [
-        ["ceilings", "attention", "train"],
-        ["torch"],
-        ["decode"],
-        ["lora"],
+def test_memory_rises_from_row_to_row(report):
+    """Only then can the peak of each row be read: a device tells the peak of its whole process."""
+    names = [row["name"] for row in report["rows"] if row["part"] == "train"]
+    assert names == [
+        "2B, LVTC off, remat full",
+        "2B, LVTC fast, remat full",
+        "2B, LVTC paper, remat full",
+        "2B, LVTC off, remat dots",
     ]
-    assert gpu.groups(["decode", "ceilings"]) == [["ceilings", "decode"]]
+
+
+def test_rows_that_are_late_or_broken_are_counted(tmp_path):
+    """Neither stops the rows after it."""
+    (tmp_path / "torch.py").write_text("1 / 0")
+    flags = ("--budget_seconds", "0", "--in_process", "--parts", "torch", "ceilings")
+    saved, shown = run(tmp_path, *flags, status=1, path=[tmp_path])
+    copy, product, torch = saved["rows"]
+    assert saved["skipped"] == 2 and "may need 1" in copy["skipped"] and product["skipped"]
+    assert torch["error"].startswith("ZeroDivisionError")
+    assert "3 rows, 2 skipped, 1 failed" in shown
+
+
+def test_pytorch_and_the_8b_model_have_processes_of_their_own(tmp_path):
+    saved, shown = run(tmp_path, "--budget_seconds", "0")
+    processes = [line for line in shown.splitlines() if line.startswith("process: ")]
+    assert processes == [
+        "process: ceilings attention train",
+        "process: torch",
+        "process: decode",
+        "process: lora",
+    ]
+    # No time was left for any of them, which is recorded too.
+    assert saved["skipped"] == 6 and {"cut off at the deadline"} == {
+        row["skipped"] for row in saved["rows"]
+    }
 
 
 def test_the_step_in_pytorch(tmp_path):
-    if (
-        importlib.util.find_spec("torch") is None
-        or importlib.util.find_spec("transformers") is None
-    ):
+    installed = map(importlib.util.find_spec, ("torch", "transformers"))
+    if None in installed:
         if os.environ.get("REQUIRE_TORCH"):
             pytest.fail("torch and transformers are not installed")
         pytest.skip("torch and transformers are not installed")
-    assert gpu.main(["--size", "toy", "--out", str(tmp_path), "--parts", "torch"]) == 0
+    saved, _ = run(tmp_path, "--parts", "torch")
+    assert all(row["ms"] > 0 for row in saved["rows"])

@@ -29,7 +29,7 @@ from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import load_config_file, override
-from internvlx_jax.data.plan import BatchRule, Bucket, smallest_bucket
+from internvlx_jax.data.buckets import BatchRule, Bucket, smallest_bucket
 from internvlx_jax.models.flops import Flops, forward_flops, train_flops
 from internvlx_jax.models.sharding import data_parallel_size, make_mesh
 from internvlx_jax.training.executables import REMEDIES, compile_train_step, peak_bytes

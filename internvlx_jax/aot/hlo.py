@@ -111,6 +111,8 @@ class _Instruction:
         return _REFERENCE.findall(self.rest[: _closing(self.rest)])
 
     def attribute(self, name: str) -> str | None:
+        """Returns the computation that an attribute names, if the instruction has it."""
+        """Returns the computation that an attribute names, if the instruction has it."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest[_closing(self.rest) :])
         return found and found.group(1)
 
@@ -156,9 +158,10 @@ def _executed(
         if instruction.op == "while":
             count = _trip_count(instruction, computations)
             known = count is not None
-            yield from _executed(computations, instruction.attribute("body"), times * (count or 1))
+            body = instruction.attribute("body") or ""
+            yield from _executed(computations, body, times * (count or 1))
         elif instruction.op in ("call", "async-start"):
-            callee = instruction.attribute("to_apply") or instruction.attribute("calls")
+            callee = instruction.attribute("to_apply") or instruction.attribute("calls") or ""
             yield from _executed(computations, callee, times)
         elif instruction.op == "conditional":
             for branch in _branches(instruction):
@@ -170,7 +173,8 @@ def _branches(instruction: _Instruction) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
     if listed:
         return _REFERENCE.findall(listed.group(1))
-    return [instruction.attribute("true_computation"), instruction.attribute("false_computation")]
+    names = ("true_computation", "false_computation")
+    return [instruction.attribute(name) or "" for name in names]
 
 
 def _trip_count(
@@ -180,7 +184,7 @@ def _trip_count(
     stated = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', instruction.rest)
     if stated:
         return int(stated.group(1))
-    condition = computations[instruction.attribute("condition")]
+    condition = computations[instruction.attribute("condition") or ""]
     limits = [i.rest for i in condition if i.op == "constant" and i.shape.startswith("s32[]")]
     return int(limits[0].split(")")[0]) if len(limits) == 1 else None
 
@@ -208,9 +212,10 @@ def _first_group(rest: str, devices: int) -> tuple[int, ...]:
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return int(pairs.group(1)), int(pairs.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return _integers(listed.group(1))
+        return _integers(listed.group(1)) or ()
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         groups, dims, order = map(_integers, iota.groups())
+        assert groups and dims
         numbers = np.arange(math.prod(dims)).reshape(dims)
         return tuple(numbers.transpose(order).reshape(groups)[0].tolist())
     if mesh := _MESH_GROUPS.search(rest):

@@ -55,9 +55,9 @@ class Topology:
     name: str
     chip: Chip | None
     memory: float | None
-    devices: Sequence[jax.Device]
+    devices: Sequence[Any]
 
-    def bandwidth(self, group: Sequence[jax.Device]) -> float:
+    def bandwidth(self, group: Sequence[Any]) -> float:
         """Returns the bytes per second that a device can receive from a group it is in.
 
         They come over both directions of every axis of the torus that the group extends along, over

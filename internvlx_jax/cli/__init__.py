@@ -18,7 +18,7 @@ COMMANDS = {
         "internvlx_jax.cli.convert",
         "import, export, inspect and verify PyTorch checkpoints",
     ),
-    "data": ("internvlx_jax.cli.data", "check and show training data"),
+    "data": ("internvlx_jax.cli.data", "check, show and generate training data"),
     "compile": ("internvlx_jax.cli.compile", "memory, FLOPs and traffic of a run on given devices"),
     "report": ("internvlx_jax.cli.report", "draw learning curves and a page about a run"),
     "replay": ("internvlx_jax.cli.replay", "run one step of a run again, without its update"),

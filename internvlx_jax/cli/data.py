@@ -1,31 +1,51 @@
-"""Look at training data before training on it.
+"""Look at training data before training on it, or generate some.
 
     internvlx data check META --tokenizer FOLDER
     internvlx data show META --tokenizer FOLDER --sample 0
+    internvlx data generate --out FOLDER
 
-A run config (--config) says how its model reads samples; without one, flags do. --set changes fields of the data
-settings, e.g. --set max_length=8192 batch_mode=pack.
+A run config (--config) says how its model reads samples; without one, flags do. --set changes
+fields of the data settings, e.g. --set max_length=8192 batch_mode=pack.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
+from internvlx_jax.cli.console import CommandParser, configure_logging
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.core.tile_config import TILE_RULES, TileConfig
-from internvlx_jax.data.check import check, format_check, show, write_check
+from internvlx_jax.data.check import check, format_check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.sample_page import show
+from internvlx_jax.data.synthetic import SyntheticConfig, generate
 from internvlx_jax.data.templates import TEMPLATES, get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    """Runs `internvlx data` and returns its exit status: 1 for an error, named on stderr."""
+    args = _parser().parse_args(argv)
+    configure_logging()
+    try:
+        args.run(args)
+    except (ConfigError, CheckpointError, SampleError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="internvlx data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,52 +54,33 @@ def main(argv: list[str] | None = None) -> int:
     checking = commands.add_parser(
         "check", help="a table of every dataset: samples, tiles, lengths, padding, bad ones"
     )
+    _add_reading_flags(checking)
     checking.add_argument(
         "--decode", action="store_true", help="decode every image too, to count damaged ones"
     )
+    checking.set_defaults(run=_check)
     showing = commands.add_parser(
-        "show", help="one sample as an HTML page with its tiles and coloured tokens"
+        "show", help="one sample as an HTML page with its tiles and colored tokens"
     )
+    _add_reading_flags(showing)
     showing.add_argument(
         "--sample", type=int, default=0, help="number of the usable sample, from 0"
     )
-    for each in (checking, showing):
-        _add_common(each)
-    args = parser.parse_args(argv)
-    try:
-        config, processor = _settings(args)
-        if args.command == "check":
-            report = check(
-                args.meta,
-                config,
-                processor,
-                row_quantum=config.row_quantum or 1,
-                decode=args.decode,
-            )
-            write_check(report, args.out)
-            print(format_check(report))
-            print(f"histograms: {args.out / 'check.json'}")
-        else:
-            loader = Loader(
-                args.meta,
-                config,
-                processor,
-                row_quantum=config.row_quantum or 1,
-                seed=0,
-                progress=True,
-            )
-            print(show(loader, args.sample, args.out))
-    except (ConfigError, CheckpointError, SampleError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    showing.set_defaults(run=_show)
+    generating = commands.add_parser(
+        "generate", help="synthetic pages with questions, on which a tiny model learns to read"
+    )
+    _add_generating_flags(generating)
+    generating.set_defaults(run=_generate)
+    return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     tiles = TileConfig()
     parser.add_argument("meta", metavar="META", help="meta JSON")
     parser.add_argument(
-        "--config", help="a run config, a file of configs/: its datasettings and its model's prompt"
+        "--config",
+        help="a run config, a file of configs/: its data settings and its model's prompt",
     )
     parser.add_argument("--tokenizer", help="folder or file of the tokenizer")
     parser.add_argument("--template", choices=TEMPLATES, default="internlm2-chat")
@@ -88,7 +89,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--max_num",
         type=int,
         default=tiles.max_num,
-        help="largest number of tiles, thumbnail not counted",
+        help="largest number of tiles per image, the thumbnail excluded",
     )
     parser.add_argument("--tile_size", type=int, default=tiles.tile_size)
     parser.add_argument("--tokens_per_tile", type=int, default=256)
@@ -98,14 +99,50 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         dest="settings",
-        help="fields of the datasettings, e.g. max_length=8192 images.trust_sizes=false",
+        help="fields of the data settings, e.g. max_length=8192 images.trust_sizes=false",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/data"), help="folder for what is written"
     )
 
 
+def _add_generating_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, help="folder to write; reused if it holds the same dataset"
+    )
+    for field in dataclasses.fields(SyntheticConfig):
+        assert field.default is not dataclasses.MISSING
+        parser.add_argument(
+            f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s"
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    config, processor = _settings(args)
+    report = check(
+        args.meta, config, processor, row_quantum=config.row_quantum or 1, decode=args.decode
+    )
+    written = report.save(args.out)
+    print(format_check(report))
+    print(f"histograms: {written}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    config, processor = _settings(args)
+    loader = Loader(
+        args.meta, config, processor, row_quantum=config.row_quantum or 1, seed=0, progress=True
+    )
+    print(show(loader, args.sample, args.out))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
+    config = SyntheticConfig(**{name: getattr(args, name) for name in names})
+    print(json.dumps(generate(args.out, config), indent=1))
+
+
 def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:
+    """Returns the data settings, and how the model of the run config or the flags reads samples."""
     if args.config is None:
         if args.tokenizer is None:
             raise ConfigError("give --tokenizer, or --config with a run config")
@@ -121,18 +158,31 @@ def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:
             images=config.images,
         )
     run = load_config_file(args.config)
-    config, model = override(run.data, args.settings), run.model
-    path = args.tokenizer or config.tokenizer
-    tokenizer = None if path is None else Tokenizer.load(path)
-    if model is None or (tokenizer is None and run.init_from is not None):
-        from internvlx_jax.checkpoints.opening import (
-            open_checkpoint,
-        )  # the only part that needs jax
-
-        checkpoint = open_checkpoint(run.init_from)
-        model, tokenizer = model or checkpoint.config, tokenizer or checkpoint.tokenizer()
-    if tokenizer is None:
-        raise ConfigError(f"{args.config} names no tokenizer; give --tokenizer")
+    config = override(run.data, args.settings)
+    model, tokenizer = _model(args.config, run, args.tokenizer or config.tokenizer)
     return config, Processor.for_model(
         model, tokenizer, special_text=config.special_text, images=config.images
     )
+
+
+def _model(
+    config_file: str, run: TrainConfig, tokenizer_path: str | None
+) -> tuple[ModelConfig, Tokenizer]:
+    """Returns the model of a run and its tokenizer, from its checkpoint where the run names none.
+
+    Raises:
+        ConfigError: neither the run nor its checkpoint has them.
+    """
+    model = run.model
+    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    if run.init_from is not None and (model is None or tokenizer is None):
+        # Only a checkpoint needs jax, which takes seconds to import.
+        from internvlx_jax.checkpoints.opening import open_checkpoint
+
+        checkpoint = open_checkpoint(run.init_from)
+        model, tokenizer = model or checkpoint.config, tokenizer or checkpoint.tokenizer()
+    if model is None:
+        raise ConfigError(f"{config_file} names neither a model nor init_from; set one of them")
+    if tokenizer is None:
+        raise ConfigError(f"{config_file} names no tokenizer; give --tokenizer")
+    return model, tokenizer

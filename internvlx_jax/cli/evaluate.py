@@ -12,9 +12,10 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError, did_you_mean
+from internvlx_jax.cli.console import CommandParser, configure_logging
+from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.evaluation_config import PROTOCOLS, EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.run_config import MeshConfig
@@ -31,26 +32,10 @@ from internvlx_jax.evaluation.tasks import SUITES, TASKS
 from internvlx_jax.training import distributed
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag when one is unknown."""
-
-    def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error(
-                f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
-            )
-        return known
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; a flag that is not given is not in its namespace."""
-    parser = _Parser(
-        prog="eval.py",
+    parser = CommandParser(
+        prog="internvlx eval",
         description="Score a checkpoint on benchmarks or on a question file.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -127,6 +112,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    configure_logging()
     flags = parser()
     args = vars(flags.parse_args(argv))
     if args.get("list"):
@@ -155,7 +141,7 @@ def _score(args: Mapping[str, Any]) -> list[Summary]:
         chosen = {name: args[name] for name in ("data_root", "tsv_root", "compat") if name in args}
         return [job.rescore(args["rescore"], **chosen, judge=judge)]
     if not ({"shard", "merge"} & args.keys()):  # these work without the other processes
-        distributed.start_from(argparse.Namespace(**args))
+        configure_logging(distributed.start_from(argparse.Namespace(**args)))
     axes = {axis.name: args[f"mesh_{axis.name}"] for axis in dataclasses.fields(MeshConfig)}
     decoding = Decoding(
         sampling=Sampling(**_take(args, Sampling)),

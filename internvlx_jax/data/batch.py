@@ -10,18 +10,19 @@ import numpy as np
 from internvlx_jax.core.inputs import IGNORED, Inputs
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.token_layout import feature_index, short_layout
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 
 
 class Row(NamedTuple):
-    """One sample, or several one after the other, ready to be placed.
+    """One sample, or several one after the other, before padding.
 
     Attributes:
-        tokens, labels: int32[n].
+        tokens: int32[n].
+        labels: int32[n], unshifted; IGNORED where nothing is learned.
         tile_start: int32[t], first slot of each tile.
         tiles: uint8[t, Y, X, 3].
         segments: lengths of the samples in the row; None: it is one sample.
-        loss_weight: float32[n], weight of the label in the same slot where there is one; None: 1.
+        loss_weight: float32[n], weight of the label in the same slot; None: 1.
         dataset: number of the sample's dataset, or of each segment's.
     """
 
@@ -35,11 +36,14 @@ class Row(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Attributes:
-    inputs: what the model reads.
-    labels: int32[B, S], unshifted; -100 is ignored.
-    loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked rows.
-    dataset: int32[B, S], number of the dataset that the slot's sample is from; 0 on padding.
+    """A batch of static shape.
+
+    Attributes:
+        inputs: what the model reads.
+        labels: int32[B, S], unshifted; IGNORED where nothing is learned.
+        loss_weight: float32[B, S], weight of the label in the same slot; 0 on padding and masked
+            rows.
+        dataset: int32[B, S], number of the dataset that the slot's sample is from; 0 on padding.
     """
 
     inputs: Inputs
@@ -49,21 +53,20 @@ class Batch(NamedTuple):
 
 
 def join_rows(rows: Sequence[Row]) -> Row:
-    """Samples as the segments of one row, tiles in the same order."""
+    """Returns one row whose segments are the given samples, tiles in the same order."""
     if len(rows) == 1:
         return rows[0]
     lengths = [len(row.tokens) for row in rows]
     offsets = np.cumsum([0, *lengths[:-1]])
     weights = [
         np.ones(n, np.float32) if row.loss_weight is None else row.loss_weight
-        for row, n in zip(rows, lengths)
+        for row, n in zip(rows, lengths, strict=True)
     ]
+    starts = [row.tile_start + offset for row, offset in zip(rows, offsets, strict=True)]
     return Row(
         np.concatenate([row.tokens for row in rows]),
         np.concatenate([row.labels for row in rows]),
-        np.concatenate([row.tile_start + offset for row, offset in zip(rows, offsets)]).astype(
-            np.int32
-        ),
+        np.concatenate(starts).astype(np.int32),
         np.concatenate([row.tiles for row in rows]),
         tuple(lengths),
         np.concatenate(weights),
@@ -80,7 +83,19 @@ def collate(
     pad_id: int,
     lvtc: LvtcConfig | None = None,
 ) -> Batch:
-    """Right-padded rows of one bucket; None is a masked row. Raises ValueError when a row does not fit."""
+    """Pads rows on the right to one static shape.
+
+    Args:
+        rows: the rows; None is a masked row.
+        bucket: token and tile slots per row.
+        tile_size: side of a tile in pixels.
+        tokens_per_tile: image tokens per tile.
+        pad_id: token on padding.
+        lvtc: adds the short layout; None without LVTC.
+
+    Raises:
+        ValueError: a row does not fit the bucket.
+    """
     shape = (len(rows), bucket.length)
     tokens = np.full(shape, pad_id, np.int32)
     labels = np.full(shape, IGNORED, np.int32)

@@ -17,18 +17,20 @@ _VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v"
 
 @dataclasses.dataclass(frozen=True)
 class ChatSample:
-    """One record of a dataset.
+    """Holds one record of a dataset, checked.
 
-    Attributes
-      dataset, line: name in the meta file, the record in its source counted from 1.
-      where: the place for messages, such as "receipts/train.jsonl line 41".
-      id: the record's own id as text, None without one.
-      images: joined with the dataset's root; empty for a text sample, and for a video until its frames are chosen.
-      sizes: of each image as the record states it, None where it does not.
-      turns: human and gpt in turn, beginning with human; with images, one "<image>" for each in human turns; with a
-        video, one "<video>" in the first.
-      system: the record's system message, None for the template's.
-      video: folder or list of frames, None without a video.
+    Attributes:
+        dataset: name in the meta file.
+        line: number of the record in its source, from 1.
+        where: its place for messages, such as "receipts/train.jsonl line 41".
+        id: the record's own id as text, None without one.
+        images: paths joined with the dataset's root, or encoded files; empty for a text sample, and
+            for a video until its frames are chosen.
+        sizes: width and height of each image as the record states them, None where it does not.
+        turns: human and gpt in turn, beginning with human. With images, human turns have one
+            "<image>" for each; with a video, the first has one "<video>".
+        system: the record's system message, None for the template's.
+        video: folder or list of frames, None without a video.
     """
 
     dataset: str
@@ -43,13 +45,25 @@ class ChatSample:
 
     @property
     def name(self) -> str:
+        """Returns "dataset:line"."""
         return f"{self.dataset}:{self.line}"
 
 
 def parse_sample(
     record: bytes | Mapping[str, Any], *, dataset: str, line: int, where: str, root: str
 ) -> ChatSample:
-    """A JSON object, as bytes or parsed. Raises SampleError naming `where`."""
+    """Checks a record and returns it as a sample (design: data.md 2, 3).
+
+    Args:
+        record: a JSON object, as bytes or parsed.
+        dataset: name in the meta file.
+        line: number of the record in its source, from 1.
+        where: its place for messages.
+        root: folder that image paths are joined with.
+
+    Raises:
+        SampleError: the record cannot be used; the message begins with `where`.
+    """
     try:
         return _parse(record, dataset, line, where, root)
     except SampleError as error:
@@ -96,7 +110,7 @@ def _malformed(problem: str) -> SampleError:
 def _images(
     record: Mapping[str, Any], root: str
 ) -> tuple[tuple[Image, ...], tuple[Size | None, ...]]:
-    """(paths or encoded files, sizes) of the images of a record."""
+    """Returns (paths or encoded files, sizes) of the images of a record."""
     image = record.get("image") or []
     if isinstance(image, Image):
         paths, widths, heights = [image], [record.get("width")], [record.get("height")]
@@ -158,9 +172,11 @@ def _sizes(widths: Any, heights: Any, n_images: int) -> tuple[Size | None, ...]:
         if all(map(_is_size, sizes)):
             return tuple(None if size == (None, None) else size for size in sizes)
     raise SampleError(
-        "size_mismatch", "the size fields do not give each image a positive width and height.",
-        "Correct width and height (width_list and height_list), or remove them to have the files read.",
-    )  # fmt: skip
+        "size_mismatch",
+        "the size fields do not give each image a positive width and height.",
+        "Correct width and height (width_list and height_list), or remove them to have the files "
+        "read.",
+    )
 
 
 def _is_size(size: tuple) -> bool:
@@ -170,7 +186,7 @@ def _is_size(size: tuple) -> bool:
 
 
 def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
-    """(system message or None, turns) with a leading gpt turn dropped."""
+    """Returns (system message or None, turns) with a leading gpt turn dropped."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict)
@@ -190,14 +206,16 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
     roles = [role for role, _ in turns]
     if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
         raise SampleError(
-            "role_order", f"the turns are from {', '.join(roles) or 'nobody'}.",
-            "They must alternate human, gpt, human, ...; only a system turn and a gpt turn may come before.",
-        )  # fmt: skip
+            "role_order",
+            f"the turns are from {', '.join(roles) or 'nobody'}.",
+            "They must alternate human, gpt, human, ...; only a system turn and a gpt turn may "
+            "come before.",
+        )
     return system, turns
 
 
 def _place_images(turns: list[Turn], n_images: int, *, prefix: bool) -> list[Turn]:
-    """The turns with one placeholder for each image; `prefix` adds the missing one of a single image."""
+    """Returns turns with one placeholder per image; `prefix` adds the one that is missing."""
     found = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
     if prefix and found == 0:
         (role, text), *rest = turns
@@ -208,7 +226,7 @@ def _place_images(turns: list[Turn], n_images: int, *, prefix: bool) -> list[Tur
 
 
 def _place_video(turns: list[Turn]) -> list[Turn]:
-    """The turns with one "<video>" and a line end in the first human turn."""
+    """Returns the turns with one "<video>" and a line end in the first human turn."""
     (role, first), *rest = turns
     videos = sum(text.count(VIDEO_PLACEHOLDER) for role, text in turns if role == "human")
     if videos == 0:

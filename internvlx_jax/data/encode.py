@@ -1,7 +1,7 @@
 """Conversation -> token ids, labels and the slots of the image tokens (design: data.md 3 and 6).
 
 Only tile counts are needed, no pixels, so exact lengths are known before any image is decoded.
-Dims: S tokens, T tiles of all images together, N image tokens a tile.
+Dims: S tokens, T tiles of all images together, N image tokens per tile.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """One sample as ids.
+    """Holds one sample as ids.
 
-    Attributes
-      tokens: int32[S], bos included where the template asks for it, no eos.
-      labels: int32[S], the token itself or IGNORED; not shifted.
-      tile_start: int32[T], the first of each tile's N slots, tiles in the order of the images.
+    Attributes:
+        tokens: int32[S], bos included where the template asks for it, no eos.
+        labels: int32[S], the token itself or IGNORED; not shifted.
+        tile_start: int32[T], the first of each tile's N slots, tiles in the order of the images.
     """
 
     tokens: np.ndarray
@@ -40,11 +40,22 @@ def encode_sample(
     tokens_per_tile: int,
     special_text: SpecialText = "reject",
 ) -> Encoded:
-    """A training sample: every answer and the separator after it is supervised, all else is IGNORED.
+    """Encodes a training sample: answers and the separator after each are supervised.
 
-    With images, each "<image>" of a human turn becomes the next image of tiles_per_image; without (a text
-    sample), and in answers, it is ordinary text. `system` None means the template's message.
-    Raises SampleError: "no_supervision", "placeholder_mismatch", "reserved_text".
+    With images, each "<image>" of a human turn becomes the next image of tiles_per_image. Without
+    images (a text sample), and in answers, "<image>" is ordinary text.
+
+    Args:
+        turns: (role, text) of each message.
+        system: system message; None for the template's.
+        template: fixed text around the messages.
+        tokenizer: of the model.
+        tiles_per_image: tiles of each image, in order.
+        tokens_per_tile: image tokens per tile.
+        special_text: what reserved text inside turns does.
+
+    Raises:
+        SampleError: "no_supervision", "placeholder_mismatch" or "reserved_text".
     """
     parts = list(render(template, turns, system=system, strip=template.strip_values))
     encoded = _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
@@ -66,10 +77,26 @@ def encode_prompt(
     tokens_per_tile: int,
     special_text: SpecialText = "escape",
 ) -> Encoded:
-    """A generation prompt: the (question, answer) pairs of history, the question, the header of the answer.
+    """Encodes a generation prompt: history, question and the header of the answer.
 
-    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is stripped (design:
-    data.md 4). Placeholders and errors as in encode_sample; no label is set.
+    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is
+    stripped (design: data.md 4).
+
+    Args:
+        question: the message to answer.
+        history: (question, answer) pairs before it.
+        system: system message; None for the template's.
+        template: fixed text around the messages.
+        tokenizer: of the model.
+        tiles_per_image: tiles of each image, in order.
+        tokens_per_tile: image tokens per tile.
+        special_text: what reserved text inside turns does.
+
+    Returns:
+        The prompt; no label is set.
+
+    Raises:
+        SampleError: "placeholder_mismatch" or "reserved_text".
     """
     history = list(history)
     if len(tiles_per_image) > 0 and not history and IMAGE_PLACEHOLDER not in question:
@@ -109,15 +136,18 @@ def _encode(
 
 
 class _Writer:
-    """Collects ids and labels; neighbouring plain texts become one SentencePiece call (design: data.md 6)."""
+    """Collects ids and labels (design: data.md 6).
+
+    Neighboring plain texts become one SentencePiece call, because a piece may span both.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.labels: list[int] = []
         self.tile_start: list[int] = []
-        # Plain text not yet encoded, unsupervised and then supervised. An answer ends at its separator's id,
-        # so nothing unsupervised ever follows it in the same call.
+        # Plain text not yet encoded, unsupervised and then supervised. An answer ends at its
+        # separator's id, so nothing unsupervised ever follows it in the same call.
         self.head, self.tail = "", ""
 
     def text(self, text: str, *, special: SpecialText, supervised: bool) -> None:

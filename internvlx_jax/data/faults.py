@@ -1,4 +1,4 @@
-"""Bad samples: what takes their place, how many there are, when a run stops (design: data.md 15)."""
+"""Bad samples: what replaces them, how they are counted, when a run stops (design: data.md 15)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from internvlx_jax.core.data_config import FaultConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
 
 JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
-TRIES = 3  # replacements that are tried before a slot stays empty
+TRIES = 3  # replacements that are tried before a place stays empty
 
 
 class Fault(NamedTuple):
-    """A bad sample. `error` is None where a sample is used although an image is `reason`."""
+    """What is wrong with a sample.
+
+    Attributes:
+        dataset: name of its dataset.
+        line: number of its record, from 1.
+        reason: one of REASONS, or what an image is that is used all the same.
+        error: why the sample is bad; None where it is used all the same.
+    """
 
     dataset: str
     line: int
@@ -29,7 +36,13 @@ class Fault(NamedTuple):
 def replacements(
     generator: np.random.Generator, same_dataset: np.ndarray, bucket: np.ndarray
 ) -> list[int]:
-    """Samples to try for a bad one: first others of its dataset, then any others of its bucket."""
+    """Draws samples to try for a bad one: first of its dataset, then any of its bucket.
+
+    Args:
+        generator: seeded by the place in the plan, so that every restart draws the same.
+        same_dataset: int64[n], other samples of its dataset that fit.
+        bucket: int64[m], all other samples that fit.
+    """
     tries = [same_dataset] * (TRIES - 1) + [bucket]
     return [
         int(generator.choice(pool if len(pool) else bucket))
@@ -39,31 +52,43 @@ def replacements(
 
 
 class FaultCounts:
-    """Faults of a run on one process: counted by dataset and reason, each sample written once to a quarantine file.
+    """Counts the faults of a run on one process, by dataset and reason.
 
-    datasets: names in order. The counts of several processes are added before they are judged.
+    Each bad sample is written once to a quarantine file. The counts of several processes are added
+    before they are judged.
+
+    Args:
+        datasets: names in order.
+        config: when a run stops.
+
+    Attributes:
+        reasons: number of faults by (dataset, reason).
     """
 
     def __init__(self, datasets: Sequence[str], config: FaultConfig):
         self.datasets, self.config = list(datasets), config
-        self.reasons = Counter()
-        self._read, self._bad = Counter(), Counter()
+        self.reasons: Counter[tuple[str, str]] = Counter()
+        self._read: Counter[str] = Counter()
+        self._bad: Counter[str] = Counter()
         self._quarantine: Path | None = None
         self._listed: set[tuple[str, int]] = set()
         self._unwritten: list[Fault] = []
 
     def list_in(self, quarantine: Path) -> None:
-        """Append the bad samples to this file, those of before and those to come; none that stands there already."""
+        """Starts logging bad samples to `quarantine`, including those seen so far.
+
+        Each sample is listed once, also over restarts.
+        """
         self._quarantine = quarantine
-        there = read_quarantine([quarantine]) if quarantine.is_file() else set()
-        self._listed |= there
+        listed = read_quarantine([quarantine]) if quarantine.is_file() else set()
+        self._listed |= listed
         self._unwritten = [
-            fault for fault in self._unwritten if (fault.dataset, fault.line) not in there
+            fault for fault in self._unwritten if (fault.dataset, fault.line) not in listed
         ]
         self._write()
 
     def _write(self) -> None:
-        if not self._unwritten:
+        if not self._unwritten or self._quarantine is None:
             return
         with self._quarantine.open("a", encoding="utf-8") as file:
             for fault in self._unwritten:
@@ -82,9 +107,14 @@ class FaultCounts:
         self._unwritten.clear()
 
     def add(self, read: Mapping[str, int], faults: Sequence[Fault]) -> None:
-        """Samples read of each dataset, bad ones included, and what was wrong with some of them.
+        """Counts samples that were read, and what was wrong with some of them.
 
-        Raises the first error when `on_bad` is `fail`.
+        Args:
+            read: number of samples by dataset, bad ones included.
+            faults: what was wrong.
+
+        Raises:
+            SampleError: the first one, when `on_bad` is `fail`.
         """
         self._read.update(read)
         bad = [fault for fault in faults if fault.error is not None]
@@ -94,48 +124,53 @@ class FaultCounts:
             if (fault.dataset, fault.line) not in self._listed:
                 self._listed.add((fault.dataset, fault.line))
                 self._unwritten.append(fault)
-        if self._quarantine:
-            self._write()
+        self._write()
         if self.config.on_bad == "fail":
             for fault in bad:
-                raise fault.error
+                if fault.error is not None:
+                    raise fault.error
 
     def totals(self) -> np.ndarray:
-        """int64[datasets, 2]: samples read and bad ones."""
+        """Returns int64[datasets, 2]: samples read and bad ones."""
         return np.array([(self._read[name], self._bad[name]) for name in self.datasets], np.int64)
 
     def judge(self, totals: np.ndarray) -> None:
-        """Raises ConfigError when too large a share of a dataset is bad; `totals` may be those of all processes."""
-        for name, (read, bad) in zip(self.datasets, totals.tolist()):
+        """Stops the run when too large a share of a dataset is bad.
+
+        Args:
+            totals: int64[datasets, 2], those of this process or of all processes together.
+
+        Raises:
+            ConfigError: names the dataset, the reasons and the quarantine file.
+        """
+        for name, (read, bad) in zip(self.datasets, totals.tolist(), strict=True):
             if bad > self.config.max_share * max(read, JUDGED_FROM):
-                reasons = {
-                    reason: count
-                    for (dataset, reason), count in self.reasons.items()
-                    if dataset == name
-                }
+                listed = f", see {self._quarantine}" if self._quarantine else ""
                 raise ConfigError(
-                    f'dataset "{name}": {bad} of {read} samples are bad, more than data.faults.max_share = '
-                    f"{self.config.max_share} ({', '.join(f'{r} {n}' for r, n in sorted(reasons.items()))}). Correct "
-                    f"them{f', see {self._quarantine}' if self._quarantine else ''}, or raise the limit."
+                    f'dataset "{name}": {bad} of {read} samples are bad, more than '
+                    f"data.faults.max_share = {self.config.max_share} "
+                    f"({', '.join(self._found(name))}). Correct them{listed}, or raise the limit."
                 )
 
+    def _found(self, name: str) -> list[str]:
+        """Returns "reason count" of the faults of a dataset."""
+        found = sorted(self.reasons.items())
+        return [f"{reason} {count}" for (dataset, reason), count in found if dataset == name]
+
     def summary(self) -> str:
-        """'receipts: json 2, unreadable 1; ...', empty without faults."""
-        by_dataset = {
-            name: [
-                f"{reason} {count}"
-                for (dataset, reason), count in sorted(self.reasons.items())
-                if dataset == name
-            ]
-            for name in self.datasets
-        }
+        """Returns "receipts: json 2, unreadable 1; ...", empty without faults."""
+        by_dataset = {name: self._found(name) for name in self.datasets}
         return "; ".join(
             f"{name}: {', '.join(found)}" for name, found in by_dataset.items() if found
         )
 
 
 def read_quarantine(paths: Collection[str | Path]) -> set[tuple[str, int]]:
-    """(dataset, line) of the samples that quarantine files list. Raises ConfigError naming file and line."""
+    """Returns (dataset, line) of the samples that quarantine files list.
+
+    Raises:
+        ConfigError: a file does not exist, or a line of it names no sample.
+    """
     listed = set()
     for path in paths:
         try:

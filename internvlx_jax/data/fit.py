@@ -1,4 +1,4 @@
-"""Samples that are too long for the largest bucket or row: what gives way, in which order (design: data.md 10)."""
+"""Samples that are too long: what gives way, in which order (design: data.md 10)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,24 @@ import numpy as np
 
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.inputs import IGNORED
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.encode import Encoded
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 
-CHANGES = (
-    "",
-    "fewer_tiles",
-    "dropped_turns",
-    "cut_answer",
-)  # what fit_sample may have done, the last one wins
-
-
-class Room(NamedTuple):
-    """Slots that one sample may take: tokens, tiles (None: any number), tokens of the short layout (with LVTC)."""
-
-    length: int
-    tiles: int | None = None
-    short_length: int = 0
+# What fit_sample may have done; where several were needed, the last one.
+CHANGES = ("", "fewer_tiles", "dropped_turns", "cut_answer")
 
 
 class Fitted(NamedTuple):
-    """Attributes:
-    encoded: tokens and labels, at most `room.length`.
-    tiles: of each image that is kept, the first ones of the sample.
-    limit: largest grid of an image.
-    change: one of CHANGES.
+    """A sample that fits.
+
+    Attributes:
+        encoded: tokens and labels, at most `capacity.length`.
+        tiles: tiles of each image that is kept, the first ones of the sample.
+        limit: largest grid of an image.
+        change: one of CHANGES.
     """
 
     encoded: Encoded
@@ -46,52 +37,80 @@ class Fitted(NamedTuple):
 
 
 def fit_sample(
-    processor: Processor, sample: ChatSample, sizes: Sequence[Size], room: Room
+    processor: Processor, sample: ChatSample, sizes: Sequence[Size], capacity: Capacity
 ) -> Fitted:
-    """Encode a sample so that it fits: as it is, else with fewer tiles, else without its last questions and answers,
-    else without the end of its answer. Image tokens are never cut.
+    """Encodes a sample so that it fits.
 
-    Raises SampleError naming the line, "too_long" when nothing helps.
+    A sample stays as it is if it can. Otherwise it gets fewer tiles, then loses its last questions
+    and answers, then the end of its answer. Image tokens are never cut.
+
+    Args:
+        processor: reads the sample for its model.
+        sample: one conversation.
+        sizes: width and height of each of its images, in pixels.
+        capacity: bounds of tokens and tiles.
+
+    Raises:
+        SampleError: "too_long" when nothing helps; the message names the line.
     """
     limit = processor.image_limit(len(sizes))
     tiles = processor.tiles_per_image(sizes, limit)
     encoded = processor.encode(sample, tiles)
-    whole = len(encoded.tokens), sum(tiles)
-    if _fits(*whole, room):
+    length, count = len(encoded.tokens), sum(tiles)
+    if capacity.fits(length, count):
         return Fitted(encoded, tiles, limit, "")
 
-    text = whole[0] - whole[1] * processor.tokens_per_tile
-    while limit > 1 and not _fits(text + sum(tiles) * processor.tokens_per_tile, sum(tiles), room):
-        limit -= 1
-        tiles = processor.tiles_per_image(sizes, limit)
-    encoded, change = processor.encode(sample, tiles), "fewer_tiles"
+    limit, tiles = _fewer_tiles(
+        processor, sizes, capacity, text=length - count * processor.tokens_per_tile
+    )
+    fitted = Fitted(processor.encode(sample, tiles), tiles, limit, "fewer_tiles")
+    fitted = _drop_turns(processor, sample, fitted, capacity)
+    if _holds(capacity, fitted):
+        return fitted
+    cut = _cut_answer(fitted.encoded, capacity.length, processor.tokens_per_tile)
+    if cut is None or not capacity.fits(0, sum(fitted.tiles)):
+        raise _too_long(processor, sample, length, count, capacity)
+    return fitted._replace(encoded=cut, change="cut_answer")
 
-    while not _fits(len(encoded.tokens), sum(tiles), room) and len(sample.turns) > 2:
-        turns = sample.turns[: len(sample.turns) - (1 if sample.turns[-1][0] == "human" else 2)]
-        kept = tiles[
-            : sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
-        ]
-        if tiles and not kept:
+
+def _holds(capacity: Capacity, fitted: Fitted) -> bool:
+    return capacity.fits(len(fitted.encoded.tokens), sum(fitted.tiles))
+
+
+def _fewer_tiles(
+    processor: Processor, sizes: Sequence[Size], capacity: Capacity, *, text: int
+) -> tuple[int, tuple[int, ...]]:
+    """Returns the largest grid with which the sample fits, at least 1, and the tiles per image."""
+    limit = processor.image_limit(len(sizes))
+    while True:
+        tiles = processor.tiles_per_image(sizes, limit)
+        count = sum(tiles)
+        if limit <= 1 or capacity.fits(text + count * processor.tokens_per_tile, count):
+            return limit, tiles
+        limit -= 1
+
+
+def _drop_turns(
+    processor: Processor, sample: ChatSample, fitted: Fitted, capacity: Capacity
+) -> Fitted:
+    """Drops questions and answers from the end, with their images, until the sample fits."""
+    turns = sample.turns
+    while not _holds(capacity, fitted) and len(turns) > 2:
+        turns = turns[: len(turns) - (1 if turns[-1][0] == "human" else 2)]
+        questions = [text for role, text in turns if role == "human"]
+        kept = fitted.tiles[: sum(text.count(IMAGE_PLACEHOLDER) for text in questions)]
+        if fitted.tiles and not kept:
             break  # without an image it would become a text sample, whose "<image>" is text
         try:
             encoded = processor.encode(dataclasses.replace(sample, turns=turns), kept)
         except SampleError:
             break  # nothing supervised would be left
-        sample, tiles, change = dataclasses.replace(sample, turns=turns), kept, "dropped_turns"
-
-    if not _fits(len(encoded.tokens), sum(tiles), room):
-        encoded, change = _cut_answer(encoded, room.length, processor.tokens_per_tile), "cut_answer"
-        if not _fits(0, sum(tiles), room) or encoded is None:
-            raise _too_long(processor, sample, *whole, room)
-    return Fitted(encoded, tiles, limit, change)
-
-
-def _fits(length: int, tiles: int, room: Room) -> bool:
-    return length <= room.length and (room.tiles is None or tiles <= room.tiles)
+        fitted = Fitted(encoded, kept, fitted.limit, "dropped_turns")
+    return fitted
 
 
 def _cut_answer(encoded: Encoded, length: int, tokens_per_tile: int) -> Encoded | None:
-    """The first `length` tokens; None if image tokens or the whole answer would be lost."""
+    """Returns the first `length` tokens; None if image tokens or the whole answer would be lost."""
     images_end = encoded.tile_start.max(initial=-tokens_per_tile - 1) + tokens_per_tile + 1
     if images_end > length or (encoded.labels[:length] == IGNORED).all():
         return None
@@ -99,18 +118,19 @@ def _cut_answer(encoded: Encoded, length: int, tokens_per_tile: int) -> Encoded 
 
 
 def _too_long(
-    processor: Processor, sample: ChatSample, length: int, tiles: int, room: Room
+    processor: Processor, sample: ChatSample, length: int, tiles: int, capacity: Capacity
 ) -> SampleError:
-    slots = "" if room.tiles is None else f" and {room.tiles} tile slots"
+    slots = "" if capacity.tiles is None else f" and {capacity.tiles} tile slots"
     return SampleError(
         "too_long",
-        f"{length} tokens, {tiles * processor.tokens_per_tile} of them image tokens of {tiles} tiles, do "
-        f"not fit into data.max_length = {room.length}{slots}; image tokens are never cut.",
+        f"{length} tokens, {tiles * processor.tokens_per_tile} of them image tokens of {tiles} "
+        f"tiles, do not fit into data.max_length = {capacity.length}{slots}; image tokens are "
+        "never cut.",
         "Raise data.max_length, lower model.prompt.tiles.max_num, or shorten the conversation.",
         sample.where,
     )
 
 
 def supervised_tokens(labels: np.ndarray) -> int:
-    """Labels that count: the first token of a sample is predicted from nothing."""
+    """Returns how many labels count: nothing predicts the first token of a sample."""
     return int((labels[1:] != IGNORED).sum())

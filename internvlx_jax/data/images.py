@@ -1,9 +1,10 @@
 """Image file -> RGB image (design: data.md 7).
 
-Pillow keeps two settings in module globals: the pixel limit, and whether damaged files are decoded. Loader
-threads share them, so they are changed under a lock, only while a header is parsed and for the second
-decoding of a file whose first one failed. The tolerance of damaged files holds in the changing thread alone,
-so that the ordinary decodes of other threads, which take no lock, stay strict.
+Pillow keeps two settings in module globals: the pixel limit, and whether damaged files are decoded.
+Loader threads share them, so they are changed under a lock, only while a header is parsed and for
+the second decoding of a file whose first one failed. The tolerance of damaged files holds in the
+changing thread alone, so that the ordinary decodes of other threads, which take no lock, stay
+strict.
 """
 
 import contextlib
@@ -27,23 +28,28 @@ _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and heigh
 class StoredImage(Protocol):
     """An image inside another file, such as a cell of a table; `str` of it says where."""
 
-    def open(self) -> BinaryIO: ...
+    def open(self) -> BinaryIO:
+        """Returns the encoded file."""
+        ...
 
 
-ImageSource = (
-    str | os.PathLike | bytes | StoredImage
-)  # a path or URL, the encoded file itself, or where it is stored
+# A path or URL, the encoded file itself, or where it is stored.
+ImageSource = str | os.PathLike | bytes | StoredImage
 
 
 def open_image(source: ImageSource) -> BinaryIO:
-    """The encoded bytes of an image file."""
+    """Opens the encoded bytes of an image file."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     return storage.open_binary(source) if isinstance(source, (str, os.PathLike)) else source.open()
 
 
 def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, int]:
-    """(width, height) in pixels from the header, without decoding. Raises SampleError("unreadable")."""
+    """Returns (width, height) in pixels from the header, without decoding.
+
+    Raises:
+        SampleError: "unreadable".
+    """
     with _opened(source) as image:
         turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
         return image.size[::-1] if turned else image.size
@@ -56,13 +62,20 @@ def load_image(
     apply_exif: bool = False,
     use_truncated: bool = True,
 ) -> Image.Image:
-    """First frame of an image file as an RGB image; alpha is dropped, EXIF orientation ignored unless asked for.
+    """Returns the first frame of an image file as an RGB image; alpha is dropped.
 
-    `info["counted"]` of the result names what deserves a counter: "truncated" (a damaged file, decoded as far
-    as it goes), "16bit" (16-bit values shifted down to 8 bits).
+    `info["counted"]` of the result names what deserves a counter: "truncated" (a damaged file,
+    decoded as far as it goes), "16bit" (16-bit values shifted down to 8 bits).
 
-    Raises SampleError: "unreadable", "too_many_pixels" (known from the header, before decoding),
-    "unsupported_mode" (32-bit integers and floats have no agreed range), "truncated" without `use_truncated`.
+    Args:
+        source: the file.
+        max_pixels: larger images are refused before they are decoded.
+        apply_exif: whether an EXIF orientation turns the image; the release ignores it.
+        use_truncated: whether a damaged file is used as far as it can be decoded.
+
+    Raises:
+        SampleError: "unreadable", "too_many_pixels", "unsupported_mode" (32-bit integers and
+            floats have no agreed range), or "truncated" without `use_truncated`.
     """
     try:
         return _decode(source, max_pixels, apply_exif, tolerant=False)
@@ -81,13 +94,19 @@ def load_image(
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) -> None:
-    """Raises SampleError("too_many_pixels")."""
+    """Refuses images of more than `max_pixels` pixels.
+
+    Raises:
+        SampleError: "too_many_pixels".
+    """
     width, height = size
     if width * height > max_pixels:
         raise SampleError(
-            "too_many_pixels", f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
-            "Scale the image down, or raise data.images.max_pixels.", _name(source),
-        )  # fmt: skip
+            "too_many_pixels",
+            f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
+            "Scale the image down, or raise data.images.max_pixels.",
+            _name(source),
+        )
 
 
 def _name(source: ImageSource) -> str:
@@ -102,9 +121,11 @@ def _decode(
         check_pixels(image.size, max_pixels, source)
         if image.mode in ("I", "F"):
             raise SampleError(
-                "unsupported_mode", f'image mode "{image.mode}" has no defined range of values.',
-                "Convert the file to 8-bit RGB or greyscale.", _name(source),
-            )  # fmt: skip
+                "unsupported_mode",
+                f'image mode "{image.mode}" has no defined range of values.',
+                "Convert the file to 8-bit RGB or grayscale.",
+                _name(source),
+            )
         with _pillow_globals() if tolerant else contextlib.nullcontext():
             image.load()
         if apply_exif:
@@ -112,7 +133,7 @@ def _decode(
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255: white images
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             counted += ("16bit",)
-        image.info.pop("transparency", None)  # only makes convert() warn about what is wanted here
+        image.info.pop("transparency", None)  # convert() would warn that alpha is dropped
         rgb = image.convert("RGB")
     rgb.info = {"counted": counted}
     return rgb
@@ -120,7 +141,7 @@ def _decode(
 
 @contextlib.contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """An image file whose header is read; whatever Pillow raises, here or in the block, is "unreadable"."""
+    """Opens an image file; whatever Pillow raises, also in the block, becomes "unreadable"."""
     try:
         with open_image(source) as file:
             with _pillow_globals():
@@ -130,13 +151,15 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # damaged files make the decoders raise nearly anything
         raise SampleError(
-            "unreadable", f"the image cannot be read ({type(error).__name__}: {error}).",
-            'Check the file and its path ("root" of the meta file joined with "image").', _name(source),
-        ) from error  # fmt: skip
+            "unreadable",
+            f"the image cannot be read ({type(error).__name__}: {error}).",
+            'Check the file and its path ("root" of the meta file joined with "image").',
+            _name(source),
+        ) from error
 
 
 class _TrueInThisThread:
-    """True in the thread that made it; in others, the value it stands in for."""
+    """A flag that is true in the thread that made it, and unchanged in all others."""
 
     def __init__(self, elsewhere: bool):
         self.thread, self.elsewhere = threading.get_ident(), elsewhere
@@ -147,7 +170,7 @@ class _TrueInThisThread:
 
 @contextlib.contextmanager
 def _pillow_globals() -> Iterator[None]:
-    """No pixel limit of Pillow's (the one here has its own error), and tolerance of damaged files."""
+    """Lifts Pillow's pixel limit, for check_pixels has its own, and tolerates damaged files."""
     with _LOCK:
         saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, _TrueInThisThread(saved[1])

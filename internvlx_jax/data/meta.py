@@ -15,20 +15,27 @@ from internvlx_jax.data.templates import get_template
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of a meta file, its paths resolved. Its samples come from one of three places.
+    """Describes one dataset of a meta file, its paths resolved.
 
-    Attributes
-      name: key in the meta file.
-      root: folder that image paths are joined with.
-      annotation: a JSONL chat file.
-      array_record: a path or pattern of ArrayRecord files.
-      tfds, split, data_dir, builder: a prepared TFDS dataset, "name/config:version", where it lies, and the
-        "module:function" that maps one of its examples to a sample.
-      repeat_time: below 1 the fraction of lines that is used, above 1 how often the list is repeated.
-      weight: share of the samples in the mixture `weight`.
-      length: number of lines as the meta file states it, only compared.
-      max_dynamic_patch, conv_style, tile_rule: replace the run's tile maximum, template and tile rule.
-      data_augment: JPEG re-encoding of tiles.
+    Its samples come from one of three places: JSONL, ArrayRecord or TFDS.
+
+    Attributes:
+        name: key in the meta file.
+        root: folder that image paths are joined with.
+        annotation: a JSONL chat file.
+        array_record: a path or pattern of ArrayRecord files.
+        tfds: a prepared TFDS dataset, "name/config:version".
+        split: of the TFDS dataset.
+        data_dir: folder of TFDS datasets.
+        builder: "module:function" that maps one TFDS example to a sample.
+        repeat_time: below 1 the fraction of lines that is used, above 1 how often the list is
+            repeated.
+        weight: share of the samples in the mixture `weight`.
+        length: number of lines that the meta file states; it is only compared.
+        max_dynamic_patch: replaces the run's tile maximum.
+        conv_style: replaces the run's template.
+        tile_rule: replaces the run's tile rule.
+        data_augment: whether tiles are compressed by JPEG of random quality.
     """
 
     name: str
@@ -55,10 +62,13 @@ _SOURCES = ("annotation", "array_record", "tfds")
 
 
 def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
-    """The datasets of a meta file, in its order. Unknown fields are a warning.
+    """Returns the datasets of a meta file, in its order. Unknown fields are a warning.
 
     Relative paths are tried from the working directory, then from the meta file's folder.
-    Raises FileNotFoundError and ValueError naming the meta file, the dataset and the field.
+
+    Raises:
+        FileNotFoundError: the meta file, or a file or folder that it names, does not exist.
+        ConfigError: names the meta file, the dataset and the field that cannot be used.
     """
     path = os.fspath(path)
     try:
@@ -67,7 +77,7 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
     except FileNotFoundError:
         raise FileNotFoundError(f"meta file {path} does not exist. Check the path.") from None
     except ValueError as error:
-        raise ConfigError(f"meta file {path} is not JSON: {error}. Correct it there.") from error
+        raise ConfigError(f"meta file {path} is not JSON: {error}. Correct the file.") from error
     if not isinstance(meta, dict) or not all(isinstance(fields, dict) for fields in meta.values()):
         raise ConfigError(
             f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.'
@@ -120,7 +130,7 @@ def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
 
 
 def _resolve_source(folder: str, where: str, fields: dict) -> None:
-    """Resolve the paths of the one source of a dataset, in place."""
+    """Resolves the paths of the one source of a dataset, in place."""
     given = [key for key in _SOURCES if key in fields]
     if len(given) > 1:
         raise ConfigError(f"{where}: has {' and '.join(given)}; keep one of them.")
@@ -131,8 +141,8 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
 
         if storage.is_url(fields["array_record"]):
             raise ConfigError(
-                f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy them to '
-                "a disk."
+                f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy '
+                "them to a disk."
             )
         fields["array_record"] = _resolve(
             folder, where, "array_record", fields["array_record"], exists
@@ -140,8 +150,8 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
     elif given == ["tfds"]:
         if "builder" not in fields or fields["builder"].count(":") != 1:
             raise ConfigError(
-                f'{where}: "tfds" needs "builder": "module:function", which maps an example to a sample; '
-                f"got {fields.get('builder')!r}."
+                f'{where}: "tfds" needs "builder": "module:function", which maps an example to a '
+                f"sample; got {fields.get('builder')!r}."
             )
         if "data_dir" in fields:
             fields["data_dir"] = _resolve(

@@ -15,18 +15,27 @@ def best_fit(
     also: Sequence[tuple[np.ndarray, int]] = (),
     open_rows: int,
 ) -> np.ndarray:
-    """The row of each sample, rows numbered in the order they are opened.
+    """Puts samples into rows, best fit first.
 
-    lengths: int[n] -> int64[n]. A sample goes to the open row that it leaves with the fewest free tokens (the oldest of
-    equals); when it fits none, a row is opened, and the fullest is closed if `open_rows` are open already.
-    also: further needs of the samples, int[n], each with the budget of a row: tiles, slots of the short layout.
+    A sample goes to the open row that it leaves with the fewest free tokens, the oldest of equals.
+    When it fits none, a row is opened, and the fullest is closed if `open_rows` are open already.
+
+    Args:
+        lengths: int[n], tokens of each sample.
+        max_length: tokens per row.
+        also: further needs of the samples, int[n], each with the budget of a row: tiles, slots of
+            the short layout.
+        open_rows: number of rows among which a sample chooses.
+
+    Returns:
+        int64[n], the row of each sample; rows are numbered in the order in which they are opened.
     """
     rows = np.empty(len(lengths), np.int64)
     by_space: list[tuple[int, int]] = []  # (free tokens, row) of the open rows, sorted
     free: list[list[int]] = []  # what is left of the other budgets of every row
     budgets = [budget for _, budget in also]
-    needs = zip(*(need.tolist() for need, _ in also)) if also else [()] * len(lengths)
-    for entry, (length, need) in enumerate(zip(lengths.tolist(), needs)):
+    needs = zip(*(need.tolist() for need, _ in also), strict=True) if also else [()] * len(lengths)
+    for entry, (length, need) in enumerate(zip(lengths.tolist(), needs, strict=True)):
         at = bisect_left(by_space, (length, -1))
         while at < len(by_space) and any(map(int.__gt__, need, free[by_space[at][1]])):
             at += 1

@@ -13,6 +13,8 @@ from internvlx_jax.core.data_config import ImageConfig
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.batch import Batch, Row, collate
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.conversations import ChatSample, Image, Size
 from internvlx_jax.data.encode import Encoded, encode_sample
 from internvlx_jax.data.images import check_pixels, image_size, load_image
@@ -23,21 +25,25 @@ from internvlx_jax.data.tokenizer import SpecialText, Tokenizer
 
 # What load_image counts, and what to do about it.
 DECODED_ANYWAY = {
-    "truncated": "the file is damaged; what could be decoded is used, the rest is blank. Replace the file.",
-    "16bit": "16-bit values are shifted down to 8 bits. Convert the file if its values use another range.",
+    "truncated": "the file is damaged; what could be decoded is used, the rest is blank. Replace "
+    "the file.",
+    "16bit": "16-bit values are shifted down to 8 bits. Convert the file if its values use another "
+    "range.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """How a model reads samples. Picklable, so that loader workers can hold it.
+    """Describes how a model reads samples. Loader workers hold a pickled copy.
 
     Attributes:
-        template, system_message: prompt of the model; the message replaces the template's own.
-        tiles: how its images are cut.
-        tokens_per_tile: visual tokens of a tile.
-        special_text: policy for reserved text inside turns.
-        lvtc: the model's; its batches have a short layout too.
+        tokenizer: of the model.
+        template: chat template of the model.
+        system_message: replaces the template's own; None keeps that.
+        tiles: how images are cut.
+        tokens_per_tile: image tokens per tile.
+        special_text: what reserved text inside turns does.
+        lvtc: LVTC of the model, whose batches have a short layout too; None without it.
         images: how image files are read.
     """
 
@@ -60,7 +66,15 @@ class Processor:
         tiles: TileConfig | None = None,
         images: ImageConfig = ImageConfig(),
     ) -> Processor:
-        """Returns the processor of a model; `tiles` replaces how the model's own prompt cuts images."""
+        """Returns the processor of a model.
+
+        Args:
+            config: the model.
+            tokenizer: its tokenizer.
+            special_text: what reserved text inside turns does.
+            tiles: replaces how the model's own prompt cuts images.
+            images: how image files are read.
+        """
         prompt = config.prompt
         return cls(
             tokenizer,
@@ -75,11 +89,11 @@ class Processor:
 
     @property
     def saved_per_tile(self) -> int:
-        """Slots by which a tile is shorter in the short layout of LVTC."""
+        """Returns the slots by which a tile is shorter in the short layout of LVTC."""
         return 0 if self.lvtc is None else self.lvtc.saved_per_tile
 
     def for_dataset(self, entry: DatasetEntry) -> Processor:
-        """The same with the overrides of one entry of a meta file."""
+        """Returns the processor of one entry of a meta file, which may replace settings."""
         tiles = self.tiles
         if entry.tile_rule is not None:
             tiles = dataclasses.replace(tiles, rule=entry.tile_rule)
@@ -89,36 +103,54 @@ class Processor:
         return dataclasses.replace(self, tiles=tiles, template=template)
 
     def for_frames(self) -> Processor:
-        """The same for the frames of a video: each is one tile, without a thumbnail."""
+        """Returns the processor of video frames: each is one tile, without a thumbnail."""
         return dataclasses.replace(self, tiles=dataclasses.replace(self.tiles, dynamic=False))
 
     def image_limit(self, n_images: int) -> int:
-        """Largest grid of each of the n_images of a sample."""
+        """Returns the largest grid of each of the n_images of a sample."""
         return per_image_limit(self.tiles.max_num, max(1, n_images))
 
     def tiles_per_image(self, sizes: Sequence[Size], limit: int | None = None) -> tuple[int, ...]:
-        """Tile counts, thumbnails included, of the images of one sample; `limit` replaces image_limit."""
+        """Returns the tiles of each image of one sample, thumbnails included.
+
+        Args:
+            sizes: width and height of each image, in pixels.
+            limit: largest grid of an image; None: that of `image_limit`.
+        """
         limit = self.image_limit(len(sizes)) if limit is None else limit
         return tuple(tile_count(self.tiles, width, height, limit) for width, height in sizes)
 
     def sizes(
         self, images: Sequence[Image], where: str, stated: Sequence[Size | None] = ()
     ) -> list[Size]:
-        """Sizes as stated, else from the image headers; raises SampleError naming file and line."""
+        """Returns width and height of each image, in pixels.
+
+        Args:
+            images: paths, URLs or encoded files.
+            where: place of the sample, for messages.
+            stated: sizes in the annotation; None for an image whose header is to be read.
+
+        Raises:
+            SampleError: names file and line.
+        """
         stated = stated if stated and self.images.trust_sizes else [None] * len(images)
         try:
             sizes = [
                 size or image_size(image, apply_exif=self.images.exif == "apply")
                 for image, size in zip(images, stated, strict=True)
             ]
-            for image, size in zip(images, sizes):
+            for image, size in zip(images, sizes, strict=True):
                 check_pixels(size, self.images.max_pixels, image)
             return sizes
         except SampleError as error:
             raise error.at(where) from None
 
     def encode(self, sample: ChatSample, tiles_per_image: Sequence[int]) -> Encoded:
-        """Tokens and labels; raises SampleError naming file and line."""
+        """Returns tokens and labels.
+
+        Raises:
+            SampleError: names file and line.
+        """
         system = self.system_message if sample.system is None else sample.system
         try:
             return encode_sample(
@@ -134,7 +166,11 @@ class Processor:
             raise error.at(sample.where) from None
 
     def decode(self, images: Sequence[Image], where: str) -> list[PIL.Image.Image]:
-        """Each image decoded once; raises SampleError naming file and line."""
+        """Returns each image decoded.
+
+        Raises:
+            SampleError: names file and line.
+        """
         config = self.images
         try:
             return [
@@ -150,17 +186,35 @@ class Processor:
             raise error.at(where) from None
 
     def cut(self, images: Sequence[Image], where: str) -> list[np.ndarray]:
-        """Tiles uint8[n, s, s, 3] of each image; raises SampleError naming file and line.
+        """Returns the tiles of each image, uint8[n, s, s, 3].
 
-        An image that is used although it is not what it should be is a warning, once a process.
+        A damaged image that is used all the same is a warning, once per process.
+
+        Raises:
+            SampleError: names file and line.
         """
         decoded = self.decode(images, where)
-        for path, image in zip(images, decoded):
+        for path, image in zip(images, decoded, strict=True):
             for reason in image.info["counted"]:
                 warnings.warn(f"{where}: {path}: {DECODED_ANYWAY[reason]}", stacklevel=2)
         return [cut_tiles(image, self.tiles, self.image_limit(len(images))) for image in decoded]
 
     def concatenate(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
-        """Tiles of all images of a sample, none for text: uint8[t, s, s, 3]."""
+        """Returns uint8[t, s, s, 3]: tiles of all images of a sample, none for text."""
         size = self.tiles.tile_size
         return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *tiles])
+
+    def collate(self, rows: Sequence[Row | None], bucket: Bucket) -> Batch:
+        """Returns a batch of the model's shapes; None is a masked row.
+
+        Raises:
+            ValueError: a row does not fit the bucket.
+        """
+        return collate(
+            rows,
+            bucket,
+            tile_size=self.tiles.tile_size,
+            tokens_per_tile=self.tokens_per_tile,
+            pad_id=self.tokenizer.pad_id,
+            lvtc=self.lvtc,
+        )

@@ -1,4 +1,7 @@
-"""One sample of the plan -> tokens, labels, tiles (design: data.md 3, 7, 8.5, 10, 12, 14). What loader workers hold."""
+"""One sample of the plan -> tokens, labels, tiles (design: data.md 3, 7, 8.5, 10, 12, 14).
+
+Loader workers hold a `SampleReader`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from PIL import Image
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.batch import Row
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample
-from internvlx_jax.data.fit import Room, fit_sample, supervised_tokens
+from internvlx_jax.data.fit import Fitted, fit_sample, supervised_tokens
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import Source, read_sample
@@ -25,7 +29,13 @@ JPEG_QUALITY = (75, 100)
 
 
 class ReadSample(NamedTuple):
-    """A sample ready for a row; `counted` names what is wrong with images that are used all the same."""
+    """A sample ready for a row.
+
+    Attributes:
+        row: its tokens, labels and tiles.
+        name: "dataset:line".
+        counted: what is wrong with images that are used all the same.
+    """
 
     row: Row
     name: str
@@ -33,7 +43,16 @@ class ReadSample(NamedTuple):
 
 
 class SampleReader:
-    """Reads samples by dataset and position. Every random draw is seeded by (seed, dataset, line, cycle)."""
+    """Reads samples by dataset and position; (seed, dataset, line, cycle) seeds every random draw.
+
+    Args:
+        sources: records of each dataset.
+        entries: settings of each dataset.
+        processors: how the model reads each dataset.
+        config: settings of the pipeline.
+        capacity: bounds under which a sample is encoded, those of the size index.
+        seed: seed of the run.
+    """
 
     def __init__(
         self,
@@ -41,24 +60,28 @@ class SampleReader:
         entries: Sequence[DatasetEntry],
         processors: Sequence[Processor],
         config: DataConfig,
-        room: Room,
+        capacity: Capacity,
         seed: int,
     ):
         self.sources, self.entries, self.processors = sources, entries, processors
-        self.video, self.loss_reduction, self.room, self.seed = (
-            config.video,
-            config.loss_reduction,
-            room,
-            seed,
-        )
+        self.video, self.loss_reduction = config.video, config.loss_reduction
+        self.capacity, self.seed = capacity, seed
 
     def read(
-        self, dataset: int, position: int, *, cycle: int, tiles: int, slot: Room
+        self, dataset: int, position: int, *, cycle: int, tiles: int, capacity: Capacity
     ) -> ReadSample:
-        """`tiles` is the number of frames that the plan gives a video; `slot` is the room there is for the sample.
+        """Reads, decodes and encodes one sample.
 
-        Raises SampleError naming file and line: "size_mismatch" when the images are larger than the index says and
-        the sample no longer fits.
+        Args:
+            dataset: number of the dataset.
+            position: of the record in its source.
+            cycle: how many times the sample has come before.
+            tiles: tiles in the plan, which is the number of frames of a video.
+            capacity: what the row has free for the sample.
+
+        Raises:
+            SampleError: names file and line; "size_mismatch" when the images are larger than the
+                index says and the sample no longer fits.
         """
         entry, processor = self.entries[dataset], self.processors[dataset]
         sample = read_sample(self.sources[dataset], entry, position)
@@ -68,27 +91,15 @@ class SampleReader:
         if sample.video is not None:
             sample, processor = self._with_frames(sample, tiles, generator), processor.for_frames()
         images = processor.decode(sample.images, sample.where)
-        fitted = fit_sample(processor, sample, [image.size for image in images], self.room)
-        length, count = len(fitted.encoded.tokens), sum(fitted.tiles)
-        short = length - count * processor.saved_per_tile
-        if (
-            length > slot.length
-            or count > slot.tiles
-            or (processor.lvtc and short > slot.short_length)
-        ):
-            raise SampleError(
-                "size_mismatch",
-                f"the images give {count} tiles and {length} tokens; the sizes in the annotation or in "
-                f"the index gave room for {slot.tiles} and {slot.length}.",
-                "Correct width and height in the annotation, or remove them to have the files read.",
-                sample.where,
-            )
+        fitted = fit_sample(processor, sample, [image.size for image in images], self.capacity)
+        _check_fits(fitted, processor, sample, capacity)
+        # Images of dropped turns have no entry in fitted.tiles.
         cut = [
             cut_tiles(image, processor.tiles, fitted.limit)
-            for image, _ in zip(images, fitted.tiles)
+            for image, _ in zip(images, fitted.tiles, strict=False)
         ]
         if entry.data_augment:
-            cut = [_reencode(tiles, generator) for tiles in cut]
+            cut = [_reencode(tiles_of_image, generator) for tiles_of_image in cut]
         row = Row(
             fitted.encoded.tokens,
             fitted.encoded.labels,
@@ -97,11 +108,8 @@ class SampleReader:
             loss_weight=self._loss_weight(fitted.encoded.labels),
             dataset=dataset,
         )
-        return ReadSample(
-            row,
-            sample.name,
-            tuple(sorted({reason for image in images for reason in image.info["counted"]})),
-        )
+        counted = {reason for image in images for reason in image.info["counted"]}
+        return ReadSample(row, sample.name, tuple(sorted(counted)))
 
     def _with_frames(
         self, sample: ChatSample, count: int, generator: np.random.Generator
@@ -114,13 +122,26 @@ class SampleReader:
         if self.loss_reduction == "token":
             return None
         n = supervised_tokens(labels)
-        return np.full(
-            len(labels), 1 / n if self.loss_reduction == "sample" else n**-0.5, np.float32
+        weight = 1 / n if self.loss_reduction == "sample" else n**-0.5
+        return np.full(len(labels), weight, np.float32)
+
+
+def _check_fits(
+    fitted: Fitted, processor: Processor, sample: ChatSample, capacity: Capacity
+) -> None:
+    length, count = len(fitted.encoded.tokens), sum(fitted.tiles)
+    if not capacity.fits(length, count, length - count * processor.saved_per_tile):
+        raise SampleError(
+            "size_mismatch",
+            f"the images give {count} tiles and {length} tokens; the sizes in the annotation or in "
+            f"the index gave room for {capacity.tiles} and {capacity.length}.",
+            "Correct width and height in the annotation, or remove them to have the files read.",
+            sample.where,
         )
 
 
 def _reencode(tiles: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Each tile through JPEG of a random quality. uint8[n, s, s, 3]"""
+    """Returns uint8[n, s, s, 3]: each tile after JPEG compression of a random quality."""
     low, high = JPEG_QUALITY
     decoded = []
     for tile in tiles:

@@ -1,7 +1,7 @@
-"""Where sample records come from: JSONL files, ArrayRecord files, prepared TFDS datasets (design: data.md 2 and 16).
+"""Where records come from: JSONL, ArrayRecord, prepared TFDS datasets (design: data.md 2 and 16).
 
-Every source has random access by position, so that a plan can be read in any order. A source is picklable: a copy in a
-worker opens its files on first use.
+Every source has random access by position, so that a plan can be read in any order. A source is
+picklable: a copy in a worker opens its files on first use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,41 +24,66 @@ from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, parse_sample
 from internvlx_jax.data.meta import DatasetEntry
 
-TAIL = (
-    2**20
-)  # bytes at the end of an ArrayRecord file that are hashed: they hold its index of records
+# Bytes at the end of an ArrayRecord file that are hashed: they hold its index of records.
+TAIL = 2**20
 
 
 class Source(Protocol):
-    """Attributes:
-    path: what messages call the source.
-    beside: local path that a cache may lie beside.
-    content_key: changes when the records do; equal for equal content, wherever and whenever it was copied.
-    lines: the numbers that people find the records by, counted from 1.
+    """Records with random access.
+
+    Attributes:
+        path: what messages call the source.
+        beside: local path that a cache may lie beside.
+        content_key: changes when the records do; equal for equal content, wherever it was copied.
     """
 
     path: str
     beside: str
     content_key: str
-    lines: Sequence[int]
 
-    def __len__(self) -> int: ...
+    @property
+    def lines(self) -> np.ndarray:
+        """Returns int64[n]: the numbers by which people find the records, from 1."""
+        ...
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+        ...
 
     def record(self, position: int) -> bytes | Mapping[str, Any]:
-        """A sample as a JSON object or as its mapping. Raises SampleError when it cannot be read."""
+        """Returns a sample as a JSON object or as its mapping.
+
+        Raises:
+            SampleError: the record cannot be read.
+        """
+        ...
 
 
 def open_source(entry: DatasetEntry, cache: str) -> Source:
-    """The source of one entry of a meta file; `cache` is a folder for copies of remote annotation files."""
+    """Opens the source of one entry of a meta file.
+
+    Args:
+        entry: settings of the dataset.
+        cache: folder for copies of remote annotation files.
+
+    Raises:
+        ConfigError: the entry names no source, or the source cannot be opened.
+    """
     if entry.array_record is not None:
         return ArrayRecords(entry.array_record)
     if entry.tfds is not None:
         return TfdsRecords(entry)
+    if entry.annotation is None:
+        raise ConfigError(f'dataset "{entry.name}" names no annotation, array_record or tfds')
     return JsonLines(entry.annotation, storage.local_copy(entry.annotation, cache))
 
 
 def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSample:
-    """Read and check one record. Raises SampleError naming source and line."""
+    """Reads and checks one record.
+
+    Raises:
+        SampleError: names source and line.
+    """
     line = int(source.lines[position])
     where = f"{source.path} {'line' if isinstance(source, JsonLines) else 'record'} {line}"
     try:
@@ -69,7 +94,12 @@ def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSampl
 
 
 class JsonLines:
-    """A JSONL file; empty lines do not count. Holds 24 bytes a line."""
+    """A JSONL file; empty lines do not count. Holds 24 bytes per line.
+
+    Args:
+        path: path or URL, for messages.
+        local: path of the file or of its copy.
+    """
 
     def __init__(self, path: str, local: str):
         self.path, self.beside, self._local = path, local, local
@@ -90,6 +120,7 @@ class JsonLines:
         return len(self.lines)
 
     def record(self, position: int) -> bytes:
+        """Returns the line of a record."""
         offset, size = self._offsets[position].tolist()
         with open(self._local, "rb") as file:
             file.seek(offset)
@@ -97,7 +128,13 @@ class JsonLines:
 
 
 class ArrayRecords:
-    """ArrayRecord files whose records are msgpack maps: a sample in which images may be encoded files (bytes)."""
+    """ArrayRecord files whose records are msgpack maps.
+
+    A map is a sample (design: data.md 2) in which images may be encoded files (bytes).
+
+    Args:
+        pattern: path of local files; it may contain `*`.
+    """
 
     def __init__(self, pattern: str):
         self.path = pattern
@@ -118,16 +155,24 @@ class ArrayRecords:
         return ArrayRecordDataSource(self._files)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_reader", "lines")
+        }
 
     def __len__(self) -> int:
         return len(self._reader)
 
-    @property
-    def lines(self) -> range:
-        return range(1, len(self) + 1)
+    @functools.cached_property
+    def lines(self) -> np.ndarray:
+        """Returns int64[n]: the numbers of the records, from 1."""
+        return np.arange(1, len(self) + 1)
 
     def record(self, position: int) -> Mapping[str, Any]:
+        """Returns the sample of a record.
+
+        Raises:
+            SampleError: the record is no msgpack map.
+        """
         try:
             return msgpack.unpackb(self._reader[position])
         except Exception as error:  # damaged files: errors of the reader, of msgpack, of UTF-8
@@ -139,32 +184,52 @@ class ArrayRecords:
 
 
 def write_array_record(path: str | os.PathLike, samples: Iterable[Mapping[str, Any]]) -> int:
-    """Samples (design: data.md 2) whose images are paths or encoded files, to an ArrayRecord file -> their number."""
+    """Writes samples to an ArrayRecord file.
+
+    Args:
+        path: of the file.
+        samples: mappings (design: data.md 2) whose images are paths or encoded files.
+
+    Returns:
+        The number of samples.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one record: samples are read one by one, in any order.
     writer, count = ArrayRecordWriter(os.fspath(path), "group_size:1"), 0
     try:
-        for count, sample in enumerate(samples, start=1):
+        for sample in samples:
             writer.write(msgpack.packb(dict(sample)))
+            count += 1
     finally:
         writer.close()
     return count
 
 
 class TfdsRecords:
-    """A prepared TFDS dataset in ArrayRecord format, read without TensorFlow. Images stay encoded."""
+    """A prepared TFDS dataset in ArrayRecord format, read without TensorFlow.
+
+    Images at the top level of an example stay encoded.
+
+    Args:
+        entry: settings of the dataset.
+
+    Raises:
+        ConfigError: the dataset is not prepared, or its builder cannot be imported.
+    """
 
     def __init__(self, entry: DatasetEntry):
+        if entry.tfds is None or entry.builder is None:
+            raise ConfigError(f'dataset "{entry.name}" needs "tfds" and "builder"')
         self.path = f"{entry.tfds} {entry.split}"
-        self._entry = entry
+        self._entry, self._name = entry, entry.tfds
         module, _, function = entry.builder.partition(":")
         try:
             self._convert = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
-                f'dataset "{entry.name}": "builder" {entry.builder} cannot be imported ({error}); give '
-                '"module:function" of a module on the Python path'
+                f'dataset "{entry.name}": "builder" {entry.builder} cannot be imported ({error}); '
+                'give "module:function" of a module on the Python path'
             ) from error
         folder = Path(self._builder.data_dir)
         self.beside = str(folder / entry.split)
@@ -178,10 +243,10 @@ class TfdsRecords:
         import tensorflow_datasets as tfds
 
         try:
-            return tfds.builder(self._entry.tfds, data_dir=self._entry.data_dir)
+            return tfds.builder(self._name, data_dir=self._entry.data_dir)
         except Exception as error:
             raise ConfigError(
-                f'dataset "{self._entry.name}": TFDS has no {self._entry.tfds} in '
+                f'dataset "{self._entry.name}": TFDS has no {self._name} in '
                 f"{self._entry.data_dir or 'its default folder'} ({error}); prepare it there with "
                 'file_format="array_record"'
             ) from error
@@ -190,29 +255,35 @@ class TfdsRecords:
     def _examples(self):
         import tensorflow_datasets as tfds
 
+        features: Any = self._builder.info.features
         images = [
-            name
-            for name, feature in self._builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
+            name for name, feature in features.items() if isinstance(feature, tfds.features.Image)
         ]
         decoders = {name: tfds.decode.SkipDecoding() for name in images}
-        return self._builder.as_data_source(split=self._entry.split, decoders=decoders)
+        builder: Any = self._builder  # tfds has no types for the keywords of as_data_source
+        return builder.as_data_source(split=self._entry.split, decoders=decoders)
 
     def __getstate__(self) -> dict:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_builder", "_examples")
+            if name not in ("_builder", "_examples", "lines")
         }
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    @property
-    def lines(self) -> range:
-        return range(1, len(self) + 1)
+    @functools.cached_property
+    def lines(self) -> np.ndarray:
+        """Returns int64[n]: the numbers of the examples, from 1."""
+        return np.arange(1, len(self) + 1)
 
     def record(self, position: int) -> Mapping[str, Any]:
+        """Returns the sample that the builder makes of an example.
+
+        Raises:
+            SampleError: the example cannot be read, or the builder fails.
+        """
         try:
             return self._convert(self._examples[position])
         except Exception as error:  # of the user's function, too
@@ -225,5 +296,5 @@ class TfdsRecords:
 
 
 def cache_name(source: Source) -> str:
-    """A file name for what is cached about a source."""
+    """Returns a file name for what is cached about a source."""
     return re.sub(r"[^\w.-]+", "_", os.path.basename(source.beside))

@@ -23,15 +23,19 @@ _SYSTEM_B = (
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The fixed text around the messages of a conversation.
+    """Holds the fixed text around the messages of a conversation.
 
-    Attributes
-      system_message: used when the conversation brings none.
-      system_header, user_header, answer_header: text before each kind of message.
-      stop: the separator after each message, one token: supervised after an answer, and the stop token.
-      after_stop: text after each separator, never supervised.
-      bos: whether a bos token comes first; None leaves it to the tokenizer.
-      strip_values: whether training strips white space around message texts.
+    Attributes:
+        name: how configs and checkpoints call it.
+        system_message: used when the conversation brings none.
+        system_header: text before the system message.
+        user_header: text before each question.
+        answer_header: text before each answer.
+        stop: separator after each message, one token: supervised after an answer, and the token
+            that ends generation.
+        after_stop: text after each separator, never supervised.
+        bos: whether a bos token comes first; None leaves it to the tokenizer.
+        strip_values: whether training strips white space around message texts.
     """
 
     name: str
@@ -86,16 +90,27 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> Template:
-    """The template of that name. Raises ValueError listing the names."""
+    """Returns a template by its name.
+
+    Raises:
+        ConfigError: the name is unknown; the message lists the known ones.
+    """
     if name not in TEMPLATES:
         raise ConfigError(
-            f'template "{name}" is unknown.{did_you_mean(name, TEMPLATES)} Use one of {", ".join(TEMPLATES)}.'
+            f'template "{name}" is unknown.{did_you_mean(name, TEMPLATES)} Use one of '
+            f"{', '.join(TEMPLATES)}."
         )
     return TEMPLATES[name]
 
 
 class Part(NamedTuple):
-    """A stretch of a rendered conversation: whose text it is, and whether the model learns to write it."""
+    """A stretch of a rendered conversation.
+
+    Attributes:
+        text: what it says.
+        source: whose text it is.
+        supervised: whether the model learns to write it.
+    """
 
     text: str
     source: Literal["template", "system", "human", "gpt"]
@@ -105,11 +120,19 @@ class Part(NamedTuple):
 def render(
     template: Template, turns: Iterable[Turn], *, system: str | None = None, strip: bool = False
 ) -> Iterator[Part]:
-    """The parts of a conversation in order, bos excluded, images still placeholders.
+    """Yields the parts of a conversation in order, bos excluded, images still placeholders.
 
-    `system` replaces the template's message; an empty one keeps its frame. An empty answer is its header
-    alone, so a generation prompt is a conversation that ends with ("gpt", ""). `strip` strips the turns.
-    Raises ValueError on another role than human and gpt.
+    An empty answer is its header alone, so a generation prompt is a conversation that ends with
+    ("gpt", "").
+
+    Args:
+        template: the fixed text.
+        turns: (role, text) of each message.
+        system: replaces the template's message; an empty one keeps the text around it.
+        strip: whether white space around the texts of the turns is removed.
+
+    Raises:
+        ValueError: a role is neither human nor gpt.
     """
     end = template.stop, template.after_stop
     yield Part(template.system_header, "template", False)
@@ -132,5 +155,8 @@ def render(
 
 
 def prompt_text(template: Template, turns: Iterable[Turn], *, system: str | None = None) -> str:
-    """The whole conversation as one string, unstripped; end `turns` with ("gpt", "") to ask for an answer."""
+    """Returns the whole conversation as one string, unstripped.
+
+    Turns that end with ("gpt", "") ask for an answer.
+    """
     return "".join(part.text for part in render(template, turns, system=system))

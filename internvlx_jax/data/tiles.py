@@ -14,14 +14,18 @@ from internvlx_jax.core.tile_config import NORMALIZATIONS, TileConfig
 
 
 def per_image_limit(max_num: int, n_images: int) -> int:
-    """Tile maximum for each of the n_images of a sample (design: data.md 8.6)."""
+    """Returns the tile maximum for each of the n_images of a sample (design: data.md 8.6)."""
     return max(1, max_num // n_images)
 
 
 def tile_limit(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
-    """Largest number of grid cells for an image of width x height pixels (design: data.md 8.1).
+    """Returns the largest number of grid cells for an image (RVTC, design: data.md 8.1).
 
-    `max_num` replaces the maximum of the config (per-dataset or per-image limits).
+    Args:
+        config: how the model's images are cut.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        max_num: replaces the maximum of the config (per-dataset or per-image limits).
     """
     max_num = config.max_num if max_num is None else max_num
     s = config.tile_size
@@ -43,9 +47,12 @@ def _candidates(min_num: int, limit: int) -> list[tuple[int, int]]:
 def choose_grid(
     config: TileConfig, width: int, height: int, max_num: int | None = None
 ) -> tuple[int, int]:
-    """(columns, rows) whose aspect ratio is nearest to that of the image (design: data.md 8.2).
+    """Returns the grid whose aspect ratio is nearest to that of the image (design: data.md 8.2).
 
-    Ties go to the larger grid if the image has more than half of its pixels. (1, 1) without candidates.
+    Ties go to the larger grid if the image has more than half of its pixels.
+
+    Returns:
+        (columns, rows); (1, 1) without candidates.
     """
     best, distance = (1, 1), math.inf
     if not config.dynamic:
@@ -62,15 +69,21 @@ def _has_thumbnail(config: TileConfig, grid: tuple[int, int]) -> bool:
 
 
 def tile_count(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
-    """Number of tiles of an image of width x height pixels, the thumbnail included."""
+    """Returns the tiles of an image of width x height pixels, the thumbnail included."""
     grid = choose_grid(config, width, height, max_num)
     return grid[0] * grid[1] + _has_thumbnail(config, grid)
 
 
 def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None) -> np.ndarray:
-    """RGB image -> uint8[n, s, s, 3], row by row, thumbnail last (design: data.md 8.3).
+    """Cuts an RGB image into tiles (design: data.md 8.3).
 
-    Pillow 13's antialiased BICUBIC on uint8 defines the pixels. Raises ValueError on another mode than RGB.
+    Pillow 13's antialiased BICUBIC on uint8 defines the pixels.
+
+    Returns:
+        uint8[n, s, s, 3], row by row, the thumbnail last.
+
+    Raises:
+        ValueError: the image has another mode than RGB.
     """
     if image.mode != "RGB":
         raise ValueError(
@@ -90,9 +103,10 @@ def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    # Pillow resizes one axis after the other and rounds in between. Up to version 12 the width came first; 13
-    # begins with the height if it shrinks by more than twice as many pixels, which changes values by a few
-    # levels. Separate calls fix the order of version 13, so that all versions give the same bytes.
+    # Pillow resizes one axis after the other and rounds in between. Up to version 12 the width came
+    # first; version 13 begins with the height if it shrinks by more than twice as many pixels,
+    # which changes values by a few levels. Separate calls fix the order of version 13, so that all
+    # versions give the same bytes.
     shrunk_x, shrunk_y = image.width - width, image.height - height
     height_first = shrunk_y > max(0, 2 * shrunk_x)
     between = (image.width, height) if height_first else (width, image.height)
@@ -101,7 +115,10 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """RGB image centred on a square of its longer side, filled with the ImageNet mean (design: data.md 8.4)."""
+    """Centers an RGB image on a square of its longer side (design: data.md 8.4).
+
+    The ImageNet mean fills the rest.
+    """
     width, height = image.size
     side = max(width, height)
     mean, _ = NORMALIZATIONS["imagenet"]
@@ -111,14 +128,22 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 
 
 def normalize(tiles: np.ndarray, kind: str = "imagenet") -> np.ndarray:
-    """uint8[..., 3] -> float32[..., 3], bit-equal to the release (design: data.md 8.4).
+    """Normalizes pixels as the release does, bit for bit (design: data.md 8.4).
 
-    (tiles / 255 - mean) / std with the constants of `kind`. Raises ValueError on an unknown kind.
+    Args:
+        tiles: uint8[..., 3].
+        kind: constants of NORMALIZATIONS.
+
+    Returns:
+        float32[..., 3], (tiles / 255 - mean) / std.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
     if kind not in NORMALIZATIONS:
         raise ValueError(
             f'normalization "{kind}" is unknown.{did_you_mean(kind, NORMALIZATIONS)} '
             f"Use one of {', '.join(NORMALIZATIONS)}."
         )
-    mean, std = np.float32(NORMALIZATIONS[kind])
+    mean, std = np.array(NORMALIZATIONS[kind], np.float32)
     return (tiles.astype(np.float32) / np.float32(255) - mean) / std

@@ -20,28 +20,34 @@ from internvlx_jax.data.tokenizer_files import (
 )
 
 SpecialText = Literal["allow", "reject", "escape"]
-Prefix = Literal[
-    "none", "every", "first"
-]  # where a model of the Llama family puts a space before a text
+# Where a model of the Llama family puts a space before a text.
+Prefix = Literal["none", "every", "first"]
 
 # Added tokens that users may write: references and boxes of grounding data.
 _GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
-# InternLM2's spare pieces. Its chat tokens are such pieces renamed, so this literal text is a control id.
+# InternLM2's spare pieces. Its chat tokens are such pieces renamed, so this literal text is a
+# control id.
 _UNUSED_PIECE = r"\[UNUSED_TOKEN_\d+\]"
 
 
 class Tokenizer:
-    """Text <-> ids. Picklable: a copy in a worker carries the path and ids and opens the model on first use.
+    """Turns text into ids and back.
 
-    Attributes
-      path: the tokenizer.model file.
-      added: text -> id of the tokens that are matched before SentencePiece sees the text.
-      add_bos: whether the tokenizer's own configuration puts bos first (templates may overrule it).
-      prefix: before which stretches of plain text a space is put: none (InternLM2), every one (Llama), or only the
-        first, on its own if the text begins with an added token (Phi-3).
-      swallowing: ids of the added tokens that take the white space to their right with them (chat tokens of Phi-3).
-      start_ids: ids in front of a text that begins with an added token.
-      vocab_size: number of ids, which is the number of embedding rows.
+    A pickled copy in a worker carries the path and the ids, and opens the model on first use.
+
+    Attributes:
+        path: the tokenizer.model file.
+        added: text -> id of the tokens that are matched before SentencePiece sees the text.
+        add_bos: whether the tokenizer's own configuration puts bos first (templates may overrule
+            it).
+        prefix: before which stretches of plain text a space is put: none (InternLM2), every one
+            (Llama), or only the first, on its own if the text begins with an added token (Phi-3).
+        swallowing: ids of the added tokens that take the white space to their right with them (chat
+            tokens of Phi-3).
+        start_ids: ids in front of a text that begins with an added token.
+        vocab_size: number of ids, which is the number of embedding rows.
+        bos_id, eos_id, pad_id: ids of the control tokens; padding uses eos.
+        img_start, img_end, image_token_id: ids around image tokens, and of each of them.
     """
 
     def __init__(
@@ -59,9 +65,8 @@ class Tokenizer:
         self._pieces = model.get_piece_size()
         self.vocab_size = max(self._pieces, *(id + 1 for id in self.added.values()))
         self._texts = {id: text for text, id in self.added.items()}
-        literals = map(
-            re.escape, sorted(self.added, key=len, reverse=True)
-        )  # the longest match wins
+        # The longest match wins.
+        literals = map(re.escape, sorted(self.added, key=len, reverse=True))
         self._added_pattern = re.compile("|".join(literals))
         self._user_pattern = re.compile(f"{self._added_pattern.pattern}|{_UNUSED_PIECE}")
         self.bos_id, self.eos_id = self.token_id("<s>"), self.token_id("</s>")
@@ -71,9 +76,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """From a folder with tokenizer.model, or that file itself; added tokens are read from beside it.
+        """Loads a tokenizer; its added tokens are read from the files beside tokenizer.model.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or not supported.
+        Args:
+            path: folder with tokenizer.model, or that file itself.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ConfigError: a file is damaged or not supported.
         """
         path = find_model(path)
         model, has_prefix = open_model(path)
@@ -89,30 +99,44 @@ class Tokenizer:
         return {name: value for name, value in self.__dict__.items() if name != "_model"}
 
     def token_id(self, text: str) -> int:
-        """Id of an added token. Raises ValueError if the tokenizer does not have it."""
+        """Returns the id of an added token.
+
+        Raises:
+            ConfigError: the tokenizer does not have it.
+        """
         if text not in self.added:
             raise ConfigError(
-                f'{self.path.parent}: the tokenizer has no added token "{text}". Add it to added_tokens.json '
-                "(and a row to the embedding), or use the template this tokenizer was trained with."
+                f'{self.path.parent}: the tokenizer has no added token "{text}". Add it to '
+                "added_tokens.json (and a row to the embedding), or use the template this "
+                "tokenizer was trained with."
             )
         return self.added[text]
 
     def split(self, text: str, special: SpecialText = "allow") -> list[int | str]:
-        """Cuts text at added tokens: ids, and plain stretches that are one SentencePiece call each.
+        """Cuts text at added tokens.
 
-        `special` says what happens to reserved text, that is every added token but the grounding ones, and
-        "[UNUSED_TOKEN_<n>]": "allow" takes it as the token, as trusted text needs it; "reject" raises
-        SampleError("reserved_text"); "escape" yields its first character and its rest as separate stretches,
-        which have no reserved id.
+        Reserved text is every added token but the grounding ones, and "[UNUSED_TOKEN_<n>]".
+
+        Args:
+            text: what to cut.
+            special: what happens to reserved text. "allow" takes it as the token, which trusted
+                text needs; "reject" raises; "escape" gives its first character and its rest as
+                separate stretches, which have no reserved id.
+
+        Returns:
+            Ids, and plain stretches that are one SentencePiece call each.
+
+        Raises:
+            SampleError: "reserved_text" with the policy "reject".
+            ValueError: the policy is unknown.
         """
         if special not in ("allow", "reject", "escape"):
             raise ValueError(
                 f'special text policy "{special}" is unknown. Use allow, reject or escape.'
             )
         atoms, start = [], 0
-        for match in (self._added_pattern if special == "allow" else self._user_pattern).finditer(
-            text
-        ):
+        pattern = self._added_pattern if special == "allow" else self._user_pattern
+        for match in pattern.finditer(text):
             literal = match.group()
             before = text[start : match.start()]
             start = match.end()
@@ -122,13 +146,14 @@ class Tokenizer:
                 atoms += [before, literal[0], literal[1:]]
             else:
                 raise SampleError(
-                    "reserved_text", f'the text holds "{literal}", which would become a control token.',
+                    "reserved_text",
+                    f'the text holds "{literal}", which would become a control token.',
                     'Remove it, or set special_text="escape" to keep it as ordinary text.',
-                )  # fmt: skip
+                )
         return [*atoms, text[start:]] if text[start:] else atoms
 
     def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
-        """Ids of head + text in ONE SentencePiece call, and how many of them hold any byte of `head`."""
+        """Encodes head + text in ONE call; also returns how many ids hold any byte of `head`."""
         if not head and not text:
             return [], 0
         space = " " if self.prefix == "every" else ""
@@ -142,14 +167,12 @@ class Tokenizer:
         return ids, head_ids
 
     def _byte_length(self, id: int) -> int:
-        return (
-            1
-            if self._model.is_byte(id)
-            else len(self._model.id_to_piece(id).replace("▁", " ").encode())
-        )
+        if self._model.is_byte(id):
+            return 1
+        return len(self._model.id_to_piece(id).replace("▁", " ").encode())
 
     def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
-        """Ids of text, without bos and eos. `special` as in split."""
+        """Returns the ids of text, without bos and eos; `special` is that of `split`."""
         ids, before = [], None
         for i, atom in enumerate(self.split(text, special)):
             if isinstance(atom, int):
@@ -162,30 +185,39 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids. Added tokens are dropped or written out. Raises IndexError on an id that is none."""
+        """Returns the text of ids.
+
+        Args:
+            ids: what to decode.
+            skip_special: whether added tokens are dropped instead of written out.
+
+        Raises:
+            IndexError: an id is outside the vocabulary.
+        """
         text, run, prefix = "", [], ""
         for id in map(int, ids):
             if id not in self._texts:
                 run.append(id)
             elif not skip_special:
                 text += self._model.decode(run).removeprefix(prefix) + self._texts[id]
-                # What follows an added token was encoded with a space in front, which is not part of the text.
+                # What follows an added token was encoded with a space in front, which is not part
+                # of the text.
                 run, prefix = [], " " if self.prefix == "every" else ""
         return text + self._model.decode(run).removeprefix(prefix)
 
     def piece(self, id: int) -> str:
-        """The text of an id as the vocabulary writes it, also where it is no text on its own, such as a byte."""
+        """Returns an id as the vocabulary writes it, also where it is no text, such as a byte."""
         return self._texts.get(id) or self._model.id_to_piece(id)
 
     def fingerprint(self) -> str:
-        """sha256 of all that decides the ids: the model file, the added tokens, the bos rule."""
+        """Returns the sha256 of what decides the ids: model file, added tokens, bos rule."""
         rest = json.dumps(
             [sorted(self.added.items()), self.add_bos, self.prefix, sorted(self.swallowing)]
         )
         return hashlib.sha256(self.path.read_bytes() + rest.encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the files that `load` needs, so that the folder stands alone."""
+        """Writes the files that `load` needs to a folder."""
         model = self.path.read_bytes()
         write_tokenizer_files(
             folder,

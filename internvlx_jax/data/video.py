@@ -1,4 +1,4 @@
-"""Videos as frames: which frames are taken and how the prompt announces them (design: data.md 3)."""
+"""Videos as frames: which ones are taken, how the prompt announces them (design: data.md 3)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ _FRAME_TEXT = {
 
 
 def list_frames(sample: ChatSample) -> tuple[Image, ...]:
-    """All frames of a video in order; those of a folder by the number at the end of their names.
+    """Returns all frames of a video in order.
 
-    Raises SampleError("unreadable") for a folder that is missing or empty.
+    The frames of a folder are ordered by the number at the end of their names.
+
+    Raises:
+        SampleError: "unreadable" for a folder that is missing or has no frames.
     """
     if not isinstance(sample.video, str):
-        return sample.video
+        return sample.video or ()
     try:
         names = storage.names_in(sample.video)
     except OSError as error:
@@ -57,14 +60,23 @@ def _frame_number(name: str) -> tuple[int, str]:
 
 
 def choose_frames(available: int, count: int, generator: np.random.Generator | None) -> list[int]:
-    """One frame of each of `count` equal intervals: a uniform one, or the middle one without a generator."""
+    """Chooses one frame of each of `count` equal intervals.
+
+    Args:
+        available: number of frames of the video.
+        count: number of frames to choose, at most `available`.
+        generator: draws a uniform frame of each interval; None takes the middle one.
+
+    Returns:
+        Positions of the frames, ascending.
+    """
     bounds = np.linspace(0, available, count + 1).astype(int)
     low, high = bounds[:-1], bounds[1:]
     return ((low + high - 1) // 2 if generator is None else generator.integers(low, high)).tolist()
 
 
 def with_frames(sample: ChatSample, frames: Sequence[Image], template: str) -> ChatSample:
-    """A video sample -> a sample with the chosen frames as its images, announced in the first turn."""
+    """Returns the sample with the chosen frames as its images, announced in the first turn."""
     before, between, end = _FRAME_TEXT[template]
     text = (
         between.join(f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, len(frames) + 1))
@@ -81,6 +93,6 @@ def with_frames(sample: ChatSample, frames: Sequence[Image], template: str) -> C
 
 
 def frame_separator(template: str, number: int) -> str:
-    """The text between the images of frame `number - 1` and frame `number`."""
+    """Returns the text between the images of frame `number - 1` and frame `number`."""
     before, between, _ = _FRAME_TEXT[template]
     return between + before.format(number)

@@ -1,1 +1,1 @@
-"""From a checkpoint and a question file to scores (design: evaluation.md)."""
+"""Turns a checkpoint and questions into scores (design: evaluation.md)."""

@@ -98,13 +98,13 @@ def _card(row: _ShownRow) -> Image.Image:
     _mark(draw, INSET, y, right)
     x = INSET + 28
     if row.error:
-        _write(draw, x, y, f"error: {row['error']}", WRONG, LINE, 4)
+        _write(draw, x, y, f"error: {row.error}", WRONG, LINE, 4)
         return card
     y = _write(draw, x, y - 1, row.prediction or "(empty)", RIGHT if right else WRONG, LARGE, 1)
     if not right:
         y = _write(draw, x, y, "expected: " + " | ".join(row.answer), INK, LINE, 2)
     if 0 < row.score < 1:
-        _write(draw, x, y, f"score {row['score']:.2f}", GRAY, LINE, 1)
+        _write(draw, x, y, f"score {row.score:.2f}", GRAY, LINE, 1)
     return card
 
 

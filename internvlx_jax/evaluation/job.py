@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
@@ -27,10 +27,11 @@ from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
 from internvlx_jax.evaluation.prediction_shards import read_rows
 from internvlx_jax.evaluation.records import CheckpointIdentity, RunInfo, Summary
 from internvlx_jax.evaluation.score_table import write_report
-from internvlx_jax.evaluation.selection import GENERIC, generation_spec, select
+from internvlx_jax.evaluation.selection import GENERIC, TaskSpec, generation_spec, select
 from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.loading import load_opened
+from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.models.sharding import make_mesh
 
 __all__ = ["EvalConfig", "JudgeConfig", "rescore", "run"]
@@ -54,24 +55,7 @@ def run(config: EvalConfig) -> list[Summary]:
     specs = select(config.selection)
     if not all(spec.generic for spec in specs):  # before hours of answers, not after them
         require("openpyxl", extra="eval", purpose="the table of predictions")
-    identity = CheckpointIdentity(
-        checkpoint=config.checkpoint,
-        checkpoint_hash=checkpoint_hash(checkpoint.path),
-        dtype=config.dtype,
-        ema=config.ema,
-    )
-    task_runs = []
-    for spec in specs:
-        generation, settings = generation_spec(
-            spec, config.selection, checkpoint.config, tiles, config.max_num, config.decoding
-        )
-        settings = dataclasses.replace(settings, parameters=identity).to_json()
-        out = Path(config.out_dir)
-        folder = out if spec.generic else out / config.model_name / spec.task.name
-        task_run = TaskRun(spec, folder, config.model_name, settings)
-        task_run.recall(resume=config.resume or config.shard is not None or config.merge)
-        task_runs.append((task_run, generation))
-
+    task_runs = _task_runs(config, checkpoint, tiles, specs)
     generator = None
     if not config.merge and not all(task_run.complete for task_run, _ in task_runs):
         generator = _generator(config, checkpoint, tiles)
@@ -91,6 +75,30 @@ def run(config: EvalConfig) -> list[Summary]:
     return summaries
 
 
+def _task_runs(
+    config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig, specs: Sequence[TaskSpec]
+) -> list[tuple[TaskRun, GenerationSpec]]:
+    """Returns the tasks of a job with the rows of an earlier run, and how each is asked."""
+    identity = CheckpointIdentity(
+        checkpoint=config.checkpoint,
+        checkpoint_hash=checkpoint_hash(checkpoint.path),
+        dtype=config.dtype,
+        ema=config.ema,
+    )
+    out = Path(config.out_dir)
+    task_runs = []
+    for spec in specs:
+        generation, settings = generation_spec(
+            spec, config.selection, checkpoint.config, tiles, config.max_num, config.decoding
+        )
+        settings = dataclasses.replace(settings, parameters=identity).to_json()
+        folder = out if spec.generic else out / config.model_name / spec.task.name
+        task_run = TaskRun(spec, folder, config.model_name, settings)
+        task_run.recall(resume=config.resume or config.shard is not None or config.merge)
+        task_runs.append((task_run, generation))
+    return task_runs
+
+
 def _tiles(config: EvalConfig, tiles: TileConfig) -> TileConfig:
     """Returns the tiling of the checkpoint with the replacements of a job."""
     replaced = {"rule": config.tile_rule, "max_num": config.max_num, "dynamic": config.dynamic}
@@ -99,9 +107,7 @@ def _tiles(config: EvalConfig, tiles: TileConfig) -> TileConfig:
     )
 
 
-def _generator(
-    config: EvalConfig, checkpoint: RunFolder | HFFolder, tiles: TileConfig
-) -> BatchGenerator:
+def _generator(config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig) -> BatchGenerator:
     """Loads the model. It is not kept here: on a CPU the generator copies the decoder's layers."""
     mesh = make_mesh(config.mesh)
     pretrained = load_opened(checkpoint, dtype=config.dtype, mesh=mesh)

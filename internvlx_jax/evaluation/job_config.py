@@ -8,7 +8,7 @@ from pathlib import Path
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.run_config import MeshConfig
-from internvlx_jax.evaluation.selection import Decoding
+from internvlx_jax.evaluation.selection import Decoding, check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,12 @@ class EvalConfig:
     merge: bool = False
 
     def __post_init__(self):
+        check_names(self.selection)
         for name in ("max_num", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, it must be at least 1")
-        _ = self.shard_of
+        _ = self.shard_of  # refuses a wrong shard at once
 
     @property
     def shard_of(self) -> tuple[int, int]:

@@ -161,7 +161,7 @@ class AnswerSettings:
     tiles: TileConfig
     rgb: str
     template: str
-    system_message: str
+    system_message: str | None
     max_new_tokens: int
     min_new_tokens: int
     sampling: Sampling

@@ -12,7 +12,17 @@ from internvlx_jax.core.files import write_text
 from internvlx_jax.evaluation.records import Summary
 from internvlx_jax.evaluation.tasks import GROUPS
 
-COLUMNS = ("task", "protocol", "score", "samples", "errors", "cut off", "tiles", "judge", "notes")
+COLUMNS: tuple[str, ...] = (
+    "task",
+    "protocol",
+    "score",
+    "samples",
+    "errors",
+    "cut off",
+    "tiles",
+    "judge",
+    "notes",
+)
 
 
 def table_rows(summaries: Sequence[Summary]) -> list[dict[str, str]]:

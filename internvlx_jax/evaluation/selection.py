@@ -196,23 +196,28 @@ def generation_spec(
         seed=decoding.seed,
         stop_strings=decoding.stop_strings,
     )
-    settings = AnswerSettings(
+    return generation, _answer_settings(spec, selection, model, generation)
+
+
+def _answer_settings(
+    spec: TaskSpec, selection: EvaluationConfig, model: ModelConfig, generation: GenerationSpec
+) -> AnswerSettings:
+    return AnswerSettings(
         task=spec.task.name,
         protocol=spec.protocol,
         limit=selection.limit,
-        tiles=tiles,
-        rgb=tiler.rgb,
+        tiles=generation.tiler.tiles,
+        rgb=generation.tiler.rgb,
         template=model.prompt.template,
         system_message=model.prompt.system_message,
         max_new_tokens=generation.max_new_tokens,
         min_new_tokens=generation.min_new_tokens,
-        sampling=decoding.sampling,
-        seed=decoding.seed,
-        stop_strings=decoding.stop_strings,
+        sampling=generation.sampling,
+        seed=generation.seed,
+        stop_strings=generation.stop_strings,
         data_sha256=spec.hashes,
         question_file=_question_file(selection) if spec.generic else None,
     )
-    return generation, settings
 
 
 def _question_file(selection: EvaluationConfig) -> QuestionFile:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.data.images import ImageSource
 from internvlx_jax.evaluation.questions import Question, read_jsonl
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
 
@@ -162,6 +163,11 @@ def image_path(value: str, roots: Roots, *folders: Path) -> str:
     """
     candidates = [folder / value for folder in (roots.data.parent, roots.data, *folders)]
     return str(next((path for path in candidates if path.is_file()), candidates[0]))
+
+
+def image_name(image: ImageSource) -> str:
+    """Returns the name of an image file without its folder."""
+    return str(image).rpartition("/")[2]
 
 
 def _question(

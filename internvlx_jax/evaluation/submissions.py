@@ -72,7 +72,8 @@ def vlmevalkit_rows(questions: Sequence[Question], texts: Sequence[str]) -> list
     return [{name: row.get(name, "") for name in (*names, "prediction")} for row in rows]
 
 
-def numeric_index(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+def numeric_index(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns with a numeric index as a number, which VLMEvalKit computes with."""
     index = columns.get("index", "")
-    return dict(columns) | {"index": int(index)} if str(index).isdecimal() else columns
+    numeric = {"index": int(index)} if str(index).isdecimal() else {}
+    return dict(columns) | numeric

@@ -78,18 +78,11 @@ def read_tsv(path: Path) -> Iterator[Question]:
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
     """
-    images: dict[str, tuple[TsvImage, ...]] = {}
+    images: dict[str, tuple[ImageSource, ...]] = {}
     references: list[tuple[str, str]] = []
     rows = []
     records = _records(path)
-    line, header, _, _ = next(records, (1, [], 0, 0))
-    header = [name.removeprefix("\ufeff") for name in header]
-    needed = [name for name in ("index", "question") if name not in header]
-    if needed or not {"image", "image_path"} & set(header):
-        raise ConfigError(
-            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
-            "TSV has index, image (or image_path) and question in its first line"
-        )
+    header = _header(path, records)
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:
         where = f"{path} line {line}"
@@ -124,6 +117,18 @@ def read_tsv(path: Path) -> Iterator[Question]:
         images[index] = images[target]
     for where, row in rows:
         yield _question(where, row, images[row["index"]])
+
+
+def _header(path: Path, records: Iterator[tuple[int, list[str], int, int]]) -> list[str]:
+    line, names, _, _ = next(records, (1, [], 0, 0))
+    header = [name.removeprefix("\ufeff") for name in names]
+    needed = [name for name in ("index", "question") if name not in header]
+    if needed or not {"image", "image_path"} & set(header):
+        raise ConfigError(
+            f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
+            "TSV has index, image (or image_path) and question in its first line"
+        )
+    return header
 
 
 def _question(where: str, row: dict[str, str], images: tuple[ImageSource, ...]) -> Question:

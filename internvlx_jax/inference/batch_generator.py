@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.data.batch import Row
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.inference.decoding import TokenDecoder, settled
 from internvlx_jax.inference.planning import BatchSizes, PlannedBatch, plan_batches

@@ -10,9 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from internvlx_jax.checkpoints.hf_folder import HFFolder
+from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.opening import open_checkpoint
-from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.transfer import transfer
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.core.run_config import MeshConfig
@@ -69,13 +68,13 @@ def load_pretrained(
 
 
 def load_opened(
-    source: RunFolder | HFFolder,
+    source: Checkpoint,
     *,
     dtype: DTypeLike = "bfloat16",
     mesh: Mesh | None = None,
     lvtc: LvtcConfig | None = None,
 ) -> Pretrained:
-    """Reads a checkpoint that is open already; else as `load_pretrained`."""
+    """Reads an open checkpoint; arguments, result and errors are those of `load_pretrained`."""
     config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
     abstract = abstract_model(
         config,

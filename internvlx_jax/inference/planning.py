@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from internvlx_jax.core.errors import SampleError
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.inference.prompts import PromptBuilder
 from internvlx_jax.inference.requests import GenerationSpec, Request
 

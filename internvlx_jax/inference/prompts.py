@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import RopeConfig
-from internvlx_jax.data.batch import Row, collate
+from internvlx_jax.data.batch import Row
+from internvlx_jax.data.buckets import Bucket, smallest_bucket
 from internvlx_jax.data.encode import Encoded, encode_prompt
-from internvlx_jax.data.plan import Bucket, smallest_bucket
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.inference.requests import GenerationSpec, Request
 
@@ -74,15 +74,7 @@ class PromptBuilder:
 
     def inputs(self, rows: Sequence[Row | None], bucket: Bucket) -> Inputs:
         """Returns a batch of the rows; None is an empty row."""
-        processor = self.processor
-        return collate(
-            rows,
-            bucket,
-            tile_size=processor.tiles.tile_size,
-            tokens_per_tile=processor.tokens_per_tile,
-            pad_id=processor.tokenizer.pad_id,
-            lvtc=processor.lvtc,
-        ).inputs
+        return self.processor.collate(rows, bucket).inputs
 
     def capacity(self, bucket: Bucket, spec: GenerationSpec) -> int:
         """Returns the cache slots for new tokens: a power of two, so that specs share executables.

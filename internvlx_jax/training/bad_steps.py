@@ -17,7 +17,7 @@ from typing import Any
 
 from internvlx_jax.core.files import read_json_lines, write_text
 from internvlx_jax.core.run_config import StabilityConfig
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.step import Metrics
 
 FILE = "bad_steps.jsonl"  # in the run folder

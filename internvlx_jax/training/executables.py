@@ -13,7 +13,7 @@ import jax
 
 from internvlx_jax.core.chips import GIB
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def device_memory(device: jax.Device) -> int | None:
+def device_memory(device: Any) -> int | None:
     """Returns the bytes that programs may use on an attached device, if its platform tells."""
     stats = device.memory_stats()
     return stats and stats.get("bytes_limit")

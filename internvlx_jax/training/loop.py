@@ -17,8 +17,8 @@ from internvlx_jax.checkpoints.run_writer import (
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.metrics import Throughput

@@ -20,8 +20,8 @@ from tensorboardX import SummaryWriter
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
 from internvlx_jax.core.files import write_text
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep, StepCounts
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics
@@ -171,7 +171,7 @@ COMPILATIONS = Compilations()  # jax keeps listeners for good, so there is one p
 
 def hbm_peak_gib() -> dict[str, float]:
     """Returns {"hbm_peak_gib": ...} of this process's fullest device, if the platform tells."""
-    peaks = [
+    peaks: list[Any] = [
         (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
     ]
     return {"hbm_peak_gib": max(peaks) / 2**30} if peaks and None not in peaks else {}
@@ -204,7 +204,7 @@ def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str
         return float(np.mean([getattr(metrics, name) for metrics in window]))
 
     sums, parts = (
-        np.sum([getattr(metrics, name) for metrics in window], axis=0, dtype=np.float64)
+        np.asarray([getattr(metrics, name) for metrics in window], np.float64).sum(axis=0)
         for name in ("loss_sums", "weight_sums")
     )
     return {

@@ -15,8 +15,8 @@ import jax
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
 from internvlx_jax.training.metrics import (
     COMPILATIONS,

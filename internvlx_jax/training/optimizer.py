@@ -115,7 +115,7 @@ def _averaged(decay: float) -> optax.GradientTransformation:
     def init(params):
         return Ema(jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         new = optax.apply_updates(params, updates)
         return updates, Ema(
             jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, new)

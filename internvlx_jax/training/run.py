@@ -19,8 +19,8 @@ from internvlx_jax.checkpoints.transfer import check_same_model, transfer
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
-from internvlx_jax.data.plan import Bucket
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import init_adapters, init_params, without_adapters
@@ -83,9 +83,13 @@ def open_run(config: TrainConfig) -> Run:
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)
-    model = source.config if config.model is None else config.model
-    if source is not None and config.model is not None:
-        check_same_model(config.model, source.config, source.path)
+    model = config.model
+    if source is not None:
+        if model is None:
+            model = source.config
+        else:
+            check_same_model(model, source.config, source.path)
+    assert model is not None  # a TrainConfig has a model or a checkpoint
 
     tokenizer, saved = open_tokenizer(config, source, model), saved_metadata(folder)
     loader, validation = open_loaders(config, model, tokenizer, mesh, saved.get("data"))

@@ -16,7 +16,7 @@ from internvlx_jax.core.inputs import Inputs, ShortLayout
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.models.params import AbstractModel, abstract_model
 from internvlx_jax.models.sharding import (
     activation_shardings,
@@ -108,11 +108,13 @@ def prepare(
     trained_shardings = {path: shardings[path] for path in partition.trained}
     frozen_shardings = {path: shardings[path] for path in partition.frozen}
     opt_shardings = optimizer_shardings(optimizer, partition.trained, trained_shardings, mesh)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     state = TrainState(
         placed(partition.trained, trained_shardings),
         placed(partition.frozen, frozen_shardings),
         placed(jax.eval_shape(optimizer.init, partition.trained), opt_shardings),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        step,
     )
     train_step = jax.jit(
         make_train_step(

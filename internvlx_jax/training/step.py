@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 
 from internvlx_jax.core.inputs import IGNORED
-from internvlx_jax.data.batch import Batch
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import shift_left, weighted_loss
 from internvlx_jax.models.params import unflatten
 from internvlx_jax.training.freeze import join
 
 FlatParams = dict[str, jax.Array]
+Batch = Any  # a data.batch.Batch, whose arrays are on the devices here
+Batch = Any  # a data.batch.Batch, whose arrays are on the devices here
 
 
 class TrainState(NamedTuple):

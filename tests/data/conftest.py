@@ -10,7 +10,10 @@ from internvlx_jax.data.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def standin(golden, tmp_path_factory):
-    """The stand-in model of golden/labels: InternLM2's traits (BPE, byte fallback, no dummy prefix) in 620 pieces."""
+    """The stand-in model of golden/labels.
+
+    InternLM2's traits (BPE, byte fallback, no dummy prefix) in 620 pieces.
+    """
     folder = tmp_path_factory.mktemp("standin")
     shutil.copy(golden / "labels" / "standin_internlm2.model", folder / "tokenizer.model")
     vocab = json.loads((golden / "labels" / "vocab.json").read_text())["internlm2"]
@@ -28,7 +31,10 @@ def hermes(golden, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def phi3(golden, tmp_path_factory):
-    """One of Phi-3: a space before the first stretch only; the chat tokens swallow the white space behind them."""
+    """One of Phi-3: a space before the first stretch only.
+
+    The chat tokens swallow the white space behind them.
+    """
     chat = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
     return llama_standin(
         golden, tmp_path_factory.mktemp("phi3"), "phi3", {"legacy": False}, rstrip=chat

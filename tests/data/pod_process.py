@@ -1,7 +1,10 @@
-"""One of several processes that read the same run: `python pod_process.py RANK COUNT PORT META FOLDER STEPS`.
+"""One of several processes that read the same run.
 
-Both modes take a step in turn. At each one a jitted reduction over the global batch runs, which hangs or fails unless all
-processes have the same bucket. FOLDER gets a line a step and, from time to time, the position of both loaders.
+    python pod_process.py RANK COUNT PORT META FOLDER STEPS
+
+Both modes take a step in turn. At each one a jitted reduction over the global batch runs, which
+hangs or fails unless all processes have the same bucket. FOLDER gets a line per step and, from time
+to time, the position of both loaders.
 """
 
 import dataclasses

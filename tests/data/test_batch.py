@@ -8,14 +8,17 @@ import pytest
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.token_layout import feature_index
 from internvlx_jax.data.batch import IGNORED, Row, collate
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 
 SIDE, PER_TILE, PAD, IMAGE = 4, 4, 2, 7
 BUCKET = Bucket(5, 64)
 
 
 def make_row(rng: np.random.Generator, images: list[int]) -> Row:
-    """Text with `images` tiles a block: text <img> tile tokens </img> text ...; the last six tokens are the answer."""
+    """Text with `images` tiles a block.
+
+    Text <img> tile tokens </img> text ...; the last six tokens are the answer.
+    """
     tokens, starts = list(rng.integers(10, 99, 1 + rng.integers(8))), []
     for tiles in images:
         starts += [len(tokens) + 1 + tile * PER_TILE for tile in range(tiles)]
@@ -53,10 +56,15 @@ def test_shapes_and_types_are_those_of_the_bucket(rows):
         name: (value.shape, value.dtype.name) for name, value in arrays.items() if value is not None
     }
     assert shapes == {
-        "tokens": ((5, 64), "int32"), "positions": ((5, 64), "int32"), "segment_ids": ((5, 64), "int32"),
-        "tiles": ((5, 5, SIDE, SIDE, 3), "uint8"), "feature_index": ((5, 64), "int32"),
-        "labels": ((5, 64), "int32"), "loss_weight": ((5, 64), "float32"), "dataset": ((5, 64), "int32"),
-    }  # fmt: skip
+        "tokens": ((5, 64), "int32"),
+        "positions": ((5, 64), "int32"),
+        "segment_ids": ((5, 64), "int32"),
+        "tiles": ((5, 5, SIDE, SIDE, 3), "uint8"),
+        "feature_index": ((5, 64), "int32"),
+        "labels": ((5, 64), "int32"),
+        "loss_weight": ((5, 64), "float32"),
+        "dataset": ((5, 64), "int32"),
+    }
 
 
 def test_rows_stand_on_the_left_and_padding_has_no_segment(rows):
@@ -85,7 +93,7 @@ def test_tiles_fill_the_first_slots(rows):
 
 
 def test_feature_index_counts_the_visual_tokens_of_a_row(rows):
-    """Oracle: read left to right, the k-th image token of a row shows the row's k-th visual token."""
+    """Oracle: from left to right, the k-th image token shows the k-th visual token of the row."""
     inputs = place(rows).inputs
     for tokens, found in zip(inputs.tokens, inputs.feature_index):
         seen, expected = 0, []

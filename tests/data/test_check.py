@@ -21,7 +21,9 @@ def chat(question: str, answer: str) -> dict:
 
 @pytest.fixture
 def meta(tmp_path):
-    """Two images (a wide one, and one of which half can be decoded), a text with markup, two bad lines."""
+    """Two images (a wide one, and one of which half can be decoded), a text with markup, two bad
+    lines.
+    """
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (50, 112, 3), np.uint8)).save(tmp_path / "wide.png")
     Image.fromarray(rng.integers(0, 256, (56, 73, 3), np.uint8)).save(tmp_path / "whole.png")
@@ -68,11 +70,11 @@ def test_the_table_counts_everything(run, tmp_path):
     status, printed, _ = run("check", "--set", "max_length=256")
     assert status == 0
     for expected in (
-        "samples          3 of 5 records, 2 images",
-        "tiles a sample   0:1  1:1  3:1",
-        "bad samples      json:1  unreadable:1",
-        "made to fit      none",
-        "against rule off 6 tiles (60.0%) and 24 tokens",
+        "samples           3 of 5 records, 2 images",
+        "tiles per sample  0:1  1:1  3:1",
+        "bad samples       json:1  unreadable:1",
+        "made to fit       none",
+        "against rule off  6 tiles (60.0%) and 24 tokens",
     ):
         assert expected in printed, printed
     assert re.search(
@@ -90,7 +92,7 @@ def test_the_table_counts_everything(run, tmp_path):
 def test_decoding_finds_what_headers_hide(run):
     assert "truncated" not in run("check", "--set", "max_length=256")[1]
     assert (
-        "bad samples      json:1  unreadable:1  truncated:1"
+        "bad samples       json:1  unreadable:1  truncated:1"
         in run("check", "--decode", "--set", "max_length=256")[1]
     )
 
@@ -118,11 +120,14 @@ def test_a_text_sample_and_a_packed_setting(run, tmp_path):
     assert "0 tiles" in (tmp_path / "out" / "sample-2.html").read_text()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["show", "--sample", "9"], "--sample 9: there are samples 0 to 2"),
-    (["check", "--set", "max_lenght=5"], "did you mean max_length"),
-    (["check", "--config", "nowhere.py"], "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["show", "--sample", "9"], "--sample 9: there are samples 0 to 2"),
+        (["check", "--set", "max_lenght=5"], "did you mean max_length"),
+        (["check", "--config", "nowhere.py"], "no such file"),
+    ],
+)
 def test_errors_are_one_line(words, message, run):
     status, _, errors = run(*words)
     assert status == 1 and "error: " in errors and message in errors
@@ -146,4 +151,4 @@ def test_a_run_config_says_how_its_model_reads(meta, tmp_path, monkeypatch, caps
         ],
     )
     assert command.main() == 0, capsys.readouterr()
-    assert "tiles a sample   0:1  1:2" in capsys.readouterr().out
+    assert "tiles per sample  0:1  1:2" in capsys.readouterr().out

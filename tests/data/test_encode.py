@@ -1,6 +1,7 @@
 """Ids, labels and image slots against the release (design: data.md 3 to 6).
 
-Golden cases are those of internlm2-chat, Hermes-2 and phi3-chat, each with the kind of tokenizer it is used with.
+Golden cases are those of internlm2-chat, Hermes-2 and phi3-chat, each with the kind of tokenizer it
+is used with.
 """
 
 import json
@@ -19,8 +20,9 @@ from internvlx_jax.data.tokenizer import Tokenizer
 CHAT = get_template("internlm2-chat")
 V2_5 = get_template("internvl2_5")
 
-# Deliberate differences from the release (data.md 6): a last question without an answer is masked here. The release
-# supervises it under internlm2-chat and drops the whole sample under the other templates.
+# Deliberate differences from the release (data.md 6): a last question without an answer is masked
+# here. The release supervises it under internlm2-chat and drops the whole sample under the other
+# templates.
 ENDS_WITH_HUMAN = "ends_with_human"
 TOKENIZERS = {"internlm2-chat": "standin", "Hermes-2": "hermes", "phi3-chat": "phi3"}
 
@@ -186,7 +188,9 @@ def test_example_of_the_specification(real):
 
 
 def test_internvl2_5_labels(standin):
-    """By hand: bos as the tokenizer has it, unsupervised newlines after separators, nothing stripped."""
+    """By hand: bos as the tokenizer has it, unsupervised newlines after separators, nothing
+    stripped.
+    """
     turns = [("human", "Q "), ("gpt", "A dog."), ("human", "Q"), ("gpt", " A cat")]
     encoded = encode(standin, turns, template=V2_5, system="")
     plain, newline = standin.encode, standin.encode("\n")
@@ -240,9 +244,19 @@ def test_bos_rule(real, tmp_path):
 
 
 ANSWERS = [
-    "A cat.", "1. first\n2. second", "图中有一只猫。", "𠀀", "<image>", "  padded  ",
-    "<ref>a</ref><box>[[1, 2, 3, 4]]</box>", "<", "x" * 50, "\u2581low line", "\tx", "\r\nx",
-]  # fmt: skip
+    "A cat.",
+    "1. first\n2. second",
+    "图中有一只猫。",
+    "𠀀",
+    "<image>",
+    "  padded  ",
+    "<ref>a</ref><box>[[1, 2, 3, 4]]</box>",
+    "<",
+    "x" * 50,
+    "\u2581low line",
+    "\tx",
+    "\r\nx",
+]
 
 
 @pytest.mark.parametrize("name", ["standin", "real"])
@@ -343,7 +357,8 @@ def test_errors_and_empty_answers(real):
 
 def test_data_modules_do_not_import_jax():
     code = (
-        "import sys, internvlx_jax.data.conversations, internvlx_jax.data.encode, internvlx_jax.data.images\n"
+        "import sys, internvlx_jax.data.conversations, internvlx_jax.data.encode\n"
+        "import internvlx_jax.data.images\n"
         "heavy = {'jax', 'flax', 'torch', 'tensorflow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

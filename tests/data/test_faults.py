@@ -1,4 +1,7 @@
-"""Bad samples: used, replaced, masked or counted, never lost; two thousand damaged inputs (design: data.md 7, 15)."""
+"""Bad samples: used, replaced, masked or counted, never lost.
+
+Two thousand damaged inputs (design: data.md 7, 15).
+"""
 
 import dataclasses
 import io
@@ -91,7 +94,10 @@ def make(processor):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Forty samples in two datasets; lines 4, 8, ... of the first show a file that cannot be decoded."""
+    """Forty samples in two datasets.
+
+    Lines 4, 8, ... of the first show a file that cannot be decoded.
+    """
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(encoded(number, "PNG"))
     (tmp_path / "empty.png").write_bytes(b"")
@@ -183,7 +189,7 @@ def test_strict_stops_at_the_first_one(mixed, make):
         list(loader.steps(0, loader.plan.total))
 
 
-# --- counting -----------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def test_a_share_of_bad_lines_stops_the_run_before_it_begins(make, tmp_path):
@@ -249,18 +255,22 @@ def test_the_quarantine_lists_each_sample_once_and_later_runs_leave_them_out(mix
         read_quarantine([quarantine])
 
 
-# --- what an image can be -----------------------------------------------------------------------------------------
+# --- what an image can be -------------------------------------------------------------------------
 
 
 def test_every_kind_of_odd_image_is_used_or_counted(make, tmp_path):
-    """Corrupt, cut, empty, animated, CMYK, 16-bit, alpha, turned and over-large files, one line each."""
+    """Corrupt, cut, empty, animated, CMYK, 16-bit, alpha, turned and over-large files, one line
+    each.
+    """
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
     files = {
-        "good.png": encoded(0, "PNG"), "corrupt.png": encoded(0, "PNG")[:20] + b"\0" * 50, "empty.png": b"",
+        "good.png": encoded(0, "PNG"),
+        "corrupt.png": encoded(0, "PNG")[:20] + b"\0" * 50,
+        "empty.png": b"",
         "cut.jpg": encoded(0, "JPEG")[:-300],
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     pixels.save(tmp_path / "moving.gif", save_all=True, append_images=[pixels.rotate(180)])

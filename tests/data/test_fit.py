@@ -5,8 +5,9 @@ import pytest
 
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import parse_sample
-from internvlx_jax.data.fit import Room, fit_sample
+from internvlx_jax.data.fit import fit_sample
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
@@ -37,7 +38,7 @@ def sample(*turns, images=1):
 
 
 def whole(processor, sample, sizes):
-    return fit_sample(processor, sample, sizes, Room(10**6))
+    return fit_sample(processor, sample, sizes, Capacity(10**6))
 
 
 def text_of(processor, fitted):
@@ -50,23 +51,23 @@ def test_a_sample_that_fits_is_left_alone(processor):
     chat = sample("<image>What?", "This.")
     fitted = whole(processor, chat, [(112, 168)])
     assert (fitted.change, fitted.tiles, fitted.limit) == ("", (7,), 6)
-    exact = fit_sample(processor, chat, [(112, 168)], Room(len(fitted.encoded.tokens), 7))
+    exact = fit_sample(processor, chat, [(112, 168)], Capacity(len(fitted.encoded.tokens), 7))
     np.testing.assert_array_equal(exact.encoded.tokens, fitted.encoded.tokens)
 
 
 @pytest.mark.parametrize(
-    "room", [Room(10**6, 6), Room(7 * PER_TILE - 1)], ids=["tile slots", "tokens"]
+    "capacity", [Capacity(10**6, 6), Capacity(7 * PER_TILE - 1)], ids=["tile slots", "tokens"]
 )
-def test_first_tiles_are_fewer(processor, room):
+def test_first_tiles_are_fewer(processor, capacity):
     chat = sample("<image>What?", "This.")
-    fitted = fit_sample(processor, chat, [(112, 168)], room)
+    fitted = fit_sample(processor, chat, [(112, 168)], capacity)
     assert fitted.change == "fewer_tiles" and sum(fitted.tiles) < 7 and fitted.limit < 6
-    assert len(fitted.encoded.tokens) <= room.length
+    assert len(fitted.encoded.tokens) <= capacity.length
     larger = processor.tiles_per_image([(112, 168)], fitted.limit + 1)
     text = len(fitted.encoded.tokens) - sum(fitted.tiles) * PER_TILE
-    assert sum(larger) > (room.tiles or 99) or text + sum(larger) * PER_TILE > room.length, (
-        "as many as fit"
-    )
+    assert (
+        sum(larger) > (capacity.tiles or 99) or text + sum(larger) * PER_TILE > capacity.length
+    ), "as many as fit"
 
 
 def test_then_trailing_turns_go_with_their_images(processor):
@@ -74,13 +75,13 @@ def test_then_trailing_turns_go_with_their_images(processor):
     sizes = [(50, 50), (50, 50)]
     full = whole(processor, chat, sizes)
     # The unanswered question alone, then the pair with the second image.
-    fitted = fit_sample(processor, chat, sizes, Room(len(full.encoded.tokens) - 1))
+    fitted = fit_sample(processor, chat, sizes, Capacity(len(full.encoded.tokens) - 1))
     assert (
         fitted.change == "dropped_turns"
         and fitted.tiles == (1, 1)
         and "So?" not in text_of(processor, fitted)
     )
-    fitted = fit_sample(processor, chat, sizes, Room(len(fitted.encoded.tokens) - 1))
+    fitted = fit_sample(processor, chat, sizes, Capacity(len(fitted.encoded.tokens) - 1))
     assert (
         fitted.change == "dropped_turns"
         and fitted.tiles == (1,)
@@ -96,7 +97,7 @@ def test_an_image_in_the_first_turns_stays(processor):
         processor,
         chat,
         [(50, 50)],
-        Room(len(whole(processor, chat, [(50, 50)]).encoded.tokens) - 10),
+        Capacity(len(whole(processor, chat, [(50, 50)]).encoded.tokens) - 10),
     )
     assert fitted.change == "cut_answer" and fitted.tiles == (1,)
 
@@ -104,31 +105,35 @@ def test_an_image_in_the_first_turns_stays(processor):
 def test_last_the_answer_is_cut(processor):
     chat = sample("<image>What?", "This " * 50)
     full = whole(processor, chat, [(50, 50)]).encoded
-    fitted = fit_sample(processor, chat, [(50, 50)], Room(len(full.tokens) - 30))
+    fitted = fit_sample(processor, chat, [(50, 50)], Capacity(len(full.tokens) - 30))
     assert fitted.change == "cut_answer"
     np.testing.assert_array_equal(fitted.encoded.tokens, full.tokens[:-30])
     np.testing.assert_array_equal(fitted.encoded.labels, full.labels[:-30])
 
 
-@pytest.mark.parametrize("turns, images, room", [
-    (("<image>What?", "This."), 1, Room(PER_TILE)),
-    (("long " * 100 + "<image>", "This."), 1, Room(60)),
-    (("long " * 100, "This."), 0, Room(60)),
-    (("<image><image>", "This."), 2, Room(500, 1)),
-], ids=["image", "question", "text", "tile slots"])  # fmt: skip
-def test_what_cannot_fit_is_too_long(processor, turns, images, room):
+@pytest.mark.parametrize(
+    "turns, images, capacity",
+    [
+        (("<image>What?", "This."), 1, Capacity(PER_TILE)),
+        (("long " * 100 + "<image>", "This."), 1, Capacity(60)),
+        (("long " * 100, "This."), 0, Capacity(60)),
+        (("<image><image>", "This."), 2, Capacity(500, 1)),
+    ],
+    ids=["image", "question", "text", "tile slots"],
+)
+def test_what_cannot_fit_is_too_long(processor, turns, images, capacity):
     with pytest.raises(SampleError, match="a.jsonl line 7: .* image tokens are never cut") as error:
-        fit_sample(processor, sample(*turns, images=images), [(50, 50)] * images, room)
+        fit_sample(processor, sample(*turns, images=images), [(50, 50)] * images, capacity)
     assert error.value.reason == "too_long"
 
 
-def test_no_room_ever_breaks_an_image(processor):
-    """Over all rooms: image tokens are those of the tiles, in unbroken runs."""
+def test_no_capacity_ever_breaks_an_image(processor):
+    """over all capacities: image tokens are those of the tiles, in unbroken runs."""
     chat = sample("<image>What?", "This " * 9, "And <image> now?", "That " * 9, images=2)
     changes = set()
     for length in range(20, 260):
         try:
-            fitted = fit_sample(processor, chat, [(112, 168), (50, 120)], Room(length))
+            fitted = fit_sample(processor, chat, [(112, 168), (50, 120)], Capacity(length))
         except SampleError:
             changes.add("too_long")
             continue

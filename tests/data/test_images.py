@@ -126,7 +126,7 @@ def test_pillow_globals_are_restored_and_threads_agree(tmp_path):
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     with ThreadPoolExecutor(8) as pool:
         images = list(pool.map(lambda i: load_image(tmp_path / f"{i}.png"), range(24)))
-    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     for i, image in enumerate(images):
         assert image.info["counted"] == (() if i % 2 else ("truncated",))
         assert np.array_equal(np.asarray(image), np.asarray(images[i % 2]))

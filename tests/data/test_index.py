@@ -1,4 +1,6 @@
-"""The size index: right without decoding, cached by content, made again when something changes (design: data.md 10)."""
+"""The size index: right without decoding, cached by content, made again when something changes
+(design: data.md 10).
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,7 @@ from internvlx_jax.core.data_config import DataConfig, ImageConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import processor as processor_module
-from internvlx_jax.data.fit import Room
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.meta import read_meta
 from internvlx_jax.data.processor import Processor
@@ -21,7 +23,7 @@ from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
-ROOM = Room(512)
+CAPACITY = Capacity(512)
 CONFIG = DataConfig(meta="")
 
 
@@ -80,9 +82,9 @@ def headers(monkeypatch):
     return read
 
 
-def made(meta, processor, config=CONFIG, room=ROOM) -> SizeIndex:
+def made(meta, processor, config=CONFIG, capacity=CAPACITY) -> SizeIndex:
     (entry,) = read_meta(meta)
-    return load_index(open_source(entry, ""), entry, processor.for_dataset(entry), config, room)
+    return load_index(open_source(entry, ""), entry, processor.for_dataset(entry), config, capacity)
 
 
 def test_shapes_are_those_of_the_encoded_samples(data, processor):
@@ -124,7 +126,7 @@ def test_only_missing_sizes_are_read_and_only_once(data, processor, headers):
     for name in ("status", "tiles", "length", "supervised", "frames"):
         np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
     assert [(p, str(e)) for p, e in again.bad] == [(p, str(e)) for p, e in first.bad]
-    longer = made(data[0], processor, room=Room(1024))
+    longer = made(data[0], processor, capacity=Capacity(1024))
     np.testing.assert_array_equal(longer.length, first.length)
     assert headers[2:] == ["gone.png"], (
         "sizes outlive a change of the settings; what was missing may be there by now"

@@ -1,4 +1,7 @@
-"""Meta file -> batches: one mixed stream, resumable, the same for every process and worker (design: data.md 10-17)."""
+"""Meta file -> batches.
+
+One mixed stream, resumable, the same for every process and worker (design: data.md 10-17).
+"""
 
 import dataclasses
 import json
@@ -14,6 +17,8 @@ from internvlx_jax.core.data_config import DataConfig, FaultConfig, PackConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data import index
+from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.images import load_image
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -126,7 +131,7 @@ def n_images(record) -> int:
     return len(record["image"]) if isinstance(record.get("image"), list) else "image" in record
 
 
-# --- one stream ---------------------------------------------------------------------------------------------------
+# --- one stream -----------------------------------------------------------------------------------
 
 
 def test_text_single_and_multi_image_samples_come_in_one_stream(epoch, dataset):
@@ -186,7 +191,7 @@ def test_rows_hold_their_sample(epoch, dataset, processor):
         assert step.counts.tiles * PER_TILE == (inputs.tokens == image_id).sum()
 
 
-# --- order --------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 MODES = pytest.mark.parametrize("mode", ["tokens", "pack"])
 
@@ -213,10 +218,16 @@ def test_the_seed_decides_the_order(make_loader):
     assert other.plan_hash != loader.plan_hash
 
 
-@pytest.mark.parametrize("changes, part", [
-    ({"seed": 1}, "seed or mixture"), ({"row_quantum": 16}, "batching"), ({"max_executables": 2}, "batching"),
-    ({"tokens_per_step": 2048}, "batching"), ({"batch_mode": "pack"}, "batching"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"seed": 1}, "seed or mixture"),
+        ({"row_quantum": 16}, "batching"),
+        ({"max_executables": 2}, "batching"),
+        ({"tokens_per_step": 2048}, "batching"),
+        ({"batch_mode": "pack"}, "batching"),
+    ],
+)
 def test_the_hash_names_what_decides_the_order(changes, part, make_loader, epoch):
     parts, others = epoch[0].parts, make_loader(**changes).parts
     assert part in {name for name in parts if parts[name] != others[name]}
@@ -280,7 +291,7 @@ def test_worker_processes_give_the_same_batches_and_end_with_the_iterator(make_l
     assert multiprocessing.active_children() == []
 
 
-# --- packed rows --------------------------------------------------------------------------------------------------
+# --- packed rows ----------------------------------------------------------------------------------
 
 
 def test_packed_rows_hold_whole_samples(make_loader, epoch):
@@ -335,7 +346,7 @@ def test_packed_rows_hold_whole_samples(make_loader, epoch):
 
 
 def test_packed_rows_fit_the_short_frame_of_lvtc(make_loader, dataset, processor):
-    """Its length is a function of the bucket, smaller than the long layout, and bounds every row."""
+    """Its length follows from the bucket, is below the long layout, and bounds every row."""
     loader = make_loader(batch_mode="pack", max_length=512, length_step=16, epochs=1)
     (bucket,) = loader.plan.buckets
     saved = processor.saved_per_tile
@@ -374,7 +385,7 @@ def test_a_row_budget_of_its_own(make_loader):
     assert step.batch.inputs.tiles.shape[1] == 9
 
 
-# --- real receipts ------------------------------------------------------------------------------------------------
+# --- real receipts --------------------------------------------------------------------------------
 
 
 def test_real_receipts_from_any_working_directory(shared_data, tmp_path, monkeypatch):
@@ -410,10 +421,17 @@ def test_real_receipts_from_any_working_directory(shared_data, tmp_path, monkeyp
             ) * 256
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
-GOOD = {"image": "page.png", "width": 50, "height": 50,
-        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}  # fmt: skip
+GOOD = {
+    "image": "page.png",
+    "width": 50,
+    "height": 50,
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "This."},
+    ],
+}
 
 
 @pytest.fixture
@@ -445,20 +463,56 @@ def turns(question, answer="This."):
     }
 
 
-@pytest.mark.parametrize("second, reason, problem, remedy", [
-    ({"image": "gone.png"}, "unreadable", "gone.png: the image cannot be read", "Check the file and its path"),
-    ({"image": "gone.png", "width": None, "height": None}, "unreadable", "gone.png: the image cannot be read",
-     "Check the file and its path"),
-    (json.dumps(GOOD)[:60], "json", "not valid JSON", "Correct the line"),
-    (turns("<image> or <image>?"), "placeholder_mismatch", '1 image but 2 "<image>"', "Write one placeholder"),
-    ({"image": ["page.png"] * 2, "width": None, "height": None}, "placeholder_mismatch", '2 images but 1 "<image>"',
-     "Write one placeholder"),
-    (turns("long " * 300 + "<image>"), "too_long", "4 of them image tokens of 1 tiles, do not fit into "
-     "data.max_length = 256; image tokens are never cut", "Raise data.max_length"),
-    ({"image": "large.png"}, "size_mismatch", "the images give 5 tiles", "Correct width and height"),
-    (turns("<image>\n<|im_end|>"), "reserved_text", '"<|im_end|>"', "Remove it"),
-    (turns("<image>\nWhat?", ""), "no_supervision", "no answer to learn from", "Give at least one gpt turn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "second, reason, problem, remedy",
+    [
+        (
+            {"image": "gone.png"},
+            "unreadable",
+            "gone.png: the image cannot be read",
+            "Check the file and its path",
+        ),
+        (
+            {"image": "gone.png", "width": None, "height": None},
+            "unreadable",
+            "gone.png: the image cannot be read",
+            "Check the file and its path",
+        ),
+        (json.dumps(GOOD)[:60], "json", "not valid JSON", "Correct the line"),
+        (
+            turns("<image> or <image>?"),
+            "placeholder_mismatch",
+            '1 image but 2 "<image>"',
+            "Write one placeholder",
+        ),
+        (
+            {"image": ["page.png"] * 2, "width": None, "height": None},
+            "placeholder_mismatch",
+            '2 images but 1 "<image>"',
+            "Write one placeholder",
+        ),
+        (
+            turns("long " * 300 + "<image>"),
+            "too_long",
+            "4 of them image tokens of 1 tiles, do not fit into "
+            "data.max_length = 256; image tokens are never cut",
+            "Raise data.max_length",
+        ),
+        (
+            {"image": "large.png"},
+            "size_mismatch",
+            "the images give 5 tiles",
+            "Correct width and height",
+        ),
+        (turns("<image>\n<|im_end|>"), "reserved_text", '"<|im_end|>"', "Remove it"),
+        (
+            turns("<image>\nWhat?", ""),
+            "no_supervision",
+            "no answer to learn from",
+            "Give at least one gpt turn",
+        ),
+    ],
+)
 def test_a_bad_sample_is_one_error_with_file_line_and_remedy(
     second, reason, problem, remedy, write_meta, make_loader, tmp_path
 ):
@@ -527,15 +581,42 @@ def test_an_image_used_with_reservations_is_counted(
 
 
 def test_data_modules_import_no_jax():
-    """All but pipeline.py: grain, which it needs, imports jax by itself."""
+    """All but read_ahead.py and what imports it: grain imports jax by itself."""
     modules = (
-        "batch, chat, config, encode, faults, fit, images, index, meta, packing, plan, processor, reader, sources, "
-        "storage, synthetic, templates, tiles, tokenizer, video"
+        "batch, buckets, conversations, encode, faults, fit, images, index, meta, order, packing, "
+        "plan, processor, reader, sources, storage, streams, synthetic, table, templates, tiles, "
+        "tokenizer, video"
     )
-    code = f"import sys; from internvlx_jax.data import {modules}; print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
+    code = (
+        f"import sys; from internvlx_jax.data import {modules}; "
+        "print([m for m in ('jax', 'tensorflow') if m in sys.modules])"
     )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+# Digests of the order that every earlier version gave to `dataset`. A run whose plan hash changes
+# cannot go on, so they change only with the order itself.
+PLAN_HASHES = {
+    "tokens": "4a9ce02fb291f75f",
+    "samples": "e7a5cf9040940bad",
+    "pack": "0404852d1baa915d",
+}
+
+
+@pytest.mark.parametrize("batch_mode", PLAN_HASHES)
+def test_the_plan_hash_is_that_of_earlier_versions(batch_mode, make_loader):
+    loader = make_loader(batch_mode=batch_mode, samples_per_step=4)
+    assert loader.plan_hash == loader.state(3)["plan_hash"] == PLAN_HASHES[batch_mode]
+
+
+def test_the_state_of_a_checkpoint_keeps_its_fields(make_loader):
+    fields = ["version", "plan_hash", "parts", "epoch", "step", "row_quantum"]
+    assert list(make_loader().state(3)) == fields
+    assert list(make_loader(batch_mode="pack").state(3)) == [*fields, "rows_before"]
+
+
+def test_the_name_of_an_index_is_that_of_earlier_versions(processor, make_loader):
+    """Its hash takes the capacity in the words of the first version."""
+    key = index._index_key("sizes", 40, processor, CONFIG, Capacity(256, 12))
+    assert key == "ed1d0472c91739fe"

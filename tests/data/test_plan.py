@@ -11,18 +11,17 @@ import pytest
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.data.packing import best_fit
-from internvlx_jax.data.plan import (
+from internvlx_jax.data.buckets import (
     LENGTH_STEP,
     TILE_BUCKETS,
     BatchRule,
     Bucket,
-    EntryStream,
-    PackedStream,
-    Plan,
     assign_buckets,
     smallest_bucket,
 )
+from internvlx_jax.data.packing import best_fit
+from internvlx_jax.data.plan import Plan
+from internvlx_jax.data.streams import EntryStream, PackedStream
 from internvlx_jax.data.tiles import tile_count
 
 TOKENS = 8192
@@ -83,10 +82,21 @@ def epoch(plan, number):
     return [plan.step(step) for step in range(plan.first_step(number), plan.first_step(number + 1))]
 
 
-@pytest.mark.parametrize("tiles, length, bucket", [
-    (0, 1, (0, 128)), (0, 128, (0, 128)), (0, 129, (0, 256)), (1, 300, (1, 384)), (2, 10, (3, 128)),
-    (7, 1900, (7, 1920)), (9, 10, (9, 128)), (14, 10, (16, 128)), (24, 10, (24, 128)), (25, 10, (32, 128)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tiles, length, bucket",
+    [
+        (0, 1, (0, 128)),
+        (0, 128, (0, 128)),
+        (0, 129, (0, 256)),
+        (1, 300, (1, 384)),
+        (2, 10, (3, 128)),
+        (7, 1900, (7, 1920)),
+        (9, 10, (9, 128)),
+        (14, 10, (16, 128)),
+        (24, 10, (24, 128)),
+        (25, 10, (32, 128)),
+    ],
+)
 def test_the_smallest_bucket_of_a_sample(tiles, length, bucket):
     assert smallest_bucket(tiles, length) == Bucket(*bucket)
 
@@ -205,7 +215,9 @@ def test_steps_of_a_bucket_do_not_gather():
 
 @PLANS
 def test_rates_say_how_often_a_data_set_comes(make):
-    """Dataset 0 twice an epoch, dataset 1 two times in five epochs, each of its samples equally often."""
+    """Dataset 0 twice an epoch, dataset 1 two times in five epochs, each of its samples equally
+    often.
+    """
     plan = make(*samples(0), rates=(2, Fraction(2, 5)), epochs=5)
     found = collections.Counter(
         sample for sample, _ in entries(plan.step(step) for step in range(plan.total))
@@ -232,12 +244,13 @@ def test_many_samples_are_planned_in_numpy():
     assert peak < 120 * len(tiles), "bytes a sample"
 
 
-# --- packing ------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 def test_best_fit_by_hand():
     tiles, lengths = np.array([1, 1, 1, 1, 5, 0]), np.array([60, 50, 40, 50, 10, 30])
-    # 60 | 50 | 40 joins 60, which it fills | 50 joins the other 50 | 10 has too many tiles for any | 30 joins 10
+    # 60 | 50 | 40 joins 60, which it fills | 50 joins the other 50 | 10 has too many tiles for any
+    # | 30 joins 10
     rows = best_fit(lengths, 100, also=[(tiles, 6)], open_rows=4)
     assert rows.tolist() == [0, 1, 0, 1, 2, 2]
 
@@ -272,7 +285,7 @@ def test_best_fit_against_a_plain_loop():
     assert rows.tolist() == expected
 
 
-# --- merging ------------------------------------------------------------------------------------------------------
+# --- merging --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_executables", [1, 2, 5, 16, 1000])
@@ -300,7 +313,8 @@ def test_without_need_nothing_is_merged():
 def test_the_rarest_bucket_merges_where_it_costs_least():
     tiles = np.array([0] * 9 + [1] * 5 + [7] * 5 + [1])
     lengths = np.array([100] * 9 + [200] * 5 + [300] * 5 + [300])
-    # One sample of (1, 384): longer rows for five (1, 256) are cheaper than six tiles more for itself.
+    # One sample of (1, 384): longer rows for five (1, 256) are cheaper than six tiles more for
+    # itself.
     buckets, code = assign_buckets(tiles, lengths, 3)
     assert [buckets[b] for b in code[9:]] == [Bucket(1, 384)] * 5 + [Bucket(7, 384)] * 5 + [
         Bucket(1, 384)

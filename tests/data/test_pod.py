@@ -1,4 +1,7 @@
-"""Several processes on this machine: the same steps, through kills and on another number of processes (data.md 14, 17)."""
+"""Several processes on this machine.
+
+The same steps, through kills and on another number of processes (data.md 14, 17).
+"""
 
 import json
 import os
@@ -26,8 +29,10 @@ def chat(question: str, answer: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def meta(tmp_path_factory) -> Path:
-    """Three datasets with weights: images, several images and texts; one sample in eight is bad, some of them only
-    when their image is decoded."""
+    """Three datasets with weights: images, several images and texts.
+
+    One sample in eight is bad, some of them only when their image is decoded.
+    """
     folder, rng = tmp_path_factory.mktemp("mixture"), np.random.default_rng(0)
     for number in range(24):
         size = rng.integers(20, 90, 2)
@@ -116,7 +121,9 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would(meta, tmp_path):
-    """In both modes; one process, which itself restarts from the position of the two, has the same global batches."""
+    """In both modes; one process, which itself restarts from the position of the two, has the same
+    global batches.
+    """
     stop = random.SystemRandom().randrange(60, STEPS - 60)
     processes = start(meta, tmp_path)
     try:
@@ -191,8 +198,9 @@ def test_worker_processes_are_spawned_and_leave_nothing_behind(end, meta, tmp_pa
             ).start()  # printing must not fail first
 
             def ended():
-                # A terminal's Ctrl-C reaches the whole group, SIGKILL the parent alone. Python loses a Ctrl-C that
-                # arrives while it frees an object, so a person may press it twice.
+                # A terminal's Ctrl-C reaches the whole group, SIGKILL the parent alone. Python
+                # loses a Ctrl-C that arrives while it frees an object, so a person may press it
+                # twice.
                 os.killpg(process.pid, end) if end == signal.SIGINT else process.send_signal(end)
                 return wait_for(lambda: process.poll() is not None, 5)
 

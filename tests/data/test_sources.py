@@ -1,4 +1,7 @@
-"""Records from JSONL, ArrayRecord, TFDS and remote files; videos as frames (design: data.md 2, 3, 16)."""
+"""Records from JSONL, ArrayRecord, TFDS and remote files.
+
+Videos as frames (design: data.md 2, 3, 16).
+"""
 
 import dataclasses
 import io
@@ -127,7 +130,7 @@ def assert_same(found, expected):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
-# --- ArrayRecord --------------------------------------------------------------------------------------------------
+# --- ArrayRecord ----------------------------------------------------------------------------------
 
 
 def test_array_record_files_give_the_samples_of_the_jsonl_file(as_files, processor, tmp_path):
@@ -162,7 +165,7 @@ def test_a_record_that_is_no_sample_is_named(tmp_path):
         read_sample(ArrayRecords(str(tmp_path / "a")), DatasetEntry("d", array_record="a"), 0)
 
 
-# --- TFDS ---------------------------------------------------------------------------------------------------------
+# --- TFDS -----------------------------------------------------------------------------------------
 
 BUILDER = """
 import io, sys
@@ -173,7 +176,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-            {"image": tfds.features.Image(), "question": tfds.features.Text(), "answer": tfds.features.Text()}))
+            {"image": tfds.features.Image(), "question": tfds.features.Text(),
+             "answer": tfds.features.Text()}))
 
     def _split_generators(self, download_manager):
         return {"train": self._generate_examples()}
@@ -192,7 +196,8 @@ assert "tensorflow" not in sys.modules
 CONVERT = """
 def to_sample(example):
     turns = [("human", example["question"].decode()), ("gpt", example["answer"].decode())]
-    return {"image": example["image"], "conversations": [{"from": role, "value": text} for role, text in turns]}
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    return {"image": example["image"], "conversations": conversations}
 """
 
 
@@ -232,7 +237,7 @@ def test_a_prepared_tfds_data_set_is_read_without_tensorflow(processor, tmp_path
             open_source(read_meta(meta)[0], "")
 
 
-# --- remote files -------------------------------------------------------------------------------------------------
+# --- remote files ---------------------------------------------------------------------------------
 
 
 def test_annotations_and_images_behind_a_url(as_files, processor, tmp_path):
@@ -263,7 +268,7 @@ def test_a_missing_package_and_an_unknown_protocol_are_named(tmp_path, monkeypat
     meta.write_text(json.dumps({"d": {"annotation": "gs://bucket/a.jsonl"}}))
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
-        ConfigError, match=r"gs://bucket/a.jsonl cannot be read: .*internvlx-jax\[gcs\]"
+        ConfigError, match=r"gs://bucket/a.jsonl needs gcsfs, .*internvlx-jax\[gcs\]"
     ):
         read_meta(meta)
     meta.write_text(json.dumps({"d": {"annotation": "nonsense://a.jsonl"}}))
@@ -271,7 +276,7 @@ def test_a_missing_package_and_an_unknown_protocol_are_named(tmp_path, monkeypat
         read_meta(meta)
 
 
-# --- video --------------------------------------------------------------------------------------------------------
+# --- video ----------------------------------------------------------------------------------------
 
 
 def video(processor, **record):
@@ -303,11 +308,14 @@ def test_frames_of_a_folder_are_ordered_by_their_numbers(processor, tmp_path):
         list_frames(video(processor, video=str(tmp_path / "empty")))
 
 
-@pytest.mark.parametrize("template, expected", [
-    ("model_card", "Frame1: <image>\nFrame2: <image>\nWhat happens?"),
-    ("x_release", "Frame1: <image>\nFrame2: <image>What happens?"),
-    ("internvl2_5", "Frame-1: <image>\nFrame-2: <image>\nWhat happens?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("model_card", "Frame1: <image>\nFrame2: <image>\nWhat happens?"),
+        ("x_release", "Frame1: <image>\nFrame2: <image>What happens?"),
+        ("internvl2_5", "Frame-1: <image>\nFrame-2: <image>\nWhat happens?"),
+    ],
+)
 def test_frame_texts(template, expected, processor):
     sample = with_frames(video(processor, video=["a.png", "b.png"]), ["a.png", "b.png"], template)
     assert sample.turns[0] == ("human", expected) and sample.images == ("a.png", "b.png")
@@ -347,7 +355,7 @@ def test_frames_are_drawn_for_the_plan_and_fit_their_bucket(processor, tmp_path)
     # Lengths were computed from one frame; the exact ones are those of the rows.
     first, second = ({}, {})
     for seen, steps in (
-        (first, range(0, loader.plan.first_step(1))),
+        (first, range(loader.plan.first_step(1))),
         (second, range(loader.plan.first_step(1), loader.plan.first_step(2))),
     ):
         for step in loader.steps(steps.start, steps.stop):
@@ -367,7 +375,7 @@ def test_frames_are_drawn_for_the_plan_and_fit_their_bucket(processor, tmp_path)
     )
 
 
-# --- augmentation -------------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 def test_augmented_tiles_are_jpeg_copies_that_depend_on_seed_and_pass(as_files, processor):

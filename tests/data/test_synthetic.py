@@ -274,7 +274,10 @@ def test_chance_is_about_one_in_nine(dataset):
 
 
 def _blind_questions(path):
-    """For each question about a single page: what is known without the image, by name, and the answer."""
+    """For each question about a single page.
+
+    What is known without the image, by name, and the answer.
+    """
     for sample in single_page(read(path)):
         pairs = questions(sample)
         for turn, (question, answer) in enumerate(pairs):
@@ -335,7 +338,10 @@ def _value_crops(rng, pages):
 
 
 def test_values_can_be_read_from_their_boxes():
-    """The nearest of a few hundred known crops has the right value: what is printed is what is answered."""
+    """The nearest of a few hundred known crops has the right value.
+
+    What is printed is what is answered.
+    """
     known, known_answers = _value_crops(np.random.default_rng(1), 400)
     new, new_answers = _value_crops(np.random.default_rng(2), 60)
     for kind in KINDS:

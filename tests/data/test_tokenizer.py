@@ -22,9 +22,27 @@ def reserved_ids(tokenizer: Tokenizer) -> set[int]:
 def random_texts(tokenizer: Tokenizer, n: int) -> list[str]:
     draw = random.Random(0)
     pieces = [
-        *tokenizer.added, "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_", "<|im_", "end|>", "<",
-        "[", "]", "<image>", " ", "  ", "\n", "hello", " world", "图中有一只猫。", "𠀀", "é", "1.5", "\t",
-    ]  # fmt: skip
+        *tokenizer.added,
+        "[UNUSED_TOKEN_0]",
+        "[UNUSED_TOKEN_145]",
+        "[UNUSED_TOKEN_",
+        "<|im_",
+        "end|>",
+        "<",
+        "[",
+        "]",
+        "<image>",
+        " ",
+        "  ",
+        "\n",
+        "hello",
+        " world",
+        "图中有一只猫。",
+        "𠀀",
+        "é",
+        "1.5",
+        "\t",
+    ]
     return ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n)]
 
 
@@ -38,8 +56,10 @@ def test_standin_ids(golden, standin):
     )
     assert {text: standin.token_id(text) for text in vocab["added"]} == vocab["added"]
     assert standin.encode("<img></img><IMG_CONTEXT>") == [
-        standin.img_start, standin.img_end, standin.image_token_id,
-    ]  # fmt: skip
+        standin.img_start,
+        standin.img_end,
+        standin.image_token_id,
+    ]
     assert standin.encode("<|im_start|>user\nHello<|im_end|>") == [
         625,
         459,
@@ -65,11 +85,25 @@ def test_real_ids(real):
     assert real.encode("Hello") == [9843] and real.encode(" Hello") == [22190]
     assert [real.bos_id, real.eos_id, real.pad_id, real.image_token_id] == [1, 2, 2, 92_546]
     table = {
-        0: "<unk>", 1: "<s>", 2: "</s>",
-        92538: "<|plugin|>", 92539: "<|interpreter|>", 92540: "<|action_end|>", 92541: "<|action_start|>",
-        92542: "<|im_end|>", 92543: "<|im_start|>", 92544: "<img>", 92545: "</img>", 92546: "<IMG_CONTEXT>",
-        92547: "<quad>", 92548: "</quad>", 92549: "<ref>", 92550: "</ref>", 92551: "<box>", 92552: "</box>",
-    }  # fmt: skip
+        0: "<unk>",
+        1: "<s>",
+        2: "</s>",
+        92538: "<|plugin|>",
+        92539: "<|interpreter|>",
+        92540: "<|action_end|>",
+        92541: "<|action_start|>",
+        92542: "<|im_end|>",
+        92543: "<|im_start|>",
+        92544: "<img>",
+        92545: "</img>",
+        92546: "<IMG_CONTEXT>",
+        92547: "<quad>",
+        92548: "</quad>",
+        92549: "<ref>",
+        92550: "</ref>",
+        92551: "<box>",
+        92552: "</box>",
+    }
     assert {id: text for text, id in real.added.items()} == table
     assert real.encode("".join(table.values())) == list(table)
     assert real.encode("[UNUSED_TOKEN_145][UNUSED_TOKEN_0]") == [92_542, 92_397]
@@ -155,7 +189,10 @@ def test_reserved_text_of_the_llama_family(name, request):
 
 
 def test_where_the_llama_family_puts_spaces(hermes, phi3):
-    """By hand: before every stretch, or before the first only; Phi-3's chat tokens swallow white space."""
+    """By hand: before every stretch, or before the first only.
+
+    Phi-3's chat tokens swallow white space.
+    """
 
     def pieces(tokenizer, text):
         return [tokenizer.piece(id) for id in tokenizer.encode(text)]
@@ -171,8 +208,10 @@ def test_saved_folder_stands_alone(name, request, tmp_path):
     tokenizer = request.getfixturevalue(name)
     tokenizer.save(tmp_path / "run")
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
-        "added_tokens.json", "tokenizer.model", "tokenizer_config.json",
-    ]  # fmt: skip
+        "added_tokens.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     copy = Tokenizer.load(tmp_path / "run" / "tokenizer.model")
     assert copy.added == tokenizer.added and copy.fingerprint() == tokenizer.fingerprint()
     assert (copy.prefix, copy.swallowing) == (tokenizer.prefix, tokenizer.swallowing)

@@ -63,11 +63,11 @@ def test_mmmu_enlarges_the_first_image_bilinearly():
 
 
 def test_mmmu_without_a_grid_takes_the_first_image_as_it_is():
-    view = TASKS["mmmu_val"].views["internvl"]
-    assert (view.images(True), view.images(False)) == (MMMU_GRID, FIRST_ONLY)
+    spec = TASKS["mmmu_val"].protocols["internvl"]
+    assert (spec.images(True), spec.images(False)) == (MMMU_GRID, FIRST_ONLY)
 
 
-def test_palettes_are_resized_by_nearest_neighbour_after_tiling():
+def test_palettes_are_resized_by_nearest_neighbor_after_tiling():
     palette = stored(120, 90, "P")
     image = Image.open(palette.open())
     (before,) = Tiler(TILES).cut([palette], "here")

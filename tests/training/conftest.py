@@ -1,8 +1,6 @@
 """A run small enough to train inside a test: generated pages, one-layer stacks, float32."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,10 +18,6 @@ from internvlx_jax.core.run_config import ComputeConfig, MeshConfig, OptimizerCo
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
 from internvlx_jax.models.params import init_params
-
-sys.path.insert(
-    0, str(Path(__file__).parents[2] / "benchmarks")
-)  # tests of runs share kill.py with the benchmark
 
 
 @pytest.fixture(scope="session")

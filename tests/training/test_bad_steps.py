@@ -10,7 +10,7 @@ import pytest
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.run_config import StabilityConfig
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.bad_steps import MEDIAN_FROM, BadSteps, read_bad_steps
 from internvlx_jax.training.step import Metrics
 

@@ -20,7 +20,7 @@ from internvlx_jax.core.chips import CHIPS
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import load_config_file
 from internvlx_jax.core.run_config import ComputeConfig
-from internvlx_jax.data.plan import Bucket
+from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.models.sharding import make_mesh

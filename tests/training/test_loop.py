@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from kill import finish, start, write_config
+from kill_run import finish, start, write_config
 
 from internvlx_jax import load_pretrained
 from internvlx_jax.checkpoints.run_folder import RunFolder

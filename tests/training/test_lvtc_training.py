@@ -12,7 +12,7 @@ import pytest
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.batch import Row, collate
-from internvlx_jax.data.plan import Bucket, smallest_bucket
+from internvlx_jax.data.buckets import Bucket, smallest_bucket
 from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.models.sharding import (
     activation_shardings,

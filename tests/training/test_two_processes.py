@@ -8,12 +8,22 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import kill
+import kill_run
 import numpy as np
 import pytest
-from kill import Kill, differences, finish, logged, run_and_kill, start, tiny_config, write_config
+from kill_run import (
+    Kill,
+    differences,
+    finish,
+    logged,
+    run_and_kill,
+    start,
+    tiny_config,
+    write_config,
+)
 
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.run_config import MeshConfig
@@ -46,10 +56,7 @@ def test_the_first_process_speaks(straight):
 
 
 def test_kill_9_changes_no_bit(straight):
-    """Kills come at a step and inside saves.
-
-    benchmarks/kill.py does this ten times over 200 steps, and while a run starts.
-    """
+    """Kills come at a step and inside saves; kill_run.py does this ten times over 200 steps."""
     config, _ = straight
     kills = [Kill("save", 4), Kill("step", 7), Kill("save", 12)]
     killed = beside(config, "killed")
@@ -79,11 +86,9 @@ def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
     run = Path(told.output_dir)
     processes = start(write_config(told, run.parent), 4)
     try:
-        kill_after = kill.time.monotonic() + 300
-        while (
-            not logged(run) and kill.time.monotonic() < kill_after and processes[1].poll() is None
-        ):
-            kill.time.sleep(0.01)
+        kill_after = time.monotonic() + 300
+        while not logged(run) and time.monotonic() < kill_after and processes[1].poll() is None:
+            time.sleep(0.01)
         processes[1].send_signal(signal.SIGTERM)
     finally:
         codes, outputs = finish(processes)
@@ -105,7 +110,7 @@ def test_a_missing_process_is_named(straight):
     file = write_config(config, Path(config.output_dir).parent)
     command = [
         sys.executable,
-        kill.ROOT / "train.py",
+        kill_run.ROOT / "train.py",
         "--config",
         file,
         "--coordinator",

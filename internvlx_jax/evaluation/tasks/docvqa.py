@@ -11,7 +11,7 @@ from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 VAL = jsonl("docvqa/val.jsonl", annotations=("docvqa/val/val_v1.0.json", docvqa_answers))
-SERVER = dict(submission=answers_by("questionId"))
+SUBMISSION = answers_by("questionId")
 
 TASKS = (
     Task(
@@ -43,14 +43,14 @@ TASKS = (
                 scoring.server,
                 max_new_tokens=100,
                 dataset="DocVQA_TEST",
-                **SERVER,
+                submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(
                 tsv("DocVQA_TEST"),
                 ending(f"\n{BASE}"),
                 scoring.server,
                 dataset="DocVQA_TEST",
-                **SERVER,
+                submission=SUBMISSION,
             ),
         },
     ),

@@ -14,7 +14,7 @@ VAL = jsonl(
     "infographicsvqa/val.jsonl",
     annotations=("infographicsvqa/infographicsVQA_val_v1.0_withQT.json", docvqa_answers),
 )
-SERVER = dict(submission=answers_by("questionId"))
+SUBMISSION = answers_by("questionId")
 
 TASKS = (
     Task(
@@ -46,14 +46,14 @@ TASKS = (
                 scoring.server,
                 max_new_tokens=100,
                 dataset="InfoVQA_TEST",
-                **SERVER,
+                submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(
                 tsv("InfoVQA_TEST"),
                 ending(f"\n{BASE}"),
                 scoring.server,
                 dataset="InfoVQA_TEST",
-                **SERVER,
+                submission=SUBMISSION,
             ),
         },
     ),

@@ -20,7 +20,7 @@ from internvlx_jax.evaluation.scoring import (
     mean,
     pending,
 )
-from internvlx_jax.evaluation.sources import Roots, Source, image_path, jsonl, tsv
+from internvlx_jax.evaluation.sources import Roots, Source, image_name, image_path, jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 GRADES = tuple[float, float]  # of the reference and of the model, 1 to 10
@@ -36,7 +36,7 @@ def _read(roots: Roots) -> list[Question]:
     references = {row["question_id"]: row["text"] for _, row in read_jsonl(roots.data / REFERENCE)}
 
     def finish(question: Question) -> Question:
-        name = question.images[0].rpartition("/")[2]
+        name = image_name(question.images[0])
         if name not in captions or question.id not in references:
             raise ConfigError(
                 f"{question.where}: no caption of {name} or no reference answer in "

@@ -103,7 +103,7 @@ def _folder(file: str) -> Source:
 def _task(split: str, language: str, file: str) -> Task:
     test = split == "test"
     dataset = f"MMBench_{split.upper()}_{language.upper()}"
-    files = {"submission": write_submission} if test else {}
+    submission = write_submission if test else None
     return Task(
         name=f"mmbench_{split}_{language}",
         title=f"MMBench, {split}, {language}",
@@ -115,14 +115,14 @@ def _task(split: str, language: str, file: str) -> Task:
                 server_choice if test else circular,
                 max_new_tokens=100,
                 dataset=dataset,
-                **files,
+                submission=submission,
             ),
             "vlmevalkit": vlmevalkit(
                 tsv(dataset),
                 vlm_choice,
                 server if test else circular_vlm,
                 dataset=dataset,
-                **files,
+                submission=submission,
             ),
         },
     )

@@ -137,9 +137,9 @@ def open_matches(text: str, keys: Sequence[str]) -> bool:
     """Whether a key's text is in a stated text, or a key's number is among the stated numbers."""
     wanted = {form for key in keys for form in _normalize(key)}
     return any(
-        form in wanted
-        if isinstance(form, float)
-        else any(isinstance(key, str) and key in form for key in wanted)
+        any(isinstance(key, str) and key in form for key in wanted)
+        if isinstance(form, str)
+        else form in wanted
         for form in open_answers(text)
     )
 

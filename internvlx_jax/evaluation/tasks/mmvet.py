@@ -22,7 +22,15 @@ from internvlx_jax.evaluation.scoring import (
     mean,
     pending,
 )
-from internvlx_jax.evaluation.sources import Roots, Source, image_path, jsonl, read_json, tsv
+from internvlx_jax.evaluation.sources import (
+    Roots,
+    Source,
+    image_name,
+    image_path,
+    jsonl,
+    read_json,
+    tsv,
+)
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("mm-vet/llava-mm-vet.jsonl", text="text")
@@ -42,8 +50,7 @@ def _read(roots: Roots) -> list[Question]:
             ) from None
         # The file names images without their folder.
         images = tuple(
-            image_path(f"mm-vet/images/{path.rpartition('/')[2]}", roots)
-            for path in question.images
+            image_path(f"mm-vet/images/{image_name(path)}", roots) for path in question.images
         )
         return dataclasses.replace(
             question,

@@ -13,7 +13,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.prompts import ending, plain
 from internvlx_jax.evaluation.questions import Question, read_jsonl
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no, mean
-from internvlx_jax.evaluation.sources import Roots, Source, image_path, jsonl, tsv
+from internvlx_jax.evaluation.sources import Roots, Source, image_name, image_path, jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("pope/llava_pope_test.jsonl", text="text")
@@ -29,7 +29,7 @@ def _read(roots: Roots) -> list[Question]:
     members: dict[str, list[Question]] = defaultdict(list)
     for question in QUESTIONS.read(roots):
         images = tuple(
-            image_path(f"pope/val2014/{path.rpartition('/')[2]}", roots) for path in question.images
+            image_path(f"pope/val2014/{image_name(path)}", roots) for path in question.images
         )
         members[question.fields["category"]].append(dataclasses.replace(question, images=images))
     questions = []

@@ -15,7 +15,7 @@ VAL = jsonl(
     "vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers)
 )
 TESTDEV = jsonl("vqav2/vqav2_testdev.jsonl")
-SERVER = dict(submission=answers_by("question_id"))
+SUBMISSION = answers_by("question_id")
 
 TASKS = (
     Task(
@@ -42,10 +42,14 @@ TASKS = (
                 scoring.server,
                 max_new_tokens=10,
                 dataset="VQAv2_TESTDEV",
-                **SERVER,
+                submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(
-                TESTDEV, ending(f"\n{BASE}"), scoring.server, dataset="VQAv2_TESTDEV", **SERVER
+                TESTDEV,
+                ending(f"\n{BASE}"),
+                scoring.server,
+                dataset="VQAv2_TESTDEV",
+                submission=SUBMISSION,
             ),
         },
     ),

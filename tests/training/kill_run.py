@@ -1,12 +1,15 @@
 """Kills a run in two processes at random moments, and compares its end with an undisturbed one.
 
-    python benchmarks/kill.py --folder runs/kill --kills 10 --steps 200
+The tests of runs share its functions. As a program it is a test that is too long for the suite:
 
-Trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again
+    python tests/training/kill_run.py --folder runs/kill --kills 10 --steps 200
+
+It trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again
 and again, at moments drawn with --seed: while it starts, at a step, and inside a save (as soon as
-orbax's temporary folder appears). Every start is the same command, on 2 processes x 4 simulated
-CPU devices. Prints one line per kill and one JSON object. Exit status 1 if parameters, optimizer
-state or metrics differ in a single bit, or if fewer than two kills of ten were inside a save.
+orbax's temporary folder appears). Every start is the same command, on 2 processes x 4 simulated CPU
+devices. It prints one line per kill and one JSON object. The exit status is 1 if parameters,
+optimizer state or metrics differ in a single bit, or if fewer than two kills of ten were inside a
+save.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 CONFIG = """import json

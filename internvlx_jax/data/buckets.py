@@ -1,0 +1,203 @@
+"""Static shapes of batches, and which shape a sample goes to (design: data.md 11). NumPy only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from internvlx_jax.core.errors import ConfigError
+
+LENGTH_STEP = 128
+# Token slots that cost as much as one tile slot: 724 GFLOP of the tower per tile against 3.4 GFLOP
+# per token at 2B.
+TILE_COST = 256
+# One image of at most 12 tiles has 1, 3, 4, ..., 13 of them with its thumbnail.
+TILE_BUCKETS = (0, 1, *range(3, 14), 16, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """Describes the upper bounds of what one sample may take.
+
+    `Bucket` holds the same three numbers, but it is the shape of an array: all of them are known,
+    buckets are sorted by them, and their text is part of the plan hash. A capacity only bounds a
+    sample, and may leave tiles or short slots unbounded.
+
+    Attributes:
+        length: token slots.
+        tiles: tile slots; None for any number.
+        short_length: slots of the short layout of LVTC; None for any number.
+    """
+
+    length: int
+    tiles: int | None = None
+    short_length: int | None = None
+
+    def fits(self, length: int, tiles: int, short_length: int = 0) -> bool:
+        """Returns whether a sample of this many tokens, tiles and short slots fits."""
+        return (
+            length <= self.length
+            and (self.tiles is None or tiles <= self.tiles)
+            and (self.short_length is None or short_length <= self.short_length)
+        )
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """Describes the static shape of a row.
+
+    Attributes:
+        tiles: tile slots per row.
+        length: token slots per row.
+        short_length: slots of the short layout per row with LVTC, else 0.
+    """
+
+    tiles: int
+    length: int
+    short_length: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Returns the work of a row in token slots."""
+        return self.length + TILE_COST * self.tiles
+
+    @property
+    def capacity(self) -> Capacity:
+        """Returns what a sample that has a row to itself may take."""
+        return Capacity(self.length, self.tiles, self.short_length or None)
+
+    def union(self, other: Bucket) -> Bucket:
+        """Returns the smallest bucket that holds the rows of both."""
+        return Bucket(
+            max(self.tiles, other.tiles),
+            max(self.length, other.length),
+            max(self.short_length, other.short_length),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRule:
+    """Decides how many rows a step of a bucket has.
+
+    Attributes:
+        row_quantum: data-parallel size * accumulation; the rows are a multiple of it.
+        samples: fixed number of rows; None: as many as the other two say.
+        tokens: token slots per step to stay near.
+        tiles: largest number of tile slots per step; None: no bound.
+    """
+
+    row_quantum: int
+    samples: int | None = None
+    tokens: int | None = None
+    tiles: int | None = None
+
+    def rows(self, bucket: Bucket) -> int:
+        """Returns the rows of a step of this bucket.
+
+        Raises:
+            ConfigError: `samples` is not a multiple of `row_quantum`.
+        """
+        if self.samples is not None:
+            if self.samples % self.row_quantum:
+                raise ConfigError(
+                    f"data.samples_per_step {self.samples} is not a multiple of "
+                    f"{self.row_quantum} (data-parallel devices * compute.accumulation)"
+                )
+            return self.samples
+        if self.tokens is None:
+            raise ValueError("a BatchRule needs `samples` or `tokens`")
+        groups = max(1, self.tokens // (bucket.length * self.row_quantum))
+        if self.tiles is not None and bucket.tiles:
+            groups = max(1, min(groups, self.tiles // (bucket.tiles * self.row_quantum)))
+        return groups * self.row_quantum
+
+
+def smallest_bucket(
+    tiles: int, length: int, length_step: int = LENGTH_STEP, saved_per_tile: int = 0
+) -> Bucket:
+    """Returns the bucket of one sample on its own.
+
+    Args:
+        tiles: tiles of the sample.
+        length: its tokens.
+        length_step: the length of a bucket is a multiple of it.
+        saved_per_tile: slots by which LVTC makes a tile shorter in the short layout. The short
+            length is that of the fewest tiles that take these tile slots, so that it follows from
+            the other two numbers.
+    """
+    if tiles <= TILE_BUCKETS[-1]:
+        slots = next(slots for slots in TILE_BUCKETS if tiles <= slots)
+        fewest = TILE_BUCKETS[TILE_BUCKETS.index(slots) - 1] + 1 if slots else 0
+    else:
+        slots = round_up(tiles, 8)
+        fewest = slots - 7
+    bucket = Bucket(slots, round_up(length, length_step))
+    if not saved_per_tile:
+        return bucket
+    short = round_up(bucket.length - fewest * saved_per_tile, length_step)
+    return dataclasses.replace(bucket, short_length=short)
+
+
+def round_up(n: int, step: int) -> int:
+    """Returns the smallest multiple of `step` that is at least `n`."""
+    return -(-n // step) * step
+
+
+def assign_buckets(
+    tiles: np.ndarray,
+    lengths: np.ndarray,
+    max_executables: int,
+    length_step: int = LENGTH_STEP,
+    saved_per_tile: int = 0,
+) -> tuple[list[Bucket], np.ndarray]:
+    """Chooses the buckets of a dataset, and one of them for every sample.
+
+    The rarest bucket merges into the cheapest union until `max_executables` remain.
+
+    Args:
+        tiles: int[n], tiles of each sample.
+        lengths: int[n], tokens of each sample.
+        max_executables: largest number of buckets; every one is a compiled step.
+        length_step: see `smallest_bucket`.
+        saved_per_tile: see `smallest_bucket`.
+
+    Returns:
+        The buckets in order, and int64[n]: the position among them of every sample's bucket.
+    """
+    lengths = -(-np.asarray(lengths) // length_step) * length_step
+    pairs, inverse, frequency = np.unique(
+        np.stack([np.asarray(tiles), lengths], axis=1),
+        axis=0,
+        return_inverse=True,
+        return_counts=True,
+    )
+    smallest = [smallest_bucket(*pair, length_step, saved_per_tile) for pair in pairs.tolist()]
+    counts: Counter[Bucket] = Counter()
+    for bucket, count in zip(smallest, frequency.tolist(), strict=True):
+        counts[bucket] += count
+    merged = _merge_rarest(counts, max_executables)
+    buckets = sorted(set(merged.values()))
+    code = {bucket: buckets.index(union) for bucket, union in merged.items()}
+    return buckets, np.array([code[bucket] for bucket in smallest], np.int64)[inverse.reshape(-1)]
+
+
+def _merge_rarest(counts: Counter[Bucket], limit: int) -> dict[Bucket, Bucket]:
+    """Returns for every bucket the union that it becomes a part of; `limit` unions remain."""
+    rows = dict(counts)
+    members = {bucket: [bucket] for bucket in rows}
+    while len(rows) > limit:
+        rarest = min(rows, key=lambda bucket: (rows[bucket], bucket))
+        rare = rows.pop(rarest)
+
+        def padding(other: Bucket) -> tuple[int, Bucket]:
+            cost = rarest.union(other).cost
+            return rare * (cost - rarest.cost) + rows[other] * (cost - other.cost), other
+
+        partner = min(rows, key=padding)
+        # The union is new or one of the two: merging with a third would have been cheaper.
+        union = rarest.union(partner)
+        rows[union] = rare + rows.pop(partner)
+        members[union] = members.pop(rarest) + members.pop(partner)
+    return {bucket: union for union, inside in members.items() for bucket in inside}

@@ -1,0 +1,78 @@
+"""Steps read ahead by grain, in threads or in worker processes (design: data.md 14)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+import grain
+from absl import flags
+
+from internvlx_jax.data.plan import Plan, PlannedStep
+
+PREFETCHED_STEPS = 4
+
+T = TypeVar("T")
+
+
+def read_ahead(
+    plan: Plan, load: Callable[[PlannedStep], T], start: int, stop: int, num_workers: int
+) -> Generator[T, None, None]:
+    """Yields `load(step)` of the steps start .. stop - 1 in order, some of them loaded ahead.
+
+    Args:
+        plan: the steps.
+        load: picklable; what makes a step.
+        start: first step.
+        stop: the step after the last one.
+        num_workers: worker processes, which end with the iterator; 0 loads in threads.
+    """
+    dataset = grain.MapDataset.source(_PlannedSteps(plan, start, stop)).map(load)
+    threads = 1 if num_workers else min(PREFETCHED_STEPS, os.cpu_count() or 1)
+    steps = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCHED_STEPS)
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        steps = steps.mp_prefetch(options, worker_init_fn=_start_worker)
+    iterator = iter(steps)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Prepares a worker process: its parent ends it, and it ends with its parent.
+
+    Ctrl-C reaches all processes of a terminal, so the worker ignores it. It also ends when its
+    parent is gone, however that happened.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "grain starts workers as child processes"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class _PlannedSteps:
+    """Gives random access to the plan, the interface of grain's sources."""
+
+    def __init__(self, plan: Plan, start: int, stop: int):
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> PlannedStep:
+        return self.plan.step(self.start + index)
