@@ -145,6 +145,7 @@ def test_dry_run_writes_nothing(one_bucket):
 GATED = ("hd_finetune.py:size=2b", "hd_finetune.py:size=8b,lvtc=paper")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_memory_and_collectives_do_not_grow(name, tmp_path):
     """Two presets are compiled for TPUs that are not attached.

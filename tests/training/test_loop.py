@@ -18,6 +18,8 @@ from internvlx_jax.core.run_config import FreezeConfig, MeshConfig, OptimizerCon
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 def metrics(config):
     rows = [

@@ -90,6 +90,7 @@ def at_indices(found):
     }
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(deeper):
     """The two layouts bring no collective: only the added kernels do, beside those of `off`."""
     config = dataclasses.replace(deeper, lvtc=LVTC)
@@ -133,6 +134,7 @@ def temporaries(config, layers, expand_layer):
     )
 
 
+@pytest.mark.slow
 def test_shallow_layers_keep_short_activations_only(tiny):
     """Four more shallow layers cost what 24 slots cost, not 144: they hold no long layout."""
     deep = temporaries(tiny, 6, 0) - temporaries(tiny, 2, 0)
@@ -140,6 +142,7 @@ def test_shallow_layers_keep_short_activations_only(tiny):
     assert 0 < shallow < 1.2 * 24 / 144 * deep
 
 
+@pytest.mark.slow
 def test_one_executable_a_bucket(tiny, tiny_run):
     """Samples change and the compile counter does not.
 

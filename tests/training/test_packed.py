@@ -79,6 +79,7 @@ def losses(config):
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_packed_run_with_bad_samples_goes_on_with_more_devices(tiny_run, faulty):
     """Rows come in eights, so that twice the data-parallel devices have the same steps."""
     config = tiny_run("straight", steps=4)

@@ -20,6 +20,8 @@ from internvlx_jax.models.params import flatten
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.replay import replay
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
 

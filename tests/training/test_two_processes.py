@@ -30,6 +30,8 @@ from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.preemption import EXIT_STATUS
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVE_EVERY = 16, 4
 
 
