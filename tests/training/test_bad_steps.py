@@ -1,4 +1,7 @@
-"""Steps that went wrong: written down with their samples, reported, and when they end a run (design: training.md 6)."""
+"""Steps that went wrong are recorded with their samples, and end a run when they are too many.
+
+Definition: design: training.md 6.
+"""
 
 import json
 
@@ -47,10 +50,14 @@ def test_a_bad_step_is_written_with_what_it_was_made_of(tmp_path):
     assert [line.split(":")[0] for line in said] == ["step 2", "step 3", "step 4"]
     assert dict(bad.counts) == {"nonfinite": 2, "unsupervised": 1}
     lines = read_bad_steps(tmp_path)
-    assert lines[0] == {"step": 2, "kind": "nonfinite", "loss": "nan",
-                        "grad_norm": {"all": "inf", "vision": 0.5, "decoder": "inf"},
-                        "bucket": {"tiles": 3, "length": 128, "short_length": 0},
-                        "samples": [["pages:1"], []]}  # fmt: skip
+    assert lines[0] == {
+        "step": 2,
+        "kind": "nonfinite",
+        "loss": "nan",
+        "grad_norm": {"all": "inf", "vision": 0.5, "decoder": "inf"},
+        "bucket": {"tiles": 3, "length": 128, "short_length": 0},
+        "samples": [["pages:1"], []],
+    }
     assert [(line["step"], line["kind"]) for line in lines] == [
         (2, "nonfinite"),
         (3, "unsupervised"),
@@ -74,7 +81,10 @@ def test_a_spike_is_held_against_the_running_median(tmp_path):
 
 @pytest.mark.parametrize("middle, sigma", [(0.02, 1.0), (0.3, 0.6), (2.0, 0.05)])
 def test_noise_is_no_spike(tmp_path, middle, sigma):
-    """Losses of small batches differ by factors, most of all late in a run; what towers over them is a spike still."""
+    """Losses of small batches differ by factors, most of all late in a run.
+
+    What towers over them is still a spike.
+    """
     bad, rng = bad_steps(tmp_path), np.random.default_rng(0)
     losses = middle * np.exp(sigma * rng.standard_normal(2000))
     assert look(bad, *map(step, losses)) == [] and bad.counts["spike"] == 0

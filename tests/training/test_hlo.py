@@ -62,7 +62,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs(scanned):
 
 
 def test_a_layer_is_read_not_the_whole_stack(scanned):
-    """Per run of the body at least the gathered kernel, and far less than the stack of all kernels each time."""
+    """Each run of the body reads at least the gathered kernel, and far less than the stack."""
     traffic = moved(scanned.as_text(), 8).memory_bytes
     kernel = 64 * 64 * 4
     assert LOOPS * kernel < traffic < LOOPS * 12 * kernel
@@ -74,15 +74,22 @@ def test_traffic_of_a_product():
     assert traffic == pytest.approx(3 * 256 * 256 * 4, rel=0.01)
 
 
-@pytest.mark.parametrize("notation, members", [
-    ("replica_groups={{0,2},{1,3}}, dimensions={0}", (0, 2)),
-    ("replica_groups=[2,4]<=[8], x", (0, 1, 2, 3)),
-    ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
-    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x", (0, 2, 4, 6)),
-    ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, x", (0, 1, 2, 3)),
-    ("source_target_pairs={{3,0},{0,1}}", (3, 0)),
-    ("channel_id=1", (0, 1, 2, 3, 4, 5, 6, 7)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "notation, members",
+    [
+        ("replica_groups={{0,2},{1,3}}, dimensions={0}", (0, 2)),
+        ("replica_groups=[2,4]<=[8], x", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, x", (0, 2, 4, 6)),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], "
+            "device_ids=([2,4]T(1,0)) {'axis_0'}, x",
+            (0, 1, 2, 3),
+        ),
+        ("source_target_pairs={{3,0},{0,1}}", (3, 0)),
+        ("channel_id=1", (0, 1, 2, 3, 4, 5, 6, 7)),
+    ],
+)
 def test_notations_of_device_groups(notation, members):
     assert _first_group(notation, 8) == members
 

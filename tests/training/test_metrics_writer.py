@@ -42,7 +42,13 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     write(tmp_path, 0, [1, 2, 3, 4, 5])
     write(tmp_path, 3, [4, 5, 6])
     assert [(row["step"], row["loss"]) for row in read(tmp_path)] == [
-        (1, 0.1), (2, 0.2), (3, 0.3), (4, 3.4), (5, 3.5), (6, 3.6)]  # fmt: skip
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 3.4),
+        (5, 3.5),
+        (6, 3.6),
+    ]
 
 
 def test_a_run_that_begins_again_repeats_everything(tmp_path):
@@ -114,9 +120,22 @@ def test_rates_count_real_quantities_and_leave_pauses_out(clock):
         clock.now = 106.0
     clock.now = 110.0
     assert throughput.take() == {
-        "tokens_per_s": 200.0, "useful_tokens_per_s": 150.0, "supervised_tokens_per_s": 15.0, "tiles_per_s": 5.0,
-        "images_per_s": 2.0, "samples_per_s": 1.5, "step_s": 2.0, "token_fill": 0.75, "tile_fill": 0.625, "masked_rows": 2,
-        "data_wait_share": 0.0, "train_s": 54.0, "compile_s": 0.0, "checkpoint_s": 1.0, "evaluation_s": 6.0}  # fmt: skip
+        "tokens_per_s": 200.0,
+        "useful_tokens_per_s": 150.0,
+        "supervised_tokens_per_s": 15.0,
+        "tiles_per_s": 5.0,
+        "images_per_s": 2.0,
+        "samples_per_s": 1.5,
+        "step_s": 2.0,
+        "token_fill": 0.75,
+        "tile_fill": 0.625,
+        "masked_rows": 2,
+        "data_wait_share": 0.0,
+        "train_s": 54.0,
+        "compile_s": 0.0,
+        "checkpoint_s": 1.0,
+        "evaluation_s": 6.0,
+    }
     clock.now = 112.0
     throughput.add(
         StepCounts(
@@ -228,8 +247,14 @@ def test_device_memory_is_that_of_the_fullest(monkeypatch):
 
 
 def test_the_progress_line():
-    values = {"loss": 1.23456, "learning_rate": 4e-5, "grad_norm": 0.987, "useful_tokens_per_s": 12345.6, "images_per_s": 7.89,
-              "step_s": 2.5}  # fmt: skip
+    values = {
+        "loss": 1.23456,
+        "learning_rate": 4e-5,
+        "grad_norm": 0.987,
+        "useful_tokens_per_s": 12345.6,
+        "images_per_s": 7.89,
+        "step_s": 2.5,
+    }
     assert progress_line(50, 100, values) == (
         "step 50/100  loss 1.2346  lr 4.00e-05  grad 0.99  12,346 tokens/s  7.9 images/s  eta 2:05"
     )

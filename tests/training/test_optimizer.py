@@ -1,4 +1,4 @@
-"""Schedules, AdamW, decay rules, groups and the average against their formulas (training.md 3, 11)."""
+"""Schedules, AdamW, decay rules, groups and the average equal formulas (training.md 3, 11)."""
 
 import dataclasses
 import math
@@ -74,7 +74,8 @@ def test_which_parameters_decay(tiny, abstract):
     assert {path for path in abstract.shapes if path.endswith("kernel")} <= matrices
     assert decayed(OptimizerConfig(decay_rule="all"), abstract, tiny) == abstract.shapes.keys()
 
-    # The original trainer knows LayerNorm and Llama's RMSNorm, not those of InternLM2 and of the projector.
+    # The original trainer knows LayerNorm and Llama's RMSNorm, not those of InternLM2 and of the
+    # projector.
     excluded = abstract.shapes.keys() - decayed(
         OptimizerConfig(decay_rule="trainer"), abstract, tiny
     )
@@ -104,7 +105,7 @@ GROUPS = (
 
 @pytest.mark.parametrize("rule", ["all", "trainer", "standard"])
 def test_updates_equal_numpy_adamw(rule, tiny, abstract):
-    """Four updates of a norm, a matrix, a head and a divided stack; the first match of a group counts."""
+    """Updates a norm, a matrix, a head and a divided stack; a group's first match counts."""
     paths = (
         "projector.local_query.norm.weight",
         "projector.local_query.linear.kernel",
@@ -160,7 +161,10 @@ def test_updates_equal_numpy_adamw(rule, tiny, abstract):
 
 
 def test_layer_decay_of_the_tower(tiny, abstract):
-    """Embeddings are layer 0; the last layer keeps its rate. The last layers of a divided stack have the same rates."""
+    """Embeddings are layer 0, and the last layer keeps its rate.
+
+    The last layers of a divided stack have the same rates.
+    """
     config = OptimizerConfig(vit_layer_decay=0.5)
     rates = relative_rates(config, abstract.shapes, tiny)
     assert rates["vision.class_embedding"] == rates["vision.patch_embed.kernel"] == 0.25
@@ -171,13 +175,25 @@ def test_layer_decay_of_the_tower(tiny, abstract):
     assert relative_rates(config, last.trained, tiny)["vision.layers.ls1"].tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("groups, message", [
-    ((GroupConfig(params="vit"),), "optimizer.groups: 'vit' matches no trained parameter that an earlier group has not; "
-     "trained paths begin with decoder, projector"),
-    ((GroupConfig(params="vision"),), "'vision' matches no trained parameter"),
-    ((GroupConfig(params="decoder"), GroupConfig(params="decoder.head")), "'decoder.head' matches no trained parameter"),
-    ((GroupConfig(params="(decoder"),), "optimizer.groups: '(decoder' is not a regular expression"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups, message",
+    [
+        (
+            (GroupConfig(params="vit"),),
+            "optimizer.groups: 'vit' matches no trained parameter "
+            "that an earlier group has not; trained paths begin with decoder, projector",
+        ),
+        ((GroupConfig(params="vision"),), "'vision' matches no trained parameter"),
+        (
+            (GroupConfig(params="decoder"), GroupConfig(params="decoder.head")),
+            "'decoder.head' matches no trained parameter",
+        ),
+        (
+            (GroupConfig(params="(decoder"),),
+            "optimizer.groups: '(decoder' is not a regular expression",
+        ),
+    ],
+)
 def test_a_group_that_matches_nothing_is_an_error(groups, message, tiny, abstract):
     partition = divide(abstract.shapes, FreezeConfig(vit=True), "float32")
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -186,12 +202,15 @@ def test_a_group_that_matches_nothing_is_an_error(groups, message, tiny, abstrac
         )
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(learning_rate=0.0), "optimizer.learning_rate is 0.0, it must be above 0"),
-    (dict(ema_decay=1.0), "optimizer.ema_decay is 1.0, it must be between 0 and 1"),
-    (dict(warmup_ratio=3.0), "optimizer.warmup_ratio is 3.0, it must be from 0 to 1"),
-    (dict(warmup_steps=-1), "optimizer.warmup_steps is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(learning_rate=0.0), "optimizer.learning_rate is 0.0, it must be above 0"),
+        (dict(ema_decay=1.0), "optimizer.ema_decay is 1.0, it must be between 0 and 1"),
+        (dict(warmup_ratio=3.0), "optimizer.warmup_ratio is 3.0, it must be from 0 to 1"),
+        (dict(warmup_steps=-1), "optimizer.warmup_steps is -1"),
+    ],
+)
 def test_settings_out_of_range(fields, message):
     with pytest.raises(ConfigError, match=message):
         OptimizerConfig(**fields)

@@ -16,16 +16,19 @@ RECORDED = json.loads((CONFIGS.parent / "tests" / "golden" / "recipes.json").rea
 V, P, L = "vision", "projector", "decoder"
 
 
-@pytest.mark.parametrize("recipe, trained, lr, warmup, batch, length, tiles, drop_path, rule", [
-    ("finetune", (P, L), 4e-5, 0.03, 128, 4096, 1, 0.1, "all"),
-    ("hd_finetune", (P, L), 4e-5, 0.03, 128, 4096, 6, 0.1, "all"),
-    ("pretrain", (P,), 2e-4, 100, 512, 4096, 1, 0.0, "standard"),
-    ("sft", (V, P, L), 4e-5, 0.03, 512, 4096, 1, 0.1, "standard"),
-    ("hd_sft", (V, P, L), 4e-5, 0.03, 512, 8192, 6, 0.1, "standard"),
-    ("internvl15_pretrain", (V, P), 2e-5, 100, 2048, 4096, 12, 0.1, "all"),
-    ("internvl15_finetune", (V, P, L), 4e-5, 0.03, 1024, 8192, 12, 0.1, "all"),
-    ("internvl2_finetune", (P, L), 4e-5, 0.03, 128, 4096, 6, 0.1, "all"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, trained, lr, warmup, batch, length, tiles, drop_path, rule",
+    [
+        ("finetune", (P, L), 4e-5, 0.03, 128, 4096, 1, 0.1, "all"),
+        ("hd_finetune", (P, L), 4e-5, 0.03, 128, 4096, 6, 0.1, "all"),
+        ("pretrain", (P,), 2e-4, 100, 512, 4096, 1, 0.0, "standard"),
+        ("sft", (V, P, L), 4e-5, 0.03, 512, 4096, 1, 0.1, "standard"),
+        ("hd_sft", (V, P, L), 4e-5, 0.03, 512, 8192, 6, 0.1, "standard"),
+        ("internvl15_pretrain", (V, P), 2e-5, 100, 2048, 4096, 12, 0.1, "all"),
+        ("internvl15_finetune", (V, P, L), 4e-5, 0.03, 1024, 8192, 12, 0.1, "all"),
+        ("internvl2_finetune", (P, L), 4e-5, 0.03, 128, 4096, 6, 0.1, "all"),
+    ],
+)
 def test_the_table(recipe, trained, lr, warmup, batch, length, tiles, drop_path, rule):
     config = load_config_file(CONFIGS / f"{recipe}.py")
     freeze, optimizer, cut = config.freeze, config.optimizer, config.model.prompt.tiles
@@ -125,10 +128,12 @@ WITH_LVTC = ("finetune", "hd_finetune", "pretrain", "vit_projector", "sft", "hd_
 SOURCES = [
     *(path.name for path in sorted(CONFIGS.glob("*.py")) if path.stem not in LARGE),
     *(f"{name}.py:size={size}" for name in sorted(LARGE) for size in ("2b", "8b")),
-    *(f"hd_finetune.py:size={size},lvtc={lvtc}"
-      for size, lvtc in itertools.product(("2b", "8b"), ("paper", "fast"))),
+    *(
+        f"hd_finetune.py:size={size},lvtc={lvtc}"
+        for size, lvtc in itertools.product(("2b", "8b"), ("paper", "fast"))
+    ),
     *(f"{name}.py:lvtc=paper" for name in WITH_LVTC),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -149,9 +154,14 @@ def trained_modules(name, lvtc):
     if name.endswith("lora"):
         return {L}
     modules = {
-        **dict.fromkeys(("pretrain", "internvl25_stage1"), {P}),
-        **dict.fromkeys(("vit_projector", "internvl15_pretrain", "internvl25_stage1_5"), {V, P}),
-        **dict.fromkeys(("finetune", "hd_finetune", "internvl2_finetune"), {P, L}),
+        "pretrain": {P},
+        "internvl25_stage1": {P},
+        "vit_projector": {V, P},
+        "internvl15_pretrain": {V, P},
+        "internvl25_stage1_5": {V, P},
+        "finetune": {P, L},
+        "hd_finetune": {P, L},
+        "internvl2_finetune": {P, L},
     }.get(name, {V, P, L})
     return modules | ({"lvtc"} if lvtc else set())
 

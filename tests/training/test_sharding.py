@@ -1,4 +1,4 @@
-"""Every parameter's path, shape, axes and partition as a golden text; 1 device equals 8 (training.md 13)."""
+"""Path, shape, axes and partition of every parameter; 1 device equals 8 (training.md 13)."""
 
 import json
 import math
@@ -76,14 +76,17 @@ def test_mesh_errors():
     assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
-@pytest.mark.parametrize("devices, rows, slices, expected", [
-    (8, 128, 1, (1, 8, 1)),
-    (256, 256, 1, (4, 64, 1)),
-    (256, 128, 1, (2, 64, 2)),       # no device without a row
-    (512, 512, 2, (8, 64, 1)),
-    (256, None, 4, (4, 64, 1)),
-    (6, 128, 1, (1, 2, 3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "devices, rows, slices, expected",
+    [
+        (8, 128, 1, (1, 8, 1)),
+        (256, 256, 1, (4, 64, 1)),
+        (256, 128, 1, (2, 64, 2)),  # no device without a row
+        (512, 512, 2, (8, 64, 1)),
+        (256, None, 4, (4, 64, 1)),
+        (6, 128, 1, (1, 2, 3)),
+    ],
+)
 def test_an_open_mesh_follows_devices_and_rows(devices, rows, slices, expected):
     sizes = mesh_sizes(MeshConfig(data=-1, fsdp=-1, tensor=-1), devices, rows=rows, slices=slices)
     assert tuple(sizes.values()) == expected
@@ -102,7 +105,7 @@ def golden_batch(golden):
     )
     labels = inputs["labels"].astype(np.int32)
     batch = Batch(model_inputs, labels, (labels != -100).astype(np.float32), np.zeros_like(labels))
-    # Eight rows, so that every device of data x fsdp holds some: the three golden ones and repeats of them.
+    # Eight rows, so that every device of data x fsdp holds some: the three golden ones, repeated.
     return source, jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), batch)
 
 
@@ -142,7 +145,10 @@ def test_sharded_init_equals_whole_init(tiny, tiny_params):
 
 
 def test_initial_distributions(tiny_params):
-    """model.md 12: tower and projector U(-1/sqrt(fan_in), ..), embeddings N(0, 1), decoder N(0, 0.02), norms 1."""
+    """Fresh parameters have the distributions of model.md 12.
+
+    Tower and projector: U(-1/sqrt(fan_in), ..); embeddings: N(0, 1); decoder: N(0, 0.02); norms: 1.
+    """
     params = tiny_params
     patch = np.asarray(params["vision.patch_embed.kernel"])
     assert np.abs(patch).max() <= 588**-0.5 and patch.std() == pytest.approx(
