@@ -207,7 +207,7 @@ def test_the_loop_moves_nothing_but_the_batch_to_the_devices(config, monkeypatch
     """The guard that the loop sets fails a step that is given an array of the host."""
     from internvlx_jax.training import loop
 
-    def step_on_the_host(setup, buckets, rows, speak):
+    def step_on_the_host(setup, buckets, rows):
         def run(state, batch):
             jax.numpy.sum(np.ones(3))  # what a careless line in the loop would do
             raise AssertionError("not reached")
