@@ -112,7 +112,6 @@ class _Instruction:
 
     def attribute(self, name: str) -> str | None:
         """Returns the computation that an attribute names, if the instruction has it."""
-        """Returns the computation that an attribute names, if the instruction has it."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest[_closing(self.rest) :])
         return found and found.group(1)
 

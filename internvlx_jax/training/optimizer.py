@@ -116,6 +116,7 @@ def _averaged(decay: float) -> optax.GradientTransformation:
         return Ema(jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params))
 
     def update(updates, state, params=None):
+        assert params is not None  # optax makes them optional, an average needs them
         new = optax.apply_updates(params, updates)
         return updates, Ema(
             jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, new)

@@ -133,7 +133,7 @@ def first_state(
             logger.info(line)
     else:
         base = without_adapters(abstract)
-        params = init_params(run.model, seed, shardings=shardings, paths=base.shapes)
+        params = init_params(run.model, seed, shardings={**shardings}, paths=base.shapes)
     if not resuming:
         params |= init_adapters(abstract, seed, shardings)
 

@@ -109,7 +109,6 @@ def prepare(
     frozen_shardings = {path: shardings[path] for path in partition.frozen}
     opt_shardings = optimizer_shardings(optimizer, partition.trained, trained_shardings, mesh)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     state = TrainState(
         placed(partition.trained, trained_shardings),
         placed(partition.frozen, frozen_shardings),

@@ -18,7 +18,6 @@ from internvlx_jax.training.freeze import join
 
 FlatParams = dict[str, jax.Array]
 Batch = Any  # a data.batch.Batch, whose arrays are on the devices here
-Batch = Any  # a data.batch.Batch, whose arrays are on the devices here
 
 
 class TrainState(NamedTuple):
