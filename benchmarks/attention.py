@@ -78,7 +78,9 @@ def measure(compute: Callable[..., jax.Array], *arrays: jax.Array) -> Measured:
         started = time.perf_counter()
         jax.block_until_ready(compiled(*arrays))
         times.append(time.perf_counter() - started)
-    return Measured(results, float(np.median(times)), compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    assert memory is not None  # every platform of BACKENDS tells
+    return Measured(results, float(np.median(times)), memory.temp_size_in_bytes)
 
 
 def relative_error(ours: jax.Array, expected: jax.Array) -> float:

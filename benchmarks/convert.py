@@ -51,6 +51,7 @@ def make(folder: Path, size: str) -> dict[str, str]:
 
 
 def digest(array: np.ndarray) -> str:
+    """Returns the SHA-256 of the bytes of an array."""
     return hashlib.sha256(array.view(np.uint8).data).hexdigest()
 
 
@@ -70,6 +71,11 @@ def timed(*arguments: object) -> tuple[float, float]:
 
 
 def main() -> int:
+    """Runs the command.
+
+    Returns:
+        Exit status, 1 if anything that came back differs.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -137,21 +137,22 @@ def measure(
     one_pass = jax.jit(lambda weights: [jnp.sum(leaf) for leaf in weights])
     step, products = jax.jit(decode_step), matrix_products(model, length)
     prefilled = jax.jit(lambda model, inputs: prefill(model, inputs, new_tokens)[1])
-    times: dict[str, list[float]] = {}
-    # Interleaved, so that a change of the machine's speed meets all of them.
-    for _ in range(repeats + 1):
-        for name, taken in (
-            ("pass", seconds(one_pass, weights)),
-            ("decode", seconds(go, model, state) / (new_tokens - 1)),
-            ("step", seconds(step, model, state.cache, state.last)),
-            ("prefill", seconds(prefilled, model, inputs)),
-            ("products", seconds(products)),
-        ):
-            times.setdefault(name, []).append(taken)
+    # Interleaved, so that a change in the speed of the machine affects all of them.
+    rounds = [
+        {
+            "pass": seconds(one_pass, weights),
+            "decode": seconds(go, model, state) / (new_tokens - 1),
+            "step": seconds(step, model, state.cache, state.last),
+            "prefill": seconds(prefilled, model, inputs),
+            "products": seconds(products),
+        }
+        for _ in range(repeats + 1)
+    ]
     if profile:
         with jax.profiler.trace(profile):
             jax.block_until_ready(go(model, state))
-    return {name: min(taken[1:]) for name, taken in times.items()}  # the first calls compile
+    timed = rounds[1:]  # the first round compiles
+    return {name: min(times[name] for times in timed) for name in timed[0]}
 
 
 def main() -> int:

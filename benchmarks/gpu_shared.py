@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.batch import Batch, Row, collate
 from internvlx_jax.data.plan import Bucket
 
+Remat = Literal["full", "dots"]
 PARTS = ("ceilings", "attention", "train", "torch", "decode", "lora")
 
 
@@ -38,6 +39,9 @@ class Size:
         small, large: Make the 2B and the 8B model with an LVTC preset.
         segments: (tiles, text tokens) of each sample in a packed row.
         rows: Packed rows per train step.
+        train_cases: (LVTC preset, remat policy) of the 2B's train steps, in rising order of their
+            memory: a device tells the peak since its process began, so only a row that needs more
+            than all before it can be read.
         steps: Timed repetitions, of which the median counts.
         prompt: Tiles and text tokens of a prompt.
         new_tokens: Tokens decoded per row.
@@ -52,6 +56,7 @@ class Size:
     large: Callable[[LvtcPreset], ModelConfig]
     segments: tuple[tuple[int, int], ...]
     rows: int
+    train_cases: tuple[tuple[LvtcPreset, Remat], ...]
     steps: int
     prompt: tuple[int, int]
     new_tokens: int
@@ -79,6 +84,8 @@ SIZES = {
         internvlx_8b,
         segments=((3, 1024), (1, 256), (3, 1024)),
         rows=4,
+        # Predicted GiB: 35.8, 40.9, 41.0 and 52.2.
+        train_cases=(("off", "full"), ("fast", "full"), ("paper", "full"), ("off", "dots")),
         steps=6,
         prompt=(7, 256),
         new_tokens=64,
@@ -99,6 +106,7 @@ SIZES = {
         toy_model,
         segments=((1, 20), (1, 12)),
         rows=2,
+        train_cases=(("off", "full"), ("fast", "full")),
         steps=1,
         prompt=(1, 12),
         new_tokens=3,

@@ -32,10 +32,8 @@ from internvlx_jax.training.executables import compile_train_step, peak_bytes
 from internvlx_jax.training.setup import Setup, prepare
 from internvlx_jax.training.step import TrainState
 
-FULL, DOTS = ComputeConfig(remat="full"), ComputeConfig(remat="dots")
 TOWER_FROZEN, ADAPTERS_ONLY = FreezeConfig(vit=True), FreezeConfig(train_lora_only=True)
 LORA = LoraConfig(part="decoder", rank=16, alpha=32.0)
-OFF_FULL = "2B, LVTC off, remat full"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +50,24 @@ class Case:
 
     name: str
     model: ModelConfig
-    compute: ComputeConfig = FULL
+    compute: ComputeConfig
     freeze: FreezeConfig = TOWER_FROZEN
     lora: tuple[LoraConfig, ...] = ()
 
 
 def train(report: Report, size: Size) -> None:
     """Times the 2B step: tower frozen, projector and decoder trained."""
-    # In rising order of predicted memory (35.8, 40.9, 41.0 and 52.2 GiB at full size): a device
-    # tells the peak since its process began, so only a row that needs more than all before it
-    # can be read.
     cases = [
-        Case(OFF_FULL, size.small("off")),
-        Case("2B, LVTC fast, remat full", size.small("fast")),
-        Case("2B, LVTC paper, remat full", size.small("paper")),
-        Case("2B, LVTC off, remat dots", size.small("off"), DOTS),
+        Case(f"2B, LVTC {preset}, remat {remat}", size.small(preset), ComputeConfig(remat=remat))
+        for preset, remat in size.train_cases
     ]
     train_steps(report, size, "train", cases)
 
 
 def lora(report: Report, size: Size) -> None:
     """Times the 8B step that trains adapters on the decoder alone."""
-    case = Case("8B LoRA, LVTC off, remat full", size.large("off"), FULL, ADAPTERS_ONLY, (LORA,))
+    full = ComputeConfig(remat="full")
+    case = Case("8B LoRA, LVTC off, remat full", size.large("off"), full, ADAPTERS_ONLY, (LORA,))
     train_steps(report, size, "lora", [case])
 
 

@@ -114,7 +114,7 @@ def attention_seconds(config: ModelConfig, inputs: Inputs, dtype: str) -> float:
 
 @functools.cache
 def _attention_layer(decoder: DecoderConfig, length: int, dtype: str) -> float:
-    keys, segments = (1, length, decoder.kv_heads), np.ones((1, length), np.int32)
+    keys, segments = (1, length, decoder.kv_heads), jax.numpy.ones((1, length), "int32")
     k = v = jax.numpy.ones((*keys, decoder.head_dim), dtype)
     q = jax.numpy.ones((*keys, decoder.group, decoder.head_dim), dtype)
     program = (
@@ -206,6 +206,7 @@ def measure(size: str, dtype: str) -> list[dict[str, Any]]:
         best = [min(taken) for taken in zip(*times, strict=True)]
         for job, seconds in zip(chosen, best, strict=True):
             memory = job.program.memory_analysis()
+            assert memory is not None  # CPU, GPU and TPU tell
             rows.append(
                 {
                     "size": size,

@@ -44,25 +44,7 @@ def main() -> int:
     python(*train, "--stop_after", str(STOP_AFTER))
     python(*train)
     trained = time.perf_counter()
-    python(
-        "eval.py",
-        "--checkpoint",
-        str(RUN),
-        "--data",
-        str(QUESTIONS),
-        "--metric",
-        "anls",
-        "--prompt",
-        PROMPT,
-        "--out_dir",
-        str(RUN / "eval"),
-        "--dtype",
-        "float32",
-        "--batch_size",
-        "8",
-        "--max_new_tokens",
-        "24",
-    )
+    evaluate()
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
     summary, evaluation_run = (
@@ -81,6 +63,22 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     return 0 if losses[-1] < losses[0] / 2 else 1
+
+
+def evaluate() -> None:
+    """Scores the run on receipts that it has not seen."""
+    flags = {
+        "checkpoint": RUN,
+        "data": QUESTIONS,
+        "metric": "anls",
+        "prompt": PROMPT,
+        "out_dir": RUN / "eval",
+        "dtype": "float32",
+        "batch_size": 8,
+        "max_new_tokens": 24,
+    }
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    python("eval.py", *words)
 
 
 def python(*args: str) -> None:

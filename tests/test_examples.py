@@ -62,6 +62,7 @@ def test_caption(workplace):
     assert isinstance(text, str)
 
 
+@pytest.mark.slow
 def test_finetune_and_resume(workplace, tmp_path):
     train = example("finetune").main
     data = workplace / "runs/demo/data/synthetic_pages/train.jsonl"

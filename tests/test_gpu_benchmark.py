@@ -48,22 +48,20 @@ def test_every_part_is_measured(report):
 
 def test_a_layout_of_lvtc_has_its_slots(report):
     slots = {
-        row["name"].split(",")[1]: (row["slots"], row["short_slots"])
+        row["name"]: (row["slots"], row["short_slots"])
         for row in report["rows"]
         if row["part"] == "train"
     }
-    assert slots == {" LVTC fast": (40, 34), " LVTC off": (40, 0), " LVTC paper": (64, 40)}
+    assert slots == {"2B, LVTC off, remat full": (40, 0), "2B, LVTC fast, remat full": (40, 34)}
+    shapes = [row["shape"] for row in report["rows"] if row["part"] == "attention"]
+    # Off, the short layout of fast, the long one of paper, and the tower.
+    assert [int(shape.split(", ")[1]) for shape in shapes] == [40, 34, 64, 17]
 
 
 def test_memory_rises_from_row_to_row(report):
     """Only then can the peak of each row be read: a device tells the peak of its whole process."""
-    names = [row["name"] for row in report["rows"] if row["part"] == "train"]
-    assert names == [
-        "2B, LVTC off, remat full",
-        "2B, LVTC fast, remat full",
-        "2B, LVTC paper, remat full",
-        "2B, LVTC off, remat dots",
-    ]
+    predicted = [row["predicted_gib"] for row in report["rows"] if row["part"] == "train"]
+    assert predicted == sorted(predicted)
 
 
 def test_rows_that_are_late_or_broken_are_counted(tmp_path):

@@ -46,6 +46,7 @@ def test_scripts_parse(script):
     assert os.access(ROOT / "launch" / script, os.X_OK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, args, variables, lines",
     [

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from internvlx_jax.checkpoints import run_format
 from internvlx_jax.checkpoints.adapters import Adapter, merge_params, stored_adapters
@@ -25,7 +25,7 @@ from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel
-from internvlx_jax.models.sharding import spread_sharding
+from internvlx_jax.models.sharding import replicated, spread_sharding
 
 
 def saved_metadata(run: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class RunFolder:
         for path in merged:
             sharding = next(iter(shardings.values()))
             assert isinstance(sharding, NamedSharding)  # load is given a mesh
-            whole = NamedSharding(sharding.mesh, PartitionSpec())
+            whole = replicated(sharding.mesh)
             leaves[path] = jax.ShapeDtypeStruct(self.shape(path), np.float32, sharding=whole)
         params = ocp.load_checkpointables(str(self.path), {self._item: leaves})[self._item]
         params |= self._load_averages(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def join_rows(rows: Sequence[Row]) -> Row:
         np.concatenate([row.tiles for row in rows]),
         tuple(lengths),
         np.concatenate(weights),
-        tuple(row.dataset for row in rows),
+        tuple(cast(int, row.dataset) for row in rows),  # each row is one sample here
     )
 
 

@@ -173,7 +173,10 @@ def assign_buckets(
         return_inverse=True,
         return_counts=True,
     )
-    smallest = [smallest_bucket(*pair, length_step, saved_per_tile) for pair in pairs.tolist()]
+    smallest = [
+        smallest_bucket(tile_count, length, length_step, saved_per_tile)
+        for tile_count, length in pairs.tolist()
+    ]
     counts: Counter[Bucket] = Counter()
     for bucket, count in zip(smallest, frequency.tolist(), strict=True):
         counts[bucket] += count

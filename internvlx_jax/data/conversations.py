@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from internvlx_jax.core.errors import SampleError, placeholder_mismatch
 from internvlx_jax.data import storage
@@ -126,7 +126,7 @@ def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | No
     if not video:
         return None
     if isinstance(video, str):
-        frames = [video]
+        frames: list[Image] = [video]
     elif _is_paths(video):
         frames = video
     else:
@@ -143,8 +143,8 @@ def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | No
             '"clip" gives seconds, which frames do not have.',
             'List the frames of the clip under "video".',
         )
-    frames = _joined(frames, root)
-    return frames[0] if isinstance(video, str) else frames
+    joined = _joined(frames, root)
+    return cast(str, joined[0]) if isinstance(video, str) else joined
 
 
 def _is_paths(paths: Any) -> bool:

@@ -52,7 +52,8 @@ def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, i
     """
     with _opened(source) as image:
         turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
-        return image.size[::-1] if turned else image.size
+        width, height = image.size
+        return (height, width) if turned else (width, height)
 
 
 def load_image(

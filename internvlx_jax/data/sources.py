@@ -156,15 +156,21 @@ class ArrayRecords:
 
     def __getstate__(self) -> dict:
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("_reader", "lines")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_reader", "_lines")
         }
 
     def __len__(self) -> int:
         return len(self._reader)
 
-    @functools.cached_property
+    @property
     def lines(self) -> np.ndarray:
         """Returns int64[n]: the numbers of the records, from 1."""
+        return self._lines
+
+    @functools.cached_property
+    def _lines(self) -> np.ndarray:
         return np.arange(1, len(self) + 1)
 
     def record(self, position: int) -> Mapping[str, Any]:
@@ -267,15 +273,19 @@ class TfdsRecords:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_builder", "_examples", "lines")
+            if name not in ("_builder", "_examples", "_lines")
         }
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    @functools.cached_property
+    @property
     def lines(self) -> np.ndarray:
         """Returns int64[n]: the numbers of the examples, from 1."""
+        return self._lines
+
+    @functools.cached_property
+    def _lines(self) -> np.ndarray:
         return np.arange(1, len(self) + 1)
 
     def record(self, position: int) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -103,7 +104,7 @@ class Page:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
 
 
 @functools.cache
@@ -222,7 +223,8 @@ KINDS: dict[str, Kind] = {
 def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
     kind = KINDS[field.kind]
     left, top, right, bottom = field.box
-    paper = tuple(200 + c * 55 // 255 for c in kind.band)
+    red, green, blue = (200 + c * 55 // 255 for c in kind.band)
+    paper = (red, green, blue)
     canvas.rectangle((left, top, right - 1, bottom - 1), fill=paper, outline=kind.band)
     canvas.rectangle((left, top, right - 1, top + BAND - 1), fill=kind.band)
     font = _fitting_font(kind.label, right - left - 4, LABEL_SIZE - 3)

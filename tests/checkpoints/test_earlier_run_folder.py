@@ -46,6 +46,7 @@ def test_it_is_evaluated(expected, flags, name):
     assert evaluate_run("run/checkpoints/4", f"eval_{name}", *flags) == expected[name]
 
 
+@pytest.mark.slow
 def test_it_is_resumed(expected):
     """Two more steps have the losses of a run that was never stopped, and keep the average."""
     assert train.main(["--config", "config.py"]) == 0

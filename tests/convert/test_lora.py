@@ -113,6 +113,7 @@ def export(source, to, layout="internvl-x"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TARGETS)
 def test_adapter_folders(tmp_path, make_checkpoint, family):
     """Adapters are merged at import, at export and when loaded, and written as they came."""

@@ -188,6 +188,7 @@ def test_shards(tmp_path, make_checkpoint, same_tensors, monkeypatch):
     assert run("verify", "--checkpoint", tmp_path / "jax", "--against", back) == 0
 
 
+@pytest.mark.slow
 def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch):
     """Those beyond GROUP_BYTES are written and read alone, in parts, in bounded memory."""
     monkeypatch.setattr(run_format, "GROUP_BYTES", 2**15)

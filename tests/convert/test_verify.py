@@ -44,6 +44,7 @@ def verify(folder, inputs, out, *more):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["internlm2", "internlm2_qknorm", "qwen2"])
 def test_golden(golden, name, tmp_path, capsys):
     folder, out = golden / name, tmp_path / "out.npz"

@@ -120,6 +120,7 @@ def lines_of(path: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_500_steps_are_killed_and_go_on_as_one_would(meta, tmp_path):
     """In both modes; one process, which itself restarts from the position of the two, has the same
     global batches.

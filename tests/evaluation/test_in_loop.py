@@ -29,6 +29,7 @@ def pages(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_are_scored_while_training(
     pages, checkpoint, configure, run_on, data_root, tmp_path, monkeypatch
 ):

@@ -101,6 +101,7 @@ def test_the_minimum_of_new_tokens_is_that_of_the_protocol(all_tasks):
     assert (minimum["textvqa_val"], minimum["mme"], minimum["realworldqa"]) == (1, 0, 0)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_bytes(all_tasks, settings, configure, run_on, tmp_path):
     run_on(
         configure(
@@ -112,6 +113,7 @@ def test_eight_devices_give_the_same_bytes(all_tasks, settings, configure, run_o
     assert files_of(tmp_path / "out" / MODEL) == files_of(all_tasks[0])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(all_tasks, settings, configure, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

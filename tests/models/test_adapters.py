@@ -146,6 +146,7 @@ def test_checkpoints_of_every_family_know_the_names(family):
                 assert a[-1] == b[1] == lora.rank
 
 
+@pytest.mark.slow
 def test_the_first_step_is_that_of_the_base(model, inputs):
     _, base, adapted, params = model
     adapters = fresh(adapted)
@@ -194,6 +195,7 @@ def test_merged_weights_compute_the_same(model, inputs, trained):
     assert {value.dtype for value in kept.values()} == {jnp.bfloat16.dtype}
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only(model, inputs, trained):
     graphdef = model[2].graphdef
     draws = [

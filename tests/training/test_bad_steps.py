@@ -1,5 +1,6 @@
-"""Steps that went wrong: written down with their samples, reported, and when they end a run
-(design: training.md 6).
+"""Steps that went wrong are recorded with their samples, and end a run when they are too many.
+
+Definition: design: training.md 6.
 """
 
 import json
@@ -80,8 +81,9 @@ def test_a_spike_is_held_against_the_running_median(tmp_path):
 
 @pytest.mark.parametrize("middle, sigma", [(0.02, 1.0), (0.3, 0.6), (2.0, 0.05)])
 def test_noise_is_no_spike(tmp_path, middle, sigma):
-    """Losses of small batches differ by factors, most of all late in a run; what towers over them
-    is a spike still.
+    """Losses of small batches differ by factors, most of all late in a run.
+
+    What towers over them is still a spike.
     """
     bad, rng = bad_steps(tmp_path), np.random.default_rng(0)
     losses = middle * np.exp(sigma * rng.standard_normal(2000))

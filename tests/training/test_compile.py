@@ -1,5 +1,6 @@
-"""Reports about steps that were only compiled: buckets, topologies, figures, and a gate on two
-presets (platform.md 2).
+"""Reports about steps that were only compiled: buckets, topologies, figures (platform.md 2).
+
+A gate keeps the memory and the collectives of two presets from growing.
 """
 
 import dataclasses
@@ -144,12 +145,13 @@ def test_dry_run_writes_nothing(one_bucket):
 GATED = ("hd_finetune.py:size=2b", "hd_finetune.py:size=8b,lvtc=paper")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_memory_and_collectives_do_not_grow(name, tmp_path):
-    """Two presets for TPUs that are not there. After a wanted change, write what this prints into
-    compile_gate.json.
+    """Two presets are compiled for TPUs that are not attached.
 
-    The figures are the compiler's: its version is a part of the key.
+    After an intended change, write what this prints into compile_gate.json. The figures are the
+    compiler's, so its version is a part of the key.
     """
     assert (platform.system(), platform.machine()) == ("Linux", "x86_64"), (
         "libtpu, the compiler, is for Linux on x86-64"

@@ -96,8 +96,8 @@ def test_the_last_layers_of_the_tower():
     [
         (
             dict(paths=("vision", "vit")),
-            "freeze.paths: 'vit' matches no parameter; paths begin with decoder, lvtc, projector, "
-            "vision",
+            "freeze.paths: 'vit' matches no parameter; "
+            "paths begin with decoder, lvtc, projector, vision",
         ),
         (dict(paths=("layers",)), "freeze.paths: 'layers' matches no parameter"),
         (dict(paths=("head$",)), "freeze.paths: 'head$' matches no parameter"),

@@ -62,9 +62,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs(scanned):
 
 
 def test_a_layer_is_read_not_the_whole_stack(scanned):
-    """Per run of the body at least the gathered kernel, and far less than the stack of all kernels
-    each time.
-    """
+    """Each run of the body reads at least the gathered kernel, and far less than the stack."""
     traffic = moved(scanned.as_text(), 8).memory_bytes
     kernel = 64 * 64 * 4
     assert LOOPS * kernel < traffic < LOOPS * 12 * kernel

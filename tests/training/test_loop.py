@@ -1,6 +1,4 @@
-"""The loop end to end: resume equals an undisturbed run, one executable a bucket, clear refusals
-(training.md 10).
-"""
+"""The loop end to end: exact resume, one executable per bucket, clear refusals (training.md 10)."""
 
 import dataclasses
 import json
@@ -19,6 +17,8 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.run_config import FreezeConfig, MeshConfig, OptimizerConfig
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.loop import train
+
+pytestmark = pytest.mark.slow
 
 
 def metrics(config):

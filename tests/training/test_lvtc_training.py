@@ -1,6 +1,4 @@
-"""LVTC in the training step: sharding, collectives, memory, executables (lvtc.md 6, points 5 and
-8).
-"""
+"""LVTC in the training step: sharding, collectives, memory, executables (lvtc.md 6: 5 and 8)."""
 
 import dataclasses
 import json
@@ -92,10 +90,9 @@ def at_indices(found):
     }
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(deeper):
-    """And the frames bring no collective: besides those of the added kernels they are those of
-    `off`.
-    """
+    """The two layouts bring no collective: only the added kernels do, beside those of `off`."""
     config = dataclasses.replace(deeper, lvtc=LVTC)
     batch, params = make_batch(config), jax.tree.map(np.asarray, init_params(config, 0))
     eight = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -137,18 +134,19 @@ def temporaries(config, layers, expand_layer):
     )
 
 
+@pytest.mark.slow
 def test_shallow_layers_keep_short_activations_only(tiny):
-    """Four more shallow layers cost what 24 slots cost, not 144: the long layout does not exist in
-    them.
-    """
+    """Four more shallow layers cost what 24 slots cost, not 144: they hold no long layout."""
     deep = temporaries(tiny, 6, 0) - temporaries(tiny, 2, 0)
     shallow = temporaries(tiny, 6, 5) - temporaries(tiny, 2, 1)
     assert 0 < shallow < 1.2 * 24 / 144 * deep
 
 
+@pytest.mark.slow
 def test_one_executable_a_bucket(tiny, tiny_run):
-    """A run: the short length is a function of the bucket, so samples change and the compile
-    counter does not.
+    """Samples change and the compile counter does not.
+
+    The short length is a function of the bucket.
     """
     run = tiny_run("lvtc", steps=8, mesh=MeshConfig(data=8))
     lvtc = LvtcConfig(expand_layer=1, low_grid=2, high_grid=4)

@@ -1,4 +1,4 @@
-"""Schedules, AdamW, decay rules, groups and the average against their formulas (training.md 3, 11)."""
+"""Schedules, AdamW, decay rules, groups and the average equal formulas (training.md 3, 11)."""
 
 import dataclasses
 import math
@@ -105,9 +105,7 @@ GROUPS = (
 
 @pytest.mark.parametrize("rule", ["all", "trainer", "standard"])
 def test_updates_equal_numpy_adamw(rule, tiny, abstract):
-    """Four updates of a norm, a matrix, a head and a divided stack; the first match of a group
-    counts.
-    """
+    """Updates a norm, a matrix, a head and a divided stack; a group's first match counts."""
     paths = (
         "projector.local_query.norm.weight",
         "projector.local_query.linear.kernel",
@@ -163,8 +161,9 @@ def test_updates_equal_numpy_adamw(rule, tiny, abstract):
 
 
 def test_layer_decay_of_the_tower(tiny, abstract):
-    """Embeddings are layer 0; the last layer keeps its rate. The last layers of a divided stack
-    have the same rates.
+    """Embeddings are layer 0, and the last layer keeps its rate.
+
+    The last layers of a divided stack have the same rates.
     """
     config = OptimizerConfig(vit_layer_decay=0.5)
     rates = relative_rates(config, abstract.shapes, tiny)
@@ -181,8 +180,8 @@ def test_layer_decay_of_the_tower(tiny, abstract):
     [
         (
             (GroupConfig(params="vit"),),
-            "optimizer.groups: 'vit' matches no trained parameter that an earlier group has not; "
-            "trained paths begin with decoder, projector",
+            "optimizer.groups: 'vit' matches no trained parameter "
+            "that an earlier group has not; trained paths begin with decoder, projector",
         ),
         ((GroupConfig(params="vision"),), "'vision' matches no trained parameter"),
         (

@@ -22,9 +22,7 @@ from internvlx_jax.training.step import make_eval_step
 
 
 def test_packed_rows_give_the_loss_of_the_samples_on_their_own(tiny, tiny_params, run_in, tmp_path):
-    """Over one pass: loss and weights, and which answers are right, do not depend on what shares a
-    row.
-    """
+    """Loss, weights and right answers of one pass do not depend on what shares a row."""
     config = run_in(tmp_path).data
     processor = Processor(
         Tokenizer.load(TOKENIZER_FOLDER),
@@ -81,10 +79,9 @@ def losses(config):
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_packed_run_with_bad_samples_goes_on_with_more_devices(tiny_run, faulty):
-    """Rows come in eights from the start, so that twice the data-parallel devices have the same
-    steps.
-    """
+    """Rows come in eights, so that twice the data-parallel devices have the same steps."""
     config = tiny_run("straight", steps=4)
     data = dataclasses.replace(
         config.data,

@@ -1,4 +1,4 @@
-"""Runs that train a part: adapters only, or the last layers of the tower (training.md 2, 11, 13)."""
+"""Runs that train a part: adapters, or the last layers of the tower (training.md 2, 11, 13)."""
 
 import dataclasses
 from pathlib import Path
@@ -19,6 +19,8 @@ from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import flatten
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.replay import replay
+
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
@@ -47,8 +49,9 @@ def stored(config):
 
 
 def test_adapters_only(partial_run, tiny_params):
-    """The base stays as it was, bit for bit and in bfloat16; stopping and resuming gives the
-    straight run.
+    """The base stays as it was, bit for bit and in bfloat16.
+
+    Stopping and resuming gives the straight run.
     """
     changes = dict(
         lora=(

@@ -1,6 +1,4 @@
-"""Every parameter's path, shape, axes and partition as a golden text; 1 device equals 8
-(training.md 13).
-"""
+"""Path, shape, axes and partition of every parameter; 1 device equals 8 (training.md 13)."""
 
 import json
 import math
@@ -107,8 +105,7 @@ def golden_batch(golden):
     )
     labels = inputs["labels"].astype(np.int32)
     batch = Batch(model_inputs, labels, (labels != -100).astype(np.float32), np.zeros_like(labels))
-    # Eight rows, so that every device of data x fsdp holds some: the three golden ones and
-    # repeats of them.
+    # Eight rows, so that every device of data x fsdp holds some: the three golden ones, repeated.
     return source, jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), batch)
 
 
@@ -148,8 +145,9 @@ def test_sharded_init_equals_whole_init(tiny, tiny_params):
 
 
 def test_initial_distributions(tiny_params):
-    """model.md 12: tower and projector U(-1/sqrt(fan_in), ..), embeddings N(0, 1), decoder N(0,
-    0.02), norms 1.
+    """Fresh parameters have the distributions of model.md 12.
+
+    Tower and projector: U(-1/sqrt(fan_in), ..); embeddings: N(0, 1); decoder: N(0, 0.02); norms: 1.
     """
     params = tiny_params
     patch = np.asarray(params["vision.patch_embed.kernel"])

@@ -1,6 +1,4 @@
-"""One update: accumulation, freezing, weights, drop path, counting of answers (training.md 2, 4,
-5).
-"""
+"""One update: accumulation, freezing, weights, drop path, counts (training.md 2, 4, 5)."""
 
 import dataclasses
 
@@ -57,6 +55,7 @@ def grads_of(abstract, params, batch, key=None, accumulation=1, frozen=None):
     return loss, grads
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_large_step(model, batch):
     abstract, params = model
     loss, grads = grads_of(abstract, params, batch)
@@ -101,6 +100,7 @@ def test_nothing_supervised_is_zero(model, batch):
     assert float(loss) == 0.0 and all(float(jnp.abs(g).max()) == 0.0 for g in grads.values())
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16(tiny, model, batch):
     abstract, params = model
     plain, plain_grads = grads_of(abstract, params, batch)
@@ -115,6 +115,7 @@ def test_remat_and_bfloat16(tiny, model, batch):
     assert loss.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in grads.values())
 
 
+@pytest.mark.slow
 def test_update_and_frozen_parameters(tiny, model, batch):
     abstract, params = model
     frozen = {path: value for path, value in params.items() if path.startswith("vision.")}

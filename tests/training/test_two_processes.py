@@ -1,5 +1,6 @@
-"""Two processes x 4 devices through train.py: kills, SIGTERM, resume elsewhere, missing peers
-(training.md 10, 13).
+"""Two processes with 4 devices each run train.py (training.md 10, 13).
+
+They are killed, get SIGTERM, resume on other devices and miss a peer.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.preemption import EXIT_STATUS
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVE_EVERY = 16, 4
 
 
@@ -55,7 +58,7 @@ def test_the_first_process_speaks(straight):
 
 
 def test_kill_9_changes_no_bit(straight):
-    """At a step, and inside saves; kill_run.py does this ten times over 200 steps."""
+    """Kills come at a step and inside saves; kill_run.py does this ten times over 200 steps."""
     config, _ = straight
     kills = [Kill("save", 4), Kill("step", 7), Kill("save", 12)]
     killed = beside(config, "killed")
@@ -76,8 +79,9 @@ def test_differences_are_seen(straight, tmp_path):
 
 
 def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
-    """Saved at a step that both reach; a process with 8 devices and another mesh takes the same
-    data from there.
+    """Both save at a step that both reach.
+
+    A process with 8 devices and another mesh takes the same data from there.
     """
     config, _ = straight
     told = beside(config, "told")

@@ -1,6 +1,4 @@
-"""A watched run: bad steps, metrics, profiler, SIGTERM, replay, report (design: training.md 4, 6,
-7, 10).
-"""
+"""Watched runs: bad steps, logs, profiler, SIGTERM, replay, report (training.md 4, 6, 7, 10)."""
 
 import dataclasses
 import os
@@ -43,8 +41,9 @@ def config(tmp_path_factory):
 
 
 def spoil(patch, steps):
-    """These steps, {step: weight}, get that weight on every supervised label; a function is called
-    instead.
+    """Gives every supervised label of these steps, {step: weight}, that weight.
+
+    A function in place of a weight is called instead.
     """
     load = Loader.load
 
@@ -62,8 +61,9 @@ def spoil(patch, steps):
 
 @pytest.fixture(scope="module")
 def watched(config):
-    """A run with a step that is not finite, one without anything supervised, and a trace of its
-    second step.
+    """Returns a run with a trace of its second step and two bad steps.
+
+    One step is not finite, and one has nothing supervised.
     """
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, {NAN_STEP: np.nan, EMPTY_STEP: 0})
@@ -158,9 +158,7 @@ def test_the_trace_of_a_window(watched):
 
 
 def test_a_step_is_run_again(watched):
-    """Its samples are those of the plan; here the weights are sound, so that the row losses are
-    finite.
-    """
+    """The samples are those of the plan; sound weights here make the row losses finite."""
     result = replay(watched, NAN_STEP, ["mesh.data=8", "mesh.fsdp=1"])
     assert result["parameters_of_step"] == 4, "the oldest checkpoint that is kept"
     assert [row["samples"] for row in result["rows"]] == read_bad_steps(watched)[0]["samples"]
@@ -222,8 +220,9 @@ def test_the_loop_moves_nothing_but_the_batch_to_the_devices(config, monkeypatch
 
 
 def test_the_page_of_a_run(watched):
-    """One file that holds settings, buckets, curves, bad steps and starts, and refers to nothing
-    outside.
+    """One file holds settings, buckets, curves, bad steps and starts.
+
+    It refers to nothing outside.
     """
     page = write_page(watched).read_text()
     assert (
