@@ -169,7 +169,7 @@ def test_stored_configs_are_checked(data, message):
     assert str(error.value) == message
 
 
-def test_a_missing_config_file_names_its_neighbours(tmp_path):
+def test_a_missing_config_file_names_its_neighbors(tmp_path):
     (tmp_path / "receipts.py").write_text("")
     with pytest.raises(ConfigError, match=r"reciepts.py: no such file; did you mean receipts.py\?"):
         load_config_file(tmp_path / "reciepts.py")

@@ -1,0 +1,1 @@
+"""Compile reports for devices that are not attached: topologies, HLO, memory, roofline."""

@@ -1,0 +1,1 @@
+"""How any checkpoint is opened, read, transferred and written (design: checkpoints.md)."""

@@ -47,13 +47,13 @@ def test_alpha_is_dropped_not_composited(tmp_path):
     assert np.array_equal(np.asarray(image), rgba[:, :, :3])
 
 
-def test_grey_and_one_bit(tmp_path):
-    grey = noise(5, 7)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
+def test_gray_and_one_bit(tmp_path):
+    gray = noise(5, 7)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
     assert np.array_equal(
-        np.asarray(load_image(tmp_path / "grey.png")), np.repeat(grey[..., None], 3, axis=2)
+        np.asarray(load_image(tmp_path / "gray.png")), np.repeat(gray[..., None], 3, axis=2)
     )
-    Image.fromarray(grey > 127).save(tmp_path / "bits.png")
+    Image.fromarray(gray > 127).save(tmp_path / "bits.png")
     assert set(np.unique(np.asarray(load_image(tmp_path / "bits.png")))) == {0, 255}
 
 
@@ -66,14 +66,14 @@ def test_cmyk_by_pillows_formula(tmp_path):
 
 def test_palette_with_transparency_is_expanded(tmp_path):
     image = Image.frombytes("P", (8, 8), (noise(8, 8) % 4).tobytes())
-    colours = noise(4, 3)
-    image.putpalette(colours.tobytes())
+    colors = noise(4, 3)
+    image.putpalette(colors.tobytes())
     image.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 10]))
-    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), colours[noise(8, 8) % 4])
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), colors[noise(8, 8) % 4])
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (4, 3), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    frames = [Image.new("RGB", (4, 3), color) for color in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image(tmp_path / "a.gif").getpixel((1, 1)) == (250, 0, 0)
 

@@ -38,17 +38,17 @@ def upsample(low: np.ndarray, side: int, method: str) -> np.ndarray:
             if method == "nearest":
                 high[row, column] = low[row * old // side, column * old // side]
                 continue
-            for i, weight_i in _neighbours(row, old, side):
-                for j, weight_j in _neighbours(column, old, side):
+            for i, weight_i in _neighbors(row, old, side):
+                for j, weight_j in _neighbors(column, old, side):
                     high[row, column] += weight_i * weight_j * low[i, j]
     return high
 
 
-def _neighbours(out: int, old: int, new: int) -> list[tuple[int, float]]:
-    """The two inputs on either side of an output's centre, with their weights."""
-    centre = min(max((out + 0.5) * old / new - 0.5, 0.0), old - 1.0)
-    first = math.floor(centre)
-    return [(first, 1 - (centre - first)), (min(first + 1, old - 1), centre - first)]
+def _neighbors(out: int, old: int, new: int) -> list[tuple[int, float]]:
+    """The two inputs on either side of an output's center, with their weights."""
+    center = min(max((out + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+    first = math.floor(center)
+    return [(first, 1 - (center - first)), (min(first + 1, old - 1), center - first)]
 
 
 class Oracle:

@@ -1,4 +1,4 @@
-"""Greedy generation against the original, whatever the padding and the neighbours (model.md 11)."""
+"""Greedy generation against the original, whatever the padding and the neighbors (model.md 11)."""
 
 import functools
 
@@ -66,7 +66,7 @@ def test_scores_of_every_step(parity):
         cache, logits = step(parity.model, cache, jnp.argmax(logits, axis=-1))
 
 
-def test_padding_side_and_neighbours_do_not_matter(load_golden):
+def test_padding_side_and_neighbors_do_not_matter(load_golden):
     parity = load_golden("internlm2")
     inputs = prompts(parity, "gen2", parity.inputs["pixel_values"][:3])
     expected = parity.outputs["gen2_new_tokens"]

@@ -51,7 +51,7 @@ def straight(run_in, tmp_path_factory):
 
 
 def test_stop_and_resume_equal_a_straight_run(straight, tiny_run):
-    """Losses, parameters and optimiser state bit for bit; on another mesh within rounding."""
+    """Losses, parameters and optimizer state bit for bit; on another mesh within rounding."""
     halves = tiny_run("halves")
     train(halves, stop_after=3)
     assert RunFolder(halves.output_dir).step == 3
