@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.run_config import MeshConfig
@@ -219,7 +219,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return rows[0] // len(rows), shards // len(rows)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of what every device holds as a whole."""
     return NamedSharding(mesh, PartitionSpec())
 
