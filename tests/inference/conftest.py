@@ -61,7 +61,7 @@ def model(pretrained) -> VLM:
 
 @pytest.fixture(scope="session")
 def run_folder(params, tmp_path_factory) -> Path:
-    """The same model, as train.py writes it."""
+    """Returns the same model as train.py writes it."""
     run = tmp_path_factory.mktemp("inference") / "runs" / "demo" / "train"
     settings = {"train": {}, "model": to_dict(CONFIG)}
     write_run_folder(run, settings, Tokenizer.load(TOKENIZER_FOLDER))

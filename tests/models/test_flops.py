@@ -224,7 +224,7 @@ def count_of_xla(function, *args):
     ids=["forward", "all", "projector and decoder", "projector", "a layer of the tower"],
 )
 def test_the_count_of_xla(freeze):
-    """Of an unrolled model within 3 %. XLA counts element-wise work too, both halves of causal
+    """Counts an unrolled model within 3 %. XLA counts element-wise work too, both halves of causal
     attention, and the logits that the backward pass computes again.
     """
     work = dict(tiles=4, lengths=[256, 256])
