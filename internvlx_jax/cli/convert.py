@@ -41,6 +41,7 @@ from internvlx_jax.convert.verify import (
 )
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.ranges import NUMBER, SEED, real_number, whole_number
 from internvlx_jax.inference.loading import load_pretrained
 
 
@@ -150,7 +151,9 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="parameters (dotted paths) that start fresh where the checkpoint lacks them",
     )
-    flags.add_argument("--seed", type=int, default=0, help="seed of what starts fresh")
+    flags.add_argument(
+        "--seed", type=whole_number(SEED), default=0, help="seed of what starts fresh"
+    )
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
 
@@ -192,7 +195,7 @@ def _verify_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--reference", type=Path, help="npz of expected outputs; exit status 1 if they differ"
     )
-    flags.add_argument("--atol", type=float, default=1e-4)
+    flags.add_argument("--atol", type=real_number(NUMBER), default=1e-4)
 
 
 def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

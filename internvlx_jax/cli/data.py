@@ -21,8 +21,9 @@ from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.ranges import COUNT, NUMBER, Range, whole_number
 from internvlx_jax.core.run_config import TrainConfig
-from internvlx_jax.core.tile_config import TILE_RULES, TileConfig
+from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES, TileConfig
 from internvlx_jax.data.check import check, format_check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -64,7 +65,7 @@ def _parser() -> CommandParser:
     )
     _add_reading_flags(showing)
     showing.add_argument(
-        "--sample", type=int, default=0, help="number of the usable sample, from 0"
+        "--sample", type=whole_number(NUMBER), default=0, help="number of the usable sample, from 0"
     )
     showing.set_defaults(run=_show)
     generating = commands.add_parser(
@@ -87,12 +88,12 @@ def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile_rule", choices=TILE_RULES, default=tiles.rule)
     parser.add_argument(
         "--max_num",
-        type=int,
+        type=whole_number(Range(1, MOST_TILES)),
         default=tiles.max_num,
         help="largest number of tiles per image, the thumbnail excluded",
     )
-    parser.add_argument("--tile_size", type=int, default=tiles.tile_size)
-    parser.add_argument("--tokens_per_tile", type=int, default=256)
+    parser.add_argument("--tile_size", type=whole_number(COUNT), default=tiles.tile_size)
+    parser.add_argument("--tokens_per_tile", type=whole_number(COUNT), default=256)
     parser.add_argument(
         "--set",
         nargs="*",

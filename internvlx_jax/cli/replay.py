@@ -13,6 +13,7 @@ import sys
 
 from internvlx_jax.cli.console import CommandParser, configure_logging
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.ranges import COUNT, whole_number
 from internvlx_jax.training.replay import replay
 
 
@@ -25,7 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(
-        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
+        "--step",
+        type=whole_number(COUNT),
+        required=True,
+        help="as in bad_steps.jsonl and metrics.jsonl, from 1",
     )
     parser.add_argument(
         "--set",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from internvlx_jax.cli.console import CommandParser, configure_logging
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import SHARE, real_number
 from internvlx_jax.training.report import draw_curves
 from internvlx_jax.training.report_page import write_page
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(
-        "--chance", type=float, help="exact match without seeing the images, 0 to 1"
+        "--chance", type=real_number(SHARE), help="exact match without seeing the images, 0 to 1"
     )
     args = parser.parse_args(argv)
     configure_logging()

@@ -16,6 +16,7 @@ from internvlx_jax.aot.dry_run import dry_run
 from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.ranges import COUNT, whole_number
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.training import distributed
@@ -50,7 +51,7 @@ def _parser() -> CommandParser:
     add_config_flags(parser, "data.max_length=2048 mesh.fsdp=8")
     parser.add_argument(
         "--stop_after",
-        type=int,
+        type=whole_number(COUNT),
         metavar="STEPS",
         help="stop after this many steps, with a checkpoint to resume from",
     )

@@ -10,6 +10,7 @@ from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.ranges import SEED, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.identity import file_hashes
 from internvlx_jax.evaluation.metrics import METRICS
@@ -64,6 +65,13 @@ class Decoding:
     sampling: Sampling = Sampling()
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_ranges(self, seed=SEED)
+        if "" in self.stop_strings:
+            raise ConfigError(
+                "stop_string is an empty text, which would end every answer at once; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

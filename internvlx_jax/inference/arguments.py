@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.ranges import SEED
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.images import Images, image_sources
@@ -71,6 +72,8 @@ def make_spec(
                                ("min_new_tokens", min_new_tokens, 0)):  # fmt: skip
         if value < least:
             raise ConfigError(f"{name} is {value}, it must be at least {least}")
+    if not SEED.holds(seed):
+        raise ConfigError(f"seed is {seed}, it must be {SEED}")
     return GenerationSpec(
         tiler=Tiler(_replaced(tiles, max_num=max_num, rule=tile_rule, dynamic=dynamic)),
         max_new_tokens=max_new_tokens,

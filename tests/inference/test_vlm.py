@@ -186,7 +186,7 @@ def test_placeholders_are_put_in_front_or_counted(model, pixels):
     (dict(prompt="a", max_new_tokens=0), ConfigError, "max_new_tokens is 0"),
     (dict(prompt="a", top_p=2.0), ConfigError, "top_p is 2.0"),
     (dict(prompt="a", stop=""), ConfigError, "stop holds an empty text"),
-    (dict(prompt="a", max_num=0), ValueError, "max_num must be at least 1"),
+    (dict(prompt="a", max_num=0), ValueError, "tiles.max_num is 0, it must be from 1 to 4096"),
     (dict(prompt="a", max_new_tokens=999), SampleError, "512 positions"),
 ])  # fmt: skip
 def test_errors_name_the_argument_and_the_remedy(model, image, arguments, error, message):
