@@ -74,10 +74,10 @@ def invalid_text(value: Any) -> str | None:
     return next((bad for part in parts if (bad := invalid_text(part)) is not None), None)
 
 
-def shorten(value: Any) -> str:
-    """Returns a value as messages repeat it: at most SHOWN characters, printable everywhere."""
+def shorten(value: Any, most: int = SHOWN) -> str:
+    """Returns a value as messages repeat it: at most `most` characters, printable everywhere."""
     text = value if isinstance(value, str) else repr(value)
-    cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+    cut = text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
     return cut.encode("utf-8", "backslashreplace").decode()
 
 

@@ -10,7 +10,6 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.ranges import COUNT, LARGEST, NUMBER, POSITIVE, RATE, Range, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
 
-
 ANY = Range(-LARGEST)
 RATIO = Range(0, 1, low_open=True)
 

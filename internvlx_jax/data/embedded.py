@@ -72,6 +72,6 @@ def _data_url(url: str) -> bytes:
     except ValueError as error:
         raise SampleError(
             "unreadable",
-            f"the data: URL {shorten(url[:32])} is not well formed ({error}).",
+            f"the data: URL is not well formed ({error}): {shorten(url[:32])}",
             "Write data:image/png;base64, and the base64 text of the file.",
         ) from None

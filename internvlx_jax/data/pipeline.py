@@ -29,7 +29,7 @@ from internvlx_jax.data.plan import PlannedStep, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
-from internvlx_jax.data.sources import Source, open_source
+from internvlx_jax.data.sources import Source, open_source, origin_of
 from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
@@ -137,14 +137,14 @@ class Loader:
                 self.sources, self.entries, self.processors, strict=True
             )
         ]
-        self.faults = FaultCounts(self._names, config.faults)
+        self.faults = self._fault_counts()
         self.index_faults = self._index_faults()
         self.table = make_table(
             self.entries, self.sources, self.indexes, self.processors, config, seed
         )
         if not len(self.table.length):
             found = self.index_faults.summary()
-            found = f" that can be used ({found})" if found else ""
+            found = f" that can be used ({found}){self.index_faults.examples()}" if found else ""
             raise ConfigError(f"{meta}: the meta file names no samples{found}")
         self.reader = SampleReader(
             self.sources, self.entries, self.processors, config, capacity, seed
@@ -178,13 +178,20 @@ class Loader:
     def _saved_per_tile(self) -> int:
         return self.processors[0].saved_per_tile
 
+    def _fault_counts(self) -> FaultCounts:
+        origins = {
+            entry.name: origin_of(source, entry)
+            for source, entry in zip(self.sources, self.entries, strict=True)
+        }
+        return FaultCounts(self._names, self.config.faults, origins)
+
     def _index_faults(self) -> FaultCounts:
         """Counts the bad samples of the indexes.
 
         Raises:
             ConfigError: too large a share of a dataset is bad.
         """
-        counts = FaultCounts(self._names, self.config.faults)
+        counts = self._fault_counts()
         for source, name, index in zip(self.sources, self._names, self.indexes, strict=True):
             faults = [
                 Fault(name, int(source.lines[position]), error.reason, error)

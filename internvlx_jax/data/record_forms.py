@@ -19,8 +19,10 @@ _ROLES = {"user": "human", "assistant": "gpt"}
 
 # Fields that are read. Any other is listed by `check`.
 KNOWN_FIELDS = frozenset(
-    "id image images video videos width height width_list height_list length clip conversations "
-    "messages system".split()
+    {
+        *("id", "length", "image", "images", "width", "height", "width_list", "height_list"),
+        *("video", "videos", "clip", "conversations", "messages", "system"),
+    }
 )
 # Fields whose meaning would be lost, and what to do about them.
 _REFUSED = {

@@ -24,6 +24,7 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import BOM, shorten
 from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, parse_sample
+from internvlx_jax.data.faults import Origin
 from internvlx_jax.data.meta import DatasetEntry
 
 # Bytes at the end of an ArrayRecord file that are hashed: they hold its index of records.
@@ -93,6 +94,17 @@ def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSampl
     except SampleError as error:
         raise error.at(where) from None
     return parse_sample(record, dataset=entry.name, line=line, where=where, root=entry.root)
+
+
+def origin_of(source: Source, entry: DatasetEntry) -> Origin:
+    """Returns where the samples of a dataset come from, whatever the meta file calls it."""
+
+    def absolute(path: str) -> str:
+        return path if storage.is_url(path) else os.path.abspath(path)
+
+    named = entry.tfds is not None  # a name is no path
+    root = absolute(entry.root) if entry.root else ""
+    return Origin(source.path if named else absolute(source.path), root)
 
 
 def place_of(source: Source, line: int) -> str:
