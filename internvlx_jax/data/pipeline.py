@@ -91,6 +91,8 @@ class Loader:
         epochs: number of epochs after which the plan ends; None: it never ends.
         state: what `state` returned before, for a resumed run.
         progress: whether to show the making of a size index.
+        refresh: whether images that a size index knows are looked at again; a resumed run (`state`)
+            keeps the index that it began with.
 
     Attributes:
         entries, sources, processors, indexes: one per dataset.
@@ -119,6 +121,7 @@ class Loader:
         epochs: int | None = None,
         state: Mapping[str, Any] | None = None,
         progress: bool = False,
+        refresh: bool = True,
     ):
         if row_quantum % process_count:
             raise ConfigError(
@@ -132,7 +135,15 @@ class Loader:
         self.processors = [processor.for_dataset(entry) for entry in self.entries]
         capacity = Capacity(config.max_length, config.pack.tiles if self._packed else None)
         self.indexes = [
-            load_index(source, entry, processor, config, capacity, progress=progress)
+            load_index(
+                source,
+                entry,
+                processor,
+                config,
+                capacity,
+                progress=progress,
+                refresh=refresh and not state,
+            )
             for source, entry, processor in zip(
                 self.sources, self.entries, self.processors, strict=True
             )
