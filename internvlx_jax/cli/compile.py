@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 
 from internvlx_jax.aot.compile_report import check_fits, report_config, table
-from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.cli.console import (
+    CommandParser,
+    add_config_flags,
+    configure_logging,
+    run_command,
+)
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.ranges import NUMBER, whole_number
 
@@ -25,12 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = _parser().parse_args(argv)
     configure_logging()
-    try:
-        _run(args)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(args))
 
 
 def _parser() -> CommandParser:

@@ -7,16 +7,50 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from internvlx_jax.core.errors import did_you_mean
+from internvlx_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    SampleError,
+    did_you_mean,
+)
 
 PACKAGE = "internvlx_jax"
 TPU_NODES = ("/dev/accel*", "/dev/vfio/*")
 GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+
+
+INTERRUPTED = 130  # exit status of a program that SIGINT ended, as shells have it
+# What a user can act on; anything else is a fault of this package and keeps its traceback.
+USER_ERRORS = (ConfigError, CheckpointError, SampleError, OSError)
+
+
+def run_command(
+    command: Callable[[], int | None],
+    *also: type[Exception],
+    interrupted: str = "interrupted",
+    failed: int = 1,
+) -> int:
+    """Runs a command and returns its exit status; an error of the user is one message.
+
+    Args:
+        command: what to do; None is exit status 0.
+        also: further errors of the user.
+        interrupted: what Ctrl-C is answered with.
+        failed: exit status after an error of the user.
+    """
+    try:
+        return command() or 0
+    except (*USER_ERRORS, *also) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failed
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def configure_logging(process: int = 0) -> None:
@@ -35,6 +69,9 @@ def configure_logging(process: int = 0) -> None:
         logger.removeHandler(handler)
     logger.addHandler(_ConsoleHandler(narrates=process == 0))
     logger.propagate = False  # some libraries give the root logger a handler of their own
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a text gets its escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     _skip_absent_tpu()
 
 

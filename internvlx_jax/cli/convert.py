@@ -26,6 +26,7 @@ from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
+from internvlx_jax.cli.console import run_command
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
@@ -74,16 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Large parameters are written in eight parts (ParamsWriter).
         jax.config.update("jax_num_cpu_devices", 8)
-    try:
-        return {
-            "import": run_import,
-            "export": run_export,
-            "inspect": run_inspect,
-            "verify": run_comparison,
-        }[args.command](parser, args)
-    except (OSError, ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args.command == "verify" else 1
+    command = {
+        "import": run_import,
+        "export": run_export,
+        "inspect": run_inspect,
+        "verify": run_comparison,
+    }[args.command]
+    failed = 2 if args.command == "verify" else 1
+    return run_command(lambda: command(parser, args), failed=failed)
 
 
 def _underscored(word: str) -> str:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.data_config import DataConfig
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import load_config_file, override
 from internvlx_jax.core.ranges import COUNT, NUMBER, Range, whole_number
@@ -37,12 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `internvlx data` and returns its exit status: 1 for an error, named on stderr."""
     args = _parser().parse_args(argv)
     configure_logging()
-    try:
-        args.run(args)
-    except (ConfigError, CheckpointError, SampleError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: args.run(args), ValueError)
 
 
 def _parser() -> CommandParser:

@@ -8,11 +8,9 @@ Writes curves.png and report.html to the run folder. Exit status: 0 done, 1 wron
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
-from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.ranges import SHARE, real_number
 from internvlx_jax.training.report import draw_curves
 from internvlx_jax.training.report_page import write_page
@@ -31,10 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     configure_logging()
-    try:
+
+    def draw() -> None:
         print(f"wrote {draw_curves(args.run, chance=args.chance)}")
         print(f"wrote {write_page(args.run)}")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(draw)

@@ -110,6 +110,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, text) of the lines of a text file that are not empty.
+
+    Raises:
+        ConfigError: the file is not UTF-8; names the line.
+    """
+    for number, line in read_lines(path):
+        try:
+            yield number, decode_text(line).rstrip("\r\n")
+        except ValueError as error:
+            raise ConfigError(f"{path} line {number}: {error}") from None
+
+
 def read_json_file(path: Path, *, remedy: str) -> Any:
     """Reads a file that is one JSON value.
 
