@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from internvlx_jax.cli.console import CommandParser
 from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
 from internvlx_jax.core.tile_config import TILE_RULES
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS
@@ -22,7 +23,7 @@ SUMMARY = "Chat in the terminal; answers appear as they are written."
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags; those that are options of `VLM.chat` have its names."""
-    parser = argparse.ArgumentParser(prog="internvlx chat", description=SUMMARY)
+    parser = CommandParser(prog="internvlx chat", description=SUMMARY)
     add = parser.add_argument
     add("--checkpoint", required=True, help="run folder, Hugging Face folder or hub id")
     add("--image", action="append", default=[], help="image of the first prompt; may be repeated")
@@ -39,8 +40,13 @@ def parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0)
     add("--repetition_penalty", type=float, default=1.0)
     add("--seed", type=int, default=0)
-    add("--stop_string", action="append", default=[], dest="stop",
-        help="text that ends an answer; may be repeated")  # fmt: skip
+    add(
+        "--stop_string",
+        action="append",
+        default=[],
+        dest="stop",
+        help="text that ends an answer; may be repeated",
+    )
     add("--tile_rule", choices=TILE_RULES, help="bound of the tile grid; the checkpoint's if unset")
     add("--max_num", type=int, help="most tiles per turn; the checkpoint's if unset")
     return parser
