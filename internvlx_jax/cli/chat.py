@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from internvlx_jax.cli.console import run_command
+from internvlx_jax.cli.console import CommandParser, run_command
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.ranges import COUNT, NUMBER, SEED, Range, whole_number
 from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES
@@ -32,7 +32,7 @@ SUMMARY = "Chat in the terminal; answers appear as they are written."
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags; those that are options of `VLM.chat` have its names."""
-    parser = argparse.ArgumentParser(prog="internvlx chat", description=SUMMARY)
+    parser = CommandParser(prog="internvlx chat", description=SUMMARY)
     add = parser.add_argument
     add("--checkpoint", required=True, help="run folder, Hugging Face folder or hub id")
     add("--image", action="append", default=[], help="image of the first prompt; may be repeated")
@@ -49,8 +49,13 @@ def parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0)
     add("--repetition_penalty", type=float, default=1.0)
     add("--seed", type=whole_number(SEED), default=0)
-    add("--stop_string", action="append", default=[], dest="stop",
-        help="text that ends an answer; may be repeated")  # fmt: skip
+    add(
+        "--stop_string",
+        action="append",
+        default=[],
+        dest="stop",
+        help="text that ends an answer; may be repeated",
+    )
     add("--tile_rule", choices=TILE_RULES, help="bound of the tile grid; the checkpoint's if unset")
     most = whole_number(Range(1, MOST_TILES))
     add("--max_num", type=most, help="most tiles per turn; the checkpoint's if unset")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import itertools
 import logging
 import os
 import sys
@@ -119,24 +120,32 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line and name the nearest flag, subcommand or value."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        flags = self._flags()
+        # Misspelled flags come first: argparse would rather report what is missing in their place.
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            name = word.split("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                self._refuse(word)
+        known, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            flags = self._flags(known)
-            self.error(
-                f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
-            )
+            self._refuse(unknown[0])
         return known
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
-    def _flags(self, known: argparse.Namespace) -> list[str]:
-        """Returns the flags of this parser and of the subcommand that was chosen."""
+    def _refuse(self, word: str) -> NoReturn:
+        near = did_you_mean(word.split("=")[0], self._flags())
+        self.error(f"unknown argument {word}.{near}")
+
+    def _flags(self) -> list[str]:
+        """Returns the flags of this parser and of its subcommands."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                chosen = action.choices[getattr(known, action.dest)]
-                flags += [flag for each in chosen._actions for flag in each.option_strings]
+                for command in action.choices.values():
+                    flags += [flag for each in command._actions for flag in each.option_strings]
         return flags
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

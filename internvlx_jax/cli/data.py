@@ -11,8 +11,6 @@ fields of the data settings, e.g. --set max_length=8192 batch_mode=pack.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
 from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
@@ -27,7 +25,7 @@ from internvlx_jax.data.check import check, format_check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sample_page import show
-from internvlx_jax.data.synthetic import SyntheticConfig, generate
+from internvlx_jax.data.synthetic import add_flags, generate_by_flags
 from internvlx_jax.data.templates import TEMPLATES, get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
@@ -65,8 +63,8 @@ def _parser() -> CommandParser:
     generating = commands.add_parser(
         "generate", help="synthetic pages with questions, on which a tiny model learns to read"
     )
-    _add_generating_flags(generating)
-    generating.set_defaults(run=_generate)
+    add_flags(generating)
+    generating.set_defaults(run=generate_by_flags)
     return parser
 
 
@@ -101,17 +99,6 @@ def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_generating_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", required=True, help="folder to write; reused if it holds the same dataset"
-    )
-    for field in dataclasses.fields(SyntheticConfig):
-        assert field.default is not dataclasses.MISSING
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s"
-        )
-
-
 def _check(args: argparse.Namespace) -> None:
     config, processor = _settings(args)
     report = check(
@@ -128,12 +115,6 @@ def _show(args: argparse.Namespace) -> None:
         args.meta, config, processor, row_quantum=config.row_quantum or 1, seed=0, progress=True
     )
     print(show(loader, args.sample, args.out))
-
-
-def _generate(args: argparse.Namespace) -> None:
-    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
-    config = SyntheticConfig(**{name: getattr(args, name) for name in names})
-    print(json.dumps(generate(args.out, config), indent=1))
 
 
 def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:

@@ -317,17 +317,29 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
     return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the generated dataset.")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--out` and a flag for each field of the config."""
     parser.add_argument(
         "--out", required=True, help="folder to write; reused if it holds the same dataset"
     )
     for field in dataclasses.fields(SyntheticConfig):
+        assert field.default is not dataclasses.MISSING
         parser.add_argument(
-            f"--{field.name}", type=field.type, default=field.default, help="%(default)s"
+            f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s"
         )
-    options = vars(parser.parse_args())
-    print(json.dumps(generate(options.pop("out"), SyntheticConfig(**options)), indent=1))
+
+
+def generate_by_flags(args: argparse.Namespace) -> None:
+    """Writes the dataset and prints its summary."""
+    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
+    config = SyntheticConfig(**{name: getattr(args, name) for name in names})
+    print(json.dumps(generate(args.out, config), indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated dataset.")
+    add_flags(parser)
+    generate_by_flags(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def make_spec(
     if unknown:
         known = ", ".join(Options.__annotations__)
         raise TypeError(f"unknown option {', '.join(unknown)}; choose from {known}")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1),
-                               ("min_new_tokens", min_new_tokens, 0)):  # fmt: skip
+    lengths = (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", min_new_tokens, 0))
+    for name, value, least in lengths:
         if value < least:
             raise ConfigError(f"{name} is {value}, it must be at least {least}")
     if not SEED.holds(seed):
