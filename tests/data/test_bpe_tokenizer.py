@@ -75,8 +75,8 @@ def test_golden_labels(bpe, golden):
     assert len(rows) == 17
     for row in rows:
         counts = row["num_image_token_list"]
-        record = {"conversations": row["conversation"]} | ({"image": ["x"] * len(counts)})
-        sample = parse_sample(json.dumps(record).encode(), dataset="d", line=1, where="d line 1")
+        record = {"conversations": row["conversation"], "image": ["x"] * len(counts)}
+        sample = parse_sample(record, dataset="d", line=1, where="d line 1", root="")
         arguments = dict(
             system=sample.system,
             template=V2_5,
