@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from internvlx_jax.cli.console import CommandParser, configure_logging
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.training.report import draw_curves
 from internvlx_jax.training.report_page import write_page
 
@@ -24,15 +24,16 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
+    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(
         "--chance", type=float, help="exact match without seeing the images, 0 to 1"
     )
     args = parser.parse_args(argv)
     configure_logging()
     try:
-        print(f"wrote {draw_curves(args.run, chance=args.chance)}")
-        print(f"wrote {write_page(args.run)}")
+        run = as_path(args.run)
+        print(f"wrote {draw_curves(run, chance=args.chance)}")
+        print(f"wrote {write_page(run)}")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,8 @@ import numpy as np
 
 from internvlx_jax.core.data_config import FaultConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.line_log import LineLog, read_text_lines
+from internvlx_jax.core.paths import as_path
 
 JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
 TRIES = 3  # replacements that are tried before a place stays empty
@@ -80,7 +82,7 @@ class FaultCounts:
         Each sample is listed once, also over restarts.
         """
         self._quarantine = quarantine
-        listed = read_quarantine([quarantine]) if quarantine.is_file() else set()
+        listed = read_quarantine([quarantine]) if quarantine.exists() else set()
         self._listed |= listed
         self._unwritten = [
             fault for fault in self._unwritten if (fault.dataset, fault.line) not in listed
@@ -90,20 +92,22 @@ class FaultCounts:
     def _write(self) -> None:
         if not self._unwritten or self._quarantine is None:
             return
-        with self._quarantine.open("a", encoding="utf-8") as file:
-            for fault in self._unwritten:
-                file.write(
-                    json.dumps(
-                        {
-                            "dataset": fault.dataset,
-                            "line": fault.line,
-                            "reason": fault.reason,
-                            "error": str(fault.error),
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+        lines = [
+            json.dumps(
+                {
+                    "dataset": fault.dataset,
+                    "line": fault.line,
+                    "reason": fault.reason,
+                    "error": str(fault.error),
+                },
+                ensure_ascii=False,
+            )
+            + "\n"
+            for fault in self._unwritten
+        ]
+        log = LineLog(self._quarantine)
+        log.append(lines)
+        log.close()
         self._unwritten.clear()
 
     def add(self, read: Mapping[str, int], faults: Sequence[Fault]) -> None:
@@ -173,10 +177,9 @@ def read_quarantine(paths: Collection[str | Path]) -> set[tuple[str, int]]:
     """
     listed = set()
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
-            raise ConfigError(f"data.faults.exclude: {path} does not exist") from None
+        if not as_path(path).exists():
+            raise ConfigError(f"data.faults.exclude: {path} does not exist")
+        lines = read_text_lines(as_path(path))
         for number, line in enumerate(lines, start=1):
             if not line.endswith("\n"):
                 break  # the run that wrote it was killed

@@ -11,6 +11,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object, written_aside
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.uploads import local_folder
 
 INTERNLM2_PIECES = 92_544
 
@@ -39,7 +41,7 @@ def find_model(path: str | os.PathLike) -> Path:
         FileNotFoundError: there is no such file.
         ConfigError: the folder has a tokenizer of another kind.
     """
-    path = Path(path)
+    path = local_folder(path)
     model = path / "tokenizer.model" if path.is_dir() else path
     if model.is_file():
         return model
@@ -189,7 +191,7 @@ def write_tokenizer_files(
         "added_tokens.json": _dump({text: id for text, id in by_id if id >= pieces}),
         "tokenizer_config.json": _dump(config),
     }
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with written_aside(folder / name) as aside:

@@ -13,6 +13,8 @@ from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_text
+from internvlx_jax.core.line_log import LineLog, read_text_lines, segments
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.records import Row
 
 
@@ -39,7 +41,7 @@ class Parts:
         """
         rows: dict[int, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            for number, line in enumerate(read_text_lines(path), start=1):
                 try:
                     stored = json.loads(line)
                 except ValueError:
@@ -66,7 +68,9 @@ class Parts:
     def remove(self) -> None:
         """Removes the part files and their folder."""
         for path in self.folder.glob("*.jsonl"):
-            path.unlink()
+            for segment in segments(path):
+                segment.unlink()
+            path.unlink(missing_ok=True)
         if self.folder.is_dir():
             self.folder.rmdir()
 
@@ -78,19 +82,30 @@ class PartWriter:
         self.path, self.settings = path, settings
 
     def __enter__(self) -> PartWriter:
-        self._file = self.path.open("ab")
-        # Ends a line that an interruption cut off.
-        self._file.write(b"\n" if self._file.tell() else b"")
+        self._log = LineLog(self.path) if is_remote(self.path) else None
+        if self._log is None:
+            self._file = self.path.open("ab")
+            # Ends a line that an interruption cut off.
+            self._file.write(b"\n" if self._file.tell() else b"")
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        if self._log is None:
+            self._file.close()
+        else:
+            self._log.close()
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends rows and waits until they are on the disk."""
-        for row in rows:
-            line = {"settings": self.settings} | row.to_json()
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        lines = [
+            json.dumps({"settings": self.settings} | row.to_json(), ensure_ascii=False) + "\n"
+            for row in rows
+        ]
+        if self._log is not None:
+            self._log.append(lines)
+            self._log.flush()
+            return
+        self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
