@@ -45,7 +45,14 @@ class MetricsWriter:
         first = start_step + 1 if start_step else 0
         kept = [row for row in read_json_lines(self._path, "step") if row["step"] < first]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._scored = {
+            row["step"] for row in kept if any(name.startswith("eval/") for name in row)
+        }
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+
+    def has_scores(self, step: int) -> bool:
+        """Returns whether the file has scores of this step from an earlier start."""
+        return step in self._scored
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with named_on_error(self._path), self._path.open("a") as file:
