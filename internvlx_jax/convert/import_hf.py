@@ -16,6 +16,7 @@ from internvlx_jax.checkpoints.side_files import copy_tokenizer
 from internvlx_jax.checkpoints.tensors import NUMPY_DTYPES, Dtype, difference
 from internvlx_jax.checkpoints.torch_checkpoint import TorchCheckpoint
 from internvlx_jax.convert.conversion_report import Report
+from internvlx_jax.core.disk import check_space
 from internvlx_jax.core.errors import CheckpointError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.overrides import to_dict
@@ -52,6 +53,7 @@ def import_checkpoint(
         "import", source.config, source.layout, notes=[*source.notes, *source.check_sums()]
     )
     metadata = {"model": to_dict(source.config), "lora": [to_dict(lora.config) for lora in kept]}
+    check_space(out, _nbytes(source, abstract, fresh, dtype), "the checkpoint")
     with new_folder(out) as folder:
         writer = ParamsWriter(folder.absolute() / "checkpoints" / "0", metadata)
         _write_params(source, abstract, fresh, writer, dtype, report)
@@ -70,6 +72,19 @@ def import_checkpoint(
             paths = sorted(abstract.shapes.keys() - set(fresh))
             report.verified = _compare(source, RunFolder(folder), paths, kept)
     return report
+
+
+def _nbytes(
+    source: TorchCheckpoint, abstract: AbstractModel, fresh: list[str], dtype: Dtype
+) -> int:
+    """Returns the bytes of the parameters as they will be stored, without compression."""
+
+    def itemsize(path: str) -> int:
+        if dtype != "keep":
+            return np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        return source.dtype("decoder.embedding" if path in fresh else path).itemsize
+
+    return sum(leaf.size * itemsize(path) for path, leaf in abstract.shapes.items())
 
 
 def _write_params(

@@ -31,6 +31,38 @@ def named_on_error(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(error.errno, said, os.fspath(path)) from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Returns whether an error, or one that it comes from, says that a disk is full.
+
+    Libraries that write in the background (TensorStore) have their own words for it.
+    """
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or os.strerror(errno.ENOSPC) in text:
+        return True
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    before = (error.__cause__, error.__context__, *parts)
+    return any(is_full(each) for each in before if each is not None)
+
+
+@contextmanager
+def full_disk_named(path: str | os.PathLike, more: str = "") -> Iterator[None]:
+    """Turns whatever a library raises on a full disk into one OSError that names the path.
+
+    Args:
+        path: what is written.
+        more: what a reader should know beside, such as "; the last complete checkpoint is 100".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        said = f"{os.strerror(errno.ENOSPC)}, {free_space(path)} free{more}"
+        raise OSError(errno.ENOSPC, said, os.fspath(path)) from None
+
+
 def free_bytes(path: str | os.PathLike) -> int | None:
     """Returns the free bytes of the disk on which a path lies or would lie; None if unknown."""
     try:
@@ -52,6 +84,25 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def check_space(folder: str | os.PathLike, needed: float, what: str) -> None:
+    """Refuses a disk that has no room for what will be written to it.
+
+    Args:
+        folder: where it will be written; it may not exist yet.
+        needed: bytes of it.
+        what: what it is, for the message.
+
+    Raises:
+        ConfigError: names the folder, the bytes and the free space.
+    """
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise ConfigError(
+            f"{folder}: {what} takes about {human_bytes(needed)}, but only {human_bytes(free)} are "
+            "free; make room, or choose another disk"
+        )
 
 
 def check_writable(folder: str | os.PathLike, field: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
@@ -102,6 +104,11 @@ class MetricsLogger:
         self.latest.update(values)
         if self._writer:
             self._writer.write(step, values)
+
+    def has_scores(self, step: int) -> bool:
+        """Returns whether an earlier start has scored this step; all processes call it together."""
+        found = self._writer is not None and self._writer.has_scores(step)
+        return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
     def add(self, step: int, loaded: LoadedStep, metrics: Metrics) -> None:
         """Takes a step (from 1) into the window; its metrics stay on the devices."""

@@ -102,6 +102,7 @@ def open_run(config: TrainConfig) -> Run:
     steps = config.steps or loader.plan.total
     assert steps is not None  # the plan is endless only where config.steps is set
     _describe_data(loader, steps, model)
+    _describe_left_out(validation, "left out of the validation")
 
     setup = prepare(config, model, mesh, steps, len(loader.entries))
     logger.info(describe(setup.partition))
@@ -162,9 +163,13 @@ def _describe_data(loader: Loader, steps: int, model: ModelConfig) -> None:
     )
     for bucket, rows in zip(plan.buckets, plan.rows, strict=True):
         logger.info(_describe_bucket(model, bucket, rows))
-    if loader.index_faults.reasons:
+    _describe_left_out(loader, "left out")
+
+
+def _describe_left_out(loader: Loader | None, words: str) -> None:
+    if loader is not None and loader.index_faults.reasons:
         logger.info(
-            f"left out, see {QUARANTINE.format(0)} in the run folder: "
+            f"{words}, see {QUARANTINE.format(0)} in the run folder: "
             f"{loader.index_faults.summary()}"
         )
 
