@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from internvlx_jax.core.disk import named_on_error
+from internvlx_jax.core.json_text import complete_lines
 from internvlx_jax.core.paths import RemotePath
 
 SEGMENT_BYTES = 2**18
@@ -31,16 +33,16 @@ class LineLog:
     def __init__(self, path: Path):
         self._path = path
         self._number: int | None = None  # of the newest segment
-        self._lines: list[str] = []  # of the newest segment
+        self._lines: list[bytes] = []  # of the newest segment
         self._waiting, self._written = False, 0.0
 
-    def append(self, lines: Iterable[str]) -> None:
+    def append(self, lines: Iterable[bytes]) -> None:
         """Appends lines, each with its end."""
         if not isinstance(self._path, RemotePath):
             if self._path.is_dir():  # a copy of a run in an object store
-                self._replace("".join(read_text_lines(self._path)))
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+                self._replace(read_whole(self._path))
+            with named_on_error(self._path), self._path.open("ab") as file:
+                file.write(b"".join(lines))
             return
         if self._number is None:
             self._number = 1 + max(map(_number, segments(self._path)), default=0)
@@ -53,62 +55,63 @@ class LineLog:
         """Writes the lines that wait."""
         if not self._waiting or self._number is None:
             return
-        text = "".join(self._lines)
-        _segment(self._path, self._number).write_text(text, encoding="utf-8")
+        content = b"".join(self._lines)
+        _segment(self._path, self._number).write_bytes(content)
         self._waiting, self._written = False, time.monotonic()
-        if len(text) > SEGMENT_BYTES:
+        if len(content) > SEGMENT_BYTES:
             self._number, self._lines = self._number + 1, []
-
-    def keep(self, wanted: Callable[[str], bool]) -> None:
-        """Drops the other lines, and a last one without its end."""
-
-        def kept(lines: list[str]) -> str:
-            return "".join(line for line in lines if line.endswith("\n") and wanted(line))
-
-        if not isinstance(self._path, RemotePath):
-            self._replace(kept(read_text_lines(self._path)))
-            return
-        for path in segments(self._path):
-            before = path.read_text(encoding="utf-8")
-            after = kept(_lines(before))
-            if not after:
-                path.unlink(missing_ok=True)
-            elif after != before:
-                path.write_text(after, encoding="utf-8")
-        self._number, self._lines, self._waiting = None, [], False
-
-    def _replace(self, text: str) -> None:
-        aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        aside.write_text(text, encoding="utf-8")
-        if self._path.is_dir():
-            shutil.rmtree(self._path)
-        aside.replace(self._path)
 
     def close(self) -> None:
         """Writes the lines that wait."""
         self.flush()
 
+    def keep(self, wanted: Callable[[bytes], bool]) -> None:
+        """Drops the other lines, and a last one without its end."""
+
+        def kept(content: bytes) -> bytes:
+            lines = complete_lines(content)
+            return b"".join(line + b"\n" for line in lines if wanted(line))
+
+        if not isinstance(self._path, RemotePath):
+            self._replace(kept(read_whole(self._path)))
+            return
+        for path in segments(self._path):
+            before = path.read_bytes()
+            after = kept(before)
+            if not after:
+                path.unlink(missing_ok=True)
+            elif after != before:
+                path.write_bytes(after)
+        self._number, self._lines, self._waiting = None, [], False
+
+    def _replace(self, content: bytes) -> None:
+        aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+        try:
+            with named_on_error(self._path):
+                aside.write_bytes(content)
+                if self._path.is_dir():
+                    shutil.rmtree(self._path)
+                aside.replace(self._path)
+        finally:
+            aside.unlink(missing_ok=True)
+
 
 def segments(path: Path) -> list[Path]:
-    """Returns the segments of a file in their order."""
+    """Returns the segments of a file in their order; none of an ordinary file."""
     if not path.is_dir():
         return []
-    return sorted(each for each in path.iterdir() if each.name[:-6].isdigit())
+    return sorted(each for each in path.iterdir() if each.stem.isdigit())
 
 
-def read_text_lines(path: Path) -> list[str]:
-    """Returns the lines of a file with their ends, also of one in segments; none without it.
+def holds_lines(path: Path) -> bool:
+    """Returns whether there is such a file, or segments of it."""
+    return path.is_file() or bool(segments(path))
 
-    The last one may lack its end, where a run was killed or is running.
-    """
+
+def read_whole(path: Path) -> bytes:
+    """Returns the content of a file, also of one in segments; empty without it."""
     found = segments(path) or ([path] if path.is_file() else [])
-    return _lines("".join(each.read_text(encoding="utf-8") for each in found))
-
-
-def _lines(text: str) -> list[str]:
-    """Splits at line feeds only: texts may hold other separators of Unicode."""
-    *whole, last = text.split("\n")
-    return [line + "\n" for line in whole] + ([last] if last else [])
+    return b"".join(each.read_bytes() for each in found)
 
 
 def _segment(path: Path, number: int) -> Path:
@@ -116,4 +119,4 @@ def _segment(path: Path, number: int) -> Path:
 
 
 def _number(path: Path) -> int:
-    return int(path.name.partition(".")[0])
+    return int(path.stem)

@@ -15,6 +15,7 @@ from internvlx_jax.checkpoints.run_writer import (
     check_run_folder,
     write_run_folder,
 )
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
@@ -59,6 +60,8 @@ def train(
         Preempted: SIGTERM was received; the run has been saved.
         NonFiniteError: Too many steps were not finite; the run has been saved.
     """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
     with RunLock(run_folder(config)) as lock:
         run = open_run(config)

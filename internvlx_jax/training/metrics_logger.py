@@ -175,7 +175,7 @@ def record_start(run: Run, step: int) -> None:
         "git": _git_state(),
     }
     log = LineLog(run.folder / STARTS)
-    log.append([json.dumps(start) + "\n"])
+    log.append([json.dumps(start).encode() + b"\n"])
     log.close()
 
 
