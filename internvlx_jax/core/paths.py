@@ -95,7 +95,7 @@ class RemotePath(gpath.PosixGPath):
     def iterdir(self) -> Iterator[RemotePath]:
         """Yields the objects and folders in a folder, sorted; listings are read by pages."""
         with explained(self):
-            names = self._client.ls(str(self), detail=False)
+            names: list[str] = self._client.ls(str(self), detail=False)
         for name in sorted({each.rstrip("/").rpartition("/")[2] for each in names} - {""}):
             if name != self.name or not self.is_file():
                 yield self / name
