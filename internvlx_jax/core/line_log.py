@@ -1,4 +1,4 @@
-"""Files that grow by lines, on a disk and in an object store (design: platform.md 11).
+"""Files that grow by lines, on a disk and in an object store (design: platform.md 8).
 
 Nothing can be appended to an object. There the lines are in numbered segments below the name of the
 file, such as RUN/metrics.jsonl/000003.jsonl: the newest segment is written again with each line,

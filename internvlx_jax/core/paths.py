@@ -1,4 +1,4 @@
-"""One kind of path for local files and for objects behind gs:// and s3:// (design: platform.md 11).
+"""One kind of path for local files and for objects behind gs:// and s3:// (design: platform.md 8).
 
 `as_path` gives pathlib's Path for a local path, and for a URL a path with the same methods, so that
 readers and writers need not know which. In an object store there are no folders: making one does

@@ -1,4 +1,4 @@
-"""Everything that a run reads and writes is behind gs:// (platform.md 11)."""
+"""Everything that a run reads and writes is behind gs:// (platform.md 8)."""
 
 import dataclasses
 import json
