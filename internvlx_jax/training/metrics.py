@@ -46,6 +46,7 @@ class MetricsWriter:
         # A run that begins again also repeats its line of step 0.
         first = start_step + 1 if start_step else 0
         self._log = LineLog(run / "metrics.jsonl")
+        read_json_lines(run / "metrics.jsonl", "step")  # its error names a line that is none
         self._log.keep(lambda line: json.loads(line)["step"] < first)
         self._scored = {
             row["step"]
@@ -59,7 +60,7 @@ class MetricsWriter:
         return step in self._scored
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._log.append([{"step": step, **values}])
+        self._log.append([json.dumps({"step": step, **values}).encode() + b"\n"])
         self._tensorboard.write(step, values)
 
     def flush(self) -> None:
