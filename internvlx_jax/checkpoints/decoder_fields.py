@@ -85,6 +85,8 @@ def read_decoder(
 
     _refuse_variants(config, family)
     heads = size("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", heads, least=1)
+    config.check_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     qkv_bias, out_bias = _biases(config, family)
     stored_output = any(name.endswith((".output.weight", ".lm_head.weight")) for name in tensors)
     return DecoderConfig(
@@ -93,7 +95,7 @@ def read_decoder(
         width=size("hidden_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=config.integer("num_key_value_heads", heads, least=1),
+        kv_heads=kv_heads,
         head_dim=_head_dim(config, family, size("hidden_size"), heads),
         mlp_width=size("intermediate_size"),
         eps=config.number("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6, above=0),

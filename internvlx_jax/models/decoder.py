@@ -1,8 +1,8 @@
 """The language model: one decoder for all families (design: model.md 8, 9).
 
-InternLM2, Llama, Qwen2, Qwen3 and Phi-3 differ in biases, norms of queries and keys, tied embeddings
-and rope, all of which are fields of DecoderConfig, and in the tensor names of their checkpoints,
-which are the business of the name table.
+The families differ in biases, norms of queries and keys, tied embeddings and rope, all of which are
+fields of DecoderConfig, and in the tensor names of their checkpoints, which are the business of the
+name table.
 
 A call of `Decoder.run_layers` takes the positions and segments of its slots as a `TokenLayout` and
 runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
