@@ -23,6 +23,7 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel
 from internvlx_jax.models.sharding import replicated, spread_sharding
@@ -291,7 +292,7 @@ class RunFolder:
     def tokenizer(self) -> Tokenizer | None:
         """Loads the run's tokenizer; None where an imported checkpoint had none."""
         folder = self.run / "tokenizer"
-        return Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
+        return Tokenizer.load(folder) if has_tokenizer(folder) else None
 
 
 def _custom_metadata(stored: ocp.CheckpointMetadata) -> dict[str, Any]:

@@ -7,17 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+from internvlx_jax.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
+
 OTHER_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -63,7 +54,7 @@ def same_tokenizer(folder: Path, other: Path) -> bool:
         (other / name).is_file()
         and (folder / name).is_file()
         and (folder / name).read_bytes() == (other / name).read_bytes()
-        for name in ("tokenizer.model", "tokenizer.json", "vocab.json")
+        for name in VOCABULARY_FILES
     )
 
 

@@ -35,6 +35,7 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.params import AbstractModel, init_params
 
 Index = tuple[slice, ...]
@@ -284,7 +285,7 @@ class TorchCheckpoint:
 
     def tokenizer(self) -> Tokenizer | None:
         """Loads the folder's tokenizer; None where it holds no tokenizer files."""
-        return Tokenizer.load(self.path) if (self.path / "tokenizer.model").is_file() else None
+        return Tokenizer.load(self.path) if has_tokenizer(self.path) else None
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Writes config.json, tokenizer, remote code and other small files into `folder`.

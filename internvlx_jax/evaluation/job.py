@@ -113,7 +113,7 @@ def _generator(config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig) ->
     pretrained = load_opened(checkpoint, dtype=config.dtype, mesh=mesh)
     if pretrained.tokenizer is None:
         raise ConfigError(
-            f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
+            f"{config.checkpoint} holds no tokenizer; copy the tokenizer files into it"
         )
     processor = Processor.for_model(
         pretrained.config, pretrained.tokenizer, special_text="escape", tiles=tiles

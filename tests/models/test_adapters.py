@@ -212,5 +212,5 @@ def test_a_part_has_one_kind_of_adapters(model):
     config = model[0]
     with pytest.raises(ConfigError, match="lora: decoder, decoder name a part twice"):
         abstract_model(config, dtype="float32", lora=[LORAS[1], LORAS[1]])
-    with pytest.raises(ConfigError, match="rank 0 must be at least 1"):
+    with pytest.raises(ConfigError, match="lora.rank is 0, it must be at least 1"):
         dataclasses.replace(LORAS[0], rank=0)
