@@ -18,6 +18,7 @@ from internvlx_jax.checkpoints.adapters import (
     part_prefixes,
 )
 from internvlx_jax.checkpoints.hf_config import model_config
+from internvlx_jax.checkpoints.hf_processor import SideFields, read_side_fields
 from internvlx_jax.checkpoints.lora_files import read_adapter_folder
 from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.name_table import name_table
@@ -75,17 +76,20 @@ class HFFolder(TorchCheckpoint):
         stored = read_config(path)
         folder = open_tensors(path)
         tensors, lora_tensors = _plain_names(stored, folder)
+        side = SideFields({}, ())
+        if stored.get("model_type") == "internvl":
+            side = read_side_fields(path, stored, fields or ())
         if image_size is not None:
             fields = {**(fields or {}), "force_image_size": None}
         try:
-            config = model_config(stored, tensors.names(), fields)
+            config = model_config({**side.fields, **stored}, tensors.names(), fields)
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{path / 'config.json'}: {error}") from error
         if stored["model_type"] == "internvl":
             layout = "hf"
         else:
             layout = "internvl" if config.projector.kind == "mlp1" else "internvl-x"
-        weights, notes = tensors, []
+        weights, notes = tensors, list(side.notes)
         if image_size is not None:
             weights, config, note = resized(tensors, name_table(config, layout), config, image_size)
             notes.append(note)
