@@ -45,8 +45,12 @@ class FoundTemplate:
     file: Path
 
 
-def find_chat_template(folder: Path) -> FoundTemplate | None:
+def find_chat_template(folder: Path, *, images: bool = True) -> FoundTemplate | None:
     """Returns the template of a folder's chat template, or None where there is none.
+
+    Args:
+        folder: the folder.
+        images: whether it has to know images; that of a language model does not.
 
     Raises:
         ConfigError: a file is damaged, or its template renders prompts that are not built here.
@@ -65,11 +69,13 @@ def find_chat_template(folder: Path) -> FoundTemplate | None:
         before, _, after = frame.partition("\0")
         text = probe.render(None)
         if text == frame:
-            probe.expect_images(template.name, None)
+            if images:
+                probe.expect_images(template.name, None)
             return FoundTemplate(template.name, None, file)
         if after and text.startswith(before) and text.endswith(after):
             system = text[len(before) : len(text) - len(after)]
-            probe.expect_images(template.name, system)
+            if images:
+                probe.expect_images(template.name, system)
             own = system == template.system_message
             return FoundTemplate(template.name, None if own else system, file)
     raise probe.error(prompt_text(TEMPLATES["internvl_hf"], _TURNS), probe.render(None))

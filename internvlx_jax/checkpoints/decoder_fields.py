@@ -144,7 +144,7 @@ def _refuse_variants(config: Section, family: DecoderFamily) -> None:
     if family in ("qwen2", "qwen3"):
         config.refuse("use_sliding_window")
         layer_types = config.get("layer_types", [])
-        if set(layer_types) - {"full_attention"}:
+        if not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types):
             raise config.wrong("layer_types", "'full_attention' in every layer")
     if family == "llama":
         config.refuse("mlp_bias")
