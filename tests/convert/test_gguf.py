@@ -1,9 +1,8 @@
-"""GGUF files that cannot be used: one error each with file, field and remedy (checkpoints.md 12)."""
+"""GGUF files that cannot be used: one error with file, field and remedy (checkpoints.md 12)."""
 
+import gguf
 import numpy as np
 import pytest
-
-gguf = pytest.importorskip("gguf")
 
 from internvlx_jax.checkpoints.gguf_file import GgufFile, in_halves
 from internvlx_jax.cli.convert import main
