@@ -156,9 +156,11 @@ def _refuse_variants(config: Section, family: DecoderFamily) -> None:
 def _biases(config: Section, family: DecoderFamily) -> tuple[bool, bool]:
     """Returns whether queries, keys and values, and whether the output map, have biases."""
     if family == "internlm2":
-        return (config.flag("bias", True),) * 2
+        bias = config.flag("bias", True)
+        return bias, bias
     if family in ("llama", "qwen3"):
-        return (config.flag("attention_bias", False),) * 2
+        bias = config.flag("attention_bias", False)
+        return bias, bias
     return family == "qwen2", False
 
 

@@ -100,7 +100,7 @@ class GgufFile:
             ) from error
 
     def _check_architecture(self) -> str:
-        name = self.fields.get("general.architecture")
+        name = str(self.fields.get("general.architecture"))
         if name not in ARCHITECTURES_OF_GGUF:
             raise ConfigError(
                 f"{self.path}: general.architecture is {name!r}; read are "
