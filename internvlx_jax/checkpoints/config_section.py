@@ -129,6 +129,14 @@ class Section:
                 "computed"
             )
 
+    def check_divides(self, field: str, value: int, other: str, total: int) -> None:
+        """Raises ConfigError where a field's value does not divide that of another."""
+        if total % value:
+            raise ConfigError(
+                f"config.json: {self.name(field)} {value} does not divide {self.name(other)} "
+                f"{total}; a missing field or null is its default. Correct the one that is wrong"
+            )
+
     def wrong(self, field: str, expected: str) -> ConfigError:
         """Returns the error of a field that is not what is expected."""
         found = "null" if self.values[field] is None else repr(self.values[field])

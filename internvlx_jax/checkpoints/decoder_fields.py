@@ -85,6 +85,8 @@ def read_decoder(
 
     _refuse_variants(config, family)
     heads = size("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", heads, least=1)
+    config.check_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
     qkv_bias, out_bias = _biases(config, family)
     stored_output = any(name.endswith((".output.weight", ".lm_head.weight")) for name in tensors)
     return DecoderConfig(
@@ -93,7 +95,7 @@ def read_decoder(
         width=size("hidden_size"),
         layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=config.integer("num_key_value_heads", heads, least=1),
+        kv_heads=kv_heads,
         head_dim=_head_dim(config, family, size("hidden_size"), heads),
         mlp_width=size("intermediate_size"),
         eps=config.number("rms_norm_eps", 1e-5 if family == "phi3" else 1e-6, above=0),
@@ -142,7 +144,7 @@ def _refuse_variants(config: Section, family: DecoderFamily) -> None:
     if family in ("qwen2", "qwen3"):
         config.refuse("use_sliding_window")
         layer_types = config.get("layer_types", [])
-        if set(layer_types) - {"full_attention"}:
+        if not isinstance(layer_types, list) or any(x != "full_attention" for x in layer_types):
             raise config.wrong("layer_types", "'full_attention' in every layer")
     if family == "llama":
         config.refuse("mlp_bias")
@@ -154,9 +156,11 @@ def _refuse_variants(config: Section, family: DecoderFamily) -> None:
 def _biases(config: Section, family: DecoderFamily) -> tuple[bool, bool]:
     """Returns whether queries, keys and values, and whether the output map, have biases."""
     if family == "internlm2":
-        return (config.flag("bias", True),) * 2
+        bias = config.flag("bias", True)
+        return bias, bias
     if family in ("llama", "qwen3"):
-        return (config.flag("attention_bias", False),) * 2
+        bias = config.flag("attention_bias", False)
+        return bias, bias
     return family == "qwen2", False
 
 

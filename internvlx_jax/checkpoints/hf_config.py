@@ -143,7 +143,8 @@ def model_config(
 
 def _refuse_models(config: Mapping[str, Any], tensors: Collection[str]) -> None:
     """Raises ConfigError for members of the family that are not implemented here, by name."""
-    names = [str(config.get("model_type")), *(config.get("architectures") or ())]
+    listed = config.get("architectures")
+    names = [config.get("model_type"), *(listed if isinstance(listed, list) else ())]
     for name in names:
         plain = str(name).lower().replace("_", "").replace("-", "")
         for known, reason in REFUSED_MODELS.items():
@@ -215,8 +216,8 @@ def chat_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         (top, "vision_feature_select_strategy", "default"),
     ):
         section.expect(field, only)
-    kind = text.get("model_type") or "qwen2"
-    refuse_decoder(f"text_config.model_type is {kind!r}", str(kind))
+    kind = str(text.get("model_type") or "qwen2")
+    refuse_decoder(f"text_config.model_type is {kind!r}", kind)
     stored_as = {
         family: architecture
         for architecture, family in ARCHITECTURES.items()
@@ -265,10 +266,10 @@ def chat_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _side(config: Section, field: str, default: int) -> Any:
     """Returns the side of a square that newer files give as a pair."""
     value = config.get(field, default)
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) != 1:
+    sides = value if isinstance(value, list) else [value]
+    if not sides or any(side != sides[0] for side in sides):
         raise ConfigError(f"config.json: {config.name(field)} {value} is not square")
-    return sides.pop()
+    return sides[0]
 
 
 def _vision(config: Section, top: Section) -> VisionConfig:
@@ -281,10 +282,13 @@ def _vision(config: Section, top: Section) -> VisionConfig:
             f"config.json: force_image_size {size} differs from vision_config.image_size {stored}; "
             "resize the position table once: convert import --image_size"
         )
+    width = config.integer("hidden_size", 3200, least=1)
+    heads = config.integer("num_attention_heads", 25, least=1)
+    config.check_divides("num_attention_heads", heads, "hidden_size", width)
     return VisionConfig(
-        width=config.integer("hidden_size", 3200, least=1),
+        width=width,
         layers=config.integer("num_hidden_layers", 48, least=1),
-        heads=config.integer("num_attention_heads", 25, least=1),
+        heads=heads,
         mlp_width=config.integer("intermediate_size", 12800, least=1),
         image_size=size,
         patch_size=config.integer("patch_size", 14, least=1),

@@ -22,7 +22,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     taken from its cache.
 
     Args:
-        name: path, or Hugging Face id.
+        name: path, or Hugging Face id, which may carry its revision: OWNER/NAME@REVISION.
         revision: branch, tag or commit of the repository; None is its main branch.
 
     Raises:
@@ -33,10 +33,12 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         # Weight files are mapped into memory, so those of an object store are copied to the disk.
         return path if RunFolder.is_one(path) else local_folder(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(name))
+    if found is None:
         raise FileNotFoundError(
             f"{name}: no such folder; give a checkpoint folder or a Hugging Face id (OWNER/NAME)"
         )
+    owned, revision = found.group(1), revision or found.group(2)
     try:
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -45,10 +47,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
             "Install it (pip install 'internvlx-jax[hub]'), or give the path of a downloaded copy"
         ) from None
     try:
-        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(owned, revision=revision, allow_patterns=list(FILES)))
         if not any(folder.glob("*.safetensors")):  # older repositories have pickle files only
             patterns = [*FILES, "*.bin"]
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(owned, revision=revision, allow_patterns=patterns))
         return folder
     except Exception as error:  # no connection, repository or access: huggingface_hub says which
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

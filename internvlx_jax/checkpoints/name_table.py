@@ -19,6 +19,13 @@ from internvlx_jax.models.projectors import NUM_HEADS
 IGNORED_SOURCES = re.compile(r".*rotary_emb\.inv_freq$")
 
 LAYOUTS = ("internvl-x", "internvl", "hf")
+# Prefixes of recent transformers versions -> those of the hf layout's first files.
+NESTED = {
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:

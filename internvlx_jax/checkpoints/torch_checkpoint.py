@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from internvlx_jax.checkpoints.adapters import Adapter, Lora
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import IGNORED_SOURCES, name_table
-from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES, SafetensorsFolder
+from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES
 from internvlx_jax.checkpoints.side_files import copy_side_files, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
     HostArray,
@@ -30,7 +30,6 @@ from internvlx_jax.checkpoints.tensors import (
     count_not_finite,
     difference,
 )
-from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
@@ -61,6 +60,16 @@ class Allowed:
 STRICT = Allowed()
 
 
+class WeightFiles(Protocol):
+    """The files that a checkpoint's tensors come from, as reports speak of them."""
+
+    notes: list[str]
+
+    def check_sums(self) -> int:
+        """Compares the files with their SHA-256; returns how many had one."""
+        ...
+
+
 class TorchCheckpoint:
     """Tensors under their PyTorch names, with the config they belong to.
 
@@ -83,7 +92,7 @@ class TorchCheckpoint:
         layout: str,
         config: ModelConfig,
         tensors: Tensors,
-        folders: Sequence[SafetensorsFolder | BinFolder],
+        folders: Sequence[WeightFiles],
         *,
         allowed: Allowed = STRICT,
         lora: Sequence[Lora] = (),

@@ -32,6 +32,7 @@ from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
 from internvlx_jax.convert.inspection import inspect
 from internvlx_jax.convert.model_parts import Parts
+from internvlx_jax.convert.part_sources import FRESH_TOWERS
 from internvlx_jax.convert.verify import (
     InputsError,
     compare,
@@ -96,8 +97,12 @@ def _underscored(word: str) -> str:
 def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--from", dest="source", help="checkpoint folder or Hugging Face id")
     flags.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    flags.add_argument("--vit", help="build from parts: folder of the tower")
-    flags.add_argument("--llm", help="build from parts: folder of the decoder")
+    flags.add_argument(
+        "--vit",
+        help="build from parts: folder of the tower, or fresh: InternViT-300M at random weights "
+        "(fresh-tiny: two narrow layers)",
+    )
+    flags.add_argument("--llm", help="build from parts: folder of the decoder, or a GGUF file")
     flags.add_argument(
         "--projector",
         help="build from parts: folder or file; without it, it starts fresh",
@@ -222,7 +227,7 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
         if args.lora or args.keep_lora:
             parser.error("--lora and --keep_lora go with --from")
         source = Parts(
-            resolve(args.vit),
+            args.vit if args.vit in FRESH_TOWERS else resolve(args.vit),
             resolve(args.llm),
             None if args.projector is None else local_folder(args.projector),
             kind=args.projector_kind,

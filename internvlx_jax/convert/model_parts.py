@@ -14,13 +14,14 @@ import numpy as np
 
 from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
 from internvlx_jax.checkpoints.hf_config import model_config, with_fields
-from internvlx_jax.checkpoints.hf_folder import open_tensors, read_config, resized
+from internvlx_jax.checkpoints.hf_folder import open_tensors, resized
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.side_files import copy_side_files
 from internvlx_jax.checkpoints.tensors import Change, ChangedTensors, RenamedTensors, Tensors
 from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
+from internvlx_jax.convert.part_sources import open_decoder, open_tower
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
@@ -57,7 +58,7 @@ class Parts(TorchCheckpoint):
 
     def __init__(
         self,
-        vit: Path,
+        vit: str | Path,
         llm: Path,
         projector: Path | None = None,
         *,
@@ -70,8 +71,8 @@ class Parts(TorchCheckpoint):
         """Opens the folders; no weights are read.
 
         Args:
-            vit: folder of the tower.
-            llm: folder of the decoder and its tokenizer.
+            vit: folder of the tower, or `fresh`: one of 300M parameters that starts at random.
+            llm: folder of the decoder and its tokenizer, or a GGUF file, which holds both.
             projector: folder or safetensors file; None starts a new one of `kind`.
             kind: kind of a new projector.
             fields: fields of the chat config, e.g. template, downsample_ratio, max_dynamic_patch.
@@ -84,15 +85,20 @@ class Parts(TorchCheckpoint):
             ConfigError: a folder does not hold such a part, or the template is unknown.
             CheckpointError: weight files are missing, damaged, or contradict each other.
         """
-        vision, text = read_config(vit), read_config(llm)
-        _expect(vit, vision.get("model_type"), ("intern_vit_6b",))
-        _expect(llm, (text.get("architectures") or [None])[0], tuple(ARCHITECTURES))
-        folders = [open_tensors(vit), open_tensors(llm)]
+        tower = open_tower(vit)
+        decoder, self._alive = open_decoder(llm, keep_template="template" in (fields or {}))
+        text = decoder.config
+        folders = [part.tensors for part in (tower, decoder) if part.tensors is not None]
         where: dict[str, tuple[Tensors, str]] = {
-            prefix + name: (folder, name)
-            for prefix, folder in zip(("vision_model.", "language_model."), folders, strict=True)
-            for name in folder.names()
+            prefix + name: (part.tensors, name)
+            for prefix, part in (("vision_model.", tower), ("language_model.", decoder))
+            if part.tensors is not None
+            for name in part.tensors.names()
         }
+        if tower.tensors is None:
+            allowed = dataclasses.replace(
+                allowed, init_missing=(*allowed.init_missing, r"vision\.")
+            )
         if projector is not None:
             folders.append(_open_projector(projector))
             where |= _projector_names(folders[-1])
@@ -102,9 +108,12 @@ class Parts(TorchCheckpoint):
                 allowed, init_missing=(*allowed.init_missing, r"projector\.")
             )
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
-        self._tokens = NewTokens(llm, NEW_TOKENS)
+        self._tokens = NewTokens(decoder.folder, NEW_TOKENS)
         _check_rows(llm, self._tokens.old_size, text.get("vocab_size"))
-        stored = with_fields(_chat_fields(llm, vision, text, kind, self._tokens.size), fields or {})
+        stored = with_fields(
+            _chat_fields(tower.config, text, kind, self._tokens.size) | {**decoder.template},
+            fields or {},
+        )
         if stored["template"] is None:
             family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(
@@ -127,7 +136,7 @@ class Parts(TorchCheckpoint):
             tensors, config, note = resized(tensors, table, config, image_size)
             notes.append(note)
         super().__init__(
-            llm, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
+            decoder.folder, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
         )
 
     def write_side_files(self, folder: Path) -> list[str]:
@@ -139,7 +148,7 @@ class Parts(TorchCheckpoint):
 
 
 def _chat_fields(
-    llm: Path, vision: Mapping[str, Any], text: Mapping[str, Any], kind: ProjectorKind, ids: int
+    vision: Mapping[str, Any], text: Mapping[str, Any], kind: ProjectorKind, ids: int
 ) -> dict[str, Any]:
     """Returns the chat config of tower and decoder; `ids` counts the tokens with the new ones."""
     family = ARCHITECTURES[text["architectures"][0]]
@@ -237,14 +246,6 @@ def _check_rows(folder: Path, ids: int, rows: int | None) -> None:
         raise ConfigError(
             f"{folder}: the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}. "
             "Use the tokenizer files of this model."
-        )
-
-
-def _expect(folder: Path, found: str | None, known: tuple[str, ...]) -> None:
-    """Raises ConfigError where a folder holds another part."""
-    if found not in known:
-        raise ConfigError(
-            f"{folder / 'config.json'} describes {found!r}; expected one of {', '.join(known)}"
         )
 
 

@@ -33,7 +33,7 @@ def write_gguf_tokenizer(folder: Path, fields: Mapping[str, Any], source: Path) 
             f'{source}: tokenizer.ggml.model is "{kind}"; only "gpt2", byte-level BPE, is rebuilt '
             "from a GGUF file. Use the checkpoint's own folder with its tokenizer files."
         )
-    named = _field(fields, source, "tokenizer.ggml.pre")
+    named: str = _field(fields, source, "tokenizer.ggml.pre")
     pretokenizer = _SAME_AS.get(named, named)
     if pretokenizer not in PRETOKENIZERS:
         raise ConfigError(

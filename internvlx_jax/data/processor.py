@@ -88,11 +88,18 @@ class Processor:
             special_text: what reserved text inside turns does.
             tiles: replaces how the model's own prompt cuts images.
             images: how image files are read.
+
+        Raises:
+            ConfigError: the tokenizer has more ids than the model has rows, or it lacks the
+                separator of the template.
         """
         prompt = config.prompt
+        tokenizer.check_rows(config.decoder.vocab_size)
+        template = get_template(prompt.template)
+        tokenizer.token_id(template.stop)
         return cls(
             tokenizer,
-            get_template(prompt.template),
+            template,
             prompt.system_message,
             prompt.tiles if tiles is None else tiles,
             config.tokens_per_tile,

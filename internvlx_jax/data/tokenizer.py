@@ -120,6 +120,24 @@ class Tokenizer(abc.ABC):
             )
         return self.added[text]
 
+    def check_rows(self, rows: int) -> None:
+        """Checks that a model has a row of its embedding for every id.
+
+        Args:
+            rows: model.decoder.vocab_size.
+
+        Raises:
+            ConfigError: the model has fewer.
+        """
+        if self.vocab_size > rows:
+            last = self._texts.get(self.vocab_size - 1)
+            named = f' (the last is "{last}")' if last else ""
+            raise ConfigError(
+                f"{self.path}: the tokenizer has {self.vocab_size} ids, model.decoder.vocab_size "
+                f"is {rows}{named}. Use the tokenizer files of this model; `convert import --vit "
+                "VIT --llm LLM` adds tokens together with their rows."
+            )
+
     def split(self, text: str, special: SpecialText = "allow") -> list[int | str]:
         """Cuts text at added tokens.
 

@@ -36,11 +36,7 @@ def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Toke
             "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer "
             "to a folder with tokenizer files"
         )
-    if tokenizer.vocab_size > model.decoder.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.decoder.vocab_size is "
-            f"{model.decoder.vocab_size}; give the model a row for each"
-        )
+    tokenizer.check_rows(model.decoder.vocab_size)
     return tokenizer
 
 

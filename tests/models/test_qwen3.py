@@ -12,8 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
-from internvlx_jax.checkpoints.hf_folder import NESTED
-from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.name_table import NESTED, name_table
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.verify import inputs_from_flat
