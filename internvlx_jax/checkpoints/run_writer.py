@@ -21,6 +21,7 @@ from internvlx_jax.checkpoints.run_format import (
     mismatches,
     split_average,
 )
+from internvlx_jax.checkpoints.run_lock import LOCK
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.data.tokenizer import Tokenizer
@@ -244,7 +245,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.evaluation_config import PROTOCOLS, EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.run_config import MeshConfig
@@ -120,14 +118,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not ({"checkpoint", "rescore"} & args.keys()):
         flags.error("--checkpoint is required")
-    try:
+
+    def score() -> int:
         summaries = _score(args)
-    except (ConfigError, CheckpointError, SampleError, JudgeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    _print_scores(summaries, args["out_dir"])
-    failed = any(summary.errors for summary in summaries)
-    return 3 if failed and not args.get("allow_errors") else 0
+        _print_scores(summaries, args["out_dir"])
+        failed = any(summary.errors for summary in summaries)
+        return 3 if failed and not args.get("allow_errors") else 0
+
+    words = "interrupted; the answers so far are kept, and --resume goes on with them"
+    return run_command(score, JudgeError, interrupted=words)
 
 
 def _score(args: Mapping[str, Any]) -> list[Summary]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from internvlx_jax.checkpoints.hf_config import ARCHITECTURES, model_config
+from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
+from internvlx_jax.checkpoints.hf_config import model_config, with_fields
 from internvlx_jax.checkpoints.hf_folder import open_tensors, read_config, resized
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
@@ -38,7 +39,12 @@ NEW_TOKENS = (
     "<box>",
     "</box>",
 )
-TEMPLATES_OF = {"internlm2": "internlm2-chat", "qwen2": "internvl2_5", "phi3": "phi3-chat"}
+TEMPLATES_OF = {
+    "internlm2": "internlm2-chat",
+    "qwen2": "internvl2_5",
+    "qwen3": "internvl2_5",
+    "phi3": "phi3-chat",
+}
 
 
 class Parts(TorchCheckpoint):
@@ -98,7 +104,7 @@ class Parts(TorchCheckpoint):
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
         self._tokens = NewTokens(llm, NEW_TOKENS)
         _check_rows(llm, self._tokens.old_size, text.get("vocab_size"))
-        stored = _chat_fields(llm, vision, text, kind, self._tokens.size) | dict(fields or {})
+        stored = with_fields(_chat_fields(llm, vision, text, kind, self._tokens.size), fields or {})
         if stored["template"] is None:
             family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(

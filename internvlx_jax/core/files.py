@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text, read_json_file
 
 
 @contextmanager
@@ -24,8 +26,9 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        aside.rename(path)
+        with named_on_error(path):
+            yield aside
+            aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -45,10 +48,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        yield aside
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
+        with named_on_error(path):
+            yield aside
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -56,7 +60,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text."""
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(encode_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,10 +76,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
+    value = read_json_file(path, remedy="fetch it again")
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object; fetch it again")
     return value
@@ -93,13 +94,9 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines(keepends=True), start=1
-    ):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(complete_lines(path.read_bytes()), start=1):
         try:
-            row = json.loads(line)
+            row = decode_json(line)
             [row[name] for name in needed]
         except (ValueError, TypeError, KeyError):
             names = ", ".join(f'"{name}"' for name in needed)

@@ -10,7 +10,9 @@ from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.ranges import SEED, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.evaluation.identity import file_hashes
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.questions import Question, read_questions
@@ -64,6 +66,13 @@ class Decoding:
     sampling: Sampling = Sampling()
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_ranges(self, seed=SEED)
+        if "" in self.stop_strings:
+            raise ConfigError(
+                "stop_string is an empty text, which would end every answer at once; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +166,22 @@ def _read(
         dataclasses.replace(question, prompt=spec.prompt(question))
         for question in questions[: selection.limit]
     ]
+    if protocol == GENERIC:
+        for question in asked:
+            _check_placeholders(question)
     compat = compat_of(selection, spec)
     return TaskSpec(task, protocol, spec, asked, compat, hashes, tuple(notes))
+
+
+def _check_placeholders(question: Question) -> None:
+    """Refuses a question that would be asked without its image, or with too few of them."""
+    found, images = question.prompt.count(IMAGE_PLACEHOLDER), len(question.images)
+    if found and found != images:
+        raise ConfigError(
+            f'{question.where}: {images} image{"s" * (images != 1)} but {found} "<image>" in the '
+            'question; name an image for each under "image", or leave "<image>" out to have the '
+            "images put in front"
+        )
 
 
 def generation_spec(

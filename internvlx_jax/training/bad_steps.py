@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.files import read_json_lines, write_text
+from internvlx_jax.core.json_text import encode_line
 from internvlx_jax.core.run_config import StabilityConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.step import Metrics
@@ -142,8 +144,8 @@ class BadSteps:
             },
             "samples": self._planned_ids(step - 1),
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with named_on_error(self._path), self._path.open("ab") as file:
+            file.write(encode_line(line))
 
 
 def usual_bound(losses: Sequence[float]) -> float:

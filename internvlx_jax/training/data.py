@@ -105,7 +105,10 @@ def _open_both(
     )
     index, count = row_share(mesh)
     common: dict[str, Any] = dict(
-        process_index=index, process_count=count, progress=jax.process_index() == 0
+        process_index=index,
+        process_count=count,
+        progress=jax.process_index() == 0,
+        refresh=jax.process_index() == 0,  # the others find what it has measured
     )
     training = Loader(
         data.meta,

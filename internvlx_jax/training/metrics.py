@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
-from internvlx_jax.core.files import write_text
+from internvlx_jax.core.disk import named_on_error
+from internvlx_jax.core.files import read_json_lines, write_text
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep, StepCounts
 from internvlx_jax.models.flops import train_flops
@@ -42,17 +43,12 @@ class MetricsWriter:
         self._path = run / "metrics.jsonl"
         # A run that begins again also repeats its line of step 0.
         first = start_step + 1 if start_step else 0
-        kept = []
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first
-            ]
-        write_text(self._path, "".join(kept))
+        kept = [row for row in read_json_lines(self._path, "step") if row["step"] < first]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self._path.open("a") as file:
+        with named_on_error(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.data.buckets import Bucket
@@ -166,7 +167,8 @@ def record_start(run: Run, step: int) -> None:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
     }
-    with (run.folder / STARTS).open("a", encoding="utf-8") as file:
+    path = run.folder / STARTS
+    with named_on_error(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
 
 

@@ -77,14 +77,18 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     )
     rows, weights = np.asarray(rows), np.asarray(weights)
     return {
-        "step": step, "parameters_of_step": folder.step,
+        "step": step,
+        "parameters_of_step": folder.step,
         "bucket": {"tiles": loaded.bucket.tiles, "length": loaded.bucket.length},
         "loss": number(loss),
         "grad_norm": {name: number(each) for name, each in {"all": norm, **norms}.items()},
-        "rows": [{"loss": number(row / weight) if weight else None, "samples": samples}
-                 for row, weight, samples
-                 in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
-    }  # fmt: skip
+        "rows": [
+            {"loss": number(row / weight) if weight else None, "samples": samples}
+            for row, weight, samples in zip(
+                rows, weights, loader.planned_ids(step - 1), strict=True
+            )
+        ],
+    }
 
 
 def _measure(setup: Setup, config: TrainConfig, step: int) -> Callable[..., Any]:

@@ -71,6 +71,11 @@ class Run:
         return {"train": to_dict(self.config), "model": to_dict(self.model)}
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Returns the run folder of a config, an absolute path, which orbax insists on."""
+    return Path(config.output_dir).absolute()
+
+
 def open_run(config: TrainConfig) -> Run:
     """Opens devices, checkpoint, tokenizer and data of a run, and sets up its steps.
 
@@ -79,7 +84,7 @@ def open_run(config: TrainConfig) -> Run:
         CheckpointError: `init_from` holds another model, or the data have changed since the run's
             newest checkpoint.
     """
-    folder = Path(config.output_dir).absolute()  # orbax insists on absolute paths
+    folder = run_folder(config)
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)
