@@ -284,7 +284,11 @@ CONTRADICTIONS = {
         lambda text: text.replace("<|im_end|>", "<|stop|>"),
         "tokenizer_config.json: eos_token is '<|stop|>', which is no token",
     ),
-    "not JSON": ("tokenizer_config.json", lambda text: "{", "tokenizer_config.json.*fetch it again"),
+    "not JSON": (
+        "tokenizer_config.json",
+        lambda text: "{",
+        "tokenizer_config.json.*fetch it again",
+    ),
 }
 OLDER = {
     "merges cut inside a line": (
@@ -362,3 +366,13 @@ def test_ids_are_int32(bpe):
         "图 😀", template=V2_5, tokenizer=bpe, tiles_per_image=[1], tokens_per_tile=4
     )
     assert encoded.tokens.dtype == np.int32 and encoded.tile_start.size == 1
+
+
+def test_more_ids_than_rows(bpe):
+    bpe.check_rows(588)
+    message = (
+        "tokenizer.json: the tokenizer has 588 ids, model.decoder.vocab_size is 587 "
+        '.the last is "</box>".*Use the tokenizer files of this model'
+    )
+    with pytest.raises(ConfigError, match=message):
+        bpe.check_rows(587)
