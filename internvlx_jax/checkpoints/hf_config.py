@@ -101,7 +101,8 @@ def model_config(
     if is_hf and (missing := [field for field in HF_LACKS if field not in top.values]):
         raise ConfigError(
             f"config.json: the hf layout does not say {', '.join(missing)}, which prompts and "
-            "tiles need. Give them to convert import, e.g. --field template=internvl2_5 "
+            "tiles need. Copy chat_template.jinja and preprocessor_config.json of the checkpoint "
+            "beside it, or give the fields to convert import, e.g. --field template=internvl_hf "
             "dynamic_image_size=true use_thumbnail=true max_dynamic_patch=12"
         )
     if top.get("model_type") != "internvl_chat":

@@ -14,9 +14,8 @@ from typing import Any
 from internvlx_jax.checkpoints.chat_template import find_chat_template
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.tile_config import NORMALIZATIONS
 
-# What InternVL's tower is trained with, and all that is computed here.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BICUBIC = 3  # the number that Pillow gives it
 _TILING = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch")
 
@@ -121,7 +120,9 @@ class _Settings:
             raise self._error("do_center_crop", "only false is computed")
         if self.fields.get("resample") not in (None, _BICUBIC):
             raise self._error("resample", f"only bicubic ({_BICUBIC}) is computed")
-        for field, wanted in (("image_mean", _MEAN), ("image_std", _STD)):
+        for field, wanted in zip(
+            ("image_mean", "image_std"), NORMALIZATIONS["imagenet"], strict=True
+        ):
             if not _close(self.fields.get(field), wanted):
                 raise self._error(field, f"only ImageNet's {list(wanted)} is computed")
         if not _close(self.fields.get("rescale_factor"), 1 / 255):

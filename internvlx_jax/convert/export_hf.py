@@ -296,6 +296,11 @@ def _side_files(source: Checkpoint, folder: Path, layout: str, fields: dict[str,
             "config.json names no remote code (auto_map): the source brought none, so transformers "
             "needs the modeling files of the original repository to load this folder"
         )
+    if layout != "hf" and fields.get("template") == "internvl_hf":
+        notes.append(
+            "config.json has the template internvl_hf, which InternVL's own code does not know: "
+            "for that code set it to internvl2_5, whose prompts have a system message"
+        )
     extra = [name for name in OTHER_FILES if (folder / name).is_file()]
     return notes + ([f"copied {', '.join(extra)}"] if extra else [])
 

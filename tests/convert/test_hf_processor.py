@@ -185,6 +185,9 @@ def test_import_needs_no_field(tmp_path, make_checkpoint, capsys):
     assert "template internvl_hf from chat_template.jinja" in out
     prompt = json.loads((tmp_path / "one" / "config.json").read_text())["model"]["prompt"]
     assert prompt["template"] == "internvl_hf" and prompt["tiles"]["max_num"] == 8
+    internvl = ("--layout", "internvl", "--dtype", "keep")
+    assert run("export", "--from", tmp_path / "one", "--to", tmp_path / "back", *internvl) == 0
+    assert "InternVL's own code does not know" in capsys.readouterr().out
     field = ("--field", "max_dynamic_patch=4")
     assert run("import", "--from", tmp_path / "hf", "--to", tmp_path / "two", *field) == 0
     assert "max_dynamic_patch from --field" in capsys.readouterr().out

@@ -7,9 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+from internvlx_jax import load
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.model_parts import NEW_TOKENS
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
 
 ROWS = 200
@@ -192,3 +194,28 @@ def test_what_is_refused(tmp_path, parts, capsys):
     assert build(tmp_path) == 1
     assert "describes 'MambaForCausalLM'" in capsys.readouterr().err
     assert not (tmp_path / "jax").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text, "the tokenizer has 588 ids, model.decoder.vocab_size is 200"),
+        (lambda text: text[:1000], "tokenizer.json"),
+        (lambda text: text.replace("<img>", "<im>"), 'no added token "<img>"'),
+    ],
+)
+def test_import_says_what_keeps_a_tokenizer_from_use(
+    change, message, tmp_path, make_checkpoint, golden, capsys
+):
+    """The weights are imported all the same; what needs text then refuses in the same words."""
+    make_checkpoint(tmp_path / "source", "qwen2", "mlp1")
+    for file in (golden / "bpe" / "tokenizer").iterdir():
+        text = file.read_text(encoding="utf-8")
+        changed = change(text) if file.name == "tokenizer.json" else text
+        (tmp_path / "source" / file.name).write_text(changed, encoding="utf-8")
+    source, out = str(tmp_path / "source"), str(tmp_path / "jax")
+    assert main(["import", "--from", source, "--to", out]) == 0
+    note = capsys.readouterr().out
+    assert "the tokenizer files cannot be used as they are: " in note and message in note
+    with pytest.raises(ConfigError, match=message):
+        load(out)

@@ -258,7 +258,7 @@ def test_smollm_cuts_digits_and_keeps_forms(tmp_path):
 
 
 CONTRADICTIONS = {
-    "cut off": ("tokenizer.json", lambda text: text[:2000], "tokenizer.json is not JSON"),
+    "cut off": ("tokenizer.json", lambda text: text[:2000], "tokenizer.json.*fetch it again"),
     "unknown piece": (
         "tokenizer.json",
         lambda text: text.replace('"merges": [', '"merges": [["x1", "y2"], ', 1),
@@ -284,7 +284,11 @@ CONTRADICTIONS = {
         lambda text: text.replace("<|im_end|>", "<|stop|>"),
         "tokenizer_config.json: eos_token is '<|stop|>', which is no token",
     ),
-    "not JSON": ("tokenizer_config.json", lambda text: "{", "tokenizer_config.json is not JSON"),
+    "not JSON": (
+        "tokenizer_config.json",
+        lambda text: "{",
+        "tokenizer_config.json.*fetch it again",
+    ),
 }
 OLDER = {
     "merges cut inside a line": (
@@ -302,7 +306,7 @@ OLDER = {
         lambda text: text.replace("r e\n", "r zz\n", 1),
         "merges.txt line 2: 'r zz' needs the piece 'zz'",
     ),
-    "vocabulary cut": ("vocab.json", lambda text: text[:500], "vocab.json is not JSON"),
+    "vocabulary cut": ("vocab.json", lambda text: text[:500], "vocab.json.*fetch it again"),
     "another id": (
         "added_tokens.json",
         lambda text: text.replace("581", "600"),
@@ -362,3 +366,13 @@ def test_ids_are_int32(bpe):
         "图 😀", template=V2_5, tokenizer=bpe, tiles_per_image=[1], tokens_per_tile=4
     )
     assert encoded.tokens.dtype == np.int32 and encoded.tile_start.size == 1
+
+
+def test_more_ids_than_rows(bpe):
+    bpe.check_rows(588)
+    message = (
+        "tokenizer.json: the tokenizer has 588 ids, model.decoder.vocab_size is 587 "
+        '.the last is "</box>".*Use the tokenizer files of this model'
+    )
+    with pytest.raises(ConfigError, match=message):
+        bpe.check_rows(587)
