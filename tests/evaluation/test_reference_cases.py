@@ -321,7 +321,7 @@ def test_vlmevalkit_doubles_the_first_image_of_mmmu(tmp_path, side, tiles):
     )
     sizes = dict(width=16, layers=1, heads=2)
     model = ModelConfig(
-        vision=VisionConfig(**sizes, mlp_width=16, image_size=56),
+        vision=VisionConfig(**sizes, mlp_width=16, image_size=448),
         decoder=DecoderConfig(**sizes, vocab_size=8, kv_heads=2, head_dim=8, mlp_width=16),
         projector=ProjectorConfig(kind="mlp1"),
     )
