@@ -246,6 +246,27 @@ def test_a_judge_that_goes_away_leaves_the_task_pending(answered, endpoint, tmp_
     assert again.score == 50, "one reply from the cache, one asked now"
 
 
+def test_a_judge_that_is_down_shows_in_the_exit_status(command, checkpoint, data_root, tmp_path):
+    status, text, _ = command(
+        "--no_dynamic",
+        checkpoint=checkpoint,
+        tasks="mmvet,pope",
+        protocol=PROTOCOL,
+        data_root=data_root,
+        dtype="float32",
+        max_new_tokens=4,
+        judge_url="http://localhost:9",
+        judge_model="m",
+        judge_retries=1,
+    )
+    assert status == 4 and "| pending |" in text
+    for task in ("mmvet", "pope"):
+        summary = json.loads((tmp_path / "out" / "run" / task / "summary.json").read_text())
+        assert summary["judge"] == "pending" and summary["score"] is None
+        assert any("the judge gave no more replies" in note for note in summary["notes"])
+        assert len(read_rows(tmp_path / "out" / "run" / task / "predictions.jsonl")) == 2
+
+
 def test_a_budget_is_shared_by_the_tasks_of_a_job(answered, endpoint):
     budget = RequestBudget(3)
     config = JudgeConfig(url=f"http://localhost:{endpoint.server_port}", model="o")
