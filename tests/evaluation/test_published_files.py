@@ -21,6 +21,7 @@ from internvlx_jax.evaluation.judge import RequestBudget
 from internvlx_jax.evaluation.prediction_shards import read_rows as stored_rows
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
+from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.task_run import TaskRun, make_judge
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 
@@ -187,6 +188,21 @@ def test_datasets_that_vlmevalkit_does_not_have_get_no_table(judged):
             assert all(not spec.dataset for spec in task.protocols.values())
     assert not TASKS["ai2d_test"].protocols["internvl"].dataset
     assert not TASKS["mmmu_val"].protocols["internvl"].dataset
+
+
+@pytest.mark.parametrize("task", [name for name in READ if "internvl" in TASKS[name].protocols])
+def test_tables_of_internvl_have_what_vlmevalkit_reads(task, data_root):
+    """Where VLMEvalKit would not recognize the questions there is no table."""
+    (spec,) = select(EvaluationConfig(tasks=task, protocol="internvl", data_root=str(data_root)))
+    if task in ("ai2d_test", "scienceqa", "seed", "mmmu_val"):
+        assert not spec.protocol_spec.dataset
+        return
+    texts = ["x"] * len(spec.questions)
+    rows = vlmevalkit_rows(spec.questions, texts, spec.protocol_spec.table)
+    assert {"index", "question", "prediction", *READ[task]} - {"split"} <= rows[0].keys()
+    assert all(row[name] != "" for row in rows for name in READ[task][:1])
+    if task in ("pope", "mme"):
+        assert {row["answer"] for row in rows} == {"Yes", "No"}
 
 
 # --- nothing is lost ------------------------------------------------------------------------------

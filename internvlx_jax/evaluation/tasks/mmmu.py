@@ -115,10 +115,10 @@ def _read(roots: Roots) -> list[Question]:
 
 
 def prompt(question: Question) -> str:
-    """Returns the question with its options, if any, and the instruction of its type."""
-    if question.fields["question_type"] == "multiple-choice":
-        return f"{question.text}{option_lines(question.options)}\n{LETTER}".strip()
-    return f"{question.text}\n{BASE}".strip()
+    """Returns the question with its options, if any, each stripped, and the instruction."""
+    options = {letter: text.strip() for letter, text in question.options.items()}
+    choice = question.fields["question_type"] == "multiple-choice"
+    return f"{question.text.strip()}{option_lines(options)}\n{LETTER if choice else BASE}".strip()
 
 
 def open_answers(text: str, *, empty_tails: bool = True) -> set[str | float]:
