@@ -235,9 +235,13 @@ def test_rescoring_uses_other_deviations(settings, configure, run_on, data_root,
     # 9.5 is within 5 % of 10, but 10 is not within 5 % of 9.5.
     rows[0] = dataclasses.replace(rows[0], raw="9.5")
     parts.write_rows(path, rows)
-    assert rescore(str(path), data_root=str(data_root)).score == 50
-    swapped = rescore(str(path), data_root=str(data_root), compat="acceptance")
+    swapped = rescore(str(path), data_root=str(data_root))
     assert (swapped.score, swapped.compat) == (0, ["relaxed_swap"])
+    plain = rescore(str(path), data_root=str(data_root), compat="none")
+    assert (plain.score, plain.compat) == (50, [])
+    assert rescore(str(path), data_root=str(data_root)).score == 50, "as it was scored last"
+    again = rescore(str(path), data_root=str(data_root), compat="acceptance")
+    assert (again.score, again.compat) == (0, ["relaxed_swap"])
     rows[0] = dataclasses.replace(rows[0], prompt="Another one?")
     parts.write_rows(path, rows)
     with pytest.raises(ConfigError, match="row 0 is not the question at .*test_human.jsonl line 1"):
@@ -367,6 +371,9 @@ def test_flags_become_settings(command, monkeypatch):
             judge_url="u",
             judge_model="m",
             judge_cache="j",
+            judge_concurrency=3,
+            judge_retries=2,
+            judge_budget=9,
             mesh_fsdp=2,
             out_dir="o",
         )[0]
@@ -396,7 +403,7 @@ def test_flags_become_settings(command, monkeypatch):
                 seed=4,
                 stop_strings=("END",),
             ),
-            judge=JudgeConfig(url="u", model="m", cache="j"),
+            judge=JudgeConfig(url="u", model="m", cache="j", concurrency=3, retries=2, budget=9),
             mesh=MeshConfig(fsdp=2),
             resume=True,
             shard="1/2",

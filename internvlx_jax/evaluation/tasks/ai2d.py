@@ -22,10 +22,12 @@ TASKS = (
                 plain,
                 scoring.mean_of(exact),
                 max_new_tokens=10,
-                dataset="AI2D_TEST",
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("AI2D_TEST"), vlm_choice, scoring.vanilla_choice, dataset="AI2D_TEST"
+                tsv("AI2D_TEST", needs=("answer", "A", "B")),
+                vlm_choice,
+                scoring.vanilla_choice,
+                dataset="AI2D_TEST",
             ),
         },
     ),

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 from internvlx_jax.evaluation.image_policies import VLMEVALKIT
 from internvlx_jax.evaluation.prompts import Prompt, vlm_images
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
 from internvlx_jax.inference.tiling import EACH, ImagePolicy
 
 VLMEVALKIT_NEW_TOKENS = 4096
+
+# Deviations of all benchmarks of VLMEvalKit; those of other kinds of questions have no effect. The
+# first two come from its files, so they do not apply to benchmarks that it has no file of.
+VLMEVALKIT_FILES = ("pandas_cells", "pandas_predictions")
+VLMEVALKIT_COMPAT = ("option_word_start", "random_option", "yes_no_case")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +33,22 @@ class ProtocolSpec:
         source: the questions.
         prompt: how a question is put to the model.
         score: how answers are scored.
-        dataset: name of the table of predictions, and of the TSV file where there is one.
+        dataset: name of the benchmark in VLMEvalKit and of the table of predictions that it scores;
+            empty where it has none, or could not score a table of these questions.
         max_new_tokens: most tokens of an answer.
         min_new_tokens: number of tokens before the stop token is allowed.
         images: how several images become tiles, given whether images are cut at all (`dynamic`).
         submission: writes the file for the benchmark's server.
         compat: deviations that belong to the protocol (`scoring.COMPAT`).
-        acceptance: deviations that `--compat acceptance` adds.
+        release: deviations of the InternVL-X release, which `--compat release` takes in place of
+            `compat`; None where they are the same.
+        table: columns of the table, besides those of `submissions.vlmevalkit_rows`.
+        joined: whether the questions are a part of `dataset`, whose table is written when all of
+            its tasks are answered.
+        samples: published number of questions under this protocol; None takes that of the task, 0
+            is unknown.
+        baseline_tiles: tile maximum of the InternVL2 baseline under this protocol; None takes that
+            of the task.
     """
 
     source: Source
@@ -44,7 +60,11 @@ class ProtocolSpec:
     images: Callable[[bool], ImagePolicy] = lambda dynamic: EACH
     submission: Submission | None = None
     compat: tuple[str, ...] = ()
-    acceptance: tuple[str, ...] = ()
+    release: tuple[str, ...] | None = None
+    table: Callable[[Question], Mapping[str, Any]] = lambda question: {}
+    joined: bool = False
+    samples: int | None = None
+    baseline_tiles: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +101,7 @@ def internvl(
     score: Scorer,
     *,
     max_new_tokens: int,
-    dataset: str,
+    dataset: str = "",
     min_new_tokens: int = 1,
     **rest,
 ) -> ProtocolSpec:
@@ -98,15 +118,24 @@ def internvl(
 
 
 def vlmevalkit(
-    source: Source, prompt: Prompt, score: Scorer, *, dataset: str, **rest
+    source: Source,
+    prompt: Prompt,
+    score: Scorer,
+    *,
+    dataset: str,
+    compat: tuple[str, ...] = (),
+    images: Callable[[bool], ImagePolicy] = lambda dynamic: VLMEVALKIT,
+    **rest,
 ) -> ProtocolSpec:
     """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields."""
+    files = VLMEVALKIT_FILES if dataset else ()
     return ProtocolSpec(
         source=source,
         prompt=vlm_images(prompt),
         score=score,
         max_new_tokens=VLMEVALKIT_NEW_TOKENS,
         dataset=dataset,
-        images=lambda dynamic: VLMEVALKIT,
+        images=images,
+        compat=(*files, *VLMEVALKIT_COMPAT, *compat),
         **rest,
     )
