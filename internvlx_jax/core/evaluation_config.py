@@ -28,6 +28,8 @@ class EvaluationConfig:
         max_new_tokens: In place of the task's own.
         compat: Comma-separated names of the scorers' deviations, `none` or `acceptance`, in place
             of the protocol's own.
+        cot: Asks benchmarks that have such a prompt for a chain of thought.
+        frames: Number of frames of a video, in place of the task's own.
     """
 
     data: str | None = None
@@ -42,6 +44,8 @@ class EvaluationConfig:
     limit: int | None = None
     max_new_tokens: int | None = None
     compat: str | None = None
+    cot: bool = False
+    frames: int | None = None
 
     def __post_init__(self):
         if (self.data is None) != (self.metric is None):
@@ -57,7 +61,7 @@ class EvaluationConfig:
             )
         if "{question}" not in self.prompt:
             raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")
-        for name in ("limit", "max_new_tokens"):
+        for name in ("limit", "max_new_tokens", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, it must be at least 1")

@@ -19,6 +19,8 @@ from internvlx_jax.evaluation.prediction_shards import read_rows
 from internvlx_jax.evaluation.records import Row, Summary
 from internvlx_jax.evaluation.tasks import TASKS
 
+SCALES = (100.0, 1.0, 1000.0)  # from the score of a question to that of a benchmark
+
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]  # id of a question, and how many rows before it have the same id
@@ -47,8 +49,19 @@ class Scored:
 
     @property
     def scale(self) -> float:
-        """Factor from the scores of rows to points: 100 for fractions, 1 for other units."""
-        fractions = all(0 <= (row.score or 0.0) <= 1 for row in self.rows.values())
+        """Factor from the scores of questions to the unit of the headline.
+
+        It is what the headline shows: 100 for points, 1000 for OCRBench, 1 for fractions. Where the
+        headline is no mean, fractions become points and other scores stay.
+        """
+        units = [*(self.units() or {}).values()]
+        if not units:
+            return 1.0
+        mean, score = sum(units) / len(units), self.summary.score
+        for factor in SCALES:
+            if mean and score is not None and math.isclose(factor * mean, score, rel_tol=1e-6):
+                return factor
+        fractions = all(0 <= value <= 1 for value in units)
         return 100.0 if fractions and self.summary.protocol != "generic" else 1.0
 
     @property

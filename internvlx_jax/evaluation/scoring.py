@@ -26,6 +26,10 @@ COMPAT = {
     "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
     "llavabench_minus1": "LLaVA-Bench: an unreadable judgment is -1 for both and stays in the "
     "means (InternVL script)",
+    "mvbench_empty_right": "MVBench: an answer without letters in its first word, such as an empty "
+    "one, is right (both references)",
+    "videomme_openings": 'Video-MME: "Best option: C" is B, because two commas are missing '
+    "(VLMEvalKit)",
 }
 
 
@@ -168,15 +172,22 @@ def first_options(rows: Sequence[Answered]) -> list[str]:
     return [options.first_option(row.text, row.question.options) for row in rows]
 
 
-def inferred_options(rows: Sequence[Answered], context: Context) -> tuple[list[str], list[str]]:
+def inferred_options(
+    rows: Sequence[Answered], context: Context, *, judge_prompt: str | None = None
+) -> tuple[list[str], list[str]]:
     """Reads options as VLMEvalKit does, with the judge where the rules do not decide.
+
+    Args:
+        rows: the answered questions.
+        context: judge and deviations.
+        judge_prompt: the judge's prompt; None takes that of the language of the question.
 
     Returns:
         (the letter of each row, "" where there is none; notes).
     """
     letters = [options.infer_option(row.text, row.question.options) for row in rows]
     undecided = [i for i, letter in enumerate(letters) if letter is None and not rows[i].error]
-    prompts = [_option_prompt(rows[i]) for i in undecided]
+    prompts = [_option_prompt(rows[i], judge_prompt) for i in undecided]
     replies = ask_until(context.judge, prompts, str)
     for i, reply in zip(undecided, replies, strict=True):
         if reply is not None:
@@ -188,11 +199,12 @@ def inferred_options(rows: Sequence[Answered], context: Context) -> tuple[list[s
     return [letter or "" for letter in letters], [note] if unread else []
 
 
-def _option_prompt(row: Answered) -> str:
+def _option_prompt(row: Answered, name: str | None) -> str:
     question = row.question
     listed = "".join(f"{letter}. {text}\n" for letter, text in question.options.items())
+    chinese = re.search(r"[\u4e00-\u9fff]", question.text)
     return fill(
-        "option_cn" if re.search(r"[\u4e00-\u9fff]", question.text) else "option",
+        name or ("option_cn" if chinese else "option"),
         question=question.text,
         options=f"There are several options: \n{listed}",
         prediction=row.text,

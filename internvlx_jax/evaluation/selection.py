@@ -103,7 +103,9 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     """
     check_names(selection)
     data = Path(selection.data_root)
-    roots = Roots(data, Path(selection.tsv_root) if selection.tsv_root else data / "tsv")
+    roots = Roots(
+        data, Path(selection.tsv_root) if selection.tsv_root else data / "tsv", selection.frames
+    )
     chosen = [
         (task, *find_protocol(task, selection.protocol))
         for task in find_tasks(selection.tasks, selection.suite)
@@ -111,6 +113,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     if selection.data is not None and selection.metric is not None:
         task = question_file_task(selection, Path(selection.data), selection.metric)
         chosen.append((task, *find_protocol(task, GENERIC)))
+    chosen = _asked(chosen, selection)
     missing = [
         f"  {task.name} ({protocol}): {path}"
         for task, protocol, spec in chosen
@@ -125,6 +128,34 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
             + "\n".join(missing)
         )
     return [_read(task, protocol, spec, roots, selection) for task, protocol, spec in chosen]
+
+
+def _asked(
+    chosen: list[tuple[Task, str, ProtocolSpec]], selection: EvaluationConfig
+) -> list[tuple[Task, str, ProtocolSpec]]:
+    """Returns tasks with chain of thought and number of frames as selected.
+
+    Raises:
+        ConfigError: no task of the selection has such a prompt, or none has videos.
+    """
+    if selection.cot:
+        if not any(spec.cot for _, _, spec in chosen):
+            raise ConfigError(
+                f"none of {', '.join(task.name for task, _, _ in chosen)} has a prompt for a chain "
+                "of thought under its protocol; leave out --cot, or see docs/evaluation.md for the "
+                "tasks that have one"
+            )
+        chosen = [(task, protocol, spec.reasoning()) for task, protocol, spec in chosen]
+    if selection.frames is not None:
+        if not any(spec.frames for _, _, spec in chosen):
+            raise ConfigError(
+                f"none of {', '.join(task.name for task, _, _ in chosen)} has videos; leave out "
+                "--frames"
+            )
+        chosen = [
+            (task, protocol, spec.with_frames(selection.frames)) for task, protocol, spec in chosen
+        ]
+    return chosen
 
 
 def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
@@ -158,6 +189,8 @@ def _read(
         for question in questions[: selection.limit]
     ]
     compat = compat_of(selection, spec)
+    if selection.cot and spec.cot is None:
+        notes.append("this benchmark has no prompt for a chain of thought; asked directly")
     return TaskSpec(task, protocol, spec, asked, compat, hashes, tuple(notes))
 
 
@@ -217,6 +250,8 @@ def _answer_settings(
         stop_strings=generation.stop_strings,
         data_sha256=spec.hashes,
         question_file=_question_file(selection) if spec.generic else None,
+        cot=selection.cot and spec.protocol_spec.cot is not None,
+        frames=selection.frames if spec.protocol_spec.frames else None,
     )
 
 

@@ -27,10 +27,12 @@ class Roots:
     Attributes:
         data: InternVL's data folder.
         tsv: folder of the TSV files.
+        frames: number of frames of a video; None takes the benchmark's own.
     """
 
     data: Path
     tsv: Path
+    frames: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,7 +164,7 @@ class TaskRun:
     def _write(self, judge: Judge) -> Summary:
         spec, rows = self.spec, [self.rows[number] for number in range(len(self.spec.questions))]
         answered = [
-            Answered(question, row.raw, row.error)
+            Answered(question, spec.protocol_spec.read(row.raw), row.error)
             for question, row in zip(spec.questions, rows, strict=True)
         ]
         result = spec.protocol_spec.score(answered, Context(judge, spec.compat))
@@ -197,7 +197,8 @@ class TaskRun:
         """Writes the files for VLMEvalKit and for a server; returns their names."""
         spec, files = self.spec.protocol_spec, []
         if not self.spec.generic:
-            table = vlmevalkit_rows(self.spec.questions, [row.raw for row in rows])
+            texts = [spec.read(row.raw) for row in rows]
+            table = vlmevalkit_rows(self.spec.questions, texts)
             files.append(write_table(self.folder / f"{self.model_name}_{spec.dataset}", table).name)
         if spec.submission is not None:
             written = spec.submission(self.folder, self.spec.questions, result.predictions)

@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import io
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -144,6 +144,29 @@ def _question(where: str, row: dict[str, str], images: tuple[ImageSource, ...]) 
         options,
         row,
     )
+
+
+def read_cells(path: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("FILE line N", cells by column) of a TSV file without images, in order.
+
+    Raises:
+        ConfigError: a column of `needs` is missing, or a row has another number of cells.
+    """
+    records = _records(path)
+    line, names, _, _ = next(records, (1, [], 0, 0))
+    header = [name.removeprefix("\ufeff") for name in names]
+    if absent := [name for name in needs if name not in header]:
+        raise ConfigError(
+            f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
+            f"{', '.join(needs)}. Download the published file again"
+        )
+    for line, cells, _, _ in records:
+        if len(cells) != len(header):
+            raise ConfigError(
+                f"{path} line {line}: {len(cells)} cells, but {len(header)} columns in the first "
+                "line; check the quotation marks"
+            )
+        yield f"{path} line {line}", dict(zip(header, cells, strict=True))
 
 
 def list_cell(cell: str, where: str) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
+from internvlx_jax.evaluation.cot import boxed_answer, reasoned
 from internvlx_jax.evaluation.judge import ask_until, fill
 from internvlx_jax.evaluation.metrics import levenshtein
 from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.prompts import plain
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, mean
+from internvlx_jax.evaluation.scoring import Answered, Context, Result, hits, mean
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 from internvlx_jax.evaluation.tsv import list_cell
@@ -230,6 +231,13 @@ def _score(
     )
 
 
+def score_stated(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores final answers of a chain of thought as InternVL's script does, without a judge."""
+    keys = [row.question.fields["key"] for row in rows]
+    right = [internvl_matches(row.text, key) for row, key in zip(rows, keys, strict=True)]
+    return hits(rows, right)
+
+
 TASKS = (
     Task(
         name="mathvista",
@@ -242,9 +250,15 @@ TASKS = (
                 score_vlm,
                 dataset="MathVista_MINI",
                 compat=("mathvista_text_bug",),
+                cot=boxed_answer(plain),
             ),
             "internvl": internvl(
-                Source(_files, _read), plain, score, max_new_tokens=1000, dataset="MathVista_MINI"
+                Source(_files, _read),
+                plain,
+                score,
+                max_new_tokens=1000,
+                dataset="MathVista_MINI",
+                cot=reasoned(plain, score=score_stated),
             ),
         },
     ),

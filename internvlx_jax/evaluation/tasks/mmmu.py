@@ -13,6 +13,7 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
+from internvlx_jax.evaluation.cot import reasoned
 from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID
 from internvlx_jax.evaluation.metrics import options
 from internvlx_jax.evaluation.prompts import BASE, LETTER, option_lines, vlm_choice
@@ -107,9 +108,13 @@ def _read(roots: Roots) -> list[Question]:
 
 def prompt(question: Question) -> str:
     """Returns the question with its options, if any, and the instruction of its type."""
-    if question.fields["question_type"] == "multiple-choice":
-        return f"{question.text}{option_lines(question.options)}\n{LETTER}".strip()
-    return f"{question.text}\n{BASE}".strip()
+    choice = question.fields["question_type"] == "multiple-choice"
+    return f"{asked(question)}\n{LETTER if choice else BASE}".strip()
+
+
+def asked(question: Question) -> str:
+    """Returns the question with its options, if any."""
+    return f"{question.text}{option_lines(question.options)}"
 
 
 def open_answers(text: str) -> set[str | float]:
@@ -166,7 +171,7 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         else:
             predictions.append(row.text)
             right.append(open_matches(row.text, question.answers))
-    return _by_domain(hits(rows, right, predictions, group="subject"))
+    return by_domain(hits(rows, right, predictions, group="subject"))
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
@@ -174,7 +179,7 @@ def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
     rows = [_closed(row) for row in rows]
     letters, notes = inferred_options(rows, context)
     right = [letter in row.question.answers for letter, row in zip(letters, rows, strict=True)]
-    return _by_domain(hits(rows, right, letters, group="category", notes=notes))
+    return by_domain(hits(rows, right, letters, group="category", notes=notes))
 
 
 def _closed(row: Answered) -> Answered:
@@ -186,7 +191,7 @@ def _closed(row: Answered) -> Answered:
     return dataclasses.replace(row, question=question)
 
 
-def _by_domain(result: Result) -> Result:
+def by_domain(result: Result) -> Result:
     """Adds scores of domains: the mean of their subjects, each of which has 30 questions."""
     spelled = {subject.replace(" ", "_"): score for subject, score in result.parts.items()}
     domains = {
@@ -210,6 +215,7 @@ TASKS = (
                 max_new_tokens=10,
                 dataset="MMMU_VAL",
                 images=lambda dynamic: MMMU_GRID if dynamic else FIRST_ONLY,
+                cot=reasoned(asked),
             ),
             "vlmevalkit": vlmevalkit(
                 tsv("MMMU_DEV_VAL", keep=lambda row: row.get("split") == "validation"),

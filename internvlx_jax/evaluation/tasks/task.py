@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 
+from internvlx_jax.evaluation.cot import Cot, boxed_choice
 from internvlx_jax.evaluation.image_policies import VLMEVALKIT
-from internvlx_jax.evaluation.prompts import Prompt, vlm_images
+from internvlx_jax.evaluation.prompts import Prompt, vlm_choice, vlm_images
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
@@ -33,6 +34,9 @@ class ProtocolSpec:
         submission: writes the file for the benchmark's server.
         compat: deviations that belong to the protocol (`scoring.COMPAT`).
         acceptance: deviations that `--compat acceptance` adds.
+        read: maps what the model wrote to what is scored and stands in the table of predictions.
+        cot: how the benchmark is asked with `--cot`; None if it has no such prompt.
+        frames: number of frames of a video; None for images.
     """
 
     source: Source
@@ -45,6 +49,32 @@ class ProtocolSpec:
     submission: Submission | None = None
     compat: tuple[str, ...] = ()
     acceptance: tuple[str, ...] = ()
+    read: Callable[[str], str] = str
+    cot: Cot | None = None
+    frames: int | None = None
+
+    def reasoning(self) -> ProtocolSpec:
+        """Returns the benchmark as `--cot` asks it; one without such a prompt stays as it is."""
+        if self.cot is None:
+            return self
+        return dataclasses.replace(
+            self,
+            prompt=self.cot.prompt,
+            read=self.cot.read,
+            score=self.cot.score or self.score,
+            dataset=self.cot.dataset or self.dataset,
+            max_new_tokens=self.cot.max_new_tokens,
+        )
+
+    def with_frames(self, count: int) -> ProtocolSpec:
+        """Returns the benchmark with another number of frames per video, if it has videos.
+
+        VLMEvalKit names the number in its datasets, such as MVBench_8frame.
+        """
+        if self.frames is None:
+            return self
+        dataset = self.dataset.replace(f"_{self.frames}frame", f"_{count}frame")
+        return dataclasses.replace(self, frames=count, dataset=dataset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,13 +130,19 @@ def internvl(
 def vlmevalkit(
     source: Source, prompt: Prompt, score: Scorer, *, dataset: str, **rest
 ) -> ProtocolSpec:
-    """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields."""
+    """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields.
+
+    VLMEvalKit asks all multiple-choice benchmarks for reasoning in the same words.
+    """
+    cot: Cot | None = rest.pop("cot", boxed_choice(prompt) if prompt is vlm_choice else None)
+    if cot is not None:
+        cot = dataclasses.replace(cot, prompt=vlm_images(cot.prompt))
     return ProtocolSpec(
         source=source,
         prompt=vlm_images(prompt),
         score=score,
         max_new_tokens=VLMEVALKIT_NEW_TOKENS,
         dataset=dataset,
-        images=lambda dynamic: VLMEVALKIT,
-        **rest,
+        cot=cot,
+        **({"images": lambda dynamic: VLMEVALKIT} | rest),
     )
