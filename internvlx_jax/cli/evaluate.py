@@ -1,8 +1,9 @@
 """The command line of eval.py and `internvlx eval` (design: evaluation.md 2).
 
 DIR is a Hugging Face folder or a run folder of train.py. Exit status: 0 done, 1 wrong input, 2
-wrong flags, 3 some questions failed (they count as wrong, and predictions.jsonl says why). jax is
-loaded when a job begins, so that --help and --list answer at once.
+wrong flags, 3 some questions failed (they count as wrong, and predictions.jsonl says why), 4 the
+judge that was given gave no more replies (its tasks are pending). jax is loaded when a job begins,
+so that --help and --list answer at once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from internvlx_jax.evaluation.judge import KEY_VARIABLE, JudgeError
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.records import Summary
 from internvlx_jax.evaluation.score_table import markdown
-from internvlx_jax.evaluation.scoring import COMPAT
-from internvlx_jax.evaluation.selection import ACCEPTANCE, GENERIC, Decoding
+from internvlx_jax.evaluation.scoring import COMPAT, ScoringError
+from internvlx_jax.evaluation.selection import ACCEPTANCE, GENERIC, RELEASE, Decoding
 from internvlx_jax.evaluation.sources import Roots
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 from internvlx_jax.training import distributed
+
+_ERRORS = (ConfigError, CheckpointError, SampleError, JudgeError, ScoringError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +71,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--cot", action="store_true", help=text)
     add("--frames", type=int, help="frames per video; the task's own by default")
     listed = ", ".join(COMPAT)
-    add("--compat", help=f"deviations of published scripts: {listed}; {ACCEPTANCE} or none")
+    text = f"deviations of published scripts: {listed}; {ACCEPTANCE}, {RELEASE} or none"
+    add("--compat", help=text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +113,10 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     add("--judge_model", help="model to ask there")
     text = "folder of its replies; judge_cache in the folder of the task by default"
     add("--judge_cache", help=text)
+    add("--judge_concurrency", type=int, help="requests to the judge at a time (8)")
+    add("--judge_retries", type=int, help="most tries per request (5), with growing pauses")
+    text = "most requests to the judge in this job; tasks that need more stay pending"
+    add("--judge_budget", type=int, help=text)
     add("--allow_errors", action="store_true", help="exit with 0 although some questions failed")
     add("--list", action="store_true", help="show all tasks and whether their data are available")
 
@@ -125,21 +133,23 @@ def main(argv: list[str] | None = None) -> int:
         flags.error("--checkpoint is required")
     try:
         summaries = _score(args)
-    except (ConfigError, CheckpointError, SampleError, JudgeError, OSError) as error:
+    except _ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _print_scores(summaries, args["out_dir"])
-    failed = any(summary.errors for summary in summaries)
-    return 3 if failed and not args.get("allow_errors") else 0
+    rescored = args.get("rescore")
+    _print_scores(summaries, str(Path(rescored).parent) if rescored else args["out_dir"])
+    if any(summary.errors for summary in summaries) and not args.get("allow_errors"):
+        return 3
+    pending = any(summary.judge == "pending" for summary in summaries)
+    return 4 if pending and "judge_url" in args else 0
 
 
 def _score(args: Mapping[str, Any]) -> list[Summary]:
     """Runs the job of the flags; this is where jax is loaded."""
     from internvlx_jax.evaluation import job
 
-    judge = JudgeConfig(
-        **_take(args, JudgeConfig, url="judge_url", model="judge_model", cache="judge_cache")
-    )
+    flags = {field.name: f"judge_{field.name}" for field in dataclasses.fields(JudgeConfig)}
+    judge = JudgeConfig(**_take(args, JudgeConfig, **flags))
     if "rescore" in args:
         chosen = {name: args[name] for name in ("data_root", "tsv_root", "compat") if name in args}
         return [job.rescore(args["rescore"], **chosen, judge=judge)]

@@ -71,20 +71,21 @@ class Scored:
         return judge if judge is None or isinstance(judge, str) else str(judge["model"])
 
     def units(self) -> dict[Key, float] | None:
-        """Maps each question to its score; None where some rows have none.
+        """Maps each question that has a score to it; None where the task has no score.
 
         Rows that ask one question several times, such as the rotations of MMBench, are one
         question: resampling them one by one would make the interval too narrow.
         """
-        if any(row.score is None for row in self.rows.values()):
+        if self.summary.score is None or self.judge == "pending":
             return None
+        scores = {key: row.score for key, row in self.rows.items() if row.score is not None}
         task = TASKS.get(self.summary.task)
         if task is None or task.same_question is None:
-            return {key: row.score or 0.0 for key, row in self.rows.items()}
+            return scores
         units: dict[Key, float] = {}
-        for row in self.rows.values():
-            key = (str(task.same_question(row.question_id)), 0)
-            units[key] = min(units.get(key, math.inf), row.score or 0.0)
+        for key, score in scores.items():
+            question = (str(task.same_question(self.rows[key].question_id)), 0)
+            units[question] = min(units.get(question, math.inf), score)
         return units
 
 
@@ -185,12 +186,15 @@ class Comparison:
                     Disagreement(
                         model=entry.scored,
                         baseline=first.scored,
-                        ours=entry.scored.rows[key],
-                        theirs=first.scored.rows[key],
-                        gap=(entry.scored.rows[key].score or 0.0)
-                        - (first.scored.rows[key].score or 0.0),
+                        ours=ours,
+                        theirs=theirs,
+                        gap=ours.score - theirs.score,
                     )
-                    for key in _common(entry.scored, first.scored)
+                    for ours, theirs in (
+                        (entry.scored.rows[key], first.scored.rows[key])
+                        for key in _common(entry.scored, first.scored)
+                    )
+                    if ours.score is not None and theirs.score is not None
                 ]
                 pairs = [pair for pair in pairs if pair.gap]
                 found += sorted(pairs, key=lambda pair: (-abs(pair.gap), pair.gap))[:count]

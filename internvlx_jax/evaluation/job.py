@@ -24,17 +24,23 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.evaluation.identity import checkpoint_hash
 from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
+from internvlx_jax.evaluation.judge import RequestBudget
 from internvlx_jax.evaluation.prediction_shards import read_rows
 from internvlx_jax.evaluation.records import CheckpointIdentity, RunInfo, Summary
 from internvlx_jax.evaluation.score_table import write_report
+from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import GENERIC, TaskSpec, generation_spec, select
-from internvlx_jax.evaluation.task_run import TaskRun
+from internvlx_jax.evaluation.task_run import (
+    TaskRun,
+    make_judge,
+    write_joined,
+)
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.loading import load_opened
 from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.models.sharding import make_mesh
 
-__all__ = ["EvalConfig", "JudgeConfig", "rescore", "run"]
+__all__ = ["EvalConfig", "JudgeConfig", "ScoringError", "rescore", "run"]
 
 
 def run(config: EvalConfig) -> list[Summary]:
@@ -48,7 +54,7 @@ def run(config: EvalConfig) -> list[Summary]:
         ConfigError: a setting or a file cannot be used.
         FileNotFoundError: the checkpoint or data files are missing.
         CheckpointError: the checkpoint does not fit its configuration.
-        JudgeError: the judge fails; predictions are written.
+        ScoringError: a scorer fails; all answers are written.
     """
     checkpoint = open_checkpoint(config.checkpoint, ema=config.ema)
     tiles = _tiles(config, checkpoint.config.prompt.tiles)
@@ -59,19 +65,28 @@ def run(config: EvalConfig) -> list[Summary]:
     generator = None
     if not config.merge and not all(task_run.complete for task_run, _ in task_runs):
         generator = _generator(config, checkpoint, tiles)
-    summaries = []
+    summaries, failures = [], []
+    budget = RequestBudget(config.judge.budget)
     for task_run, generation in task_runs:
         if generator is not None:
             task_run.answer(generator, generation, config.shard_of)
         if config.shard is None and jax.process_index() == 0:
-            summaries.append(task_run.finish(config.judge))
+            try:
+                judge = make_judge(config.judge, task_run.folder, budget)
+                summaries.append(task_run.finish(judge))
+            except ScoringError as error:  # the other tasks are answered first
+                failures.append(error)
             if generator is not None:
                 write_json(
                     task_run.folder / "run.json",
                     _run_info(config, generator, task_run.seconds).to_json(),
                 )
     if summaries and not all(spec.generic for spec in specs):
-        write_report(Path(config.out_dir) / config.model_name, summaries)
+        folder = Path(config.out_dir) / config.model_name
+        write_joined(folder, [task_run for task_run, _ in task_runs])
+        write_report(folder, summaries)
+    if failures:
+        raise ScoringError("\n".join(map(str, failures))) from failures[0]
     return summaries
 
 
@@ -152,7 +167,8 @@ def rescore(
     Raises:
         FileNotFoundError: predictions.jsonl, its summary.json or the data are missing.
         ConfigError: the predictions do not belong to the data.
-        JudgeError: the judge fails.
+        ScoringError: the scorer fails.
+        JudgeError: the judge fails; the files say that the task is pending.
     """
     path = Path(predictions)
     rows = read_rows(path)
@@ -169,7 +185,11 @@ def rescore(
                 "changed"
             )
     by_index = {row.index: row for row in rows}
-    return TaskRun(spec, path.parent, old.model, old.settings, by_index).finish(judge)
+    task_run = TaskRun(spec, path.parent, old.model, old.settings, by_index)
+    summary = task_run.finish(make_judge(judge, path.parent))
+    if task_run.gone is not None:
+        raise task_run.gone
+    return summary
 
 
 def _read_summary(predictions: Path) -> Summary:

@@ -19,17 +19,28 @@ class JudgeConfig:
         url: an OpenAI-compatible endpoint.
         model: the model to ask there.
         cache: folder of its replies; judge_cache in the folder of the task by default.
+        concurrency: requests at a time.
+        retries: most tries per request, with growing pauses between them.
+        budget: most requests of a job, retries included; None for any number.
     """
 
     url: str | None = None
     model: str | None = None
     cache: str | None = None
+    concurrency: int = 8
+    retries: int = 5
+    budget: int | None = None
 
     def __post_init__(self):
         if (self.url is None) != (self.model is None):
             raise ConfigError(
                 "judge_url and judge_model belong together: the endpoint and the model to ask there"
             )
+        for name in ("concurrency", "retries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"judge_{name} is {getattr(self, name)}, it must be at least 1")
+        if self.budget is not None and self.budget < 0:
+            raise ConfigError(f"judge_budget is {self.budget}, it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -123,6 +124,33 @@ class NoJudge:
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+class RequestBudget:
+    """Counts the requests that a job may still send.
+
+    Attributes:
+        most: most requests; None for any number.
+        sent: requests so far.
+    """
+
+    def __init__(self, most: int | None = None):
+        self.most, self.sent = most, 0
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Counts one request.
+
+        Raises:
+            JudgeError: there is none left.
+        """
+        with self._lock:
+            if self.most is not None and self.sent >= self.most:
+                raise JudgeError(
+                    f"all {self.most} requests of --judge_budget are sent; --rescore with a larger "
+                    "one goes on from the replies in the cache"
+                )
+            self.sent += 1
+
+
 class EndpointJudge:
     """Asks URL/chat/completions, several requests at a time.
 
@@ -143,6 +171,7 @@ class EndpointJudge:
         timeout: float = 120.0,
         retries: int = 5,
         pause: float = 1.0,
+        budget: RequestBudget | None = None,
     ):
         """Prepares an endpoint; nothing is sent yet.
 
@@ -153,12 +182,15 @@ class EndpointJudge:
             workers: requests at a time.
             timeout: seconds until a request counts as failed.
             retries: most tries per request.
-            pause: seconds before the second try; each further pause is twice as long.
+            pause: seconds before the second try; each further pause is twice as long, and as long
+                as the endpoint asks for in Retry-After, up to `timeout`.
+            budget: requests that may still be sent; any number without it.
         """
         url = url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.model, self.cache = model, cache
         self.workers, self.timeout, self.retries, self.pause = workers, timeout, retries, pause
+        self.budget = budget or RequestBudget()
         self.asked = 0
         self._dates: set[str] = set()
 
@@ -170,8 +202,11 @@ class EndpointJudge:
         """
         self.cache.mkdir(parents=True, exist_ok=True)
         different = list(dict.fromkeys(requests))
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             replies = dict(zip(different, pool.map(self._reply, different), strict=True))
+        finally:  # after a failure nothing more is asked; replies under way come into the cache
+            pool.shutdown(cancel_futures=True)
         return [replies[request] for request in requests]
 
     def describe(self) -> dict[str, Any] | None:
@@ -205,10 +240,13 @@ class EndpointJudge:
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         problem = ""
+        wait = 0.0
         for attempt in range(self.retries):
             if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+                time.sleep(max(self.pause * 2 ** (attempt - 1), min(wait, self.timeout)))
+            self.budget.take()
             self.asked += 1
+            wait = 0.0
             try:
                 post = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(post, timeout=self.timeout) as response:
@@ -217,6 +255,7 @@ class EndpointJudge:
                 problem = f"status {error.code}: {error.read(300).decode(errors='replace').strip()}"
                 if error.code < 500 and error.code not in (408, 429):
                     break
+                wait = _seconds(error.headers.get("Retry-After"))
             except (OSError, TimeoutError) as error:
                 problem = str(error)
             except (ValueError, LookupError, TypeError) as error:
@@ -226,6 +265,11 @@ class EndpointJudge:
             f"{KEY_VARIABLE}; the predictions are written, and --rescore goes on from the replies "
             "in the cache"
         )
+
+
+def _seconds(header: str | None) -> float:
+    """Returns the seconds of a Retry-After header; 0 without one, and for a date."""
+    return float(header) if header and header.strip().isdecimal() else 0.0
 
 
 def fill(name: str, **values: str) -> str:
@@ -247,6 +291,22 @@ def ask_until(
     Returns:
         What `read` made of each reply, in order; None where it never understood one.
     """
+    readers = [read] * len(prompts)
+    return ask_each(
+        judge, prompts, readers, temperatures=temperatures, system=system, max_tokens=max_tokens
+    )
+
+
+def ask_each(
+    judge: Judge,
+    prompts: Sequence[str],
+    readers: Sequence[Callable[[str], T | None]],
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    system: str = "",
+    max_tokens: int | None = None,
+) -> list[T | None]:
+    """Does what `ask_until` does, with a reader of its own for each prompt."""
     results: list[T | None] = [None] * len(prompts)
     for attempt, temperature in enumerate(temperatures):
         waiting = [i for i, result in enumerate(results) if result is None]
@@ -256,5 +316,5 @@ def ask_until(
         if all(reply is None for reply in replies):  # also when none is waiting
             break
         for i, reply in zip(waiting, replies, strict=True):
-            results[i] = None if reply is None else read(reply)
+            results[i] = None if reply is None else readers[i](reply)
     return results

@@ -8,13 +8,15 @@ a fraction.
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation.judge import Judge, JudgeRequest, ask_until, fill
+from internvlx_jax.evaluation.judge import Judge, JudgeRequest, ask_each, ask_until, fill
 from internvlx_jax.evaluation.metrics import options, text, vqa
 from internvlx_jax.evaluation.questions import Question
 
@@ -24,13 +26,35 @@ COMPAT = {
     "rgb_after_tiling": "MMMU, MathVista: images are tiled before they are converted to RGB "
     "(InternVL script)",
     "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
-    "llavabench_minus1": "LLaVA-Bench: an unreadable judgment is -1 for both and stays in the "
-    "means (InternVL script)",
+    "mathvista_prefetch": "MathVista: a number is taken without a judge only if it is right and "
+    "not 0 (VLMEvalKit)",
+    "mathvista_float_bug": "MathVista: float answers never match (InternVL-X release)",
+    "llavabench_minus1": "LLaVA-Bench: the judge is asked once, and a judgment other than two "
+    "numbers with one blank between them is -1 for both and stays in the means",
+    "pandas_cells": "cells of TSV files are what pandas reads: None, N/A and the like are missing, "
+    "columns of numbers are numbers",
+    "pandas_predictions": "predictions are what pandas reads back from an xlsx file (VLMEvalKit)",
+    "option_word_start": 'a word after "answer is" stands for its first letter (VLMEvalKit)',
+    "random_option": "where the judge names no option three times, one is drawn (VLMEvalKit)",
+    "yes_no_case": 'keys other than "Yes" and "No", such as "yes", never match (VLMEvalKit)',
+    "pope_unknown_is_no": "POPE: an answer without yes or no is a no in F1 (VLMEvalKit)",
+    "mmmu_letter_key": "MMMU: an open question whose answer is one capital letter is never right "
+    "(VLMEvalKit)",
+    "mmmu_empty_tail": "MMMU: an empty text behind an indicator counts as the shortest "
+    "(InternVL script)",
+    "mme_tab": "MME: an answer with a tab is left out of the accuracy (InternVL script)",
+    "mme_cjk": "MME: characters from U+9FA6 on stay in the answer (InternVL script)",
+    "gqa_blank": "GQA: a blank before the final full stop makes an answer wrong (InternVL script)",
+    "scienceqa_parentheses": 'ScienceQA: "(B)" is read as B (InternVL script, not the release)',
     "mvbench_empty_right": "MVBench: an answer without letters in its first word, such as an empty "
     "one, is right (both references)",
     "videomme_openings": 'Video-MME: "Best option: C" is B, because two commas are missing '
     "(VLMEvalKit)",
 }
+
+
+class ScoringError(RuntimeError):
+    """A scorer failed; the answers are in predictions.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +105,10 @@ class Result:
     notes: Sequence[str] = ()
     pending: bool = False
 
+
+# Temperatures of the tries until a reply can be read, as in VLMEvalKit.
+OPTION_TRIES = (0.0,) * 3
+RISING = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 Scorer = Callable[[Sequence[Answered], Context], Result]
 Metric = Callable[[str, Sequence[str]], float]
@@ -172,6 +200,12 @@ def first_options(rows: Sequence[Answered]) -> list[str]:
     return [options.first_option(row.text, row.question.options) for row in rows]
 
 
+def read_option(text: str, question: Question, context: Context) -> str | None:
+    """Returns the option that VLMEvalKit's rules read from a text; None where a judge has to."""
+    word_start = "option_word_start" in context.compat
+    return options.infer_option(text, question.options, word_start=word_start)
+
+
 def inferred_options(
     rows: Sequence[Answered], context: Context, *, judge_prompt: str | None = None
 ) -> tuple[list[str], list[str]]:
@@ -185,18 +219,49 @@ def inferred_options(
     Returns:
         (the letter of each row, "" where there is none; notes).
     """
-    letters = [options.infer_option(row.text, row.question.options) for row in rows]
+    letters = [read_option(row.text, row.question, context) for row in rows]
     undecided = [i for i, letter in enumerate(letters) if letter is None and not rows[i].error]
-    prompts = [_option_prompt(rows[i], judge_prompt) for i in undecided]
-    replies = ask_until(context.judge, prompts, str)
-    for i, reply in zip(undecided, replies, strict=True):
-        if reply is not None:
-            letters[i] = options.infer_option(reply, rows[i].question.options)
-    unread = replies.count(None)
-    note = (
-        f"{unread} answers state no option by the rules and count as wrong; a judge would read them"
-    )
-    return [letter or "" for letter in letters], [note] if unread else []
+    judged, notes = judged_options([rows[i] for i in undecided], context, judge_prompt)
+    for i, letter in zip(undecided, judged, strict=True):
+        letters[i] = letter
+    return [letter or "" for letter in letters], notes
+
+
+def judged_options(
+    rows: Sequence[Answered], context: Context, judge_prompt: str | None = None
+) -> tuple[list[str | None], list[str]]:
+    """Asks the judge which option each row means, up to three times per row.
+
+    Args:
+        rows: the answered questions.
+        context: judge and deviations.
+        judge_prompt: the judge's prompt; None takes that of the language of the question.
+
+    Returns:
+        (the letter of each row, None where there is none; notes).
+    """
+    judge = TrackingJudge(context.judge)
+    readers = [partial(read_option, question=row.question, context=context) for row in rows]
+    prompts = [_option_prompt(row, judge_prompt) for row in rows]
+    letters = ask_each(judge, prompts, readers, temperatures=OPTION_TRIES)
+    unread = [i for i, letter in enumerate(letters) if letter is None]
+    if not unread:
+        return letters, []
+    if judge.missing:
+        return letters, [
+            f"{len(unread)} answers state no option by the rules and count as wrong; a judge would "
+            "read them"
+        ]
+    if "random_option" not in context.compat:
+        return letters, [f"the judge named no option for {len(unread)} answers; they count wrong"]
+    for i in unread:
+        letters[i] = _drawn_option(rows[i].question)
+    return letters, [f"the judge named no option for {len(unread)} answers; one was drawn for each"]
+
+
+def _drawn_option(question: Question) -> str:
+    """Draws an option or Z, which is none, always the same one for a question."""
+    return random.Random(str(question.id)).choice([*question.options, options.NONE_OF_THEM])
 
 
 def _option_prompt(row: Answered, name: str | None) -> str:
@@ -232,12 +297,29 @@ def inferred_yes_or_no(rows: Sequence[Answered], context: Context) -> tuple[list
     prompts = [
         fill("yes_no", question=rows[i].question.text, prediction=rows[i].text) for i in undecided
     ]
-    replies = ask_until(context.judge, prompts, str)
-    for i, reply in zip(undecided, replies, strict=True):
-        labels[i] = None if reply is None else options.yes_or_no(reply)
+    judge = TrackingJudge(context.judge)
+    replies = ask_until(judge, prompts, options.yes_or_no, temperatures=RISING)
+    for i, label in zip(undecided, replies, strict=True):
+        labels[i] = label
     unread = replies.count(None)
-    note = f"{unread} answers state neither yes nor no and count as wrong; a judge would read them"
-    return [label or "" for label in labels], [note] if unread else []
+    note = f"{unread} answers state neither yes nor no and count as wrong"
+    notes = [note + ("; a judge would read them" if judge.missing else ", as the judge says")]
+    return [label or "" for label in labels], notes if unread else []
+
+
+def yes_no_hits(rows: Sequence[Answered], labels: Sequence[str], context: Context) -> list[bool]:
+    """Returns whether each label equals its key; keys such as "yes" count without `yes_no_case`."""
+    exact = "yes_no_case" in context.compat
+    pairs = zip(labels, rows, strict=True)
+    return [
+        not row.error
+        and (
+            label == row.question.answers[0]
+            if exact
+            else label.lower() == row.question.answers[0].strip().lower()
+        )
+        for label, row in pairs
+    ]
 
 
 # --- judged ---------------------------------------------------------------------------------------

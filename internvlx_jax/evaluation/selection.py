@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
@@ -12,18 +12,22 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.identity import file_hashes
+from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.questions import Question, read_questions
 from internvlx_jax.evaluation.records import AnswerSettings, QuestionFile
-from internvlx_jax.evaluation.scoring import COMPAT, mean_of
+from internvlx_jax.evaluation.scoring import COMPAT, Answered, Context, mean_of
 from internvlx_jax.evaluation.sources import Roots, Source
+from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_protocol, find_tasks
 from internvlx_jax.inference.requests import GenerationSpec
 from internvlx_jax.inference.tiling import Tiler
 
 GENERIC = "generic"  # protocol of a question file
 GENERIC_NEW_TOKENS = 100
-ACCEPTANCE = "acceptance"  # stands for the deviations under which published numbers came about
+# These stand for the deviations of the reference, under which published numbers came about, and for
+# those of the InternVL-X release.
+ACCEPTANCE, RELEASE = "acceptance", "release"
 
 
 def check_names(selection: EvaluationConfig) -> None:
@@ -34,10 +38,10 @@ def check_names(selection: EvaluationConfig) -> None:
             f"choose one of {', '.join(METRICS)}"
         )
     for name in (selection.compat or "none").split(","):
-        if name not in (*COMPAT, "none", ACCEPTANCE):
+        if name not in (*COMPAT, "none", ACCEPTANCE, RELEASE):
             raise ConfigError(
                 f"compat {name!r} is unknown;{did_you_mean(name, COMPAT)} choose from "
-                f"{', '.join(COMPAT)}, {ACCEPTANCE}, none"
+                f"{', '.join(COMPAT)}, {ACCEPTANCE}, {RELEASE}, none"
             )
 
 
@@ -47,8 +51,10 @@ def compat_of(selection: EvaluationConfig, spec: ProtocolSpec) -> frozenset[str]
         return frozenset(spec.compat)
     names = set(selection.compat.split(",")) - {"none"}
     if ACCEPTANCE in names:
-        names = names - {ACCEPTANCE} | {*spec.compat, *spec.acceptance}
-    return frozenset(names)
+        names |= {*spec.compat}
+    if RELEASE in names:
+        names |= {*(spec.compat if spec.release is None else spec.release)}
+    return frozenset(names - {ACCEPTANCE, RELEASE})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,21 +183,43 @@ def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> 
 def _read(
     task: Task, protocol: str, spec: ProtocolSpec, roots: Roots, selection: EvaluationConfig
 ) -> TaskSpec:
-    questions = spec.source.read(roots)
+    compat = compat_of(selection, spec)
+    questions = spec.source.read(dataclasses.replace(roots, compat=compat))
     files = spec.source.files(roots)
     if not questions:
         raise ConfigError(f"{task.name}: no questions in {', '.join(map(str, files))}")
     hashes, notes = file_hashes(files)
-    if selection.limit is None and task.samples not in (None, len(questions)):
-        notes.append(f"{len(questions)} questions, the published set has {task.samples}")
+    published = task.samples if spec.samples is None else spec.samples
+    if selection.limit is None and published and published != len(questions):
+        notes.append(f"{len(questions)} questions, the published set has {published}")
     asked = [
         dataclasses.replace(question, prompt=spec.prompt(question))
         for question in questions[: selection.limit]
     ]
-    compat = compat_of(selection, spec)
     if selection.cot and spec.cot is None:
         notes.append("this benchmark has no prompt for a chain of thought; asked directly")
+    _check_scoring(task, spec, asked, compat)
     return TaskSpec(task, protocol, spec, asked, compat, hashes, tuple(notes))
+
+
+def _check_scoring(
+    task: Task, spec: ProtocolSpec, questions: Sequence[Question], compat: frozenset[str]
+) -> None:
+    """Scores empty answers and writes them, so that nothing of it can fail after generation.
+
+    Raises:
+        ConfigError: the data cannot be scored.
+    """
+    try:
+        spec.score([Answered(question, "") for question in questions], Context(NoJudge(), compat))
+        vlmevalkit_rows(questions, [""] * len(questions), spec.table)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{task.name}: the data in {questions[0].where.partition(' line ')[0]} cannot be "
+            f"scored ({type(error).__name__}: {error}); download the published files again"
+        ) from error
 
 
 def generation_spec(
@@ -215,11 +243,14 @@ def generation_spec(
     protocol_spec = spec.protocol_spec
     baseline = model.projector.kind == "mlp1" and tiles.rule == "off"
     if baseline and max_num is None and not spec.generic:
-        tiles = dataclasses.replace(tiles, max_num=spec.task.baseline_tiles)
+        own = protocol_spec.baseline_tiles
+        most = spec.task.baseline_tiles if own is None else own
+        tiles = dataclasses.replace(tiles, max_num=most)
     tiler = Tiler(
         tiles,
         protocol_spec.images(tiles.dynamic),
-        "after_tiling" if "rgb_after_tiling" in spec.compat else "first",
+        # Without a grid the references convert an image before they squash it into one tile.
+        "after_tiling" if "rgb_after_tiling" in spec.compat and tiles.dynamic else "first",
     )
     generation = GenerationSpec(
         tiler=tiler,

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,13 @@ class Roots:
         data: InternVL's data folder.
         tsv: folder of the TSV files.
         frames: number of frames of a video; None takes the benchmark's own.
+        compat: deviations in force; `pandas_cells` is about cells of TSV files.
     """
 
     data: Path
     tsv: Path
     frames: int | None = None
+    compat: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,7 @@ def jsonl(
 def tsv(
     name: str,
     *,
+    needs: Sequence[str] = (),
     keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
     finish: Finish = lambda question: question,
 ) -> Source:
@@ -104,6 +109,7 @@ def tsv(
 
     Args:
         name: name of the file in the TSV root, without its ending.
+        needs: columns that prompts and metrics read, besides index, image and question.
         keep: chooses rows by their columns.
         finish: completes each question.
     """
@@ -111,7 +117,9 @@ def tsv(
     def read(roots: Roots) -> list[Question]:
         return [
             finish(question)
-            for question in read_tsv(tsv_path(roots, name))
+            for question in read_tsv(
+                tsv_path(roots, name), needs, pandas="pandas_cells" in roots.compat
+            )
             if keep(question.fields)
         ]
 
@@ -124,9 +132,35 @@ def tsv_path(roots: Roots, name: str) -> Path:
 
 
 def listed_answers(question: Question) -> Question:
-    """Splits the answers, which TSV files of VQA datasets hold as a Python list."""
-    answers = list_cell(question.answers[0], question.where) if question.answers else ()
+    """Splits the answers, which TSV files of VQA datasets may hold as a Python list."""
+    answers = listed_cell(question.answers[0], question.where) if question.answers else ()
     return dataclasses.replace(question, answers=answers)
+
+
+def listed(column: str) -> Finish:
+    """Returns what `listed_answers` does, for answers in another column."""
+
+    def finish(question: Question) -> Question:
+        return dataclasses.replace(
+            question, answers=listed_cell(question.fields[column], question.where)
+        )
+
+    return finish
+
+
+def listed_cell(cell: str, where: str) -> tuple[str, ...]:
+    """Returns the items of a Python list, or a text such as "[unclear]" as it is.
+
+    Raises:
+        ConfigError: a list of quoted texts is damaged; the message begins with `where`.
+    """
+    if not re.match(r"\s*\[\s*['\"]", cell):
+        try:
+            items = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            items = None
+        return tuple(map(str, items)) if isinstance(items, list) else (cell,)
+    return list_cell(cell.strip(), where)
 
 
 def coco_answers(path: Path) -> Answers:

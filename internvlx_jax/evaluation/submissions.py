@@ -37,11 +37,20 @@ def answers_by(key: str) -> Submission:
     return write
 
 
-def vlmevalkit_rows(questions: Sequence[Question], texts: Sequence[str]) -> list[dict[str, Any]]:
+def vlmevalkit_rows(
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    table: Callable[[Question], Mapping[str, Any]] = lambda question: {},
+) -> list[dict[str, Any]]:
     """Returns the rows that VLMEvalKit scores.
 
     They have all columns of the TSV file but the image, or their equivalents, and the model's text
     as `prediction`.
+
+    Args:
+        questions: the questions.
+        texts: what the model wrote, in the same order.
+        table: further columns of a question, and those to be replaced.
     """
     letters = [
         letter for letter in string.ascii_uppercase if any(letter in q.options for q in questions)
@@ -60,6 +69,7 @@ def vlmevalkit_rows(questions: Sequence[Question], texts: Sequence[str]) -> list
                 **{letter: question.options.get(letter, "") for letter in letters},
                 "answer": answer,
             } | columns
+        columns = {**columns, **table(question)}
         rows.append(
             {
                 name: str(value) if isinstance(value, list) else value

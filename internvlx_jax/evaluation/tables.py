@@ -12,7 +12,8 @@ from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import written_aside
 
 CELL = 32_767  # most characters of a cell in xlsx
-CONTROL = re.compile(r"[\000-\010\013\014\016-\037]")  # characters that xlsx cannot hold
+# Characters that xlsx cannot hold; a carriage return would come back as a line feed.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -38,7 +39,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def fits_xlsx(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no text is longer than 32,767 characters or has control characters."""
+    """Whether no text is longer than 32,767 characters or has characters that XML lacks."""
     texts = (value for row in rows for value in row.values() if isinstance(value, str))
     return not any(len(text) > CELL or CONTROL.search(text) for text in texts)
 
@@ -63,9 +64,9 @@ def write_xlsx(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes tab-separated UTF-8, quoted where needed."""
+    """Writes tab-separated UTF-8; every cell is quoted, so a bare carriage return stays inside."""
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(columns(rows))
         writer.writerows(row.values() for row in rows)
 

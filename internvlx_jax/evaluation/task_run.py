@@ -6,7 +6,8 @@ Files in the folder of a task:
     summary.json          the score and everything that decides it; its bytes do not depend on the
                           number of devices and processes
     run.json              how it was computed: devices, batches, time, speed
-    MODEL_DATASET.xlsx    what VLMEvalKit scores; .tsv where a text does not fit
+    MODEL_DATASET.xlsx    what VLMEvalKit scores, if it has such a dataset; .tsv where a text does
+                          not fit
     submission.*          what the benchmark's server scores
     judge_requests.jsonl  what a judge would have to be asked
     parts/                answers of a job that is not finished
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,17 +31,27 @@ from tqdm import tqdm
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.evaluation.cells import read_texts
 from internvlx_jax.evaluation.identity import settings_hash
 from internvlx_jax.evaluation.job_config import JudgeConfig
-from internvlx_jax.evaluation.judge import EndpointJudge, Judge, JudgeError, NoJudge
+from internvlx_jax.evaluation.judge import (
+    EndpointJudge,
+    Judge,
+    JudgeError,
+    NoJudge,
+    RequestBudget,
+)
 from internvlx_jax.evaluation.prediction_shards import Parts, read_rows, write_rows
 from internvlx_jax.evaluation.records import Row, Summary
-from internvlx_jax.evaluation.scoring import Answered, Context, Result
+from internvlx_jax.evaluation.scoring import Answered, Context, Result, ScoringError
 from internvlx_jax.evaluation.selection import TaskSpec
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tables import write_table
+from internvlx_jax.evaluation.tasks import TASKS
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.requests import GenerationSpec
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("internvlx-jax", "jax", "flax", "numpy", "pillow", "sentencepiece")
 
@@ -54,6 +66,7 @@ class TaskRun:
         settings: everything that decides the answers, as JSON.
         rows: rows so far, by index.
         seconds: duration of the answers of this job.
+        gone: why the judge gave no more replies; None while it does.
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class TaskRun:
         self.parts = Parts(folder / "parts", self.hash)
         self.rows = dict(rows or {})
         self.seconds = 0.0
+        self.gone: JudgeError | None = None
 
     @property
     def complete(self) -> bool:
@@ -140,12 +154,18 @@ class TaskRun:
             done = np.asarray(multihost_utils.broadcast_one_to_all(done))
         return np.flatnonzero(done == 0).tolist()
 
-    def finish(self, judge: JudgeConfig = JudgeConfig()) -> Summary:
+    def finish(self, judge: Judge | None = None) -> Summary:
         """Joins the parts, scores them and writes all files.
+
+        The answers are in predictions.jsonl before scoring begins, so that --rescore works whatever
+        a scorer does. If the judge goes away, the task is pending; its replies are in the cache.
+
+        Args:
+            judge: who grades what rules cannot decide; None writes the requests to a file.
 
         Raises:
             ConfigError: answers are missing.
-            JudgeError: the judge fails; the files are written as without a judge.
+            ScoringError: the scorer fails.
         """
         if self.parts.exist():
             self.rows = self.parts.read()
@@ -155,22 +175,60 @@ class TaskRun:
                 f"{self.folder}: {len(missing)} of {len(self.spec.questions)} answers are missing, "
                 f"the first is {missing[:1]}; run all shards, or --resume"
             )
+        self._write_unscored()
         try:
-            return self._write(make_judge(judge, self.folder))
-        except JudgeError:
-            self._write(NoJudge())
-            raise
+            return self._write(judge or NoJudge())
+        except JudgeError as error:
+            logger.warning("%s: %s", self.spec.task.name, error)
+            self.gone = error
+            return self._write(NoJudge(), gone=str(error))
 
-    def _write(self, judge: Judge) -> Summary:
-        spec, rows = self.spec, [self.rows[number] for number in range(len(self.spec.questions))]
-        answered = [
-            Answered(question, spec.protocol_spec.read(row.raw), row.error)
-            for question, row in zip(spec.questions, rows, strict=True)
-        ]
-        result = spec.protocol_spec.score(answered, Context(judge, spec.compat))
+    def _write_unscored(self) -> None:
+        """Writes the answers, and a summary without a score."""
+        rows = self._ordered_rows()
+        unscored = [dataclasses.replace(row, prediction=None, score=None) for row in rows]
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = self._write_tables(rows, result)
+        write_rows(self.folder / "predictions.jsonl", unscored)
+        result = Result(None, [None] * len(rows), [row.raw for row in rows])
+        notes = [*self.spec.notes, "not scored yet; --rescore scores predictions.jsonl"]
+        summary = self._summary(result, rows, notes, [], NoJudge())
+        write_json(self.folder / "summary.json", summary.to_json())
+
+    def _ordered_rows(self) -> list[Row]:
+        return [self.rows[number] for number in range(len(self.spec.questions))]
+
+    def _texts(self, rows: Sequence[Row]) -> list[str]:
+        """Returns what is scored: what the model wrote, or the final answer in it."""
+        return [self.spec.protocol_spec.read(row.raw) for row in rows]
+
+    def _score(self, rows: Sequence[Row], judge: Judge) -> Result:
+        """Scores the rows; `pandas_predictions` makes of their texts what pandas reads back."""
+        spec, texts = self.spec, self._texts(rows)
+        if "pandas_predictions" in spec.compat:
+            texts = read_texts(texts)
+        answered = [
+            Answered(question, text, row.error)
+            for question, text, row in zip(spec.questions, texts, rows, strict=True)
+        ]
+        try:
+            return spec.protocol_spec.score(answered, Context(judge, spec.compat))
+        except JudgeError:
+            raise
+        except Exception as error:
+            raise ScoringError(
+                f"{spec.task.name}: scoring failed ({type(error).__name__}: {error}). The answers "
+                f"are in {self.folder / 'predictions.jsonl'}, and --rescore scores them"
+            ) from error
+
+    def _write(self, judge: Judge, gone: str | None = None) -> Summary:
+        """Scores and writes all files; `gone` says why the judge gives no more replies."""
+        spec, rows = self.spec, self._ordered_rows()
+        result = self._score(rows, judge)
         notes = [*spec.notes, *result.notes]
+        if gone is not None:
+            result = dataclasses.replace(result, score=None, pending=True)
+            notes.append(f"the judge gave no more replies: {gone}")
+        files = self._write_tables(rows, result)
         requests = self.folder / "judge_requests.jsonl"
         requests.unlink(missing_ok=True)
         if isinstance(judge, NoJudge) and judge.requests:
@@ -193,13 +251,17 @@ class TaskRun:
         self.parts.remove()
         return summary
 
+    def table(self) -> list[dict[str, Any]]:
+        """Returns the rows of the table that VLMEvalKit scores."""
+        texts = self._texts(self._ordered_rows())
+        return vlmevalkit_rows(self.spec.questions, texts, self.spec.protocol_spec.table)
+
     def _write_tables(self, rows: Sequence[Row], result: Result) -> list[str]:
         """Writes the files for VLMEvalKit and for a server; returns their names."""
         spec, files = self.spec.protocol_spec, []
-        if not self.spec.generic:
-            texts = [spec.read(row.raw) for row in rows]
-            table = vlmevalkit_rows(self.spec.questions, texts)
-            files.append(write_table(self.folder / f"{self.model_name}_{spec.dataset}", table).name)
+        if not self.spec.generic and spec.dataset and not spec.joined:
+            path = self.folder / f"{self.model_name}_{spec.dataset}"
+            files.append(write_table(path, self.table()).name)
         if spec.submission is not None:
             written = spec.submission(self.folder, self.spec.questions, result.predictions)
             files.append(written.name)
@@ -229,9 +291,58 @@ class TaskRun:
         )
 
 
-def make_judge(config: JudgeConfig, folder: Path) -> Judge:
-    """Returns the judge of a task whose folder is `folder`."""
+def make_judge(config: JudgeConfig, folder: Path, budget: RequestBudget | None = None) -> Judge:
+    """Returns the judge of a task.
+
+    Args:
+        config: the endpoint.
+        folder: folder of the task.
+        budget: what is left of the requests of the job; None starts with all of them.
+    """
     if config.url is None or config.model is None:
         return NoJudge()
-    cache = Path(config.cache) if config.cache else folder / "judge_cache"
-    return EndpointJudge(config.url, config.model, cache)
+    return EndpointJudge(
+        config.url,
+        config.model,
+        Path(config.cache) if config.cache else folder / "judge_cache",
+        workers=config.concurrency,
+        retries=config.retries,
+        budget=budget or RequestBudget(config.budget),
+    )
+
+
+def write_joined(folder: Path, task_runs: Sequence[TaskRun]) -> list[Path]:
+    """Writes the table of each dataset that several tasks share, if all of them are answered.
+
+    Args:
+        folder: folder of the tables.
+        task_runs: tasks of a job.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for task_run in task_runs:
+        spec = task_run.spec
+        dataset = spec.protocol_spec.dataset
+        if spec.generic or not spec.protocol_spec.joined or not dataset:
+            continue
+        runs = [
+            run
+            for run in task_runs
+            if run.complete
+            and run.spec.protocol == spec.protocol
+            and run.spec.protocol_spec.dataset == dataset
+        ]
+        parts = [
+            task
+            for task in TASKS.values()
+            if spec.protocol in task.protocols and task.protocols[spec.protocol].dataset == dataset
+        ]
+        if runs[:1] == [task_run] and len(runs) == len(parts):
+            rows = [row for run in runs for row in run.table()]
+            if len({row["index"] for row in rows}) < len(rows):  # row numbers of separate files
+                rows = [row | {"index": i} for i, row in enumerate(rows)]
+            rows.sort(key=lambda row: row["index"] if isinstance(row["index"], int) else 0)
+            written.append(write_table(folder / f"{task_run.model_name}_{dataset}", rows))
+    return written

@@ -12,16 +12,18 @@ import csv
 import dataclasses
 import io
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.images import ImageSource
+from internvlx_jax.evaluation.cells import NAN, read_column
 from internvlx_jax.evaluation.questions import Question
 
 # An image cell of at most so many characters is the index of the row that holds the image.
 REFERENCE = 64
+ANSWERS = ("answer", "answers")
 csv.field_size_limit(2**31 - 1)
 
 
@@ -70,10 +72,17 @@ class TsvImage:
         return f"{self.path} row {self.row}" + (f" image {self.part + 1}" if self.part else "")
 
 
-def read_tsv(path: Path) -> Iterator[Question]:
+def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> Iterator[Question]:
     """Yields the rows that have an image as questions, in order.
 
-    `answers` is empty where the column is missing; `fields` are all columns but the image.
+    `answers` is empty where the column is missing; `fields` are all columns but the image, as they
+    are written in the file.
+
+    Args:
+        path: the file.
+        needs: columns that have to be in the file, besides index, question and image.
+        pandas: make of answers, hints and options what pandas reads (`cells`): an option or a hint
+            that is missing is left out, and an answer that is missing is "nan".
 
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
@@ -82,7 +91,9 @@ def read_tsv(path: Path) -> Iterator[Question]:
     references: list[tuple[str, str]] = []
     rows = []
     records = _records(path)
-    header = _header(path, records)
+    header = _header(path, records, needs)
+    texts = [name for name in header if name != "image"]
+    cells_of: dict[str, list[str]] = {name: [] for name in texts}
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:
         where = f"{path} line {line}"
@@ -92,6 +103,8 @@ def read_tsv(path: Path) -> Iterator[Question]:
                 "the quotation marks"
             )
         row = dict(zip(header, cells))
+        for name in texts:
+            cells_of[name].append(row[name])
         index = row["index"]
         if index in images:
             raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
@@ -108,18 +121,42 @@ def read_tsv(path: Path) -> Iterator[Question]:
             images[index] = tuple(str(path.parent / name) for name in _parts(row["image_path"]))
         else:
             continue
-        rows.append((where, row))
+        rows.append((len(cells_of["index"]) - 1, where, row))
     for index, target in references:
         if not images.get(target):
             raise ConfigError(
                 f"{path} row {index}: its image is that of row {target}, which has none"
             )
         images[index] = images[target]
-    for where, row in rows:
-        yield _question(where, row, images[row["index"]])
+    columns = _columns(path, cells_of, needs) if pandas else cells_of
+    for number, where, row in rows:
+        read = {name: columns[name][number] for name in columns}
+        yield _question(where, row, read, images[row["index"]])
 
 
-def _header(path: Path, records: Iterator[tuple[int, list[str], int, int]]) -> list[str]:
+def _columns(
+    path: Path, cells: Mapping[str, list[str]], needs: Sequence[str]
+) -> dict[str, Sequence[str | None]]:
+    """Returns the columns as pandas reads them; index and question stay as they are.
+
+    Raises:
+        ConfigError: a column that is needed has no value.
+    """
+    columns: dict[str, Sequence[str | None]] = {}
+    for name, column in cells.items():
+        columns[name] = column if name in ("index", "question") else read_column(column)
+        if name in ANSWERS and name in needs and not any(columns[name]):
+            raise ConfigError(
+                f"{path}: column {name} has no value in any row; this file cannot be scored"
+            )
+    if "answer" in columns:
+        columns["answer"] = [NAN if text is None else text for text in columns["answer"]]
+    return columns
+
+
+def _header(
+    path: Path, records: Iterator[tuple[int, list[str], int, int]], needs: Sequence[str]
+) -> list[str]:
     line, names, _, _ = next(records, (1, [], 0, 0))
     header = [name.removeprefix("\ufeff") for name in names]
     needed = [name for name in ("index", "question") if name not in header]
@@ -128,20 +165,32 @@ def _header(path: Path, records: Iterator[tuple[int, list[str], int, int]]) -> l
             f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
             "TSV has index, image (or image_path) and question in its first line"
         )
+    if absent := [name for name in needs if name not in header]:
+        raise ConfigError(
+            f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
+            f"{', '.join(('index', 'image', 'question', *needs))}. Download the published file "
+            "again"
+        )
     return header
 
 
-def _question(where: str, row: dict[str, str], images: tuple[ImageSource, ...]) -> Question:
-    options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    answer = row.get("answer", "")
+def _question(
+    where: str,
+    row: Mapping[str, str],
+    read: Mapping[str, str | None],
+    images: tuple[ImageSource, ...],
+) -> Question:
+    """Returns a row as a question: `fields` are its cells, everything else what was read."""
+    letters = ((letter, read.get(letter)) for letter in string.ascii_uppercase)
+    answer = read.get("answer")
     return Question(
         where,
         row["index"],
         images,
         row["question"],
         (answer,) if answer else (),
-        row.get("hint", ""),
-        options,
+        read.get("hint") or "",
+        {letter: text for letter, text in letters if text},
         row,
     )
 

@@ -256,6 +256,7 @@ def folders(out: Writer) -> None:
                     "answer": "3",
                     "question_type": "free_form",
                     "answer_type": "integer",
+                    "metadata": {"task": "figure question answering", "skills": ["arithmetic"]},
                 },
                 {
                     "pid": "2",
@@ -266,6 +267,7 @@ def folders(out: Writer) -> None:
                     "answer": "1/2",
                     "question_type": "multi_choice",
                     "answer_type": "text",
+                    "metadata": {"task": "math word problem", "skills": ["arithmetic"]},
                 },
             ]
         ),
@@ -312,9 +314,9 @@ def tables(out: Writer) -> None:
             for i, row in enumerate(columns)
         ]
 
-    choice = OPTIONS | {"category": "c"}
-    for name in ("TextVQA_VAL", "VizWiz"):
-        out.tsv(name, rows({"answer": str(TEN)}, {"answer": str(TEN)}))
+    choice = OPTIONS | {"category": "c", "l2-category": "d", "split": "test"}
+    out.tsv("TextVQA_VAL", rows({"answer": str(TEN)}, {"answer": str(TEN)}))
+    out.tsv("VizWiz", rows({"answers": str(TEN)}, {"answers": str(TEN)}))
     for name in ("DocVQA_VAL", "InfoVQA_VAL"):
         out.tsv(name, rows({"answer": "['12 May', 'May 12']"}, {"answer": "12 May"}))
     for name in ("DocVQA_TEST", "InfoVQA_TEST"):
@@ -339,7 +341,12 @@ def tables(out: Writer) -> None:
             for i, row in enumerate(
                 row
                 for kind in KINDS
-                for row in rows({"answer": "Yes"}, {"answer": "No"}, category=kind)
+                for row in rows(
+                    {"answer": "Yes"},
+                    {"answer": "No"},
+                    category=kind,
+                    image_path=f"{kind}/1.png",
+                )
             )
         ],
     )
@@ -352,14 +359,14 @@ def tables(out: Writer) -> None:
     )
     out.tsv(
         "MMVet",
-        rows({"answer": "x<OR>y", "capability": "rec,ocr"}, {"answer": "z", "capability": "rec"}),
+        rows({"answer": "x<OR>y", "category": "rec,ocr"}, {"answer": "z", "category": "rec"}),
     )
-    pair = f"[{out.base64()}, {out.base64()}]"
+    pair = str([out.base64(), out.base64()])
     out.tsv(
         "MMMU_DEV_VAL",
         rows(
             {"answer": "A", "split": "validation", "image": pair, "category": "Art", **OPTIONS},
-            {"answer": "7", "split": "validation", "category": "Math"},
+            {"answer": "seven", "split": "validation", "category": "Math"},
             {"answer": "A", "split": "dev", "category": "Math", **OPTIONS},
         ),
     )
@@ -384,6 +391,8 @@ def tables(out: Writer) -> None:
                 "choices": "['blue', 'red']",
                 "answer_option": "B",
             },
+            task="figure question answering",
+            skills="['statistical reasoning']",
         ),
     )
     out.tsv(

@@ -16,6 +16,7 @@ from internvlx_jax.core.extras import require
 CLOSE = 1e-6
 _LONGEST = 500  # characters of a text that is parsed
 _LARGEST_POWER = 1000  # of an exponent; the reference stops after 30 seconds
+_STEEP = (ast.Pow, ast.LShift)  # powers of powers would take all memory
 _NODES = (
     ast.Expression,
     ast.BinOp,
@@ -66,8 +67,10 @@ def arithmetic(text: str) -> int | float | complex | None:
 def _allowed(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
         return isinstance(node.value, (int, float, complex))
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
-        return isinstance(node.right, ast.Constant) and abs(node.right.value) <= _LARGEST_POWER
+    if isinstance(node, ast.BinOp) and isinstance(node.op, _STEEP):
+        small = isinstance(node.right, ast.Constant) and isinstance(node.right.value, (int, float))
+        nested = any(isinstance(each, _STEEP) for each in ast.walk(node.left))
+        return small and not nested and abs(node.right.value) <= _LARGEST_POWER  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return isinstance(node, _NODES)
 
 

@@ -15,8 +15,12 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+# VLMEvalKit writes this in place of an answer or a reply; no letter in it counts.
+_FAILED = "Failed to obtain answer via API"
 _TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_STATED = re.compile(r"(?:correct )?answer is \**([A-D])\**(?!\w)", re.IGNORECASE)
+# A letter that begins a word counts in VLMEvalKit ("The answer is dog" is D).
+_STATED = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+_STATED_ALONE = re.compile(_STATED.pattern + r"(?!\w)", re.IGNORECASE)
 
 
 def first_option(answer: str, options: Mapping[str, str]) -> str:
@@ -34,12 +38,39 @@ def first_option(answer: str, options: Mapping[str, str]) -> str:
     return next((letter for letter, text in options.items() if text in answer), answer)
 
 
-def infer_option(answer: str, options: Mapping[str, str]) -> str | None:
+def first_option_or_parentheses(answer: str, options: Mapping[str, str]) -> str:
+    """Reads an answer as InternVL does for ScienceQA: `first_option`, else X of "(X)" or "X."."""
+    found = first_option(answer, options)
+    if len(found) > 1 and found[1] == ".":
+        return found[0]
+    if len(found) > 2 and found[0] == "(" and found[2] == ")":
+        return found[1]
+    return found
+
+
+def infer_option(answer: str, options: Mapping[str, str], *, word_start: bool = True) -> str | None:
     """Reads an answer by the rules of VLMEvalKit.
+
+    Args:
+        answer: what the model wrote.
+        options: texts of the options by letter.
+        word_start: whether "answer is" may be followed by a word that begins with the letter, as
+            in VLMEvalKit (`--compat option_word_start`).
 
     Returns:
         A letter, "Z" for a refusal, or None where only a judge can tell.
     """
+    if _FAILED not in answer and (letter := _letter(answer, options, word_start)):
+        return letter
+    lower = answer.lower()
+    if len(lower) > 2 * sum(map(len, options.values())):
+        return None
+    named = [letter for letter, text in options.items() if text.lower() in lower]
+    return named[0] if len(named) == 1 else None
+
+
+def _letter(answer: str, options: Mapping[str, str], word_start: bool) -> str | None:
+    """Returns the letter that an answer states, "Z" for a refusal, None without any."""
     if any(refusal in answer for refusal in _REFUSALS):
         return NONE_OF_THEM
     tokens = answer.translate(_TO_SPACES).split()
@@ -48,13 +79,10 @@ def infer_option(answer: str, options: Mapping[str, str]) -> str | None:
         return letters[0]
     if not letters and NONE_OF_THEM in tokens:
         return NONE_OF_THEM
-    stated = _STATED.search(answer)
+    stated = (_STATED if word_start else _STATED_ALONE).search(answer)
     if stated and stated[1].upper() in options:
         return stated[1].upper()
-    if len(answer) > 2 * sum(map(len, options.values())):
-        return None
-    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return named[0] if len(named) == 1 else None
+    return None
 
 
 def yes_or_no(text: str) -> str | None:

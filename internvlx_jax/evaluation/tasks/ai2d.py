@@ -23,10 +23,12 @@ TASKS = (
                 plain,
                 scoring.mean_of(exact),
                 max_new_tokens=10,
-                dataset="AI2D_TEST",
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("AI2D_TEST"), vlm_choice, scoring.vanilla_choice, dataset="AI2D_TEST"
+                tsv("AI2D_TEST", needs=("answer", "A", "B")),
+                vlm_choice,
+                scoring.vanilla_choice,
+                dataset="AI2D_TEST",
             ),
         },
     ),
@@ -36,7 +38,7 @@ TASKS = (
         samples=3088,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("AI2D_TEST_NO_MASK"),
+                tsv("AI2D_TEST_NO_MASK", needs=("answer", "A", "B")),
                 vlm_choice,
                 scoring.vanilla_choice,
                 dataset="AI2D_TEST_NO_MASK",

@@ -23,6 +23,13 @@ TASKS = (
         name="blink",
         title="BLINK, validation",
         samples=1901,
-        protocols={"vlmevalkit": vlmevalkit(tsv("BLINK"), vlm_choice, score, dataset="BLINK")},
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("BLINK", needs=("answer", "A", "B", "category")),
+                vlm_choice,
+                score,
+                dataset="BLINK",
+            )
+        },
     ),
 )

@@ -33,17 +33,20 @@ def _task(name: str, title: str, split: str) -> Task:
                 relaxed_accuracy,
                 max_new_tokens=100,
                 dataset="ChartQA_TEST",
-                acceptance=("relaxed_swap",),
+                compat=("relaxed_swap",),
+                joined=True,
             ),
             "vlmevalkit": vlmevalkit(
                 tsv(
                     "ChartQA_TEST",
+                    needs=("answer", "split"),
                     keep=lambda row: row.get("split") == split,
                     finish=listed_answers,
                 ),
                 ending(f"\n{BASE}"),
                 relaxed_accuracy,
                 dataset="ChartQA_TEST",
+                joined=True,
             ),
         },
     )

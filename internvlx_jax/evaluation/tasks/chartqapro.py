@@ -24,6 +24,7 @@ PROMPTS: Mapping[str, str] = json.loads(
 )
 CONVERSATION = "Conversational"
 TOLERANCE = 0.05
+COLUMNS = ("answer", "question_type", "year", "paragraph")
 
 _LIST = re.compile(r"^\[(.*)\]$")
 _BARE_ITEM = re.compile(r"(?<!['\w])(\w[^,]*?)(?!['\w])")
@@ -133,8 +134,6 @@ def _turns(question: Question) -> Question:
             ast.literal_eval(row[name]) for name in ("question", "answer", "year")
         )
         kind = row["question_type"]
-    except KeyError as error:
-        raise ConfigError(f"{where}: no column {error}; download ChartQAPro.tsv again") from None
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
             f"{where}: question, answer and year must be Python lists ({error}); correct the row"
@@ -158,7 +157,7 @@ TASKS = (
         samples=1948,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("ChartQAPro", finish=_turns), prompt, score, dataset="ChartQAPro"
+                tsv("ChartQAPro", needs=COLUMNS, finish=_turns), prompt, score, dataset="ChartQAPro"
             )
         },
     ),

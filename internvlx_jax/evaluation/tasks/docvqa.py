@@ -24,7 +24,7 @@ TASKS = (
                 VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="DocVQA_VAL"
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("DocVQA_VAL", finish=listed_answers),
+                tsv("DocVQA_VAL", needs=("answer",), finish=listed_answers),
                 ending(f"\n{BASE}"),
                 scoring.anls,
                 dataset="DocVQA_VAL",
@@ -42,7 +42,6 @@ TASKS = (
                 ending(f" {BASE}"),
                 scoring.server,
                 max_new_tokens=100,
-                dataset="DocVQA_TEST",
                 submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(

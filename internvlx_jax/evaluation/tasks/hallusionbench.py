@@ -6,8 +6,17 @@ The score is the mean of the accuracy over questions (aAcc), over figures with e
 
 from collections.abc import Hashable, Sequence
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no, mean
+from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    inferred_yes_or_no,
+    mean,
+    yes_no_hits,
+)
 from internvlx_jax.evaluation.sources import tsv
 from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 
@@ -15,15 +24,12 @@ from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 def score(rows: Sequence[Answered], context: Context) -> Result:
     """Scores the mean of aAcc (rows), fAcc (figures) and qAcc (questions).
 
-    The last three fields of an index are set, figure and question.
+    Fields 3, 4 and 5 of an index (from 0) are set, figure and question.
     """
     labels, notes = inferred_yes_or_no(rows, context)
-    right = [
-        not row.error and label.lower() == row.question.answers[0].lower()
-        for label, row in zip(labels, rows, strict=True)
-    ]
+    right = yes_no_hits(rows, labels, context)
     places = [
-        (row.question.fields["l2-category"], *str(row.question.id).split("_")[-3:]) for row in rows
+        (row.question.fields["l2-category"], *str(row.question.id).split("_")[3:6]) for row in rows
     ]
     parts = {
         "aAcc": 100 * mean(right),
@@ -41,6 +47,20 @@ def all_right(groups: Sequence[Hashable], right: Sequence[bool]) -> float:
     return 100 * sum(together.values()) / len(together)
 
 
+def _with_place(question: Question) -> Question:
+    """Returns the question itself.
+
+    Raises:
+        ConfigError: its index does not tell set, figure and question.
+    """
+    if len(str(question.id).split("_")) < 6:
+        raise ConfigError(
+            f"{question.where}: index {question.id} has no set, figure and question in it, as in "
+            "image_VD_illusion_0_1_2; download the published file again"
+        )
+    return question
+
+
 TASKS = (
     Task(
         name="hallusionbench",
@@ -48,7 +68,11 @@ TASKS = (
         samples=951,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("HallusionBench"),
+                tsv(
+                    "HallusionBench",
+                    needs=("answer", "category", "l2-category"),
+                    finish=_with_place,
+                ),
                 ending(f" Please answer yes or no. {BASE}"),
                 score,
                 dataset="HallusionBench",

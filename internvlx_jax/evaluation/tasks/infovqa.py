@@ -27,7 +27,7 @@ TASKS = (
                 VAL, ending(f" {BASE}"), scoring.anls, max_new_tokens=100, dataset="InfoVQA_VAL"
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("InfoVQA_VAL", finish=listed_answers),
+                tsv("InfoVQA_VAL", needs=("answer",), finish=listed_answers),
                 ending(f"\n{BASE}"),
                 scoring.anls,
                 dataset="InfoVQA_VAL",
@@ -45,7 +45,6 @@ TASKS = (
                 ending(f" {BASE}"),
                 scoring.server,
                 max_new_tokens=100,
-                dataset="InfoVQA_TEST",
                 submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(

@@ -1,7 +1,7 @@
 """LLaVA-Bench (in the wild): open questions, graded by a judge beside a reference answer.
 
 The score is the model's mean grade relative to the reference's. `vlmevalkit` reads a TSV file;
-`internvl` reads the original files, and its script counts unreadable judgments as -1.
+`internvl` reads the original files. Both count unreadable judgments as -1.
 """
 
 import dataclasses
@@ -33,6 +33,10 @@ CONTEXT, REFERENCE = f"{FOLDER}/context.jsonl", f"{FOLDER}/answers_gpt4.jsonl"
 
 def _read(roots: Roots) -> list[Question]:
     captions = {row["image"]: row["caption"] for _, row in read_jsonl(roots.data / CONTEXT)}
+    captions = {
+        name: "\n".join(caption) if isinstance(caption, list) else caption
+        for name, caption in captions.items()
+    }
     references = {row["question_id"]: row["text"] for _, row in read_jsonl(roots.data / REFERENCE)}
 
     def finish(question: Question) -> Question:
@@ -63,15 +67,7 @@ SOURCE = Source(
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
     """Scores 100 * mean(model) / mean(reference) of the judge's grades, also per category."""
-    keep_unreadable = "llavabench_minus1" in context.compat
-
-    def read(reply: str) -> GRADES | None:
-        try:
-            reference, model = map(float, reply.split("\n")[0].replace(",", " ").split())
-        except ValueError:
-            return (-1.0, -1.0) if keep_unreadable else None
-        return reference, model
-
+    as_published = "llavabench_minus1" in context.compat
     prompts = [
         fill(
             "llavabench",
@@ -84,7 +80,13 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
     ]
     judge = TrackingJudge(context.judge)
     system = PROMPTS["llavabench_system"]
-    grades = ask_until(judge, prompts, read, temperatures=TEMPERATURES, system=system)
+    grades = ask_until(
+        judge,
+        prompts,
+        read_published if as_published else read_grades,
+        temperatures=TEMPERATURES[: 1 if as_published else None],
+        system=system,
+    )
     if judge.missing:
         return pending(rows)
     parts = _relative_scores(rows, grades)
@@ -97,6 +99,24 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         parts,
         notes,
     )
+
+
+def read_grades(reply: str) -> GRADES | None:
+    """Reads the two numbers of the first line, however they are separated; None unless two."""
+    try:
+        reference, model = map(float, reply.split("\n")[0].replace(",", " ").split())
+    except ValueError:
+        return None
+    return reference, model
+
+
+def read_published(reply: str) -> GRADES:
+    """Reads two numbers with one blank or comma between them, and else -1 for both."""
+    try:
+        reference, model = map(float, reply.split("\n")[0].replace(",", " ").split(" "))
+    except ValueError:
+        return -1.0, -1.0
+    return reference, model
 
 
 def _relative_scores(
@@ -126,10 +146,15 @@ TASKS = (
         samples=60,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("LLaVABench", finish=_tsv_reference),
+                tsv(
+                    "LLaVABench",
+                    needs=("gpt4_ans", "caption", "category"),
+                    finish=_tsv_reference,
+                ),
                 ending("\nAnswer this question in detail."),
                 score,
                 dataset="LLaVABench",
+                compat=("llavabench_minus1",),
             ),
             "internvl": internvl(
                 SOURCE,
@@ -137,7 +162,8 @@ TASKS = (
                 score,
                 max_new_tokens=1000,
                 dataset="LLaVABench",
-                acceptance=("llavabench_minus1",),
+                compat=("llavabench_minus1",),
+                table=lambda question: {"gpt4_ans": question.answers[0]},
             ),
         },
     ),

@@ -18,6 +18,7 @@ from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
 JUDGE_TOKENS = 128
+COLUMNS = ("answer", "question_for_eval", "metadata")
 GROUPS = ("problem_version", "subject", "subfield")
 
 
@@ -82,10 +83,8 @@ def _verdict(reply: str) -> bool | None:
 def _described(question: Question) -> Question:
     """Reads the columns that the metric needs."""
     row, where = question.fields, question.where
-    missing = [name for name in ("question_for_eval", "metadata") if name not in row]
-    if missing or not question.answers:
-        wanted = " and ".join(missing) or "answer"
-        raise ConfigError(f"{where}: no column {wanted}; download the file again")
+    if not question.answers:
+        raise ConfigError(f"{where}: no answer to compare with; download the file again")
     try:
         described = json.loads(row["metadata"].replace("'", '"'))
         fields = {group: str(described.get(group, "")) for group in GROUPS}
@@ -100,7 +99,11 @@ def _described(question: Question) -> Question:
 def _task(version: str, samples: int) -> Task:
     dataset = "_".join(filter(None, ("MathVerse_MINI", version)))
     spec = vlmevalkit(
-        tsv(dataset, finish=_described), prompt, score, dataset=dataset, cot=boxed_answer(prompt)
+        tsv(dataset, needs=COLUMNS, finish=_described),
+        prompt,
+        score,
+        dataset=dataset,
+        cot=boxed_answer(prompt),
     )
     return Task(
         name="_".join(filter(None, ("mathverse", version.lower()))),

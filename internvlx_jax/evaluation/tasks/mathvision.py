@@ -71,8 +71,6 @@ def _right(extracted: str, question: Question) -> bool:
 def _with_options(question: Question) -> Question:
     """Reads the cell of the choices, a Python list that may be empty."""
     row, where = question.fields, question.where
-    if "choices" not in row:
-        raise ConfigError(f'{where}: no column "choices"; download the file again')
     if not question.answers:
         raise ConfigError(f"{where}: no answer to compare with; download the file again")
     choices = list_cell(row["choices"] or "[]", where)
@@ -82,7 +80,7 @@ def _with_options(question: Question) -> Question:
 
 def _source(name: str) -> Source:
     """Returns a TSV file; what compares LaTeX must be installed before questions are asked."""
-    source = tsv(name, finish=_with_options)
+    source = tsv(name, needs=("answer", "choices", "category"), finish=_with_options)
 
     def files(roots: Roots) -> list[Path]:
         return source.files(roots)

@@ -7,21 +7,39 @@ the parquet file of the hub and picks the nearest choice. The metric is accuracy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.cot import boxed_answer, reasoned
-from internvlx_jax.evaluation.judge import ask_until, fill
+from internvlx_jax.evaluation.judge import Judge, ask_until, fill
 from internvlx_jax.evaluation.metrics import levenshtein
 from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.prompts import plain
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, hits, mean
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    TrackingJudge,
+    hits,
+    mean,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 from internvlx_jax.evaluation.tsv import list_cell
 
+# What VLMEvalKit reads of its TSV file, besides index, image and question.
+COLUMNS = (
+    "answer",
+    "question_type",
+    "answer_type",
+    "choices",
+    "answer_option",
+    "task",
+    "skills",
+)
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
 
 
@@ -46,24 +64,32 @@ class Key:
     precision: int = 0
 
     @property
+    def read_by_type(self) -> bool:
+        """Whether VLMEvalKit reads values for this key: an option or a number, but no text."""
+        return self.question_type == "multi_choice" or self.answer_type in ("integer", "float")
+
+    @property
     def options(self) -> dict[str, str]:
         """The choices by letter."""
         return {chr(ord("A") + i): text for i, text in enumerate(self.choices)}
 
 
-def parse(text: str, key: Key, *, text_bug: bool) -> str | int | float | None:
+def parse(
+    text: str, key: Key, *, text_bug: bool, word_start: bool = True
+) -> str | int | float | None:
     """Reads a text as VLMEvalKit does.
 
     Args:
         text: the answer, or what the judge extracted from it.
         key: what the question asks for.
         text_bug: never recognize text and list answers (`--compat mathvista_text_bug`).
+        word_start: see `infer_option`.
 
     Returns:
         The value to compare with the key; None if the text states nothing of the wanted type.
     """
     if key.question_type == "multi_choice":
-        return infer_option(text, key.options)
+        return infer_option(text, key.options, word_start=word_start)
     try:
         if key.answer_type == "integer":
             return int(text)
@@ -80,15 +106,20 @@ def matches(parsed: str | int | float | None, key: Key) -> bool:
         return False
     if key.question_type == "multi_choice":
         return parsed == key.letter
-    if key.answer_type == "integer":
-        return parsed == int(key.answer)
-    if key.answer_type == "float":
-        return parsed == float(key.answer)
+    try:
+        if key.answer_type == "integer":
+            return parsed == int(key.answer)
+        if key.answer_type == "float":
+            return parsed == float(key.answer)
+    except ValueError:
+        return False
     return parsed == key.answer
 
 
 def internvl_prefetch(text: str, key: Key) -> str | None:
-    """Returns an answer that needs no extraction: a choice, or a number of the wanted type."""
+    """Returns an answer that needs no extraction: empty, a choice, or a number of its type."""
+    if not text:
+        return text
     if key.question_type == "multi_choice":
         return text if text in key.choices else None
     try:
@@ -101,11 +132,12 @@ def internvl_prefetch(text: str, key: Key) -> str | None:
     return None
 
 
-def internvl_matches(extraction: str, key: Key) -> bool:
+def internvl_matches(extraction: str, key: Key, *, float_bug: bool = False) -> bool:
     """Whether an extraction matches the key as InternVL's script compares them.
 
     A choice is a letter in parentheses, else the nearest text. An integer is cut, a float is
-    rounded to the precision of the key, and both are compared as texts.
+    rounded to the precision of the key, and both are compared as texts. With `float_bug` a float is
+    always wrong, because the InternVL-X release rounds to a precision that is no integer.
     """
     text = extraction.strip()
     if key.question_type == "multi_choice":
@@ -118,10 +150,10 @@ def internvl_matches(extraction: str, key: Key) -> bool:
         if key.answer_type == "integer":
             return str(int(float(text))) == key.answer
         if key.answer_type == "float":
-            return str(round(float(text), key.precision)) == key.answer
+            return not float_bug and str(round(float(text), key.precision)) == key.answer
     except (ValueError, OverflowError):
         return False
-    return text == key.answer
+    return extraction == key.answer
 
 
 def _tsv_key(question: Question) -> Question:
@@ -148,6 +180,7 @@ def _read(roots: Roots) -> list[Question]:
         for where, row in parquet.rows(file):
             try:
                 choices = tuple(row["choices"] or ())
+                metadata = row.get("metadata") or {}
                 letter = (
                     "ABCDEFGH"[choices.index(row["answer"])] if row["answer"] in choices else ""
                 )
@@ -166,7 +199,11 @@ def _read(roots: Roots) -> list[Question]:
                         (parquet.image(where, "image", row["decoded_image"]),),
                         row["query"],
                         (row["answer"],),
-                        fields={"key": key},
+                        fields={
+                            "key": key,
+                            "task": str(metadata.get("task", "")),
+                            "skills": str(list(metadata.get("skills") or ())),
+                        },
                     )
                 )
             except KeyError as error:
@@ -179,14 +216,24 @@ def _read(roots: Roots) -> list[Question]:
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
     """Scores what rules or the judge extract; `prefetch_rate` is the share of the former."""
     bug = "mathvista_text_bug" in context.compat
+    only_right = "mathvista_prefetch" in context.compat
+    word_start = "option_word_start" in context.compat
 
-    def prefetched(row: Answered, key: Key) -> bool:
-        return bool(parse(row.text, key, text_bug=bug))  # VLMEvalKit takes a value of 0 for none
+    def read(text: str, key: Key) -> str | int | float | None:
+        return parse(text, key, text_bug=bug, word_start=word_start)
 
     def right(extracted: str, key: Key) -> bool:
-        return matches(parse(extracted, key, text_bug=bug), key)
+        if bug and key.answer == "None" and not key.read_by_type:
+            return True  # VLMEvalKit compares the text of what it has not read
+        return matches(read(extracted, key), key)
 
-    return _score(rows, context, prefetched, right)
+    def prefetched(row: Answered, key: Key) -> bool:
+        found = read(row.text, key)
+        if not only_right or key.question_type == "multi_choice":
+            return bool(found)  # a value of 0 is taken for none
+        return right(row.text, key) and found != 0
+
+    return _score(rows, context, prefetched, right, vlm_judge)
 
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
@@ -195,8 +242,33 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         rows,
         context,
         lambda row, key: internvl_prefetch(row.text, key) is not None,
-        internvl_matches,
+        partial(internvl_matches, float_bug="mathvista_float_bug" in context.compat),
+        internvl_judge,
     )
+
+
+def judge_prompt(row: Answered, name: str) -> str:
+    """Returns what the judge is asked to extract an answer; `name` is that of the prompt."""
+    return fill(name, question=row.question.text, prediction=row.text)
+
+
+def vlm_judge(rows: Sequence[Answered], judge: Judge) -> list[str | None]:
+    """Returns the judge's extraction of each row; any reply counts."""
+    prompts = [judge_prompt(row, "mathvista") for row in rows]
+    return ask_until(judge, prompts, str, max_tokens=128)
+
+
+def internvl_judge(rows: Sequence[Answered], judge: Judge) -> list[str | None]:
+    """Returns the judge's extraction of each row, "" after five empty replies."""
+    asked = TrackingJudge(judge)
+    replies = ask_until(
+        asked,
+        [judge_prompt(row, "mathvista_internvl") for row in rows],
+        lambda reply: reply.strip() or None,
+        temperatures=(0.0,) * 5,
+        max_tokens=256,
+    )
+    return replies if asked.missing else [reply or "" for reply in replies]
 
 
 def _score(
@@ -204,16 +276,14 @@ def _score(
     context: Context,
     prefetched: Callable[[Answered, Key], bool],
     right: Callable[[str, Key], bool],
+    extract: Callable[[Sequence[Answered], Judge], list[str | None]],
 ) -> Result:
     keys = [row.question.fields["key"] for row in rows]
     extracted: list[str | None] = [
         row.text if prefetched(row, key) else None for row, key in zip(rows, keys, strict=True)
     ]
     open_ = [i for i, found in enumerate(extracted) if found is None and not rows[i].error]
-    prompts = [
-        fill("mathvista", question=rows[i].question.text, prediction=rows[i].text) for i in open_
-    ]
-    replies = ask_until(context.judge, prompts, str, max_tokens=128)
+    replies = extract([rows[i] for i in open_], context.judge)
     for i, reply in zip(open_, replies, strict=True):
         extracted[i] = reply
     waiting = any(reply is None for reply in replies)
@@ -238,6 +308,19 @@ def score_stated(rows: Sequence[Answered], context: Context) -> Result:
     return hits(rows, right)
 
 
+def _table(question: Question) -> dict[str, str]:
+    """Returns the columns of VLMEvalKit for a question of the parquet file."""
+    key = question.fields["key"]
+    return {
+        "question_type": key.question_type,
+        "answer_type": key.answer_type,
+        "choices": str(list(key.choices)) if key.choices else "",
+        "answer_option": key.letter,
+        "task": question.fields["task"],
+        "skills": question.fields["skills"],
+    }
+
+
 TASKS = (
     Task(
         name="mathvista",
@@ -245,11 +328,11 @@ TASKS = (
         samples=1000,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("MathVista_MINI", finish=_tsv_key),
+                tsv("MathVista_MINI", needs=COLUMNS, finish=_tsv_key),
                 plain,
                 score_vlm,
                 dataset="MathVista_MINI",
-                compat=("mathvista_text_bug",),
+                compat=("mathvista_text_bug", "mathvista_prefetch"),
                 cot=boxed_answer(plain),
             ),
             "internvl": internvl(
@@ -258,6 +341,9 @@ TASKS = (
                 score,
                 max_new_tokens=1000,
                 dataset="MathVista_MINI",
+                compat=("rgb_after_tiling",),
+                release=("rgb_after_tiling", "mathvista_float_bug"),
+                table=_table,
                 cot=reasoned(plain, score=score_stated),
             ),
         },

@@ -19,8 +19,9 @@ from internvlx_jax.evaluation.scoring import (
     Result,
     by_group,
     first_options,
-    inferred_options,
+    judged_options,
     mean,
+    read_option,
     server,
 )
 from internvlx_jax.evaluation.sources import Roots, Source, tsv, tsv_path
@@ -48,9 +49,32 @@ def circular(rows: Sequence[Answered], context: Context) -> Result:
 
 
 def circular_vlm(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores questions as VLMEvalKit does: the option is inferred."""
-    letters, notes = inferred_options(rows, context)
-    return _circular(rows, letters, notes)
+    """Scores questions as VLMEvalKit does: the option is inferred.
+
+    The judge is asked about one rotation of a question after another, and no further ones after the
+    first that is wrong.
+    """
+    letters = [read_option(row.text, row.question, context) for row in rows]
+    notes: dict[str, None] = {}
+    while waiting := _next_unread(rows, letters):
+        judged, said = judged_options([rows[i] for i in waiting], context)
+        notes |= dict.fromkeys(said)
+        for i, letter in zip(waiting, judged, strict=True):
+            letters[i] = letter or ""
+    return _circular(rows, [letter or "" for letter in letters], list(notes))
+
+
+def _next_unread(rows: Sequence[Answered], letters: Sequence[str | None]) -> list[int]:
+    """Returns the first unread rotation of each question that has no wrong one so far."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(rows)), key=lambda i: int(rows[i].question.id)):
+        groups[int(rows[i].question.id) % CIRCLE].append(i)
+    unread = []
+    for members in groups.values():
+        read = [i for i in members if letters[i] is not None or rows[i].error]
+        if all(not rows[i].error and letters[i] in rows[i].question.answers for i in read):
+            unread += [i for i in members if i not in read][:1]
+    return unread
 
 
 def _circular(
@@ -89,13 +113,17 @@ def write_submission(
     return write_table(folder / "submission", rows)
 
 
-def _folder(file: str) -> Source:
-    """Returns the source of a TSV file in data/mmbench."""
+def _folder(file: str, needs: Sequence[str]) -> Source:
+    """Returns the source of a TSV file in data/mmbench; InternVL knows options A to E."""
 
     def inside(roots: Roots) -> Roots:
         return dataclasses.replace(roots, tsv=roots.data / "mmbench")
 
-    source = tsv(file)
+    def finish(question: Question) -> Question:
+        options = {letter: text for letter, text in question.options.items() if letter in "ABCDE"}
+        return dataclasses.replace(question, options=options)
+
+    source = tsv(file, needs=needs, finish=finish)
     return Source(
         lambda roots: [tsv_path(inside(roots), file)], lambda roots: source.read(inside(roots))
     )
@@ -112,15 +140,16 @@ def _task(split: str, language: str, file: str) -> Task:
         same_question=lambda id: int(id) % CIRCLE,
         protocols={
             "internvl": internvl(
-                _folder(file),
+                _folder(file, ("A", "B") if test else ("answer", "A", "B")),
                 choice(LETTER if language == "en" else LETTER_CN),
                 server_choice if test else circular,
                 max_new_tokens=100,
                 dataset=dataset,
                 submission=submission,
+                compat=("pandas_cells",),
             ),
             "vlmevalkit": vlmevalkit(
-                tsv(dataset),
+                tsv(dataset, needs=("A", "B") if test else ("answer", "A", "B")),
                 vlm_choice,
                 server if test else circular_vlm,
                 dataset=dataset,
@@ -140,7 +169,7 @@ def _task_v11(split: str, language: str) -> Task:
         same_question=lambda id: int(id) % CIRCLE,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv(dataset),
+                tsv(dataset, needs=("A", "B") if test else ("answer", "A", "B")),
                 vlm_choice,
                 server if test else circular_vlm,
                 dataset=dataset,

@@ -13,7 +13,13 @@ from pathlib import Path
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.prompts import BASE, ending
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    inferred_yes_or_no,
+    yes_no_hits,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
@@ -39,6 +45,7 @@ KINDS = (*PERCEPTION, *COGNITION)
 IMAGES = "mme/MME_Benchmark_release_version"
 
 _CJK = re.compile(r"[\u4e00-\u9fff]+")
+_CJK_TO_9FA5 = re.compile(r"[\u4e00-\u9fa5]+")  # the range of InternVL's script
 
 
 def _files(roots: Roots) -> list[Path]:
@@ -57,10 +64,11 @@ def _files(roots: Roots) -> list[Path]:
 def _read(roots: Roots) -> list[Question]:
     questions = []
     for kind, file in zip(KINDS, _files(roots), strict=True):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
+        for number, line in enumerate(lines, start=1):
             where = f"{file} line {number}"
             try:
-                name, text, answer = line.split("\t")[:3]
+                name, text, answer = line.strip().split("\t")
             except ValueError:
                 raise ConfigError(
                     f"{where}: expected image, question and answer with tabs between them"
@@ -83,36 +91,44 @@ def _read(roots: Roots) -> list[Question]:
     return questions
 
 
-def label(text: str) -> str:
+def label(text: str, *, cjk: re.Pattern[str] = _CJK) -> str:
     """Returns "yes", "no" or "other" from the first four characters of the cleaned answer."""
     for chinese, english in (("\n", ""), ("不是", "No"), ("是", "Yes"), ("否", "No")):
         text = text.replace(chinese, english)
-    start = _CJK.sub("", text.lower().replace("true", "yes").replace("false", "no"))[:4]
+    start = cjk.sub("", text.lower().replace("true", "yes").replace("false", "no"))[:4]
     if "yes" in start:
         return "yes"
     return "no" if "no" in start else "other"
 
 
-def task_scores(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
+def task_scores(
+    kinds: Sequence[str],
+    right: Sequence[bool | None],
+    images: Sequence[str] | None = None,
+) -> dict[str, float]:
     """Scores each task: 100 * accuracy + 100 * share of images with both questions right.
 
     Args:
-        kinds: task of each row. Rows of a task stand in the order of its file, where two
-            neighbors are one image. A last row without its neighbor, which --limit may leave,
-            counts in the accuracy alone.
-        right: whether each row is right.
+        kinds: task of each row.
+        right: whether each row is right; None leaves it out of the accuracy.
+        images: image of each row. Without them two neighbors of a task are one image, in the order
+            of its file. A row without its partner, which --limit may leave, counts in the accuracy
+            alone.
 
     Returns:
         Scores by task, and their sums `perception` and `cognition`.
     """
-    rows: dict[str, list[bool]] = defaultdict(list)
-    for kind, hit in zip(kinds, right, strict=True):
+    rows: dict[str, list[bool | None]] = defaultdict(list)
+    pairs: dict[str, dict[str | int, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
+    for i, (kind, hit) in enumerate(zip(kinds, right, strict=True)):
+        pairs[kind][images[i] if images else len(rows[kind]) // 2].append(hit)
         rows[kind].append(hit)
     scores = {}
     for kind, hits in rows.items():
-        pairs = [all(hits[i : i + 2]) for i in range(0, len(hits) - 1, 2)]
-        both = sum(pairs) / len(pairs) if pairs else 0.0
-        scores[kind] = 100 * sum(hits) / len(hits) + 100 * both
+        counted = [hit for hit in hits if hit is not None]
+        both = [bool(pair[0] and pair[1]) for pair in pairs[kind].values() if len(pair) > 1]
+        scores[kind] = 100 * (sum(counted) / len(counted) if counted else 0.0)
+        scores[kind] += 100 * (sum(both) / len(both) if both else 0.0)
     for name, group in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if any(kind in scores for kind in group):
             scores[name] = sum(scores.get(kind, 0.0) for kind in group)
@@ -120,22 +136,37 @@ def task_scores(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, float]
 
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores answers as InternVL's script reads them."""
-    return _score(rows, [label(row.text) for row in rows])
+    """Scores answers as InternVL's script reads them, whose lines have tabs between the fields."""
+    cjk = _CJK_TO_9FA5 if "mme_cjk" in context.compat else _CJK
+    labels = [label(row.text, cjk=cjk) for row in rows]
+    right = [
+        not row.error and found == row.question.answers[0].lower()
+        for found, row in zip(labels, rows, strict=True)
+    ]
+    cut = [i for i, row in enumerate(rows) if "\t" in row.text]
+    if not cut or "mme_tab" not in context.compat:
+        return _result(rows, labels, right)
+    notes = [f"{len(cut)} answers with a tab are left out of the accuracy"]
+    return _result(rows, labels, right, notes, left_out=frozenset(cut))
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores answers as VLMEvalKit infers them."""
+    """Scores answers as VLMEvalKit infers them, and pairs rows by `image_path`."""
     labels, notes = inferred_yes_or_no(rows, context)
-    return _score(rows, [label.lower() for label in labels], notes)
+    images = [row.question.fields["image_path"] for row in rows]
+    return _result(rows, labels, yes_no_hits(rows, labels, context), notes, images)
 
 
-def _score(rows: Sequence[Answered], labels: Sequence[str], notes: Sequence[str] = ()) -> Result:
-    right = [
-        not row.error and label == row.question.answers[0].lower()
-        for label, row in zip(labels, rows, strict=True)
-    ]
-    parts = task_scores([row.question.fields["category"] for row in rows], right)
+def _result(
+    rows: Sequence[Answered],
+    labels: Sequence[str],
+    right: Sequence[bool],
+    notes: Sequence[str] = (),
+    images: Sequence[str] | None = None,
+    left_out: frozenset[int] = frozenset(),
+) -> Result:
+    counted = [None if i in left_out else hit for i, hit in enumerate(right)]
+    parts = task_scores([row.question.fields["category"] for row in rows], counted, images)
     total = parts.get("perception", 0.0) + parts.get("cognition", 0.0)
     return Result(total, [float(hit) for hit in right], labels, parts, notes)
 
@@ -155,8 +186,14 @@ TASKS = (
                 max_new_tokens=20,
                 min_new_tokens=0,
                 dataset="MME",
+                compat=("mme_tab", "mme_cjk"),
             ),
-            "vlmevalkit": vlmevalkit(tsv("MME"), PROMPT, score_vlm, dataset="MME"),
+            "vlmevalkit": vlmevalkit(
+                tsv("MME", needs=("answer", "category", "image_path")),
+                PROMPT,
+                score_vlm,
+                dataset="MME",
+            ),
         },
     ),
 )

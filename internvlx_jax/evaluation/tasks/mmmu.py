@@ -2,19 +2,27 @@
 
 The metric is accuracy, also per subject and domain. `internvl` reads the parquet files of the hub,
 puts all images into one grid, and matches open answers by their texts and numbers. `vlmevalkit`
-reads a TSV file and makes an open question a choice between its answer and "Other Answers".
+reads a TSV file, doubles the first image, and makes an open question a choice between its answer
+and "Other Answers".
 """
 
 import ast
 import dataclasses
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
+from internvlx_jax.evaluation.cells import MISSING
 from internvlx_jax.evaluation.cot import reasoned
-from internvlx_jax.evaluation.image_policies import FIRST_ONLY, MMMU_GRID
+from internvlx_jax.evaluation.image_policies import (
+    FIRST_ONLY,
+    MMMU_GRID,
+    VLMEVALKIT,
+    VLMEVALKIT_MMMU,
+)
 from internvlx_jax.evaluation.metrics import options
 from internvlx_jax.evaluation.prompts import BASE, LETTER, option_lines, vlm_choice
 from internvlx_jax.evaluation.questions import Question
@@ -51,6 +59,7 @@ DOMAINS = {
         "Mechanical_Engineering",
     ),
 }
+LETTERS = frozenset(string.ascii_uppercase)
 SUBJECTS = [subject for domain in DOMAINS.values() for subject in domain]
 IMAGES = [f"image_{i}" for i in range(1, 8)]
 # {id: {question_type, ground_truth}}; without it the answers of the parquet files count.
@@ -97,9 +106,9 @@ def _read(roots: Roots) -> list[Question]:
                     where,
                     row["id"],
                     images,
-                    row["question"],
+                    row["question"].strip(),
                     tuple(map(str, truth if isinstance(truth, list) else [truth])),
-                    options={chr(ord("A") + i): str(text) for i, text in enumerate(texts)},
+                    options={chr(ord("A") + i): str(text).strip() for i, text in enumerate(texts)},
                     fields={"question_type": entry["question_type"], "subject": file.parent.name},
                 )
             )
@@ -117,8 +126,14 @@ def asked(question: Question) -> str:
     return f"{question.text}{option_lines(question.options)}"
 
 
-def open_answers(text: str) -> set[str | float]:
-    """Returns the texts and numbers that an answer to an open question states."""
+def open_answers(text: str, *, empty_tails: bool = True) -> set[str | float]:
+    """Returns the texts and numbers that an answer to an open question states.
+
+    Args:
+        text: the answer.
+        empty_tails: whether an empty text behind an indicator is the shortest one unless another
+            indicator follows, so that the line states nothing (`--compat mmmu_empty_tail`).
+    """
     text = text.strip().strip(".").lower()
     parts = text.split("\n")
     stated = []
@@ -128,7 +143,7 @@ def open_answers(text: str) -> set[str | float]:
         tails = [
             part.rpartition(indicator)[2].strip() for indicator in indicators if indicator in part
         ]
-        shortest = min(filter(None, tails), key=len, default="")
+        shortest = _shortest(tails if empty_tails else [tail for tail in tails if tail])
         if shortest and shortest not in _TRIVIAL:
             stated.append(shortest)
     stated = stated or [text]
@@ -138,14 +153,23 @@ def open_answers(text: str) -> set[str | float]:
     return {form for item in (*stated, *numbers) for form in _normalize(item)}
 
 
-def open_matches(text: str, keys: Sequence[str]) -> bool:
+def _shortest(tails: Sequence[str]) -> str:
+    """Returns the shortest tail as the reference finds it: an empty one is replaced by the next."""
+    shortest = ""
+    for tail in tails:
+        if not shortest or len(tail) < len(shortest):
+            shortest = tail
+    return shortest
+
+
+def open_matches(text: str, keys: Sequence[str], *, empty_tails: bool = True) -> bool:
     """Whether a key's text is in a stated text, or a key's number is among the stated numbers."""
     wanted = {form for key in keys for form in _normalize(key)}
     return any(
         any(isinstance(key, str) and key in form for key in wanted)
         if isinstance(form, str)
         else form in wanted
-        for form in open_answers(text)
+        for form in open_answers(text, empty_tails=empty_tails)
     )
 
 
@@ -162,6 +186,7 @@ def _normalize(text: str) -> list[str | float]:
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
     """Scores choices by their letter and open questions by what the text states."""
+    empty_tails = "mmmu_empty_tail" in context.compat
     predictions, right = [], []
     for row in rows:
         question = row.question
@@ -170,24 +195,58 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
             right.append(predictions[-1] in question.answers)
         else:
             predictions.append(row.text)
-            right.append(open_matches(row.text, question.answers))
+            right.append(open_matches(row.text, question.answers, empty_tails=empty_tails))
     return by_domain(hits(rows, right, predictions, group="subject"))
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores inferred options; those of an open question are its answer and `Other Answers`."""
-    rows = [_closed(row) for row in rows]
-    letters, notes = inferred_options(rows, context)
-    right = [letter in row.question.answers for letter, row in zip(letters, rows, strict=True)]
-    return by_domain(hits(rows, right, letters, group="category", notes=notes))
+    """Scores inferred options of the validation split; an open question becomes a choice.
+
+    The options of an open question are its answer and `Other Answers`. Rows of the development
+    split are in the file that VLMEvalKit scores; here they get no score of their own.
+    """
+    letter_key = "mmmu_letter_key" in context.compat
+    pandas = "pandas_cells" in context.compat
+    closed = [_closed(row, letter_key, pandas) for row in rows]
+    letters, notes = inferred_options(closed, context)
+    right = [
+        letter in row.question.answers and not row.error
+        for letter, row in zip(letters, closed, strict=True)
+    ]
+    counted = [i for i, row in enumerate(rows) if row.question.fields.get("split") != "dev"]
+    if not counted:
+        notes = [*notes, "only questions of the development split, which have no score"]
+        return Result(None, [None] * len(rows), letters, {}, notes)
+    chosen = [rows[i] for i in counted]
+    result = by_domain(hits(chosen, [right[i] for i in counted], group="category", notes=notes))
+    scores: list[float | None] = [None] * len(rows)
+    for i in counted:
+        scores[i] = float(right[i])
+    return dataclasses.replace(result, scores=scores, predictions=letters)
 
 
-def _closed(row: Answered) -> Answered:
-    """Returns an open question as a choice; a choice stays."""
-    if row.question.options:
-        return row
-    pair = {"A": row.question.answers[0], "B": "Other Answers"}
-    question = dataclasses.replace(row.question, options=pair, answers=("A",))
+def _closed(row: Answered, letter_key: bool, pandas: bool) -> Answered:
+    """Returns a question without option A as a choice between its answer and others.
+
+    Args:
+        row: the answered question; a choice keeps its options.
+        letter_key: keep a key that is one capital letter, whatever the options, and take A for any
+            other key.
+        pandas: whether `pandas_cells` is in force.
+    """
+    question = row.question
+    (answer,) = question.answers[:1] or ("",)
+    listed = dict(question.options)
+    if "A" not in listed:
+        # An answer that pandas reads as missing is no option.
+        missing = pandas and question.fields.get("answer") in MISSING
+        first = {} if missing else {"A": answer}
+        listed = {**first, **listed, "B": "Other Answers"}
+        if not letter_key:
+            answer = "A"
+    if letter_key and answer not in LETTERS:
+        answer = "A"
+    question = dataclasses.replace(question, options=listed, answers=(answer,))
     return dataclasses.replace(row, question=question)
 
 
@@ -213,15 +272,19 @@ TASKS = (
                 prompt,
                 score,
                 max_new_tokens=10,
-                dataset="MMMU_VAL",
+                compat=("mmmu_empty_tail", "rgb_after_tiling"),
                 images=lambda dynamic: MMMU_GRID if dynamic else FIRST_ONLY,
                 cot=reasoned(asked),
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("MMMU_DEV_VAL", keep=lambda row: row.get("split") == "validation"),
+                tsv("MMMU_DEV_VAL", needs=("answer", "A", "B", "category", "split")),
                 vlm_choice,
                 score_vlm,
                 dataset="MMMU_DEV_VAL",
+                compat=("mmmu_letter_key",),
+                images=lambda dynamic: VLMEVALKIT_MMMU if dynamic else VLMEVALKIT,
+                samples=1050,
+                baseline_tiles=12,
             ),
         },
     ),

@@ -17,7 +17,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.cot import Cot
-from internvlx_jax.evaluation.image_policies import VLMEVALKIT_MMMU
+from internvlx_jax.evaluation.image_policies import VLMEVALKIT, VLMEVALKIT_MMMU
 from internvlx_jax.evaluation.prompts import option_lines
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, hits
@@ -225,13 +225,19 @@ def _vlm(setting: str):
     reasoned = VLM_REASONED
     if setting == STANDARD:
         reasoned = f"Answer the following multiple-choice question. {VLM_REASONED}"
-    source = tsv(dataset) if setting == VISION else tsv(dataset, finish=_vlm_order)
+    needs = ("answer", "A", "B", "category")
+    source = (
+        tsv(dataset, needs=needs)
+        if setting == VISION
+        else tsv(dataset, needs=needs, finish=_vlm_order)
+    )
     spec = vlmevalkit(
         source,
         build(VLM_DIRECT),
         mmmu.score_vlm,
         dataset=dataset,
-        images=lambda dynamic: VLMEVALKIT_MMMU,
+        compat=("mmmu_letter_key",),
+        images=lambda dynamic: VLMEVALKIT_MMMU if dynamic else VLMEVALKIT,
     )
     cot = Cot(prompt=build(reasoned), read=last_line, dataset=f"{dataset}_COT")
     return dataclasses.replace(spec, prompt=build(VLM_DIRECT), cot=cot)
@@ -250,7 +256,6 @@ def _task(setting: str) -> Task:
                 score,
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=0,
-                dataset="MMMU_Pro_V" if setting == VISION else "MMMU_Pro_10c",
                 cot=Cot(prompt=_prompt(setting, REASONED), read=str),
             ),
             "vlmevalkit": _vlm(setting),

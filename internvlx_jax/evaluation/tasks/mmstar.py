@@ -14,7 +14,12 @@ TASKS = (
         title="MMStar",
         samples=1500,
         protocols={
-            "vlmevalkit": vlmevalkit(tsv("MMStar"), vlm_choice, vanilla_choice, dataset="MMStar")
+            "vlmevalkit": vlmevalkit(
+                tsv("MMStar", needs=("answer", "A", "B", "category")),
+                vlm_choice,
+                vanilla_choice,
+                dataset="MMStar",
+            )
         },
     ),
 )

@@ -15,6 +15,7 @@ from internvlx_jax.evaluation.judge import ask_until, fill
 from internvlx_jax.evaluation.prompts import ending, plain
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import (
+    RISING,
     Answered,
     Context,
     Result,
@@ -35,7 +36,6 @@ from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("mm-vet/llava-mm-vet.jsonl", text="text")
 KEY = "mm-vet/mm-vet.json"
-TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the tries until the judge gives a number
 
 
 def _read(roots: Roots) -> list[Question]:
@@ -56,7 +56,7 @@ def _read(roots: Roots) -> list[Question]:
             question,
             images=images,
             answers=(entry["answer"],),
-            fields=dict(question.fields) | {"capability": ",".join(entry["capability"])},
+            fields=dict(question.fields) | {"category": ",".join(entry["capability"])},
         )
 
     return [finish(question) for question in QUESTIONS.read(roots)]
@@ -70,14 +70,14 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
     asked = [i for i, row in enumerate(rows) if not row.error]
     prompts = [_judge_prompt(rows[i]) for i in asked]
     judge = TrackingJudge(context.judge)
-    replies = ask_until(judge, prompts, _grade, temperatures=TEMPERATURES)
+    replies = ask_until(judge, prompts, _grade, temperatures=RISING)
     if judge.missing:
         return pending(rows)
     grades = dict(zip(asked, replies, strict=True))
     scores = [grades.get(i) or 0.0 for i in range(len(rows))]
     capabilities: dict[str, list[float]] = defaultdict(list)
     for row, value in zip(rows, scores, strict=True):
-        for capability in row.question.fields["capability"].split(","):
+        for capability in row.question.fields["category"].split(","):
             capabilities[capability.strip()].append(value)
     ungraded = replies.count(None)
     notes = [f"the judge gave no number for {ungraded} answers; they count 0"] * bool(ungraded)
@@ -134,7 +134,11 @@ TASKS = (
                 submission=write_submission,
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("MMVet"), plain, score, dataset="MMVet", submission=write_submission
+                tsv("MMVet", needs=("answer", "category")),
+                plain,
+                score,
+                dataset="MMVet",
+                submission=write_submission,
             ),
         },
     ),

@@ -29,7 +29,9 @@ def named_images(prompt: Prompt) -> Prompt:
     return with_names
 
 
-_SPEC = vlmevalkit(tsv("MUIRBench"), vlm_choice, vanilla_choice, dataset="MUIRBench")
+_SPEC = vlmevalkit(
+    tsv("MUIRBench", needs=("answer", "A", "B")), vlm_choice, vanilla_choice, dataset="MUIRBench"
+)
 
 TASKS = (
     Task(

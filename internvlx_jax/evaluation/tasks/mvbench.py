@@ -13,6 +13,7 @@ from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.evaluation.cells import NAN
 from internvlx_jax.evaluation.image_policies import FRAMES
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, hits, inferred_options
@@ -127,9 +128,16 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores the first word of each answer, else the option that rules or the judge infer."""
+    """Scores the first word of each answer, else the option that rules or the judge infer.
+
+    VLMEvalKit gives an answer that pandas reads as missing no score, and counts that as right.
+    """
     empty = "mvbench_empty_right" in context.compat
-    right = [names_option(row.text.strip(), row.question.answers[0], empty=empty) for row in rows]
+    missing = {NAN} if empty and "pandas_predictions" in context.compat else set()
+    right = [
+        row.text in missing or names_option(row.text.strip(), row.question.answers[0], empty=empty)
+        for row in rows
+    ]
     others = [i for i, hit in enumerate(right) if not hit]
     letters, notes = inferred_options([rows[i] for i in others], context)
     for i, letter in zip(others, letters, strict=True):
@@ -237,7 +245,6 @@ TASKS = (
                 prompt,
                 score,
                 max_new_tokens=1000,
-                dataset="MVBench",
                 images=lambda dynamic: FRAMES,
                 frames=16,
                 compat=("mvbench_empty_right",),

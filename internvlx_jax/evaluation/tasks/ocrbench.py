@@ -69,9 +69,6 @@ def _listed(question: Question) -> Question:
     try:
         answers = ast.literal_eval(cell)
         assert isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-        question.fields["category"]
-    except KeyError:
-        raise ConfigError(f'{question.where}: no column "category"; download it again') from None
     except (ValueError, SyntaxError, AssertionError):
         raise ConfigError(
             f"{question.where}: answer {cell[:60]!r} is no Python list of texts; correct the cell"
@@ -87,7 +84,10 @@ TASKS = (
         baseline_tiles=24,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("OCRBench", finish=_listed), ending(f"\n{BASE}"), score, dataset="OCRBench"
+                tsv("OCRBench", needs=("answer", "category"), finish=_listed),
+                ending(f"\n{BASE}"),
+                score,
+                dataset="OCRBench",
             )
         },
     ),

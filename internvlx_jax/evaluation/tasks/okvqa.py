@@ -19,12 +19,8 @@ TASKS = (
         title="OK-VQA, validation",
         samples=5046,
         protocols={
-            "internvl": internvl(
-                SOURCE, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="OKVQA_VAL"
-            ),
-            "vlmevalkit": vlmevalkit(
-                SOURCE, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="OKVQA_VAL"
-            ),
+            "internvl": internvl(SOURCE, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10),
+            "vlmevalkit": vlmevalkit(SOURCE, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset=""),
         },
     ),
 )

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.prompts import ending, plain
 from internvlx_jax.evaluation.questions import Question, read_jsonl
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no, mean
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    inferred_yes_or_no,
+    mean,
+    yes_no_hits,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, image_name, image_path, jsonl, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
@@ -85,37 +92,56 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores the mean F1 of the categories."""
-    return _score(rows, [label(row.text) for row in rows])
+    """Scores the mean F1 of the categories; a failed row is predicted against its key."""
+    labels = [label(row.text) for row in rows]
+    keys = [row.question.answers[0].lower() == "yes" for row in rows]
+    said = [
+        not key if row.error else text == "yes"
+        for text, key, row in zip(labels, keys, rows, strict=True)
+    ]
+    right = [a == b for a, b in zip(said, keys, strict=True)]
+    parts = _parts(rows, said, keys, right)
+    headline = mean([part["f1"] for name, part in parts.items() if name != "all"])
+    return Result(headline, [float(hit) for hit in right], labels, parts)
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
     """Scores one F1 over all rows; a row counts in each of its categories, joined by commas."""
     labels, notes = inferred_yes_or_no(rows, context)
-    result = _score(rows, [label.lower() for label in labels], notes)
-    return dataclasses.replace(result, score=result.parts["all"]["f1"])
-
-
-def _score(rows: Sequence[Answered], labels: Sequence[str], notes: Sequence[str] = ()) -> Result:
-    """Scores labels; a failed row, and one without yes or no, is predicted against its key."""
-    keys = [row.question.answers[0].lower() == "yes" for row in rows]
+    right = yes_no_hits(rows, labels, context)
+    yes = "Yes" if "yes_no_case" in context.compat else "yes"
+    keys = [row.question.answers[0] for row in rows]
+    keys = [(key if yes == "Yes" else key.strip().lower()) == yes for key in keys]
+    unknown_is_no = "pope_unknown_is_no" in context.compat
     said = [
-        (label == "yes") if label in ("yes", "no") and not row.error else not key
+        label == "Yes" if (label or unknown_is_no) and not row.error else not key
         for label, key, row in zip(labels, keys, rows, strict=True)
     ]
+    parts = _parts(rows, said, keys, right)
+    return Result(parts["all"]["f1"], [float(hit) for hit in right], labels, parts, notes)
+
+
+def _parts(
+    rows: Sequence[Answered], said: Sequence[bool], keys: Sequence[bool], right: Sequence[bool]
+) -> dict[str, dict[str, float]]:
+    """Returns the scores of each category and of "all", where a row counts in each category.
+
+    Args:
+        rows: the rows; their categories are joined by commas.
+        said: whether each answer says yes.
+        keys: whether yes is right.
+        right: whether each answer counts as right in the accuracy.
+    """
     members: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         for category in row.question.fields["category"].split(","):
             members[category.strip()].append(i)
-    parts = {
-        category: binary_scores([said[i] for i in indices], [keys[i] for i in indices])
-        for category, indices in members.items()
-    }
     every = [i for indices in members.values() for i in indices]
-    headline = mean([part["f1"] for part in parts.values()])
-    parts["all"] = binary_scores([said[i] for i in every], [keys[i] for i in every])
-    right = [float(a == b) for a, b in zip(said, keys, strict=True)]
-    return Result(headline, right, labels, parts, notes)
+    return {
+        name: binary_scores([said[i] for i in indices], [keys[i] for i in indices])
+        | {"accuracy": mean([right[i] for i in indices])}
+        for name, indices in [*members.items(), ("all", every)]
+    }
 
 
 TASKS = (
@@ -124,8 +150,22 @@ TASKS = (
         title="POPE, mean F1",
         samples=8910,
         protocols={
-            "internvl": internvl(SOURCE, ending(" "), score, max_new_tokens=100, dataset="POPE"),
-            "vlmevalkit": vlmevalkit(tsv("POPE"), plain, score_vlm, dataset="POPE"),
+            "internvl": internvl(
+                SOURCE,
+                ending(" "),
+                score,
+                max_new_tokens=100,
+                dataset="POPE",
+                table=lambda question: {"answer": question.answers[0].capitalize()},
+            ),
+            "vlmevalkit": vlmevalkit(
+                tsv("POPE", needs=("answer", "category")),
+                plain,
+                score_vlm,
+                dataset="POPE",
+                compat=("pope_unknown_is_no",),
+                samples=0,
+            ),
         },
     ),
 )

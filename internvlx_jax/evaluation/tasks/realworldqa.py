@@ -15,7 +15,10 @@ TASKS = (
         samples=765,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("RealWorldQA"), vlm_choice, scoring.vanilla_choice, dataset="RealWorldQA"
+                tsv("RealWorldQA", needs=("answer", "A", "B")),
+                vlm_choice,
+                scoring.vanilla_choice,
+                dataset="RealWorldQA",
             ),
         },
     ),

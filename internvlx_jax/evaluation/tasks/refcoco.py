@@ -174,11 +174,7 @@ TASKS = (
             name=name,
             title=title,
             samples=samples,
-            protocols={
-                "internvl": internvl(
-                    _phrases(file), prompt, score, max_new_tokens=100, dataset=f"RefCOCO_{name}"
-                )
-            },
+            protocols={"internvl": internvl(_phrases(file), prompt, score, max_new_tokens=100)},
         )
         for name, file, title, samples in SPLITS
     ),

@@ -6,13 +6,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+from internvlx_jax.evaluation.metrics.options import first_option, first_option_or_parentheses
 from internvlx_jax.evaluation.prompts import LETTER, choice, vlm_choice
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import (
     Answered,
     Context,
     Result,
-    first_options,
     hits,
     vanilla_choice,
 )
@@ -29,8 +29,11 @@ def _letters(question: Question) -> Question:
 
 
 def exact_letter(rows: Sequence[Answered], context: Context) -> Result:
-    """Scores InternVL's reading of the letter."""
-    letters = first_options(rows)
+    """Scores InternVL's reading of the letter; `scienceqa_parentheses` is about "(B)"."""
+    read = (
+        first_option_or_parentheses if "scienceqa_parentheses" in context.compat else first_option
+    )
+    letters = [read(row.text, row.question.options) for row in rows]
     right = [letter in row.question.answers for letter, row in zip(letters, rows, strict=True)]
     return hits(rows, right, letters)
 
@@ -42,14 +45,18 @@ TASKS = (
         samples=2017,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("ScienceQA_TEST"), vlm_choice, vanilla_choice, dataset="ScienceQA_TEST"
+                tsv("ScienceQA_TEST", needs=("answer", "A", "B")),
+                vlm_choice,
+                vanilla_choice,
+                dataset="ScienceQA_TEST",
             ),
             "internvl": internvl(
                 jsonl("scienceqa/scienceqa_test_img.jsonl", finish=_letters),
                 choice(LETTER),
                 exact_letter,
                 max_new_tokens=100,
-                dataset="ScienceQA_TEST",
+                compat=("scienceqa_parentheses",),
+                release=(),
             ),
         },
     ),

@@ -70,10 +70,13 @@ TASKS = (
                 plain,
                 first_character,
                 max_new_tokens=100,
-                dataset="SEEDBench",
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("SEEDBench_IMG"), vlm_choice, vanilla_choice, dataset="SEEDBench_IMG"
+                tsv("SEEDBench_IMG", needs=("answer", "A", "B")),
+                vlm_choice,
+                vanilla_choice,
+                dataset="SEEDBench_IMG",
+                samples=0,
             ),
         },
     ),

@@ -15,7 +15,10 @@ TASKS = (
         samples=2277,
         protocols={
             "vlmevalkit": vlmevalkit(
-                tsv("SEEDBench2_Plus"), vlm_choice, vanilla_choice, dataset="SEEDBench2_Plus"
+                tsv("SEEDBench2_Plus", needs=("answer", "A", "B", "category")),
+                vlm_choice,
+                vanilla_choice,
+                dataset="SEEDBench2_Plus",
             )
         },
     ),

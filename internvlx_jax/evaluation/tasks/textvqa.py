@@ -30,7 +30,7 @@ TASKS = (
         protocols={
             "internvl": _internvl("textvqa/textvqa_val.jsonl"),
             "vlmevalkit": vlmevalkit(
-                tsv("TextVQA_VAL", finish=listed_answers),
+                tsv("TextVQA_VAL", needs=("answer",), finish=listed_answers),
                 ending(f"\n{BASE}"),
                 scoring.vqa_soft_vlm,
                 dataset="TextVQA_VAL",

@@ -1,12 +1,13 @@
 """VizWiz, validation and test splits: photos and questions of blind people.
 
-The metric is VQA soft accuracy. `internvl` also asks for "Unanswerable"; `vlmevalkit` asks the bare
-question and has its own cleaning of texts. The test split writes a submission.
+The metric is VQA soft accuracy, each protocol with its own cleaning of texts. `internvl` also asks
+for "Unanswerable"; `vlmevalkit` reads the column `answers` of its TSV file. The test split writes a
+submission.
 """
 
 from internvlx_jax.evaluation import scoring
-from internvlx_jax.evaluation.prompts import BASE, ending, plain
-from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.prompts import BASE, ending
+from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed, tsv
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
@@ -24,10 +25,18 @@ TASKS = (
         samples=4319,
         protocols={
             "internvl": internvl(
-                VAL, PROMPT, scoring.vqa_soft, max_new_tokens=10, dataset="VizWiz"
+                VAL,
+                PROMPT,
+                scoring.vqa_soft,
+                max_new_tokens=10,
+                dataset="VizWiz",
+                table=lambda question: {"answers": str(list(question.answers))},
             ),
             "vlmevalkit": vlmevalkit(
-                tsv("VizWiz", finish=listed_answers), plain, scoring.vqa_soft_vlm, dataset="VizWiz"
+                tsv("VizWiz", needs=("answers",), finish=listed("answers")),
+                ending(f"\n{BASE}"),
+                scoring.vqa_soft_vlm,
+                dataset="VizWiz",
             ),
         },
     ),
@@ -41,7 +50,6 @@ TASKS = (
                 PROMPT,
                 scoring.server,
                 max_new_tokens=10,
-                dataset="VizWiz_TEST",
                 submission=answers_by("image"),
             ),
         },

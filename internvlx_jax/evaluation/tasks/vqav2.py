@@ -23,12 +23,8 @@ TASKS = (
         title="VQAv2, validation",
         samples=214354,
         protocols={
-            "internvl": internvl(
-                VAL, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10, dataset="VQAv2_VAL"
-            ),
-            "vlmevalkit": vlmevalkit(
-                VAL, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset="VQAv2_VAL"
-            ),
+            "internvl": internvl(VAL, ending(f" {BASE}"), scoring.vqa_soft, max_new_tokens=10),
+            "vlmevalkit": vlmevalkit(VAL, ending(f"\n{BASE}"), scoring.vqa_soft_vlm, dataset=""),
         },
     ),
     Task(
@@ -41,14 +37,13 @@ TASKS = (
                 ending(f" {BASE}"),
                 scoring.server,
                 max_new_tokens=10,
-                dataset="VQAv2_TESTDEV",
                 submission=SUBMISSION,
             ),
             "vlmevalkit": vlmevalkit(
                 TESTDEV,
                 ending(f"\n{BASE}"),
                 scoring.server,
-                dataset="VQAv2_TESTDEV",
+                dataset="",
                 submission=SUBMISSION,
             ),
         },
