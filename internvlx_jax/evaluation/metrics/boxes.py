@@ -46,6 +46,12 @@ def internvl_overlap(box: Box, target: Sequence[float], width: float, height: fl
     return _overlap(predicted, np.asarray(target, np.float32))
 
 
+def in_thousandths(box: Sequence[float], width: float, height: float) -> str:
+    """Writes a box in px as models are trained to write it."""
+    sides = (width, height, width, height)
+    return f"[[{', '.join(f'{THOUSAND * x / side:.0f}' for x, side in zip(box, sides))}]]"
+
+
 def vlmevalkit_box(text: str) -> Box | None:
     """Reads four numbers in brackets, else the first four numbers of the text."""
     match = _NUMBERS.search(text)

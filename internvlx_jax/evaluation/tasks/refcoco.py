@@ -98,8 +98,9 @@ def _phrases(file: str) -> Source:
                 raise ConfigError(
                     f'{where}: needs "image", "sent", "bbox" (four numbers), "width" and "height"'
                 )
+            answer = boxes.in_thousandths(box, fields["width"], fields["height"])
             id = len(questions)
-            questions.append(Question(where, id, (image,), text, (str(list(box)),), fields=fields))
+            questions.append(Question(where, id, (image,), text, (answer,), fields=fields))
         return questions
 
     return Source(lambda roots: [roots.data / path], read)
@@ -137,7 +138,7 @@ def _placed(question: Question) -> Question:
     split = row.get("split") or tsv_split(row.get("category", "")) or "RefCOCO"
     return dataclasses.replace(
         question,
-        answers=(str(list(corners)),),
+        answers=(boxes.in_thousandths(corners, width, height),),
         fields=dict(row) | {"split": split, "target": corners, "pixels": (width, height)},
     )
 
