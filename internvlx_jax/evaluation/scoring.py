@@ -23,11 +23,14 @@ from internvlx_jax.evaluation.questions import Question
 # Deviations of the published scripts that change a score; `--compat` switches them.
 COMPAT = {
     "relaxed_swap": "ChartQA: the prediction is the target of the 5 % (InternVL script)",
+    "gqa_blank": "GQA: a blank before the final full stop makes an answer wrong (InternVL script)",
+    "scienceqa_parentheses": 'ScienceQA: "(B)" is read as B (InternVL script, not the release)',
     "rgb_after_tiling": "MMMU, MathVista: images are tiled before they are converted to RGB "
     "(InternVL script)",
-    "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
-    "mathvista_prefetch": "MathVista: a number is taken without a judge only if it is right and "
-    "not 0 (VLMEvalKit)",
+    "mmmu_empty_tail": "MMMU: an empty text behind an indicator counts as the shortest "
+    "(InternVL script)",
+    "mme_tab": "MME: an answer with a tab is left out of the accuracy (InternVL script)",
+    "mme_cjk": "MME: characters from U+9FA6 on stay in the answer (InternVL script)",
     "mathvista_float_bug": "MathVista: float answers never match (InternVL-X release)",
     "llavabench_minus1": "LLaVA-Bench: the judge is asked once, and a judgment other than two "
     "numbers with one blank between them is -1 for both and stays in the means",
@@ -40,12 +43,9 @@ COMPAT = {
     "pope_unknown_is_no": "POPE: an answer without yes or no is a no in F1 (VLMEvalKit)",
     "mmmu_letter_key": "MMMU: an open question whose answer is one capital letter is never right "
     "(VLMEvalKit)",
-    "mmmu_empty_tail": "MMMU: an empty text behind an indicator counts as the shortest "
-    "(InternVL script)",
-    "mme_tab": "MME: an answer with a tab is left out of the accuracy (InternVL script)",
-    "mme_cjk": "MME: characters from U+9FA6 on stay in the answer (InternVL script)",
-    "gqa_blank": "GQA: a blank before the final full stop makes an answer wrong (InternVL script)",
-    "scienceqa_parentheses": 'ScienceQA: "(B)" is read as B (InternVL script, not the release)',
+    "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
+    "mathvista_prefetch": "MathVista: a number is taken without a judge only if it is right and "
+    "not 0 (VLMEvalKit)",
     "mvbench_empty_right": "MVBench: an answer without letters in its first word, such as an empty "
     "one, is right (both references)",
     "videomme_openings": 'Video-MME: "Best option: C" is B, because two commas are missing '

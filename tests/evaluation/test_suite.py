@@ -235,9 +235,13 @@ def test_rescoring_uses_other_deviations(settings, configure, run_on, data_root,
     # 9.5 is within 5 % of 10, but 10 is not within 5 % of 9.5.
     rows[0] = dataclasses.replace(rows[0], raw="9.5")
     parts.write_rows(path, rows)
-    assert rescore(str(path), data_root=str(data_root)).score == 50
-    swapped = rescore(str(path), data_root=str(data_root), compat="acceptance")
+    swapped = rescore(str(path), data_root=str(data_root))
     assert (swapped.score, swapped.compat) == (0, ["relaxed_swap"])
+    plain = rescore(str(path), data_root=str(data_root), compat="none")
+    assert (plain.score, plain.compat) == (50, [])
+    assert rescore(str(path), data_root=str(data_root)).score == 50, "as it was scored last"
+    again = rescore(str(path), data_root=str(data_root), compat="acceptance")
+    assert (again.score, again.compat) == (0, ["relaxed_swap"])
     rows[0] = dataclasses.replace(rows[0], prompt="Another one?")
     parts.write_rows(path, rows)
     with pytest.raises(ConfigError, match="row 0 is not the question at .*test_human.jsonl line 1"):
