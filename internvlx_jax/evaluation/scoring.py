@@ -46,6 +46,8 @@ COMPAT = {
     "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
     "mathvista_prefetch": "MathVista: a number is taken without a judge only if it is right and "
     "not 0 (VLMEvalKit)",
+    "mathvision_names": 'MathVision: an "a" in an answer stands for the value of the key, so "A" '
+    "is right for any number (VLMEvalKit)",
     "mvbench_empty_right": "MVBench: an answer without letters in its first word, such as an empty "
     "one, is right (both references)",
     "videomme_openings": 'Video-MME: "Best option: C" is B, because two commas are missing '

@@ -72,7 +72,9 @@ class TsvImage:
         return f"{self.path} row {self.row}" + (f" image {self.part + 1}" if self.part else "")
 
 
-def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> Iterator[Question]:
+def read_tsv(
+    path: Path, needs: Sequence[str] = (), *, pandas: bool = False, question: str | None = None
+) -> Iterator[Question]:
     """Yields the rows that have an image as questions, in order.
 
     `answers` is empty where the column is missing; `fields` are all columns but the image, as they
@@ -83,6 +85,7 @@ def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> 
         needs: columns that have to be in the file, besides index, question and image.
         pandas: make of answers, hints and options what pandas reads (`cells`): an option or a hint
             that is missing is left out, and an answer that is missing is "nan".
+        question: text that takes the place of the column, which then need not be in the file.
 
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
@@ -91,7 +94,7 @@ def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> 
     references: list[tuple[str, str]] = []
     rows = []
     records = _records(path)
-    header = _header(path, records, needs)
+    header = _header(path, records, needs, ("index", "question")[: 1 if question else 2])
     texts = [name for name in header if name != "image"]
     cells_of: dict[str, list[str]] = {name: [] for name in texts}
     column = header.index("image") if "image" in header else None
@@ -102,7 +105,7 @@ def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> 
                 f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check "
                 "the quotation marks"
             )
-        row = dict(zip(header, cells))
+        row = dict(zip(header, cells)) | ({"question": question} if question else {})
         for name in texts:
             cells_of[name].append(row[name])
         index = row["index"]
@@ -155,11 +158,15 @@ def _columns(
 
 
 def _header(
-    path: Path, records: Iterator[tuple[int, list[str], int, int]], needs: Sequence[str]
+    path: Path,
+    records: Iterator[tuple[int, list[str], int, int]],
+    needs: Sequence[str],
+    always: Sequence[str],
 ) -> list[str]:
+    """Returns the names of the columns, among which are those of `always` and `needs`."""
     line, names, _, _ = next(records, (1, [], 0, 0))
     header = [name.removeprefix("\ufeff") for name in names]
-    needed = [name for name in ("index", "question") if name not in header]
+    needed = [name for name in always if name not in header]
     if needed or not {"image", "image_path"} & set(header):
         raise ConfigError(
             f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
@@ -168,7 +175,7 @@ def _header(
     if absent := [name for name in needs if name not in header]:
         raise ConfigError(
             f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
-            f"{', '.join(('index', 'image', 'question', *needs))}. Download the published file "
+            f"{', '.join(('image', *always, *needs))}. Download the published file "
             "again"
         )
     return header

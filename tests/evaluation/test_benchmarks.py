@@ -196,6 +196,13 @@ def test_same_value(a, b, same):
     assert same_value(a, b) == same_value(b, a) == same
 
 
+def test_a_name_of_the_reference_is_right_for_any_number():
+    assert same_value("A", "12", names=True) and not same_value("A", "12")
+    assert same_value("a or b", "12", names=True) and not same_value("b or a", "12", names=True)
+    assert same_value("1/2", "B", names=True) and not same_value("1/2", "B")
+    assert not same_value("a", "x", names=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from internvlx_jax.core.extras import require
@@ -24,6 +26,8 @@ _NODES = (
     ast.BoolOp,
     ast.Compare,
     ast.Constant,
+    ast.Name,
+    ast.Load,
     ast.operator,
     ast.unaryop,
     ast.boolop,
@@ -41,16 +45,35 @@ def latex_reader() -> Any:
     return module.latex2sympy
 
 
-def same_value(a: str, b: str) -> bool:
-    """Whether two texts are equal in any case, or state values that differ by less than 1e-6."""
-    a, b = a.lower().strip(), b.lower().strip()
-    if a == b:
+def same_value(answer: str, key: str, *, names: bool = False) -> bool:
+    """Whether two texts are equal in any case, or state values that differ by less than 1e-6.
+
+    Args:
+        answer: what the model or the judge states.
+        key: the reference.
+        names: whether "a" in the answer stands for the value of the key, as in the reference, whose
+            variables have such names (`--compat mathvision_names`).
+    """
+    answer, key = answer.lower().strip(), key.lower().strip()
+    if answer == key:
         return True
-    return _close(arithmetic(a), arithmetic(b)) or _close(latex_value(a), latex_value(b))
+    value = arithmetic(key)
+    if _close(value, arithmetic(answer, {"a": value} if names else {})):
+        return True
+    a, b = _latex(key), _latex(answer)
+    if a is None or b is None:
+        return False
+    known = {"a": a, "b": b} if names else {}
+    return _close(arithmetic(str(a), known), arithmetic(str(b), known))
 
 
-def arithmetic(text: str) -> int | float | complex | None:
-    """Returns the value of an arithmetic expression in Python's notation; None for other texts."""
+def arithmetic(text: str, names: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Returns the value of an arithmetic expression in Python's notation; None for other texts.
+
+    Args:
+        text: the expression.
+        names: values of names that it may use.
+    """
     if len(text) > _LONGEST:
         return None
     try:
@@ -59,9 +82,20 @@ def arithmetic(text: str) -> int | float | complex | None:
             tree = ast.parse(text.lstrip(" \t"), mode="eval")
             if not all(_allowed(node) for node in ast.walk(tree)):
                 return None
-            return eval(compile(tree, "<answer>", "eval"), {"__builtins__": {}}, {})
-    except (SyntaxError, ValueError, ArithmeticError, TypeError, MemoryError, RecursionError):
+            return eval(compile(tree, "<answer>", "eval"), {"__builtins__": {}}, dict(names))
+    except _NO_VALUE:
         return None
+
+
+_NO_VALUE = (
+    SyntaxError,
+    ValueError,
+    ArithmeticError,
+    TypeError,
+    NameError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def _allowed(node: ast.AST) -> bool:
@@ -74,25 +108,26 @@ def _allowed(node: ast.AST) -> bool:
     return isinstance(node, _NODES)
 
 
-def latex_value(text: str) -> int | float | complex | None:
-    """Returns the value of a LaTeX expression that has only numbers; None for other texts."""
+def _latex(text: str) -> Any:
+    """Returns a LaTeX expression as sympy reads it; None for other texts."""
     if len(text) > _LONGEST:
         return None
     latex = latex_reader()
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        return arithmetic(str(latex(text)))
+        return latex(text)
     except Exception:  # the parser raises many kinds of errors, all of which mean "not LaTeX"
         return None
     finally:
         logging.disable(level)
 
 
-def _close(a: int | float | complex | None, b: int | float | complex | None) -> bool:
+def _close(a: Any, b: Any) -> bool:
+    """Whether two numbers, of Python or of sympy, are close; anything else is not."""
     if a is None or b is None:
         return False
     try:
-        return abs(a - b) < CLOSE
-    except OverflowError:
+        return bool(abs(a - b) < CLOSE)
+    except (OverflowError, TypeError):
         return False

@@ -12,10 +12,9 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.cot import boxed_answer
 from internvlx_jax.evaluation.judge import ask_until, fill
 from internvlx_jax.evaluation.metrics.expressions import latex_reader, same_value
-from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.prompts import plain
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, by_group, mean
+from internvlx_jax.evaluation.scoring import Answered, Context, Result, by_group, mean, read_option
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
 from internvlx_jax.evaluation.tasks.task import Task, vlmevalkit
 from internvlx_jax.evaluation.tsv import list_cell
@@ -23,22 +22,29 @@ from internvlx_jax.evaluation.tsv import list_cell
 JUDGE_TOKENS = 128
 
 
-def read_answer(text: str, question: Question) -> str | None:
+def read_answer(text: str, question: Question, context: Context) -> str | None:
     """Returns the option that a text means; for a question without options the text itself."""
-    return infer_option(text, question.options) if question.options else text
+    return read_option(text, question, context) if question.options else text
 
 
-def prefetch(text: str, question: Question) -> str | None:
+def prefetch(text: str, question: Question, context: Context) -> str | None:
     """Returns what needs no judge: an option, right or wrong, or the right value."""
-    found = read_answer(text, question)
+    found = read_answer(text, question, context)
     if question.options:
         return found
-    return found if found and same_value(found, question.answers[0]) else None
+    return found if found and right(found, question, context) else None
+
+
+def right(text: str, question: Question, context: Context) -> bool:
+    """Whether a text means the right option, or states the right value."""
+    found = read_answer(text, question, context)
+    names = "mathvision_names" in context.compat
+    return found is not None and same_value(found, question.answers[0], names=names)
 
 
 def score(rows: Sequence[Answered], context: Context) -> Result:
     """Scores what rules or the judge extract; `prefetch_rate` is the share of the former."""
-    extracted = [prefetch(row.text, row.question) for row in rows]
+    extracted = [prefetch(row.text, row.question, context) for row in rows]
     open_ = [i for i, found in enumerate(extracted) if found is None and not rows[i].error]
     prompts = [
         fill("mathvision", question=rows[i].question.text, prediction=rows[i].text) for i in open_
@@ -48,7 +54,7 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         extracted[i] = reply
     waiting = any(reply is None for reply in replies)
     scores = [
-        0.0 if row.error else None if found is None else float(_right(found, row.question))
+        0.0 if row.error else None if found is None else float(right(found, row.question, context))
         for row, found in zip(rows, extracted, strict=True)
     ]
     known = [value or 0.0 for value in scores]
@@ -61,11 +67,6 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         parts | ({} if waiting else {"subjects": by_group(subjects, known)}),
         pending=waiting,
     )
-
-
-def _right(extracted: str, question: Question) -> bool:
-    found = read_answer(extracted, question)
-    return found is not None and same_value(found, question.answers[0])
 
 
 def _with_options(question: Question) -> Question:
@@ -93,7 +94,14 @@ def _source(name: str) -> Source:
 
 
 def _task(name: str, title: str, dataset: str, samples: int) -> Task:
-    spec = vlmevalkit(_source(dataset), plain, score, dataset=dataset, cot=boxed_answer(plain))
+    spec = vlmevalkit(
+        _source(dataset),
+        plain,
+        score,
+        dataset=dataset,
+        cot=boxed_answer(plain),
+        compat=("mathvision_names",),
+    )
     return Task(name=name, title=title, samples=samples, protocols={"vlmevalkit": spec})
 
 

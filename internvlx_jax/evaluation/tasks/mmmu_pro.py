@@ -227,7 +227,7 @@ def _vlm(setting: str):
         reasoned = f"Answer the following multiple-choice question. {VLM_REASONED}"
     needs = ("answer", "A", "B", "category")
     source = (
-        tsv(dataset, needs=needs)
+        tsv(dataset, needs=needs, question="placeholder")  # as VLMEvalKit, and in its table
         if setting == VISION
         else tsv(dataset, needs=needs, finish=_vlm_order)
     )
