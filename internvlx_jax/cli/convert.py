@@ -26,6 +26,7 @@ from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
+from internvlx_jax.cli.console import run_command
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
@@ -41,6 +42,7 @@ from internvlx_jax.convert.verify import (
 )
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.ranges import NUMBER, SEED, real_number, whole_number
 from internvlx_jax.inference.loading import load_pretrained
 
 
@@ -73,16 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Large parameters are written in eight parts (ParamsWriter).
         jax.config.update("jax_num_cpu_devices", 8)
-    try:
-        return {
-            "import": run_import,
-            "export": run_export,
-            "inspect": run_inspect,
-            "verify": run_comparison,
-        }[args.command](parser, args)
-    except (OSError, ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args.command == "verify" else 1
+    command = {
+        "import": run_import,
+        "export": run_export,
+        "inspect": run_inspect,
+        "verify": run_comparison,
+    }[args.command]
+    failed = 2 if args.command == "verify" else 1
+    return run_command(lambda: command(parser, args), failed=failed)
 
 
 def _underscored(word: str) -> str:
@@ -150,7 +150,9 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="parameters (dotted paths) that start fresh where the checkpoint lacks them",
     )
-    flags.add_argument("--seed", type=int, default=0, help="seed of what starts fresh")
+    flags.add_argument(
+        "--seed", type=whole_number(SEED), default=0, help="seed of what starts fresh"
+    )
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
     flags.add_argument("--report", type=Path, help="write the report as JSON, too")
 
@@ -192,7 +194,7 @@ def _verify_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--reference", type=Path, help="npz of expected outputs; exit status 1 if they differ"
     )
-    flags.add_argument("--atol", type=float, default=1e-4)
+    flags.add_argument("--atol", type=real_number(NUMBER), default=1e-4)
 
 
 def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.evaluation_config import PROTOCOLS, EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import TILE_RULES
 from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
@@ -31,8 +30,6 @@ from internvlx_jax.evaluation.selection import ACCEPTANCE, GENERIC, RELEASE, Dec
 from internvlx_jax.evaluation.sources import Roots
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 from internvlx_jax.training import distributed
-
-_ERRORS = (ConfigError, CheckpointError, SampleError, JudgeError, ScoringError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,21 +124,23 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser()
     args = vars(flags.parse_args(argv))
     if args.get("list"):
-        print(list_tasks(Path(args["data_root"]), args.get("tsv_root")))
+        print(list_tasks(as_path(args["data_root"]), args.get("tsv_root")))
         return 0
     if not ({"checkpoint", "rescore"} & args.keys()):
         flags.error("--checkpoint is required")
-    try:
+
+    def score() -> int:
         summaries = _score(args)
-    except _ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    rescored = args.get("rescore")
-    _print_scores(summaries, str(Path(rescored).parent) if rescored else args["out_dir"])
-    if any(summary.errors for summary in summaries) and not args.get("allow_errors"):
-        return 3
-    pending = any(summary.judge == "pending" for summary in summaries)
-    return 4 if pending and "judge_url" in args else 0
+        rescored = args.get("rescore")
+        place = str(as_path(rescored).parent) if rescored else args["out_dir"]
+        _print_scores(summaries, place)
+        if any(summary.errors for summary in summaries) and not args.get("allow_errors"):
+            return 3
+        pending = any(summary.judge == "pending" for summary in summaries)
+        return 4 if pending and "judge_url" in args else 0
+
+    words = "interrupted; the answers so far are kept, and --resume goes on with them"
+    return run_command(score, JudgeError, ScoringError, interrupted=words)
 
 
 def _score(args: Mapping[str, Any]) -> list[Summary]:
@@ -191,7 +190,7 @@ def _print_scores(summaries: list[Summary], out_dir: str) -> None:
 
 def list_tasks(data_root: Path, tsv_root: str | None) -> str:
     """Returns one line per task and protocol, the default protocol first."""
-    roots = Roots(data_root, Path(tsv_root) if tsv_root else data_root / "tsv")
+    roots = Roots(data_root, as_path(tsv_root) if tsv_root else data_root / "tsv")
     rows = [("task", "protocol", "questions", "data", "title")]
     for task in TASKS.values():
         for protocol, spec in task.protocols.items():

@@ -108,12 +108,12 @@ class Part(NamedTuple):
 
     Attributes:
         text: what it says.
-        source: whose text it is.
+        source: whose text it is; `text` is a human turn whose "<image>" means itself.
         supervised: whether the model learns to write it.
     """
 
     text: str
-    source: Literal["template", "system", "human", "gpt"]
+    source: Literal["template", "system", "human", "gpt", "text"]
     supervised: bool
 
 

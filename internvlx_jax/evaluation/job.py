@@ -20,6 +20,7 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.evaluation.identity import checkpoint_hash
@@ -82,7 +83,7 @@ def run(config: EvalConfig) -> list[Summary]:
                     _run_info(config, generator, task_run.seconds).to_json(),
                 )
     if summaries and not all(spec.generic for spec in specs):
-        folder = Path(config.out_dir) / config.model_name
+        folder = as_path(config.out_dir) / config.model_name
         write_joined(folder, [task_run for task_run, _ in task_runs])
         write_report(folder, summaries)
     if failures:
@@ -100,7 +101,7 @@ def _task_runs(
         dtype=config.dtype,
         ema=config.ema,
     )
-    out = Path(config.out_dir)
+    out = as_path(config.out_dir)
     task_runs = []
     for spec in specs:
         generation, settings = generation_spec(
@@ -128,7 +129,7 @@ def _generator(config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig) ->
     pretrained = load_opened(checkpoint, dtype=config.dtype, mesh=mesh)
     if pretrained.tokenizer is None:
         raise ConfigError(
-            f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
+            f"{config.checkpoint} holds no tokenizer; copy the tokenizer files into it"
         )
     processor = Processor.for_model(
         pretrained.config, pretrained.tokenizer, special_text="escape", tiles=tiles
@@ -170,7 +171,7 @@ def rescore(
         ScoringError: the scorer fails.
         JudgeError: the judge fails; the files say that the task is pending.
     """
-    path = Path(predictions)
+    path = as_path(predictions)
     rows = read_rows(path)
     old = _read_summary(path)
     (spec,) = select(_selection(old, data_root, tsv_root, compat))

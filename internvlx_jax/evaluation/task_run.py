@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.evaluation.cells import read_texts
 from internvlx_jax.evaluation.identity import settings_hash
 from internvlx_jax.evaluation.job_config import JudgeConfig
@@ -304,7 +305,7 @@ def make_judge(config: JudgeConfig, folder: Path, budget: RequestBudget | None =
     return EndpointJudge(
         config.url,
         config.model,
-        Path(config.cache) if config.cache else folder / "judge_cache",
+        as_path(config.cache) if config.cache else folder / "judge_cache",
         workers=config.concurrency,
         retries=config.retries,
         budget=budget or RequestBudget(config.budget),

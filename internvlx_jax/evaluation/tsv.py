@@ -6,17 +6,17 @@ Images stay on disk until they are needed.
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import csv
 import dataclasses
 import io
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.data.embedded import embedded_image, from_base64
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.evaluation.cells import NAN, read_column
 from internvlx_jax.evaluation.questions import Question
@@ -24,6 +24,7 @@ from internvlx_jax.evaluation.questions import Question
 # An image cell of at most so many characters is the index of the row that holds the image.
 REFERENCE = 64
 ANSWERS = ("answer", "answers")
+_DATA_URL = re.compile(r"data:[^,]*", re.IGNORECASE)
 csv.field_size_limit(2**31 - 1)
 
 
@@ -56,14 +57,14 @@ class TsvImage:
             file.seek(self.start)
             text = file.read(self.stop - self.start).decode()
         (cells,) = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+        cell = _parts(cells[self.column])[self.part]
         try:
-            return io.BytesIO(
-                base64.b64decode(_parts(cells[self.column])[self.part], validate=True)
-            )
-        except binascii.Error as error:
+            data = embedded_image(cell)
+            return io.BytesIO(from_base64(cell) if data is None else data)
+        except ValueError as error:
             raise SampleError(
                 "unreadable",
-                f"the image is not base64 ({error}).",
+                f"the image is not base64 ({getattr(error, 'problem', error)}).",
                 "Download the file again.",
                 str(self),
             ) from None
@@ -91,7 +92,7 @@ def read_tsv(
         ConfigError: the file cannot be used; the message names file and line.
     """
     images: dict[str, tuple[ImageSource, ...]] = {}
-    references: list[tuple[str, str]] = []
+    references: dict[str, str] = {}
     rows = []
     records = _records(path)
     header = _header(path, records, needs, ("index", "question")[: 1 if question else 2])
@@ -108,24 +109,17 @@ def read_tsv(
         row = dict(zip(header, cells)) | ({"question": question} if question else {})
         for name in texts:
             cells_of[name].append(row[name])
-        index = row["index"]
+        index, cell = row["index"], row.pop("image", "")
         if index in images:
             raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
-        cell = row.pop("image", "")
-        if column is not None and len(cell) > REFERENCE:
-            images[index] = tuple(
-                TsvImage(path, index, start, stop, column, part)
-                for part in range(len(_parts(cell)))
-            )
-        elif column is not None and cell:
-            references.append((index, cell))
-            images[index] = ()
-        elif row.get("image_path"):
-            images[index] = tuple(str(path.parent / name) for name in _parts(row["image_path"]))
-        else:
+        found = _images(path, row, cell, (start, stop, column))
+        if found is None:
             continue
+        if not found:
+            references[index] = cell
+        images[index] = found
         rows.append((len(cells_of["index"]) - 1, where, row))
-    for index, target in references:
+    for index, target in references.items():
         if not images.get(target):
             raise ConfigError(
                 f"{path} row {index}: its image is that of row {target}, which has none"
@@ -135,6 +129,29 @@ def read_tsv(
     for number, where, row in rows:
         read = {name: columns[name][number] for name in columns}
         yield _question(where, row, read, images[row["index"]])
+
+
+def _images(
+    path: Path, row: Mapping[str, str], cell: str, place: tuple[int, int, int | None]
+) -> tuple[ImageSource, ...] | None:
+    """Returns the images of a row.
+
+    Args:
+        path: the file.
+        row: the other cells by column.
+        cell: the image cell; empty without such a column.
+        place: first byte of the row, byte behind its last, column of the image cell.
+
+    Returns:
+        Its images; none where they are those of another row, and None where it has no image.
+    """
+    start, stop, column = place
+    if column is not None and cell:
+        parts = range(len(_parts(cell)) if len(cell) > REFERENCE else 0)
+        return tuple(TsvImage(path, row["index"], start, stop, column, part) for part in parts)
+    if row.get("image_path"):
+        return tuple(str(path.parent / name) for name in _parts(row["image_path"]))
+    return None
 
 
 def _columns(
@@ -148,7 +165,7 @@ def _columns(
     columns: dict[str, Sequence[str | None]] = {}
     for name, column in cells.items():
         columns[name] = column if name in ("index", "question") else read_column(column)
-        if name in ANSWERS and name in needs and not any(columns[name]):
+        if name in ANSWERS and name in needs and not any(column):
             raise ConfigError(
                 f"{path}: column {name} has no value in any row; this file cannot be scored"
             )
@@ -245,7 +262,14 @@ def _parts(cell: str) -> tuple[str, ...]:
     """Returns the images of a cell: itself, or the items of a list."""
     if not cell.startswith("["):
         return (cell,)
-    return tuple(part.strip().strip("'\"") for part in cell.strip("[] ").split(","))
+    parts = [part.strip().strip("'\"") for part in cell.strip("[] ").split(",")]
+    joined: list[str] = []
+    for part in parts:  # a data: URL has a comma of its own
+        if joined and _DATA_URL.fullmatch(joined[-1]):
+            joined[-1] += f",{part}"
+        else:
+            joined.append(part)
+    return tuple(joined)
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:

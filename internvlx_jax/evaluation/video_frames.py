@@ -17,6 +17,7 @@ import numpy as np
 
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.extras import require
+from internvlx_jax.data import storage
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.data.video import frames_in
 
@@ -139,7 +140,7 @@ def _encoded(clip: Clip) -> list[bytes]:
     """Returns the frames of a clip as files; those of the last few clips are kept."""
     av = _decoder()
     try:
-        with av.open(clip.path) as container:
+        with storage.open_binary(clip.path) as file, av.open(file) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0) or 1.0
             total = stream.frames or sum(1 for _ in container.decode(stream))

@@ -266,6 +266,22 @@ def test_missing_options_and_hints_vanish(tmp_path):
     assert kept.questions[0].prompt.startswith("null\nWhich?\nA. red\nB. blue\nC. None\nD. N/A\n")
 
 
+def test_a_single_answer_may_be_missing(tmp_path):
+    """Scores as VLMEvalKit does: relaxed accuracy compares the float NaN with itself."""
+    one = {"answer": "N/A", "split": "test_human"}
+    for answer, right in (("N/A", 0), ("nan", 0), ("x", 0)):
+        selected = read_tsv(tmp_path, "chartqa_human", "vlmevalkit", [one])
+        assert finished(selected, tmp_path, answer).score == right
+    key = {"question_type": "free_form", "choices": "", "answer_option": "", "task": "t"}
+    rows = [
+        key | {"answer": "None", "answer_type": "text", "skills": "[]"},
+        key | {"answer": "3", "answer_type": "integer", "skills": "[]"},
+        key | {"answer": "1.5", "answer_type": "float", "skills": "[]"},
+    ]
+    selected = read_tsv(tmp_path, "mathvista", "vlmevalkit", rows)
+    assert [question.fields["key"].answer for question in selected.questions] == ["nan", "3", "1.5"]
+
+
 def test_columns_of_numbers_become_numbers(tmp_path):
     rows = [
         {"A": "7", "B": "true", "C": "1.50", "E": "7", "answer": "A"},
@@ -411,6 +427,8 @@ def test_mathvista_prefetches_only_right_numbers_under_vlmevalkit():
     rows = [row(text, "3", key=Key("free_form", "integer", "3")) for text in ("3", "4")]
     assert score("mathvista", "vlmevalkit", *rows).parts["prefetch_rate"] == 0.5
     assert score("mathvista", "vlmevalkit", *rows, compat="none").parts["prefetch_rate"] == 1
+    alone = row("3", "None", key=Key("free_form", "text", "None"))
+    assert score("mathvista", "vlmevalkit", alone).score == 100, "the text of nothing"
     choice = Key("multi_choice", "text", "red", ("blue", "red"), "B")
     assert mathvista.parse("The answer is blue.", choice, text_bug=True) == "B"
 

@@ -159,10 +159,11 @@ def internvl_matches(extraction: str, key: Key, *, float_bug: bool = False) -> b
 def _tsv_key(question: Question) -> Question:
     row = question.fields
     choices = list_cell(row.get("choices", ""), question.where) if row.get("choices") else ()
+    integer = re.fullmatch(r"[+-]?[0-9]+", row["answer"])  # stays one in a column of floats
     key = Key(
         row["question_type"],
         row["answer_type"],
-        row["answer"],
+        row["answer"] if integer or not question.answers else question.answers[0],
         choices,
         row.get("answer_option", ""),
     )
