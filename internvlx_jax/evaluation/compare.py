@@ -230,14 +230,18 @@ def compare(
         )
     first = baseline or models[0]
     models = [first, *(model for model in models if model != first)]
-    cells = tuple(dict.fromkeys(scored.cell for scored in found))
+    order = {name: number for number, name in enumerate(TASKS)}  # question files come last
+    cells = sorted(
+        dict.fromkeys(scored.cell for scored in found),
+        key=lambda cell: order.get(cell[0], len(order)),
+    )
     by_place = {(scored.cell, scored.model): scored for scored in found}
     entries = {
         place: _entry(scored, by_place.get((scored.cell, first)), resamples, seed)
         for place, scored in by_place.items()
     }
     return Comparison(
-        models=tuple(models), cells=cells, entries=entries, resamples=resamples, seed=seed
+        models=tuple(models), cells=tuple(cells), entries=entries, resamples=resamples, seed=seed
     )
 
 
