@@ -91,13 +91,47 @@ def read_tsv(
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
     """
+    records = _records(path)
+    header = _header(path, records, needs, ("index", "question")[: 1 if question else 2])
+    cells: dict[str, list[str]] = {name: [] for name in header if name != "image"}
     images: dict[str, tuple[ImageSource, ...]] = {}
     references: dict[str, str] = {}
     rows = []
-    records = _records(path)
-    header = _header(path, records, needs, ("index", "question")[: 1 if question else 2])
-    texts = [name for name in header if name != "image"]
-    cells_of: dict[str, list[str]] = {name: [] for name in texts}
+    for where, row, place in _rows(path, records, header):
+        index, cell = row["index"], row.pop("image", "")
+        for name, text in row.items():
+            cells[name].append(text)
+        if question:
+            row["question"] = question
+        if index in images:
+            raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
+        found = _images(path, row, cell, place)
+        if found is None:
+            continue
+        if not found:
+            references[index] = cell
+        images[index] = found
+        rows.append((len(cells["index"]) - 1, where, row))
+    for index, target in references.items():
+        if not images.get(target):
+            raise ConfigError(
+                f"{path} row {index}: its image is that of row {target}, which has none"
+            )
+        images[index] = images[target]
+    columns = _columns(path, cells, needs) if pandas else cells
+    for number, where, row in rows:
+        read = {name: columns[name][number] for name in columns}
+        yield _question(where, row, read, images[row["index"]])
+
+
+def _rows(
+    path: Path, records: Iterator[tuple[int, list[str], int, int]], header: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str], tuple[int, int, int | None]]]:
+    """Yields (place for messages, cells by column, place in the file) of each row.
+
+    Raises:
+        ConfigError: a row has more or fewer cells than the first line has columns.
+    """
     column = header.index("image") if "image" in header else None
     for line, cells, start, stop in records:
         where = f"{path} line {line}"
@@ -106,29 +140,7 @@ def read_tsv(
                 f"{where}: {len(cells)} cells, but {len(header)} columns in the first line; check "
                 "the quotation marks"
             )
-        row = dict(zip(header, cells)) | ({"question": question} if question else {})
-        for name in texts:
-            cells_of[name].append(row[name])
-        index, cell = row["index"], row.pop("image", "")
-        if index in images:
-            raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
-        found = _images(path, row, cell, (start, stop, column))
-        if found is None:
-            continue
-        if not found:
-            references[index] = cell
-        images[index] = found
-        rows.append((len(cells_of["index"]) - 1, where, row))
-    for index, target in references.items():
-        if not images.get(target):
-            raise ConfigError(
-                f"{path} row {index}: its image is that of row {target}, which has none"
-            )
-        images[index] = images[target]
-    columns = _columns(path, cells_of, needs) if pandas else cells_of
-    for number, where, row in rows:
-        read = {name: columns[name][number] for name in columns}
-        yield _question(where, row, read, images[row["index"]])
+        yield where, dict(zip(header, cells)), (start, stop, column)
 
 
 def _images(
@@ -233,13 +245,8 @@ def read_cells(path: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str
             f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
             f"{', '.join(needs)}. Download the published file again"
         )
-    for line, cells, _, _ in records:
-        if len(cells) != len(header):
-            raise ConfigError(
-                f"{path} line {line}: {len(cells)} cells, but {len(header)} columns in the first "
-                "line; check the quotation marks"
-            )
-        yield f"{path} line {line}", dict(zip(header, cells, strict=True))
+    for where, row, _ in _rows(path, records, header):
+        yield where, row
 
 
 def list_cell(cell: str, where: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from internvlx_jax.evaluation.judge import RequestBudget
 from internvlx_jax.evaluation.prediction_shards import read_rows as stored_rows
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
+from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.task_run import TaskRun, make_judge
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 
@@ -191,6 +192,21 @@ def test_datasets_that_vlmevalkit_does_not_have_get_no_table(judged):
     assert not TASKS["mmmu_val"].protocols["internvl"].dataset
 
 
+@pytest.mark.parametrize("task", [name for name in READ if "internvl" in TASKS[name].protocols])
+def test_tables_of_internvl_have_what_vlmevalkit_reads(task, data_root):
+    """Where VLMEvalKit would not recognize the questions there is no table."""
+    (spec,) = select(EvaluationConfig(tasks=task, protocol="internvl", data_root=str(data_root)))
+    if task in ("ai2d_test", "scienceqa", "seed") or task.startswith("mmmu"):
+        assert not spec.protocol_spec.dataset
+        return
+    texts = ["x"] * len(spec.questions)
+    rows = vlmevalkit_rows(spec.questions, texts, spec.protocol_spec.table)
+    assert {"index", "question", "prediction", *READ[task]} - {"split"} <= rows[0].keys()
+    assert all(row[name] != "" for row in rows for name in READ[task][:1])
+    if task in ("pope", "mme"):
+        assert {row["answer"] for row in rows} == {"Yes", "No"}
+
+
 # --- nothing is lost ------------------------------------------------------------------------------
 
 
@@ -246,6 +262,27 @@ def test_a_judge_that_goes_away_leaves_the_task_pending(answered, endpoint, tmp_
         make_judge(dataclasses.replace(config, budget=1), task_run.folder)
     )
     assert again.score == 50, "one reply from the cache, one asked now"
+
+
+def test_a_judge_that_is_down_shows_in_the_exit_status(command, checkpoint, data_root, tmp_path):
+    status, text, _ = command(
+        "--no_dynamic",
+        checkpoint=checkpoint,
+        tasks="mmvet,pope",
+        protocol=PROTOCOL,
+        data_root=data_root,
+        dtype="float32",
+        max_new_tokens=4,
+        judge_url="http://localhost:9",
+        judge_model="m",
+        judge_retries=1,
+    )
+    assert status == 4 and "| pending |" in text
+    for task in ("mmvet", "pope"):
+        summary = json.loads((tmp_path / "out" / "run" / task / "summary.json").read_text())
+        assert summary["judge"] == "pending" and summary["score"] is None
+        assert any("the judge gave no more replies" in note for note in summary["notes"])
+        assert len(read_rows(tmp_path / "out" / "run" / task / "predictions.jsonl")) == 2
 
 
 def test_a_budget_is_shared_by_the_tasks_of_a_job(answered, endpoint):

@@ -352,6 +352,14 @@ def test_vlmevalkit_doubles_the_first_image_of_mmmu(tmp_path, side, tiles):
     assert generation.tiler.counts([str(file)] * 2)[1] == 1, "further images are not doubled"
 
 
+def test_internvl_strips_question_and_options_of_mmmu():
+    fields = {"question_type": "multiple-choice"}
+    options = {"A": " x ", "B": "y\n"}
+    question = Question("here", 0, (), "What is it? ", (), "", options, fields)
+    ending = "Answer with the option's letter from the given choices directly."
+    assert mmmu.prompt(question) == f"What is it?\nA. x\nB. y\n{ending}"
+
+
 @pytest.mark.parametrize(
     "text, answer, right",
     [

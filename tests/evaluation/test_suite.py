@@ -404,6 +404,9 @@ def test_flags_become_settings(command, monkeypatch):
             judge_url="u",
             judge_model="m",
             judge_cache="j",
+            judge_concurrency=3,
+            judge_retries=2,
+            judge_budget=9,
             mesh_fsdp=2,
             out_dir="o",
         )[0]
@@ -433,7 +436,7 @@ def test_flags_become_settings(command, monkeypatch):
                 seed=4,
                 stop_strings=("END",),
             ),
-            judge=JudgeConfig(url="u", model="m", cache="j"),
+            judge=JudgeConfig(url="u", model="m", cache="j", concurrency=3, retries=2, budget=9),
             mesh=MeshConfig(fsdp=2),
             resume=True,
             shard="1/2",

@@ -122,8 +122,9 @@ def prompt(question: Question) -> str:
 
 
 def asked(question: Question) -> str:
-    """Returns the question with its options, if any."""
-    return f"{question.text}{option_lines(question.options)}"
+    """Returns the question with its options, if any, each stripped."""
+    options = {letter: text.strip() for letter, text in question.options.items()}
+    return f"{question.text.strip()}{option_lines(options)}"
 
 
 def open_answers(text: str, *, empty_tails: bool = True) -> set[str | float]:
