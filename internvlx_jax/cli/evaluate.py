@@ -64,6 +64,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--image_root", help="folder of the image paths of --data; that of the file by default")
     add("--prompt", help="how --data is asked, with {question} in it")
     add("--limit", type=int, help="only the first questions")
+    text = "ask for a chain of thought where a task has such a prompt, and read its final answer"
+    add("--cot", action="store_true", help=text)
+    add("--frames", type=int, help="frames per video; the task's own by default")
     listed = ", ".join(COMPAT)
     text = f"deviations of published scripts: {listed}; {ACCEPTANCE}, {RELEASE} or none"
     add("--compat", help=text)

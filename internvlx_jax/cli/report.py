@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(draw)
 
 
-def compare_scores(words: list[str]) -> int:
-    """Runs `internvlx report eval` and returns its exit status."""
+def comparison_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `internvlx report eval`."""
     parser = CommandParser(
         prog="internvlx report eval",
         description="Compare the scores of evaluation jobs: one table over models and tasks with "
@@ -68,6 +68,12 @@ def compare_scores(words: list[str]) -> int:
     add("--seed", type=int, default=0, help="of the resamples (%(default)s)")
     text = "disagreements shown of each task and model (%(default)s)"
     add("--worst", type=int, default=WORST, help=text)
+    return parser
+
+
+def compare_scores(words: list[str]) -> int:
+    """Runs `internvlx report eval` and returns its exit status."""
+    parser = comparison_parser()
     args = parser.parse_args(words)
     for name, least in (("resamples", 100), ("seed", 0), ("worst", 0)):
         if getattr(args, name) < least:

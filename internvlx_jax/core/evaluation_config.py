@@ -29,6 +29,8 @@ class EvaluationConfig:
         max_new_tokens: In place of the task's own.
         compat: Comma-separated names of the scorers' deviations, `none` or `acceptance`, in place
             of the protocol's own.
+        cot: Asks benchmarks that have such a prompt for a chain of thought.
+        frames: Number of frames of a video, in place of the task's own.
     """
 
     data: str | None = None
@@ -43,6 +45,8 @@ class EvaluationConfig:
     limit: int | None = None
     max_new_tokens: int | None = None
     compat: str | None = None
+    cot: bool = False
+    frames: int | None = None
 
     def __post_init__(self):
         if (self.data is None) != (self.metric is None):
@@ -58,4 +62,4 @@ class EvaluationConfig:
             )
         if "{question}" not in self.prompt:
             raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")
-        check_ranges(self, limit=COUNT, max_new_tokens=COUNT)
+        check_ranges(self, limit=COUNT, max_new_tokens=COUNT, frames=COUNT)

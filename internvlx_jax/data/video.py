@@ -33,14 +33,23 @@ def list_frames(sample: ChatSample) -> tuple[Image, ...]:
     """
     if not isinstance(sample.video, str):
         return sample.video or ()
+    return frames_in(sample.video, sample.where)
+
+
+def frames_in(folder: str, where: str) -> tuple[str, ...]:
+    """Returns the paths of the frames in a folder, by the number at the end of their names.
+
+    Raises:
+        SampleError: "unreadable" for a folder that is missing or has no frames.
+    """
     try:
-        names = storage.names_in(sample.video)
+        names = storage.names_in(folder)
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
         raise SampleError(
             "unreadable",
-            f"{shorten(sample.video)} is no folder of frames ({type(error).__name__}).",
+            f"{shorten(folder)} is no folder of frames ({type(error).__name__}).",
             'Name a folder of images, or list the frames, under "video".',
-            sample.where,
+            where,
         ) from None
     names = [
         name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp"))
@@ -48,11 +57,11 @@ def list_frames(sample: ChatSample) -> tuple[Image, ...]:
     if not names:
         raise SampleError(
             "unreadable",
-            f"{shorten(sample.video)} holds no frames.",
+            f"{shorten(folder)} holds no frames.",
             "Frames are .jpg, .png, .webp or .bmp files.",
-            sample.where,
+            where,
         )
-    return tuple(storage.join(sample.video, name) for name in sorted(names, key=_frame_number))
+    return tuple(storage.join(folder, name) for name in sorted(names, key=_frame_number))
 
 
 def _frame_number(name: str) -> tuple[int, str]:

@@ -19,6 +19,8 @@ from internvlx_jax.evaluation.prediction_shards import read_rows
 from internvlx_jax.evaluation.records import Row, Summary
 from internvlx_jax.evaluation.tasks import TASKS
 
+SCALES = (100.0, 1.0, 1000.0)  # from the score of a question to that of a benchmark
+
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]  # id of a question, and how many rows before it have the same id
@@ -47,8 +49,19 @@ class Scored:
 
     @property
     def scale(self) -> float:
-        """Factor from the scores of rows to points: 100 for fractions, 1 for other units."""
-        fractions = all(0 <= (row.score or 0.0) <= 1 for row in self.rows.values())
+        """Factor from the scores of questions to the unit of the headline.
+
+        It is what the headline shows: 100 for points, 1000 for OCRBench, 1 for fractions. Where the
+        headline is no mean, fractions become points and other scores stay.
+        """
+        units = [*(self.units() or {}).values()]
+        if not units:
+            return 1.0
+        mean, score = sum(units) / len(units), self.summary.score
+        for factor in SCALES:
+            if mean and score is not None and math.isclose(factor * mean, score, rel_tol=1e-6):
+                return factor
+        fractions = all(0 <= value <= 1 for value in units)
         return 100.0 if fractions and self.summary.protocol != "generic" else 1.0
 
     @property
@@ -58,20 +71,21 @@ class Scored:
         return judge if judge is None or isinstance(judge, str) else str(judge["model"])
 
     def units(self) -> dict[Key, float] | None:
-        """Maps each question to its score; None where some rows have none.
+        """Maps each question that has a score to it; None where the task has no score.
 
         Rows that ask one question several times, such as the rotations of MMBench, are one
         question: resampling them one by one would make the interval too narrow.
         """
-        if any(row.score is None for row in self.rows.values()):
+        if self.summary.score is None or self.judge == "pending":
             return None
+        scores = {key: row.score for key, row in self.rows.items() if row.score is not None}
         task = TASKS.get(self.summary.task)
         if task is None or task.same_question is None:
-            return {key: row.score or 0.0 for key, row in self.rows.items()}
+            return scores
         units: dict[Key, float] = {}
-        for row in self.rows.values():
-            key = (str(task.same_question(row.question_id)), 0)
-            units[key] = min(units.get(key, math.inf), row.score or 0.0)
+        for key, score in scores.items():
+            question = (str(task.same_question(self.rows[key].question_id)), 0)
+            units[question] = min(units.get(question, math.inf), score)
         return units
 
 
@@ -172,12 +186,15 @@ class Comparison:
                     Disagreement(
                         model=entry.scored,
                         baseline=first.scored,
-                        ours=entry.scored.rows[key],
-                        theirs=first.scored.rows[key],
-                        gap=(entry.scored.rows[key].score or 0.0)
-                        - (first.scored.rows[key].score or 0.0),
+                        ours=ours,
+                        theirs=theirs,
+                        gap=ours.score - theirs.score,
                     )
-                    for key in _common(entry.scored, first.scored)
+                    for ours, theirs in (
+                        (entry.scored.rows[key], first.scored.rows[key])
+                        for key in _common(entry.scored, first.scored)
+                    )
+                    if ours.score is not None and theirs.score is not None
                 ]
                 pairs = [pair for pair in pairs if pair.gap]
                 found += sorted(pairs, key=lambda pair: (-abs(pair.gap), pair.gap))[:count]
@@ -213,14 +230,18 @@ def compare(
         )
     first = baseline or models[0]
     models = [first, *(model for model in models if model != first)]
-    cells = tuple(dict.fromkeys(scored.cell for scored in found))
+    order = {name: number for number, name in enumerate(TASKS)}  # question files come last
+    cells = sorted(
+        dict.fromkeys(scored.cell for scored in found),
+        key=lambda cell: order.get(cell[0], len(order)),
+    )
     by_place = {(scored.cell, scored.model): scored for scored in found}
     entries = {
         place: _entry(scored, by_place.get((scored.cell, first)), resamples, seed)
         for place, scored in by_place.items()
     }
     return Comparison(
-        models=tuple(models), cells=cells, entries=entries, resamples=resamples, seed=seed
+        models=tuple(models), cells=tuple(cells), entries=entries, resamples=resamples, seed=seed
     )
 
 

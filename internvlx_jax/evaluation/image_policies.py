@@ -17,3 +17,4 @@ MMMU_GRID = ImagePolicy(
     limits=lambda most, images: [most] + [1] * (images - 1), one_block=True, enlarge_first=2
 )
 FIRST_ONLY = ImagePolicy(limits=lambda most, images: [1], one_block=True)
+FRAMES = ImagePolicy(limits=lambda most, images: [1] * images)  # one tile per frame of a video

@@ -217,4 +217,6 @@ def _selection(
         tsv_root=tsv_root,
         limit=settings["limit"],
         compat=compat or ",".join(old.compat) or "none",
+        cot=settings.get("cot", False),
+        frames=settings.get("frames"),
     )

@@ -153,6 +153,8 @@ class AnswerSettings:
         data_sha256: hash of each data file.
         question_file: the file of the user, None for a benchmark.
         parameters: the parameters of the model; None while they are not known.
+        cot: whether the task was asked for a chain of thought.
+        frames: number of frames of a video; None for images, and for the task's own number.
     """
 
     task: str
@@ -170,9 +172,14 @@ class AnswerSettings:
     data_sha256: Mapping[str, str]
     question_file: QuestionFile | None = None
     parameters: CheckpointIdentity | TrainingStep | None = None
+    cot: bool = False
+    frames: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns one flat JSON object; the last two fields add theirs at its end."""
+        """Returns one flat JSON object; file and parameters add their fields at its end.
+
+        `cot` and `frames` are left out where they are not used.
+        """
         fields = dict(vars(self)) | {
             "tiles": dataclasses.asdict(self.tiles),
             "sampling": dataclasses.asdict(self.sampling),
@@ -180,6 +187,9 @@ class AnswerSettings:
             "data_sha256": dict(self.data_sha256),
         }
         parts = (fields.pop("question_file"), fields.pop("parameters"))
+        unused = [name for name in ("cot", "frames") if not fields[name]]
+        for name in unused:
+            del fields[name]
         for part in parts:
             fields |= part.to_json() if part is not None else {}
         return fields

@@ -46,6 +46,12 @@ COMPAT = {
     "mathvista_text_bug": "MathVista: text and list answers never match (VLMEvalKit)",
     "mathvista_prefetch": "MathVista: a number is taken without a judge only if it is right and "
     "not 0 (VLMEvalKit)",
+    "mathvision_names": 'MathVision: an "a" in an answer stands for the value of the key, so "A" '
+    "is right for any number (VLMEvalKit)",
+    "mvbench_empty_right": "MVBench: an answer without letters in its first word, such as an empty "
+    "one, is right (both references)",
+    "videomme_openings": 'Video-MME: "Best option: C" is B, because two commas are missing '
+    "(VLMEvalKit)",
 }
 
 
@@ -202,31 +208,43 @@ def read_option(text: str, question: Question, context: Context) -> str | None:
     return options.infer_option(text, question.options, word_start=word_start)
 
 
-def inferred_options(rows: Sequence[Answered], context: Context) -> tuple[list[str], list[str]]:
+def inferred_options(
+    rows: Sequence[Answered], context: Context, *, judge_prompt: str | None = None
+) -> tuple[list[str], list[str]]:
     """Reads options as VLMEvalKit does, with the judge where the rules do not decide.
+
+    Args:
+        rows: the answered questions.
+        context: judge and deviations.
+        judge_prompt: the judge's prompt; None takes that of the language of the question.
 
     Returns:
         (the letter of each row, "" where there is none; notes).
     """
     letters = [read_option(row.text, row.question, context) for row in rows]
     undecided = [i for i, letter in enumerate(letters) if letter is None and not rows[i].error]
-    judged, notes = judged_options([rows[i] for i in undecided], context)
+    judged, notes = judged_options([rows[i] for i in undecided], context, judge_prompt)
     for i, letter in zip(undecided, judged, strict=True):
         letters[i] = letter
     return [letter or "" for letter in letters], notes
 
 
 def judged_options(
-    rows: Sequence[Answered], context: Context
+    rows: Sequence[Answered], context: Context, judge_prompt: str | None = None
 ) -> tuple[list[str | None], list[str]]:
     """Asks the judge which option each row means, up to three times per row.
+
+    Args:
+        rows: the answered questions.
+        context: judge and deviations.
+        judge_prompt: the judge's prompt; None takes that of the language of the question.
 
     Returns:
         (the letter of each row, None where there is none; notes).
     """
     judge = TrackingJudge(context.judge)
     readers = [partial(read_option, question=row.question, context=context) for row in rows]
-    prompts = [_option_prompt(row) for row in rows]
+    prompts = [_option_prompt(row, judge_prompt) for row in rows]
     letters = ask_each(judge, prompts, readers, temperatures=OPTION_TRIES)
     unread = [i for i, letter in enumerate(letters) if letter is None]
     if not unread:
@@ -248,11 +266,12 @@ def _drawn_option(question: Question) -> str:
     return random.Random(str(question.id)).choice([*question.options, options.NONE_OF_THEM])
 
 
-def _option_prompt(row: Answered) -> str:
+def _option_prompt(row: Answered, name: str | None) -> str:
     question = row.question
     listed = "".join(f"{letter}. {text}\n" for letter, text in question.options.items())
+    chinese = re.search(r"[\u4e00-\u9fff]", question.text)
     return fill(
-        "option_cn" if re.search(r"[\u4e00-\u9fff]", question.text) else "option",
+        name or ("option_cn" if chinese else "option"),
         question=question.text,
         options=f"There are several options: \n{listed}",
         prediction=row.text,

@@ -119,7 +119,8 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     """
     check_names(selection)
     data = as_path(selection.data_root)
-    roots = Roots(data, as_path(selection.tsv_root) if selection.tsv_root else data / "tsv")
+    tsv_root = as_path(selection.tsv_root) if selection.tsv_root else data / "tsv"
+    roots = Roots(data, tsv_root, selection.frames)
     chosen = [
         (task, *find_protocol(task, selection.protocol))
         for task in find_tasks(selection.tasks, selection.suite)
@@ -127,6 +128,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     if selection.data is not None and selection.metric is not None:
         task = question_file_task(selection, as_path(selection.data), selection.metric)
         chosen.append((task, *find_protocol(task, GENERIC)))
+    chosen = _asked(chosen, selection)
     missing = [
         f"  {task.name} ({protocol}): {path}"
         for task, protocol, spec in chosen
@@ -141,6 +143,34 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
             + "\n".join(missing)
         )
     return [_read(task, protocol, spec, roots, selection) for task, protocol, spec in chosen]
+
+
+def _asked(
+    chosen: list[tuple[Task, str, ProtocolSpec]], selection: EvaluationConfig
+) -> list[tuple[Task, str, ProtocolSpec]]:
+    """Returns tasks with chain of thought and number of frames as selected.
+
+    Raises:
+        ConfigError: no task of the selection has such a prompt, or none has videos.
+    """
+    if selection.cot:
+        if not any(spec.cot for _, _, spec in chosen):
+            raise ConfigError(
+                f"none of {', '.join(task.name for task, _, _ in chosen)} has a prompt for a chain "
+                "of thought under its protocol; leave out --cot, or see docs/evaluation.md for the "
+                "tasks that have one"
+            )
+        chosen = [(task, protocol, spec.reasoning()) for task, protocol, spec in chosen]
+    if selection.frames is not None:
+        if not any(spec.frames for _, _, spec in chosen):
+            raise ConfigError(
+                f"none of {', '.join(task.name for task, _, _ in chosen)} has videos; leave out "
+                "--frames"
+            )
+        chosen = [
+            (task, protocol, spec.with_frames(selection.frames)) for task, protocol, spec in chosen
+        ]
+    return chosen
 
 
 def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
@@ -175,6 +205,8 @@ def _read(
         dataclasses.replace(question, prompt=spec.prompt(question))
         for question in questions[: selection.limit]
     ]
+    if selection.cot and spec.cot is None:
+        notes.append("this benchmark has no prompt for a chain of thought; asked directly")
     if protocol == GENERIC:
         for question in asked:
             _check_placeholders(question)
@@ -272,6 +304,8 @@ def _answer_settings(
         stop_strings=generation.stop_strings,
         data_sha256=spec.hashes,
         question_file=_question_file(selection) if spec.generic else None,
+        cot=selection.cot and spec.protocol_spec.cot is not None,
+        frames=selection.frames if spec.protocol_spec.frames else None,
     )
 
 

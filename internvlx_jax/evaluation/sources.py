@@ -29,11 +29,13 @@ class Roots:
     Attributes:
         data: InternVL's data folder.
         tsv: folder of the TSV files.
+        frames: number of frames of a video; None takes the benchmark's own.
         compat: deviations in force; `pandas_cells` is about cells of TSV files.
     """
 
     data: Path
     tsv: Path
+    frames: int | None = None
     compat: frozenset[str] = frozenset()
 
 
@@ -100,6 +102,7 @@ def tsv(
     name: str,
     *,
     needs: Sequence[str] = (),
+    question: str | None = None,
     keep: Callable[[Mapping[str, str]], bool] = lambda row: True,
     finish: Finish = lambda question: question,
 ) -> Source:
@@ -108,17 +111,21 @@ def tsv(
     Args:
         name: name of the file in the TSV root, without its ending.
         needs: columns that prompts and metrics read, besides index, image and question.
+        question: text in place of the column of the questions.
         keep: chooses rows by their columns.
         finish: completes each question.
     """
 
     def read(roots: Roots) -> list[Question]:
         return [
-            finish(question)
-            for question in read_tsv(
-                tsv_path(roots, name), needs, pandas="pandas_cells" in roots.compat
+            finish(row)
+            for row in read_tsv(
+                tsv_path(roots, name),
+                needs,
+                pandas="pandas_cells" in roots.compat,
+                question=question,
             )
-            if keep(question.fields)
+            if keep(row.fields)
         ]
 
     return Source(lambda roots: [tsv_path(roots, name)], read)

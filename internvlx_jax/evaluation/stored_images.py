@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.tsv import read_tsv
@@ -41,7 +41,7 @@ class StoredImages:
                 return images[part]
         elif match := _PARQUET.fullmatch(name):
             if match["file"] not in self._parquet:
-                self._parquet[match["file"]] = list(parquet.rows(Path(match["file"])))
+                self._parquet[match["file"]] = list(parquet.rows(as_path(match["file"])))
             rows = self._parquet[match["file"]]
             if int(match["row"]) < len(rows):
                 where, row = rows[int(match["row"])]
@@ -54,6 +54,6 @@ class StoredImages:
         raise ConfigError(f"{name}: not in the file any more; it has changed since the evaluation")
 
     def _read_tsv(self, file: str) -> dict[str, tuple[ImageSource, ...]]:
-        images = {str(question.id): question.images for question in read_tsv(Path(file))}
+        images = {str(question.id): question.images for question in read_tsv(as_path(file))}
         self._tsv[file] = images
         return images

@@ -198,9 +198,13 @@ class TaskRun:
     def _ordered_rows(self) -> list[Row]:
         return [self.rows[number] for number in range(len(self.spec.questions))]
 
+    def _texts(self, rows: Sequence[Row]) -> list[str]:
+        """Returns what is scored: what the model wrote, or the final answer in it."""
+        return [self.spec.protocol_spec.read(row.raw) for row in rows]
+
     def _score(self, rows: Sequence[Row], judge: Judge) -> Result:
         """Scores the rows; `pandas_predictions` makes of their texts what pandas reads back."""
-        spec, texts = self.spec, [row.raw for row in rows]
+        spec, texts = self.spec, self._texts(rows)
         if "pandas_predictions" in spec.compat:
             texts = read_texts(texts)
         answered = [
@@ -250,7 +254,7 @@ class TaskRun:
 
     def table(self) -> list[dict[str, Any]]:
         """Returns the rows of the table that VLMEvalKit scores."""
-        texts = [row.raw for row in self._ordered_rows()]
+        texts = self._texts(self._ordered_rows())
         return vlmevalkit_rows(self.spec.questions, texts, self.spec.protocol_spec.table)
 
     def _write_tables(self, rows: Sequence[Row], result: Result) -> list[str]:

@@ -73,7 +73,9 @@ class TsvImage:
         return f"{self.path} row {self.row}" + (f" image {self.part + 1}" if self.part else "")
 
 
-def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> Iterator[Question]:
+def read_tsv(
+    path: Path, needs: Sequence[str] = (), *, pandas: bool = False, question: str | None = None
+) -> Iterator[Question]:
     """Yields the rows that have an image as questions, in order.
 
     `answers` is empty where the column is missing; `fields` are all columns but the image, as they
@@ -84,12 +86,13 @@ def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> 
         needs: columns that have to be in the file, besides index, question and image.
         pandas: make of answers, hints and options what pandas reads (`cells`): an option or a hint
             that is missing is left out, and an answer that is missing is "nan".
+        question: text that takes the place of the column, which then need not be in the file.
 
     Raises:
         ConfigError: the file cannot be used; the message names file and line.
     """
     records = _records(path)
-    header = _header(path, records, needs)
+    header = _header(path, records, needs, ("index", "question")[: 1 if question else 2])
     cells: dict[str, list[str]] = {name: [] for name in header if name != "image"}
     images: dict[str, tuple[ImageSource, ...]] = {}
     references: dict[str, str] = {}
@@ -98,6 +101,8 @@ def read_tsv(path: Path, needs: Sequence[str] = (), *, pandas: bool = False) -> 
         index, cell = row["index"], row.pop("image", "")
         for name, text in row.items():
             cells[name].append(text)
+        if question:
+            row["question"] = question
         if index in images:
             raise ConfigError(f"{where}: index {index} is used twice; give each row its own")
         found = _images(path, row, cell, place)
@@ -182,11 +187,15 @@ def _columns(
 
 
 def _header(
-    path: Path, records: Iterator[tuple[int, list[str], int, int]], needs: Sequence[str]
+    path: Path,
+    records: Iterator[tuple[int, list[str], int, int]],
+    needs: Sequence[str],
+    always: Sequence[str],
 ) -> list[str]:
+    """Returns the names of the columns, among which are those of `always` and `needs`."""
     line, names, _, _ = next(records, (1, [], 0, 0))
     header = [name.removeprefix("\ufeff") for name in names]
-    needed = [name for name in ("index", "question") if name not in header]
+    needed = [name for name in always if name not in header]
     if needed or not {"image", "image_path"} & set(header):
         raise ConfigError(
             f"{path} line {line}: no column {' and '.join(needed) or 'image'}; an MMBench-style "
@@ -195,7 +204,7 @@ def _header(
     if absent := [name for name in needs if name not in header]:
         raise ConfigError(
             f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
-            f"{', '.join(('index', 'image', 'question', *needs))}. Download the published file "
+            f"{', '.join(('image', *always, *needs))}. Download the published file "
             "again"
         )
     return header
@@ -220,6 +229,24 @@ def _question(
         {letter: text for letter, text in letters if text},
         row,
     )
+
+
+def read_cells(path: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("FILE line N", cells by column) of a TSV file without images, in order.
+
+    Raises:
+        ConfigError: a column of `needs` is missing, or a row has another number of cells.
+    """
+    records = _records(path)
+    line, names, _, _ = next(records, (1, [], 0, 0))
+    header = [name.removeprefix("\ufeff") for name in names]
+    if absent := [name for name in needs if name not in header]:
+        raise ConfigError(
+            f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "
+            f"{', '.join(needs)}. Download the published file again"
+        )
+    for where, row, _ in _rows(path, records, header):
+        yield where, row
 
 
 def list_cell(cell: str, where: str) -> tuple[str, ...]:

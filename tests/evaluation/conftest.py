@@ -40,7 +40,7 @@ MODEL = ModelConfig(
         kv_heads=2,
         head_dim=8,
         mlp_width=32,
-        rope=RopeConfig(max_positions=512),
+        rope=RopeConfig(max_positions=2048),
     ),
     # Few shapes to compile: a page is 3 tiles, two pages are 2 tiles, and both stand in 3 slots.
     prompt=PromptConfig(system_message="", tiles=TileConfig(tile_size=56, min_num=2, max_num=2)),

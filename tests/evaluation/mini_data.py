@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import mini_benchmarks
 import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageDraw
@@ -75,6 +76,7 @@ def write(root: Path) -> None:
     out = Writer(root)
     folders(out)
     tables(out)
+    mini_benchmarks.write(out)
 
 
 def folders(out: Writer) -> None:

@@ -8,6 +8,7 @@ from mini_data import ROOT
 
 from internvlx_jax.cli.chat import main as chat
 from internvlx_jax.cli.evaluate import parser
+from internvlx_jax.cli.report import comparison_parser
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.evaluation.scoring import COMPAT
 from internvlx_jax.evaluation.sources import Roots
@@ -17,7 +18,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def test_flags_exist(capsys):
-    known = set(parser()._option_string_actions)
+    known = {*parser()._option_string_actions, *comparison_parser()._option_string_actions}
     named = set(re.findall(r"`(--\w+)", TEXT)) | {
         word
         for language, block in BLOCKS

@@ -171,7 +171,7 @@ def test_a_failed_question_is_an_error_row_that_counts_as_wrong(
         page | {"question_id": "broken", "image": str(broken), "answer": ""},
         page,
         page | {"question_id": "floats", "image": str(floats)},
-        text | {"question_id": "long", "question": "a" * 999},
+        text | {"question_id": "long", "question": "a" * 2999},
         text,
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))

@@ -59,8 +59,8 @@ def score(scorer, rows, judge=None, compat=()):
 
 
 ALL = [(name, protocol) for name, task in TASKS.items() for protocol in task.protocols]
-JUDGED = {"mmvet", "llavabench"}
-PERFECT = {"mme": 2800, "pope": 1}
+JUDGED = {"mmvet", "llavabench", *(name for name in TASKS if name.startswith("mathverse"))}
+PERFECT = {"mme": 2800, "pope": 1, "ocrbench": 1000}
 
 
 @pytest.mark.parametrize("name, protocol", ALL)
@@ -75,7 +75,8 @@ def test_perfect_answers_reach_the_top_and_failures_the_bottom(name, protocol, d
     best = [Answered(question, question.answers[0]) for question in spec.questions]
     failed = [dataclasses.replace(row, error="unreadable") for row in best]
     if name in JUDGED:
-        judge = Scripted(*["1" if name == "mmvet" else "8 8"] * len(best))
+        replies = {"mmvet": ["1"] * len(best), "llavabench": ["8 8"] * len(best)}
+        judge = Scripted(*replies.get(name, [row.text for row in best]))
         assert score(spec.protocol_spec.score, best, judge).score == 100
         assert score(spec.protocol_spec.score, best).pending
         return

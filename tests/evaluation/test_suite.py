@@ -7,6 +7,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,10 +25,12 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.evaluation import job
 from internvlx_jax.evaluation import prediction_shards as parts
+from internvlx_jax.evaluation.compare import compare
+from internvlx_jax.evaluation.compare_page import page
 from internvlx_jax.evaluation.job import rescore
 from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
 from internvlx_jax.evaluation.selection import Decoding
-from internvlx_jax.evaluation.tasks import SUITES, TASKS
+from internvlx_jax.evaluation.tasks import GROUPS, SUITES, TASKS
 
 NEW_TOKENS = 6
 MODEL = "run"  # name of the folder of the checkpoint
@@ -287,13 +291,42 @@ def test_submissions(all_tasks):
 def test_the_report_has_a_row_a_task_and_the_mean_of_chartqa(all_tasks):
     folder, summaries = all_tasks
     rows = list(csv.DictReader((folder / "report.csv").open()))
-    assert [row["task"] for row in rows] == [*TASKS, "chartqa (mean)"]
+    means = [f"{group} (mean)" for group in GROUPS]
+    assert [row["task"] for row in rows] == [*TASKS, *means] and "chartqa (mean)" in means
     markdown = (folder / "report.md").read_text().splitlines()
     assert len(markdown) == len(rows) + 2 and all(line.count(" | ") == 8 for line in markdown[2:])
     pending = {row["task"] for row in rows if row["score"] == "pending"}
-    assert pending == {"mmvet", "llavabench", "mathvista"}
+    judged = {"mmvet", "llavabench", "mathvista", "mathvision", "mathvision_mini"}
+    assert pending == judged | {name for name in TASKS if name.startswith("mathverse")}
     requests = read_rows(folder / "mmvet" / "judge_requests.jsonl")
     assert len(requests) == 2 and "x <AND> y" in requests[0]["messages"][0]["content"]
+
+
+def test_jobs_are_compared_with_images_of_every_layout(all_tasks, tmp_path):
+    """Another model is right where the first one is wrong; only frames of videos are not shown."""
+    folder, summaries = all_tasks
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    scored = [each.task for each in summaries if each.score is not None]
+    for task in scored:
+        path = other / task / "predictions.jsonl"
+        rows = parts.read_rows(path)
+        parts.write_rows(
+            path,
+            [row if row.score is None else dataclasses.replace(row, score=9.0) for row in rows],
+        )
+    comparison = compare([folder, other], resamples=100)
+    assert len(comparison.models) == 2 and len(comparison.cells) == len(TASKS)
+    differences = {
+        entry.scored.summary.task for entry in comparison.entries.values() if entry.difference
+    }
+    assert differences == {*scored} and [task for task, _ in comparison.cells] == [*TASKS]
+    text = page(comparison, worst=1)
+    assert text.count("<article>") == len(scored)
+    shown = {task for task in scored if task not in ("mvbench", "videomme")}
+    assert text.count("data:image/jpeg") >= len(shown)
+    unread = re.findall(r'<p class="worse">([^<]*)', text)
+    assert all("frame" in problem or "clip" in problem for problem in unread), unread
 
 
 def test_missing_files_are_listed_together_before_the_model_loads(command, data_root, tmp_path):

@@ -1,7 +1,8 @@
-"""AI2D, test split: multiple-choice questions on diagrams, scored by the letter.
+"""AI2D, test split: multiple-choice questions on diagrams, with and without masked labels.
 
 Under `internvl` the questions of VLMEvalKit's export include options and instruction and answers
-are compared as text; under `vlmevalkit` the option is inferred from the TSV file.
+are compared as text; under `vlmevalkit` the option is inferred from the TSV file. Without masks the
+labels that the options name can be read in the diagram.
 """
 
 from internvlx_jax.evaluation import scoring
@@ -28,6 +29,19 @@ TASKS = (
                 vlm_choice,
                 scoring.vanilla_choice,
                 dataset="AI2D_TEST",
+            ),
+        },
+    ),
+    Task(
+        name="ai2d_no_mask",
+        title="AI2D without masks, test",
+        samples=3088,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv("AI2D_TEST_NO_MASK", needs=("answer", "A", "B")),
+                vlm_choice,
+                scoring.vanilla_choice,
+                dataset="AI2D_TEST_NO_MASK",
             ),
         },
     ),

@@ -12,12 +12,20 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
+from internvlx_jax.evaluation.cot import boxed_answer, reasoned
 from internvlx_jax.evaluation.judge import Judge, ask_until, fill
 from internvlx_jax.evaluation.metrics import levenshtein
 from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.prompts import plain
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.scoring import Answered, Context, Result, TrackingJudge, mean
+from internvlx_jax.evaluation.scoring import (
+    Answered,
+    Context,
+    Result,
+    TrackingJudge,
+    hits,
+    mean,
+)
 from internvlx_jax.evaluation.sources import Roots, Source, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 from internvlx_jax.evaluation.tsv import list_cell
@@ -294,6 +302,13 @@ def _score(
     )
 
 
+def score_stated(rows: Sequence[Answered], context: Context) -> Result:
+    """Scores final answers of a chain of thought as InternVL's script does, without a judge."""
+    keys = [row.question.fields["key"] for row in rows]
+    right = [internvl_matches(row.text, key) for row, key in zip(rows, keys, strict=True)]
+    return hits(rows, right)
+
+
 def _table(question: Question) -> dict[str, str]:
     """Returns the columns of VLMEvalKit for a question of the parquet file."""
     key = question.fields["key"]
@@ -319,6 +334,7 @@ TASKS = (
                 score_vlm,
                 dataset="MathVista_MINI",
                 compat=("mathvista_text_bug", "mathvista_prefetch"),
+                cot=boxed_answer(plain),
             ),
             "internvl": internvl(
                 Source(_files, _read),
@@ -329,6 +345,7 @@ TASKS = (
                 compat=("rgb_after_tiling",),
                 release=("rgb_after_tiling", "mathvista_float_bug"),
                 table=_table,
+                cot=reasoned(plain, score=score_stated),
             ),
         },
     ),

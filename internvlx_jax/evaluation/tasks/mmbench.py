@@ -1,8 +1,9 @@
-"""MMBench, dev and test splits in English and Chinese: multiple choice with circular evaluation.
+"""MMBench 1.0 and 1.1, dev and test splits, English and Chinese: circular multiple choice.
 
 Every question is asked with all rotations of its options and is right if every rotation is.
 `internvl` reads a leading letter and asks in the language of the split; `vlmevalkit` infers the
-option. The references of the test split are not public, so it writes a submission.
+option. The references of the test split are not public, so it writes a submission. Version 1.1
+exists under `vlmevalkit` only.
 """
 
 import dataclasses
@@ -158,9 +159,30 @@ def _task(split: str, language: str, file: str) -> Task:
     )
 
 
+def _task_v11(split: str, language: str) -> Task:
+    test = split == "test"
+    dataset = f"MMBench_{split.upper()}_{language.upper()}_V11"
+    return Task(
+        name=f"mmbench_v11_{split}_{language}",
+        title=f"MMBench 1.1, {split}, {language}",
+        samples=None,
+        same_question=lambda id: int(id) % CIRCLE,
+        protocols={
+            "vlmevalkit": vlmevalkit(
+                tsv(dataset, needs=("A", "B") if test else ("answer", "A", "B")),
+                vlm_choice,
+                server if test else circular_vlm,
+                dataset=dataset,
+                submission=write_submission if test else None,
+            ),
+        },
+    )
+
+
 TASKS = (
     _task("dev", "en", "mmbench_dev_20230712"),
     _task("dev", "cn", "mmbench_dev_cn_20231003"),
     _task("test", "en", "mmbench_test_en_20231003"),
     _task("test", "cn", "mmbench_test_cn_20231003"),
+    *(_task_v11(split, language) for split in ("dev", "test") for language in ("en", "cn")),
 )

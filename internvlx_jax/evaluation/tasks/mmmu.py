@@ -16,6 +16,7 @@ from pathlib import Path
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation import parquet
 from internvlx_jax.evaluation.cells import MISSING
+from internvlx_jax.evaluation.cot import reasoned
 from internvlx_jax.evaluation.image_policies import (
     FIRST_ONLY,
     MMMU_GRID,
@@ -115,10 +116,15 @@ def _read(roots: Roots) -> list[Question]:
 
 
 def prompt(question: Question) -> str:
-    """Returns the question with its options, if any, each stripped, and the instruction."""
-    options = {letter: text.strip() for letter, text in question.options.items()}
+    """Returns the question with its options, if any, and the instruction of its type."""
     choice = question.fields["question_type"] == "multiple-choice"
-    return f"{question.text.strip()}{option_lines(options)}\n{LETTER if choice else BASE}".strip()
+    return f"{asked(question)}\n{LETTER if choice else BASE}".strip()
+
+
+def asked(question: Question) -> str:
+    """Returns the question with its options, if any, each stripped."""
+    options = {letter: text.strip() for letter, text in question.options.items()}
+    return f"{question.text.strip()}{option_lines(options)}"
 
 
 def open_answers(text: str, *, empty_tails: bool = True) -> set[str | float]:
@@ -191,7 +197,7 @@ def score(rows: Sequence[Answered], context: Context) -> Result:
         else:
             predictions.append(row.text)
             right.append(open_matches(row.text, question.answers, empty_tails=empty_tails))
-    return _by_domain(hits(rows, right, predictions, group="subject"))
+    return by_domain(hits(rows, right, predictions, group="subject"))
 
 
 def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
@@ -213,7 +219,7 @@ def score_vlm(rows: Sequence[Answered], context: Context) -> Result:
         notes = [*notes, "only questions of the development split, which have no score"]
         return Result(None, [None] * len(rows), letters, {}, notes)
     chosen = [rows[i] for i in counted]
-    result = _by_domain(hits(chosen, [right[i] for i in counted], group="category", notes=notes))
+    result = by_domain(hits(chosen, [right[i] for i in counted], group="category", notes=notes))
     scores: list[float | None] = [None] * len(rows)
     for i in counted:
         scores[i] = float(right[i])
@@ -245,7 +251,7 @@ def _closed(row: Answered, letter_key: bool, pandas: bool) -> Answered:
     return dataclasses.replace(row, question=question)
 
 
-def _by_domain(result: Result) -> Result:
+def by_domain(result: Result) -> Result:
     """Adds scores of domains: the mean of their subjects, each of which has 30 questions."""
     spelled = {subject.replace(" ", "_"): score for subject, score in result.parts.items()}
     domains = {
@@ -269,6 +275,7 @@ TASKS = (
                 max_new_tokens=10,
                 compat=("mmmu_empty_tail", "rgb_after_tiling"),
                 images=lambda dynamic: MMMU_GRID if dynamic else FIRST_ONLY,
+                cot=reasoned(asked),
             ),
             "vlmevalkit": vlmevalkit(
                 tsv("MMMU_DEV_VAL", needs=("answer", "A", "B", "category", "split")),

@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+from internvlx_jax.evaluation.cot import Cot, boxed_choice
 from internvlx_jax.evaluation.image_policies import VLMEVALKIT
-from internvlx_jax.evaluation.prompts import Prompt, vlm_images
+from internvlx_jax.evaluation.prompts import Prompt, vlm_choice, vlm_images
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
@@ -49,6 +50,9 @@ class ProtocolSpec:
             is unknown.
         baseline_tiles: tile maximum of the InternVL2 baseline under this protocol; None takes that
             of the task.
+        read: maps what the model wrote to what is scored and stands in the table of predictions.
+        cot: how the benchmark is asked with `--cot`; None if it has no such prompt.
+        frames: number of frames of a video; None for images.
     """
 
     source: Source
@@ -65,6 +69,32 @@ class ProtocolSpec:
     joined: bool = False
     samples: int | None = None
     baseline_tiles: int | None = None
+    read: Callable[[str], str] = str
+    cot: Cot | None = None
+    frames: int | None = None
+
+    def reasoning(self) -> ProtocolSpec:
+        """Returns the benchmark as `--cot` asks it; one without such a prompt stays as it is."""
+        if self.cot is None:
+            return self
+        return dataclasses.replace(
+            self,
+            prompt=self.cot.prompt,
+            read=self.cot.read,
+            score=self.cot.score or self.score,
+            dataset=self.cot.dataset or self.dataset,
+            max_new_tokens=self.cot.max_new_tokens,
+        )
+
+    def with_frames(self, count: int) -> ProtocolSpec:
+        """Returns the benchmark with another number of frames per video, if it has videos.
+
+        VLMEvalKit names the number in its datasets, such as MVBench_8frame.
+        """
+        if self.frames is None:
+            return self
+        dataset = self.dataset.replace(f"_{self.frames}frame", f"_{count}frame")
+        return dataclasses.replace(self, frames=count, dataset=dataset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +157,13 @@ def vlmevalkit(
     images: Callable[[bool], ImagePolicy] = lambda dynamic: VLMEVALKIT,
     **rest,
 ) -> ProtocolSpec:
-    """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields."""
+    """Returns a benchmark as VLMEvalKit runs InternVL models; `rest` are further fields.
+
+    VLMEvalKit asks all multiple-choice benchmarks for reasoning in the same words.
+    """
+    cot: Cot | None = rest.pop("cot", boxed_choice(prompt) if prompt is vlm_choice else None)
+    if cot is not None:
+        cot = dataclasses.replace(cot, prompt=vlm_images(cot.prompt))
     files = VLMEVALKIT_FILES if dataset else ()
     return ProtocolSpec(
         source=source,
@@ -137,5 +173,6 @@ def vlmevalkit(
         dataset=dataset,
         images=images,
         compat=(*files, *VLMEVALKIT_COMPAT, *compat),
+        cot=cot,
         **rest,
     )

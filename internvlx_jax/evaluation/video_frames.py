@@ -1,0 +1,193 @@
+"""Frames of videos as images: which ones are taken, and how they are read.
+
+(design: evaluation.md 14) A video is a file, which PyAV decodes, or a folder of frames in its
+place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.extras import require
+from internvlx_jax.data import storage
+from internvlx_jax.data.images import ImageSource
+from internvlx_jax.data.video import frames_in
+
+FOLDER_RATE = 3.0  # frames per second in a folder, as in TVQA's
+JPEG = 75  # quality of the files through which VLMEvalKit passes frames
+_NEAR = 250  # frames; nearer ones are reached by decoding, others by seeking
+
+# Maps (frames wanted, number of frames, frames per second, number of the first frame) to numbers.
+Choice = Callable[[int, int, float, int], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Takes the middles of equal parts of a clip, as MVBench does.
+
+    Attributes:
+        start, end: bounds of the clip in seconds; None takes the whole video.
+    """
+
+    start: float | None = None
+    end: float | None = None
+
+    def __call__(self, count: int, total: int, rate: float, first: int) -> list[int]:
+        """Returns the numbers of `count` frames; frames of short clips are repeated."""
+        last = total - 1 + first
+        begin = first if self.start is None else max(first, round(self.start * rate))
+        stop = last if self.end is None else min(round(self.end * rate), last)
+        part = float(stop - begin) / count
+        return [int(begin + part / 2 + np.round(part * i)) for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Takes frames in equal steps, none at the ends, as VLMEvalKit does for Video-MME."""
+
+    def __call__(self, count: int, total: int, rate: float, first: int) -> list[int]:
+        """Returns the numbers of `count` frames."""
+        step = total / (count + 1)
+        return [int(i * step) + first for i in range(1, count + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The frames that are taken from a video file.
+
+    Attributes:
+        path: the file.
+        choice: which frames are taken.
+        count: how many.
+        jpeg: whether frames pass through JPEG files, as in VLMEvalKit.
+    """
+
+    path: str
+    choice: Choice
+    count: int
+    jpeg: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFrame:
+    """One of the frames of a clip.
+
+    Attributes:
+        clip: the clip.
+        number: position among its frames.
+    """
+
+    clip: Clip
+    number: int
+
+    def open(self) -> BinaryIO:
+        """Returns the encoded frame.
+
+        Raises:
+            SampleError: the video cannot be decoded.
+        """
+        return io.BytesIO(_encoded(self.clip)[self.number])
+
+    def __str__(self) -> str:
+        return f"{self.clip.path} frame {self.number + 1} of {self.clip.count}"
+
+
+def find_video(path: Path) -> Path | None:
+    """Returns the video file, else the folder of frames of its name, else None."""
+    return next((each for each in (path, path.with_suffix("")) if each.exists()), None)
+
+
+def video_frames(
+    path: Path, choice: Choice, count: int, *, jpeg: bool, where: str
+) -> tuple[ImageSource, ...]:
+    """Returns `count` frames of a video; frames of a file are decoded when they are needed.
+
+    Args:
+        path: a video file or a folder of frames.
+        choice: which frames are taken.
+        count: how many.
+        jpeg: whether frames of a file pass through JPEG files.
+        where: names the question in messages.
+
+    Raises:
+        SampleError: the folder has no frames.
+        ConfigError: the package that decodes videos is not installed.
+    """
+    if path.is_dir():
+        frames = frames_in(str(path), where)
+        first = 1 if isinstance(choice, Segments) else 0  # the reference counts these files from 1
+        numbers = choice(count, len(frames), FOLDER_RATE, first)
+        return tuple(frames[min(max(i - first, 0), len(frames) - 1)] for i in numbers)
+    _decoder()
+    clip = Clip(str(path), choice, count, jpeg)
+    return tuple(VideoFrame(clip, i) for i in range(count))
+
+
+def _decoder() -> Any:
+    return require("av", extra="video", purpose="decoding video files")
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded(clip: Clip) -> list[bytes]:
+    """Returns the frames of a clip as files; those of the last few clips are kept."""
+    av = _decoder()
+    try:
+        with storage.open_binary(clip.path) as file, av.open(file) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 0) or 1.0
+            total = stream.frames or sum(1 for _ in container.decode(stream))
+            wanted = [min(max(i, 0), total - 1) for i in clip.choice(clip.count, total, rate, 0)]
+            images = _decode(container, stream, wanted, rate)
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise SampleError(
+            "unreadable",
+            f"the video cannot be decoded ({type(error).__name__}: {error}).",
+            "Download the file again, or put a folder of frames in its place.",
+            clip.path,
+        ) from None
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        if clip.jpeg:
+            image.save(file, "JPEG", quality=JPEG)
+        else:
+            image.save(file, "PNG", compress_level=1)
+        files.append(file.getvalue())
+    return files
+
+
+def _decode(container: Any, stream: Any, wanted: Sequence[int], rate: float) -> list[Any]:
+    """Returns frames by ascending number as PIL images.
+
+    A frame is found by its time, number / rate, which is exact for a constant rate.
+    """
+    begun = float((stream.start_time or 0) * stream.time_base)
+    found: dict[int, Any] = {}
+    frames, position = iter(()), None
+    for number in sorted(set(wanted)):
+        if position is None or number - position > _NEAR:
+            container.seek(
+                int((begun + number / rate) / stream.time_base), stream=stream, backward=True
+            )
+            frames = container.decode(stream)
+        last = None
+        for frame in frames:
+            last = frame
+            position = round((float(frame.time or 0.0) - begun) * rate)
+            if position >= number:
+                break
+        if last is None:  # behind the last frame, as the header counted too many
+            found[number] = found[max(found)] if found else None
+            continue
+        found[number] = last.to_image()
+    if any(image is None for image in found.values()):
+        raise IndexError("it has no frames")
+    return [found[number] for number in wanted]
