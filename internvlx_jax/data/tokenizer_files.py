@@ -109,10 +109,11 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
     """
     config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     config = read_json_object(config_path)
-    added = {
-        entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()
-    }
+    decoder = _decoder(config, config_path)
+    added = {entry["content"]: id for id, entry in decoder.items()}
     for text, id in read_json_object(added_path).items():
+        if not _is_id(id):
+            raise ConfigError(f'{added_path}: "{text}" has id {shown(id)}; it must be a number')
         if added.setdefault(text, id) != id:
             raise ConfigError(
                 f'"{text}" has id {id} in {added_path}, but {added[text]} in {config_path}. '
@@ -133,7 +134,7 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
         )
     swallowing = frozenset(
         entry["content"]
-        for entry in config.get("added_tokens_decoder", {}).values()
+        for entry in decoder.values()
         if entry.get("rstrip")
     )
     return AddedTokens(
