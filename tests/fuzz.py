@@ -19,9 +19,9 @@ VALUES: tuple[Any, ...] = (
     [None], [""], ["a", 1], {"a": {}}, {"path": "0.png"}, {"bytes": "AAAA"}, [{"type": "text"}],
 )  # fmt: skip
 BYTES = (
-    b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\xc2\x85", b"\x0b",
-    b'"', b"\\", b"{", b"}", b"[", b"]", b",", b"\t", b"\\ud83d", b"\\u0000", b"1e999", b"NaN",
-    b"9" * 5000, b"[" * 2000,
+    b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b"\n", b"\xe2\x80\xa8", b"\xc2\x85",
+    b"\x0b", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b"\t", b"\\ud83d", b"\\u0000", b"1e999",
+    b"NaN", b"9" * 5000, b"[" * 2000,
 )  # fmt: skip
 FIELDS = (
     "id", "image", "images", "video", "videos", "width", "height", "width_list", "height_list",

@@ -14,18 +14,23 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from internvlx_jax.checkpoints import run_format
+from internvlx_jax.checkpoints.agreement import on_first_process
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.run_format import (
     by_path,
+    finished_steps,
     free_cycles,
     join_average,
     mismatches,
     split_average,
 )
+from internvlx_jax.checkpoints.run_lock import LOCK
 from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
@@ -60,19 +65,20 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep_last: int):
-        self._folder = run / "checkpoints"
+        self._run, self._folder = run, run / "checkpoints"
         self._saving: tuple[int, Any] | None = None  # step and orbax's response
         self._failed: int | None = None  # step for which the disk had no room
         # orbax declares its own policies for another type of metadata than the checkpointer's.
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
         newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(run / "checkpoints"),
-            cleanup_tmp_directories=True,
-            context=SHARED_WRITING,
-            save_decision_policy=every,
-            preservation_policy=newest,
-        )
+        with explained(run, "written"):
+            self._checkpointer = ocp.training.Checkpointer(
+                str(run / "checkpoints"),
+                cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
+                context=SHARED_WRITING,
+                save_decision_policy=every,
+                preservation_policy=newest,
+            )
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -107,12 +113,13 @@ class CheckpointWriter:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Names the step of a save that fails for lack of space."""
-        if self._saving is None:
-            yield
+        """Names the step of a save that fails for lack of space, or what an object store says."""
+        if self._saving is None or is_remote(self._run):
+            with explained(self._run, "written"):
+                yield
             return
         step = self._saving[0]
-        complete = [int(each.name) for each in self._folder.glob("[0-9]*") if each.name.isdigit()]
+        complete = finished_steps(self._run)
         last = (
             f"the last complete checkpoint is {max(complete)}" if complete else "none is complete"
         )
@@ -126,8 +133,7 @@ class CheckpointWriter:
     @property
     def latest_step(self) -> int | None:
         """The newest complete step; None in a run without one."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return on_first_process(lambda: max(finished_steps(self._run), default=None))
 
     def save(
         self,
@@ -198,7 +204,8 @@ class CheckpointWriter:
         problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
-        loaded = self._checkpointer.load_checkpointables(step, items)
+        with explained(self._run):
+            loaded = self._checkpointer.load_checkpointables(step, items)
         leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
         state = jax.tree.unflatten(jax.tree.structure(rest), leaves)
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
@@ -291,8 +298,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
-    resuming = any(step.name.isdigit() for step in steps)
+    resuming = on_first_process(lambda: bool(finished_steps(run)))
     saved = run / "config.json"
     if saved.exists():
         stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
@@ -302,7 +308,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"

@@ -12,7 +12,12 @@ import numpy as np
 
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_config_write import chat_config, hf_config, vit_config
+from internvlx_jax.checkpoints.hf_config_write import (
+    chat_config,
+    hf_config,
+    say_whether_tied,
+    vit_config,
+)
 from internvlx_jax.checkpoints.lora_files import write_adapters
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
@@ -91,6 +96,7 @@ def export_checkpoint(
         report.files = writer.files
         if layout in LAYOUTS:
             fields = _config_fields(source, config, layout, dtype, weights, image_token_id)
+            fields = say_whether_tied(fields, config.decoder.tie_embeddings)
             report.notes += _side_files(source, folder, layout, fields)
         elif layout == "vit":
             write_json(folder / "config.json", vit_config(config.vision, dtype=weights.dtype_name))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 
-from internvlx_jax.checkpoints.hf_config import ARCHITECTURES, model_config
+from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
+from internvlx_jax.checkpoints.hf_config import model_config, with_fields
 from internvlx_jax.checkpoints.hf_folder import open_tensors, read_config, resized
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
@@ -22,8 +22,9 @@ from internvlx_jax.checkpoints.tensors import Change, ChangedTensors, RenamedTen
 from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
+from internvlx_jax.data.new_tokens import NewTokens
 
 ProjectorKind = Literal["pvtc", "mlp1"]
 
@@ -38,7 +39,12 @@ NEW_TOKENS = (
     "<box>",
     "</box>",
 )
-TEMPLATES_OF = {"internlm2": "internlm2-chat", "qwen2": "internvl2_5", "phi3": "phi3-chat"}
+TEMPLATES_OF = {
+    "internlm2": "internlm2-chat",
+    "qwen2": "internvl2_5",
+    "qwen3": "internvl2_5",
+    "phi3": "phi3-chat",
+}
 
 
 class Parts(TorchCheckpoint):
@@ -96,8 +102,9 @@ class Parts(TorchCheckpoint):
                 allowed, init_missing=(*allowed.init_missing, r"projector\.")
             )
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
-        self._tokens = _Tokens(llm)
-        stored = _chat_fields(llm, vision, text, kind, self._tokens.size) | dict(fields or {})
+        self._tokens = NewTokens(llm, NEW_TOKENS)
+        _check_rows(llm, self._tokens.old_size, text.get("vocab_size"))
+        stored = with_fields(_chat_fields(llm, vision, text, kind, self._tokens.size), fields or {})
         if stored["template"] is None:
             family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(
@@ -224,82 +231,13 @@ def _grow(
     return grow
 
 
-class _Tokens:
-    """The image tokens of a tokenizer folder: those it has, and the ids that the others get.
-
-    Attributes:
-        folder: the tokenizer folder.
-        new: token -> id, of the tokens that are appended.
-        new_ids: their ids.
-        size: number of ids with them.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._config = read_json_object(folder / "tokenizer_config.json")
-        self._fast = read_json_object(folder / "tokenizer.json")
-        self._added = {
-            entry["content"]: int(id)
-            for id, entry in self._config.get("added_tokens_decoder", {}).items()
-        }
-        self._added |= {
-            entry["content"]: entry["id"] for entry in self._fast.get("added_tokens", ())
-        }
-        self._added |= read_json_object(folder / "added_tokens.json")
-        base = self._base_size()
-        if base == 0:
-            raise ConfigError(
-                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image "
-                "tokens follow from one of them"
-            )
-        size = max(base, *(id + 1 for id in self._added.values())) if self._added else base
-        absent = [token for token in NEW_TOKENS if token not in self._added]
-        self.new = {token: size + n for n, token in enumerate(absent)}
-        self.new_ids = list(self.new.values())
-        self.size = size + len(absent)
-
-    def _base_size(self) -> int:
-        if (self.folder / "tokenizer.model").is_file():
-            path = str(self.folder / "tokenizer.model")
-            return sentencepiece.SentencePieceProcessor(model_file=path).get_piece_size()
-        vocabulary = self._fast.get("model", {}).get("vocab") or read_json_object(
-            self.folder / "vocab.json"
+def _check_rows(folder: Path, ids: int, rows: int | None) -> None:
+    """Raises ConfigError where a tokenizer has ids that the decoder has no rows for."""
+    if rows is not None and ids > rows:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}. "
+            "Use the tokenizer files of this model."
         )
-        return max(vocabulary.values()) + 1 if vocabulary else 0
-
-    def write(self, folder: Path) -> None:
-        """Adds the new tokens to the tokenizer files that were copied to `folder`."""
-        if not self.new:
-            return
-        flags = {
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        write_json(
-            folder / "added_tokens.json", read_json_object(folder / "added_tokens.json") | self.new
-        )
-        decoder = dict(self._config.get("added_tokens_decoder", {}))
-        decoder |= {str(id): {"content": token, **flags} for token, id in self.new.items()}
-        special = [*self._config.get("additional_special_tokens", ()), *self.new]
-        write_json(
-            folder / "tokenizer_config.json",
-            {**self._config, "added_tokens_decoder": decoder, "additional_special_tokens": special},
-        )
-        if self._fast:
-            added = [
-                *self._fast.get("added_tokens", ()),
-                *({"id": id, "content": token, **flags} for token, id in self.new.items()),
-            ]
-            write_json(folder / "tokenizer.json", {**self._fast, "added_tokens": added})
-        if special_map := read_json_object(folder / "special_tokens_map.json"):
-            listed = [*special_map.get("additional_special_tokens", ()), *self.new]
-            write_json(
-                folder / "special_tokens_map.json",
-                {**special_map, "additional_special_tokens": listed},
-            )
 
 
 def _expect(folder: Path, found: str | None, known: tuple[str, ...]) -> None:

@@ -242,6 +242,9 @@ class RopeConfig:
             )
 
 
+DecoderFamily = Literal["internlm2", "llama", "qwen2", "qwen3", "phi3"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Describes the decoder, which is one for all families.
@@ -251,13 +254,14 @@ class DecoderConfig:
         vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: Sizes.
         eps: Keeps the norms finite.
         qkv_bias, out_bias: Whether these maps have biases.
+        qk_norm: Whether each head of queries and keys is normalized, before rope (Qwen3).
         tie_embeddings: Whether the embedding is the output head as well.
         sliding_window: Slots that a query sees, its own included; None is all of them.
         initializer_range: Standard deviation of fresh weights; 0.02 suits a width near 2048.
         rope: Rotary positions.
     """
 
-    family: Literal["internlm2", "llama", "qwen2", "phi3"] = "internlm2"
+    family: DecoderFamily = "internlm2"
     vocab_size: int
     width: int
     layers: int
@@ -268,6 +272,7 @@ class DecoderConfig:
     eps: float = 1e-5
     qkv_bias: bool = False
     out_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     sliding_window: int | None = None
     initializer_range: float = 0.02

@@ -136,7 +136,8 @@ def _encode(
     if found != len(tiles_per_image):
         raise placeholder_mismatch(len(tiles_per_image), found)
     writer = _Writer(tokenizer)
-    if template.bos or (template.bos is None and tokenizer.add_bos):
+    wants_bos = tokenizer.add_bos if template.bos is None else template.bos
+    if wants_bos and tokenizer.bos_id is not None:
         writer.ids([tokenizer.bos_id])
     writer.ids(tokenizer.start_ids)  # every template begins with an added token
     for part in parts:
@@ -152,7 +153,7 @@ def _encode(
 class _Writer:
     """Collects ids and labels (design: data.md 6).
 
-    Neighboring plain texts become one SentencePiece call, because a piece may span both.
+    Neighboring plain texts become one call of the tokenizer, because a piece may span both.
     """
 
     def __init__(self, tokenizer: Tokenizer):

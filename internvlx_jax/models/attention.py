@@ -1,8 +1,8 @@
 """Attention of tower and decoder, by the fastest way of the platform (design: model.md 3, 8).
 
 Whole sequences that attend to themselves (training, prefill, tiles) go through `SelfAttention`,
-which chooses among backends. One decoding step against a cache is `attend`, whose formula is also
-that of the `xla` backend.
+which chooses among backends. One decoding step against a cache is `attend_cached`; `attend` is the
+plain formula, that of the `xla` backend.
 
 | backend | where | what |
 |---|---|---|
@@ -23,11 +23,13 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.models.layers import ATTENTION_OUTPUT
+from internvlx_jax.models.packed_cudnn import packed_attention, packs_sequences
 from internvlx_jax.models.splash import PADDING, splash_attention
 
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
@@ -82,6 +84,64 @@ def attend(
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return rearrange(jnp.einsum("bkjsz,bzkh->bskjh", weights, v), "b s k j h -> b s (k j) h")
+
+
+def attend_cached(
+    q: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    new: tuple[jax.Array, jax.Array],
+    *,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    start: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Attends to a cache and to slots that are not in it yet.
+
+    The two have scores of their own under one softmax. Writing the new slots first would copy the
+    cache of a layer in every step.
+
+    Args:
+        q: [B, S, N, H].
+        cached: Keys and values [B, Z, K, H], of which those from `start` on are not read.
+        new: Keys and values [B, S, K, H] of the queries' own slots.
+        q_segments: int32[B, S].
+        kv_segments: int32[B, Z].
+        start: Slot of the first query, an int32 scalar.
+        window: Slots that a query sees, its own included. None is all before it.
+
+    Returns:
+        [B, S, N, H].
+    """
+    (old_k, old_v), (new_k, new_v) = cached, new
+    slots = jnp.arange(q.shape[1])[:, None]
+    key_slots = jnp.arange(old_k.shape[1])
+    before, own = key_slots < start, jnp.arange(q.shape[1]) <= slots
+    if window is not None:
+        before = before & (key_slots > start + slots - window)
+        own = own & (jnp.arange(q.shape[1]) > slots - window)
+    visible = jnp.concatenate(
+        [
+            before & (q_segments[:, :, None] == kv_segments[:, None]),
+            own & (q_segments[:, :, None] == q_segments[:, None]),
+        ],
+        axis=-1,
+    )  # [B, S, Z + S]
+    q = rearrange(q, "b s (k j) h -> b s k j h", k=old_k.shape[2])
+    scores = [
+        jnp.einsum("bskjh,bzkh->bkjsz", q, k, preferred_element_type=jnp.float32)
+        for k in (old_k, new_k)
+    ]
+    scores = jnp.concatenate(scores, axis=-1) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = sum(
+        jnp.einsum("bkjsz,bzkh->bskjh", part, v, preferred_element_type=jnp.float32)
+        for part, v in zip(
+            jnp.split(weights, [old_k.shape[1]], axis=-1), (old_v, new_v), strict=True
+        )
+    )
+    return rearrange(out.astype(q.dtype), "b s k j h -> b s (k j) h")
 
 
 def xla_attention(
@@ -146,8 +206,26 @@ def cudnn_attention(
 ) -> jax.Array:
     """Attends a sequence to itself by cuDNN; arguments are those of `SelfAttention`.
 
-    cuDNN knows no segments: they, and a window, become a mask bool[B, 1, S, S] for all heads.
+    Causal segments are packed sequences where cuDNN can do that, see models/packed_cudnn.py. Else
+    segments, and a window, become a mask bool[B, 1, S, S] for all heads, whose hidden parts are
+    computed all the same.
     """
+    if segments is None or not causal or window is not None or not packs_sequences():
+        out = _masked_cudnn(q, k, v, segments, causal=causal, window=window)
+    else:
+        out = packed_attention(q, k, v, segments, functools.partial(_masked_cudnn, causal=True))
+    return checkpoint_name(out, ATTENTION_OUTPUT)
+
+
+def _masked_cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None = None,
+) -> jax.Array:
     if segments is None and window is not None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
     length = q.shape[1]

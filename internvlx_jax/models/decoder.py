@@ -1,7 +1,8 @@
-"""The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (design: model.md 8, 9).
+"""The language model: one decoder for all families (design: model.md 8, 9).
 
-The families differ in biases, tied embeddings and rope, all of which are fields of DecoderConfig,
-and in the tensor names of their checkpoints, which are the business of the name table.
+InternLM2, Llama, Qwen2, Qwen3 and Phi-3 differ in biases, norms of queries and keys, tied
+embeddings and rope, all of which are fields of DecoderConfig, and in the tensor names of their
+checkpoints, which are the business of the name table.
 
 A call of `Decoder.run_layers` takes the positions and segments of its slots as a `TokenLayout` and
 runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from internvlx_jax.core.model_config import DecoderConfig, LoraConfig
-from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend
+from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend_cached
 from internvlx_jax.models.layers import (
     RMSNorm,
     constant,
@@ -63,12 +64,13 @@ class KVCacheView(NamedTuple):
     """Describes the cached keys that a call attends to besides its own slots.
 
     Attributes:
-        kv: Keys and values of all layers of the call, [L, B, Z, K, H].
-        segments: int32[B, Z], with the slots of this call already marked.
-        start: int32 scalar, cache slot of the first query; slots from there on are overwritten.
+        kv: Keys and values of all layers of the call, [L, B, Z, K, H]; or one entry
+            [B, Z, K, H] for each, where the layers are separate.
+        segments: int32[B, Z].
+        start: int32 scalar, cache slot of the first query; slots from there on are not read.
     """
 
-    kv: KeyValues
+    kv: KeyValues | tuple[KeyValues, ...]
     segments: jax.Array
     start: jax.Array
 
@@ -84,8 +86,9 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
         init = normal(config.initializer_range)
+        norm = kwargs.copy()
         kwargs |= dict(init=init, bias_init=constant(0.0), lora=lora)
-        apart = config.family in ("llama", "qwen2")
+        apart = config.family in ("llama", "qwen2", "qwen3")
         self.qkv = make_linear(
             "bsd,dkjh->bskjh",
             (d, k, j + 2, h),
@@ -97,6 +100,9 @@ class Attention(nnx.Module):
         self.out = make_linear(
             "bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"), bias=config.out_bias, **kwargs
         )
+        # One weight for all heads, unlike the tower's norm over the whole width (model.md 9).
+        self.q_norm = RMSNorm(h, eps=config.eps, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, eps=config.eps, **norm) if config.qk_norm else None
         self.window = config.sliding_window
 
     def __call__(
@@ -115,22 +121,21 @@ class Attention(nnx.Module):
         """
         key1, key2 = split_key(dropout_key, 2)
         qkv = self.qkv(x, key1)
-        q, k = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables)
+        q, k = qkv[..., :-2, :], qkv[..., -2, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, tables), rotate(k, tables)
         q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, qkv[..., -1, :])
         if cache is None:
             y = attention(q, *new, layout.segments, causal=True, window=self.window)
             return self.out(y, key2), new
-        k, v = (
-            jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), cache.start, axis=1)
-            for old, fresh in zip(cache.kv, new, strict=True)
-        )
-        y = attend(
+        y = attend_cached(
             q,
-            k,
-            v,
+            cache.kv,
+            new,
             q_segments=layout.segments,
             kv_segments=cache.segments,
-            q_start=cache.start,
+            start=cache.start,
             window=self.window,
         )
         return self.out(y, key2), new
@@ -215,7 +220,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         attention: SelfAttention = DEFAULT_ATTENTION,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
+    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None]:
         """Runs the blocks start..stop-1 on one layout.
 
         Args:
@@ -231,10 +236,14 @@ class Decoder(nnx.Module):
             dropout_key: Randomness of the adapters, in training.
 
         Returns:
-            [B, S, D], and KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None.
+            [B, S, D], and KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None. A
+            cache with an entry per layer gives a list with such entries.
         """
         stop = self.config.layers if stop is None else stop
+        separate_kv = cache is not None and not isinstance(cache.kv, KeyValues)
         if start == stop:  # LVTC without shallow layers
+            if separate_kv:
+                return x, []
             none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
             return x, KeyValues(none, none) if keep_kv else None
         if key_length is None:
@@ -248,10 +257,12 @@ class Decoder(nnx.Module):
                 x, new = block(x, layout, tables, of_layer, attention, dropout_key)
             return x, new if keep_kv else None
 
+        layers = slice_layers(self.layers, start, stop)
+        if separate_kv:
+            return scan_layers(body, x, layers, [(kv, None) for kv in cache.kv])
         kv, keys = None if cache is None else cache.kv, None
         if dropout_key is not None and self.lora is not None:
             keys = jax.random.split(dropout_key, self.config.layers)[start:stop]
-        layers = slice_layers(self.layers, start, stop)
         return scan_layers(rematerialize(body, remat), x, layers, (kv, keys))
 
     @property

@@ -25,13 +25,14 @@ class LayerRangeCache(NamedTuple):
     """Holds keys and values of the decoder layers that share a token layout.
 
     Attributes:
-        kv: [L, B, Z, K, H], Z = slots of the layout + new tokens.
+        kv: [L, B, Z, K, H], Z = slots of the layout + new tokens; or, where the decoder's layers
+            are separate, an entry [B, Z, K, H] for each.
         segments: int32[B, Z], 1 where a slot holds a real token; so prompts may be padded on
             either side.
         slot: int32 scalar, where the next token of every row is written.
     """
 
-    kv: KeyValues
+    kv: KeyValues | tuple[KeyValues, ...]
     segments: jax.Array
     slot: jax.Array
 
@@ -53,10 +54,10 @@ class Cache(NamedTuple):
 def for_decoding(model: InternVLX) -> InternVLX:
     """Returns the same model in the arrangement that decodes fastest here.
 
-    On a CPU the decoder's layers become separate arrays, which are copies; see
+    On a CPU and a GPU the decoder's layers become separate arrays, which are copies; see
     layers.separate_layers. Elsewhere the result is `model` itself.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() not in ("cpu", "gpu"):
         return model
     other = nnx.merge(*nnx.split(model))
     other.decoder.layers = separate_layers(model.decoder.layers, model.config.decoder.layers)
@@ -77,6 +78,8 @@ def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cach
     def extended(kv: KeyValues, segments: jax.Array) -> LayerRangeCache:
         free = (0, max_new_tokens)
         kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), free, (0, 0), (0, 0))), kv)
+        if isinstance(model.decoder.layers, nnx.List):
+            kv = tuple(KeyValues(*pair) for pair in zip(*kv, strict=True))
         return LayerRangeCache(kv, jnp.pad(segments, ((0, 0), free)), jnp.int32(segments.shape[1]))
 
     layouts = [segments]
@@ -101,7 +104,7 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
     ranges, start = [], 0
     for kv, segments, slot in cache.ranges:
         segments = jax.lax.dynamic_update_slice_in_dim(segments, ones, slot, axis=1)
-        stop = start + kv.keys.shape[0]
+        stop = start + (len(kv.keys) if isinstance(kv, KeyValues) else len(kv))
         x, new = model.decoder.run_layers(
             x,
             layout,
@@ -113,8 +116,10 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
         )
 
         def write(old: jax.Array, fresh: jax.Array, slot: jax.Array = slot) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=2)
+            fresh = fresh.astype(old.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=old.ndim - 3)
 
+        new = new if isinstance(kv, KeyValues) or new is None else tuple(new)
         ranges.append(LayerRangeCache(jax.tree.map(write, kv, new), segments, slot + 1))
         start = stop
     return Cache(tuple(ranges), cache.position + 1), model.decoder.logits(x[:, 0])

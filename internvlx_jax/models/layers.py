@@ -26,7 +26,11 @@ ATTENTION_OUTPUT = "attention_out"
 REMAT_POLICIES = {
     "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Attention is products too, but the kernels hide them.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+    ),
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
@@ -204,8 +208,8 @@ def rematerialize(body: Callable, policy: str) -> Callable:
     Args:
         body: Runs one layer.
         policy: `none` keeps all activations, `full` recomputes all of them, `attention` keeps what
-            the splash kernel leaves, `dots` keeps results of matrix products, `offload` keeps
-            those in the memory of the host.
+            the attention kernels leave, `dots` keeps that and the results of matrix products,
+            `offload` keeps those results in the memory of the host.
 
     Raises:
         ValueError: The policy is unknown.
@@ -248,8 +252,8 @@ def slice_layers(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
 def separate_layers(layers: nnx.Module, length: int) -> nnx.List:
     """Returns the layers of a stack in arrays of their own, for `scan_layers`.
 
-    XLA on a CPU copies a layer's weights out of the stack in every step of a scan, which costs more
-    than a decoding step; accelerators read them in place.
+    XLA copies a layer's weights out of the stack in every step of a scan, which costs more than
+    the decoding step.
     """
     return nnx.List([jax.tree.map(lambda p, i=i: p[i], layers) for i in range(length)])
 
@@ -263,17 +267,21 @@ def scan_layers(
         body: Returns the next x, and an output.
         x: Carried from layer to layer.
         layers: A stack, or an nnx.List of layers.
-        inputs: A pytree whose leaves have a leading layer dim.
+        inputs: A pytree whose leaves have a leading layer dim; for separate layers also a list
+            with an entry for each.
 
     Returns:
-        The last x, and the outputs, stacked.
+        The last x; and the outputs, stacked, or a list if the inputs are one.
     """
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, x, (layers, inputs))
     outputs = []
     for i, layer in enumerate(layers):
-        x, output = body(x, (layer, jax.tree.map(lambda leaf, i=i: leaf[i], inputs)))
+        own = inputs[i] if isinstance(inputs, list) else jax.tree.map(lambda leaf: leaf[i], inputs)
+        x, output = body(x, (layer, own))
         outputs.append(output)
+    if isinstance(inputs, list):
+        return x, outputs
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 

@@ -6,6 +6,7 @@ at a time, in the backward pass too, which computes them again.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.models.decoder import Decoder
 
+ALIGNED = 128  # what the columns of a large head are padded to a multiple of
 CHUNK = 1024  # slots whose logits exist at a time: 0.4 GB at 92,553 rows of the vocabulary
 
 
@@ -91,7 +93,7 @@ def _dividing(
 
 def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `token_losses`, of normalized [B, S, D], head [D, W] and shifted labels int32[B, S]."""
-    rows = len(targets)
+    rows, words = len(targets), head.shape[1]
     hidden, targets = rearrange(hidden, "b s d -> (b s) d"), rearrange(targets, "b s -> (b s)")
     count = len(targets)
     chunks = -(-count // CHUNK)
@@ -100,32 +102,81 @@ def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax
         jnp.pad(hidden, (padding, (0, 0))),
         jnp.pad(targets, padding, constant_values=IGNORED),
     )
-    head = head.astype(jnp.float32)  # the dtype in which its gradient is summed over the chunks
-
-    @jax.checkpoint
-    def chunk_losses(_, chunk):
-        x, target = chunk
-        with jax.named_scope("head"):
-            logits = jnp.einsum(
-                "nd,dw->nw", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-            )
-        label = jnp.maximum(target, 0)[:, None]
-        ce = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, label, axis=-1)[:, 0]
-        hit = jnp.argmax(logits, axis=-1) == target
-        return None, (jnp.where(target == IGNORED, 0.0, ce), hit)
-
-    _, losses = jax.lax.scan(
-        chunk_losses,
-        None,
-        (
-            rearrange(hidden, "(c n) d -> c n d", c=chunks),
-            rearrange(targets, "(c n) -> c n", c=chunks),
-        ),
+    # Products of 92,553 columns are slow: rows of the matrix begin at odd addresses.
+    head = jnp.pad(head, ((0, 0), (0, -words % ALIGNED if words > ALIGNED else 0)))
+    ce, hit = _chunked_losses(
+        words,
+        rearrange(hidden, "(c n) d -> c n d", c=chunks),
+        head,
+        rearrange(targets, "(c n) -> c n", c=chunks),
     )
     ce, hit = (
-        rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses
+        rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in (ce, hit)
     )
     return ce, hit
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_losses(
+    words: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `_losses`, of chunks [C, N, D] and int32[C, N].
+
+    The backward pass is written out because the automatic one would multiply float32 gradients of
+    logits with a bfloat16 head, which computes in float32, and would cast the head for each chunk.
+
+    Args:
+        words: W; columns of the head behind it are padding.
+        hidden, head, targets: See above.
+    """
+    return _forward(words, hidden, head, targets)[0]
+
+
+def _logits(words: int, x: jax.Array, head: jax.Array) -> jax.Array:
+    """Computes float32[N, W + padding] of [N, D]; padding is the least float."""
+    with jax.named_scope("head"):
+        logits = jnp.einsum("nd,dw->nw", x, head, preferred_element_type=jnp.float32)
+    if words == head.shape[1]:
+        return logits
+    return jnp.where(jnp.arange(head.shape[1]) < words, logits, jnp.finfo(jnp.float32).min)
+
+
+def _forward(words: int, hidden: jax.Array, head: jax.Array, targets: jax.Array):
+    def chunk_losses(_, chunk):
+        x, target = chunk
+        logits = _logits(words, x, head)
+        label = jnp.maximum(target, 0)[:, None]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        ce = total - jnp.take_along_axis(logits, label, axis=-1)[:, 0]
+        hit = jnp.argmax(logits, axis=-1) == target
+        return None, ((jnp.where(target == IGNORED, 0.0, ce), hit), total)
+
+    _, (losses, totals) = jax.lax.scan(chunk_losses, None, (hidden, targets))
+    return losses, (hidden, head, targets, totals)
+
+
+def _backward(words: int, kept, gradients):
+    hidden, head, targets, totals = kept
+
+    def chunk_gradients(head_gradient, chunk):
+        x, target, total, gradient = chunk
+        probability = jnp.exp(_logits(words, x, head) - total[:, None])
+        is_label = jnp.arange(head.shape[1]) == target[:, None]
+        gradient = jnp.where(target == IGNORED, 0.0, gradient)[:, None]
+        of_logits = (gradient * (probability - is_label)).astype(x.dtype)
+        # Summed over the chunks in float32.
+        head_gradient += jnp.einsum("nd,nw->dw", x, of_logits, preferred_element_type=jnp.float32)
+        return head_gradient, jnp.einsum("nw,dw->nd", of_logits, head)
+
+    head_gradient, hidden_gradient = jax.lax.scan(
+        chunk_gradients,
+        jnp.zeros(head.shape, jnp.float32),
+        (hidden, targets, totals, gradients[0]),
+    )
+    return hidden_gradient, head_gradient.astype(head.dtype), None
+
+
+_chunked_losses.defvjp(_forward, _backward)
 
 
 def weighted_loss(ce: jax.Array, loss_weight: jax.Array) -> tuple[jax.Array, jax.Array]:

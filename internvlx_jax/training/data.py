@@ -34,7 +34,7 @@ def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Toke
     if tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer "
-            "to a folder with tokenizer.model"
+            "to a folder with tokenizer files"
         )
     if tokenizer.vocab_size > model.decoder.vocab_size:
         raise ConfigError(

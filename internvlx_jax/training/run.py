@@ -18,6 +18,7 @@ from internvlx_jax.checkpoints.run_writer import CheckpointWriter
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
@@ -71,6 +72,11 @@ class Run:
         return {"train": to_dict(self.config), "model": to_dict(self.model)}
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Returns the run folder of a config, an absolute path, which orbax insists on."""
+    return as_path(config.output_dir).absolute()
+
+
 def open_run(config: TrainConfig) -> Run:
     """Opens devices, checkpoint, tokenizer and data of a run, and sets up its steps.
 
@@ -79,7 +85,7 @@ def open_run(config: TrainConfig) -> Run:
         CheckpointError: `init_from` holds another model, or the data have changed since the run's
             newest checkpoint.
     """
-    folder = Path(config.output_dir).absolute()  # orbax insists on absolute paths
+    folder = run_folder(config)
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)

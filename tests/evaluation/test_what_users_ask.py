@@ -1,4 +1,4 @@
-"""Question files as users bring them, and a job that is interrupted (design: evaluation.md 5, 9)."""
+"""Question files as users bring them, and an interrupted job (design: evaluation.md 5, 9)."""
 
 import base64
 import io
@@ -51,7 +51,8 @@ def chosen(path):
 def test_the_images_of_a_list_are_put_in_front_each(ask, command, checkpoint):
     rows = [
         ROW | {"question_id": "none", "image": ["a.png", "b.png"]},
-        ROW | {"question_id": "said", "image": ["a.png", "b.png"], "question": "<image>\n<image>\nWhat?"},
+        ROW | {"question_id": "said", "image": ["a.png", "b.png"],
+               "question": "<image>\n<image>\nWhat?"},
         ROW | {"question_id": "one", "images": ["a.png"]},
     ]  # fmt: skip
     status, out, error = command(

@@ -49,7 +49,7 @@ def inputs():
     )
 
 
-@pytest.fixture(scope="module", params=["internlm2", "qwen2"])
+@pytest.fixture(scope="module", params=["internlm2", "qwen2", "qwen3"])
 def model(request):
     """Config, structures without and with adapters, parameters of the base."""
     config = ModelConfig(
@@ -64,6 +64,7 @@ def model(request):
             head_dim=8,
             mlp_width=48,
             initializer_range=0.2,
+            qk_norm=request.param == "qwen3",
         ),
         prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
     )
