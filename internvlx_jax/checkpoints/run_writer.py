@@ -29,7 +29,6 @@ from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
-from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
@@ -65,7 +64,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep_last: int):
-        self._run, self._folder = run, run / "checkpoints"
+        self._run = run
+        self._folder = run / "checkpoints"
         self._saving: tuple[int, Any] | None = None  # step and orbax's response
         self._failed: int | None = None  # step for which the disk had no room
         # orbax declares its own policies for another type of metadata than the checkpointer's.
@@ -85,7 +85,7 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
-            with self._named():
+            with self._named(), explained(self._run, "written"):
                 self._checkpointer.close()
         except Exception:
             if kind is None:  # the error that ends the block says more than its consequences
@@ -113,13 +113,12 @@ class CheckpointWriter:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Names the step of a save that fails for lack of space, or what an object store says."""
-        if self._saving is None or is_remote(self._run):
-            with explained(self._run, "written"):
-                yield
+        """Names the step of a save that fails for lack of space."""
+        if self._saving is None:
+            yield
             return
         step = self._saving[0]
-        complete = finished_steps(self._run)
+        complete = [int(each.name) for each in self._folder.glob("[0-9]*") if each.name.isdigit()]
         last = (
             f"the last complete checkpoint is {max(complete)}" if complete else "none is complete"
         )
@@ -156,11 +155,11 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": by_path(rest)}
         if average is not None:
             items["ema"] = dict(average)
-        with self._named():  # orbax waits for the save before
+        with self._named(), explained(self._run, "written"):  # orbax waits for the save before
             if self._saving is not None:
                 self._saving[1].result()
         self._saving = (step, None)
-        with self._named():
+        with self._named(), explained(self._run, "written"):
             response = self._checkpointer.save_checkpointables_async(
                 step, items, custom_metadata=dict(metadata)
             )

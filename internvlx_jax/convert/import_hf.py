@@ -20,6 +20,8 @@ from internvlx_jax.core.disk import check_space
 from internvlx_jax.core.errors import CheckpointError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.uploads import MARKER
 from internvlx_jax.models.params import AbstractModel, abstract_model, init_params
 
 
@@ -62,6 +64,8 @@ def import_checkpoint(
                 writer.add(entry.target, _stack(lora, entry))
         source.check_finite()
         writer.finish()
+        if is_remote(out):  # there the marker makes a step complete, not its name
+            (folder / "checkpoints" / "0" / MARKER).write_text("")
         report.rounded = {path: count for path, count in source.rounded.items() if count}
         report.merged = [adapter.base.target for lora in source.lora for adapter in lora.adapters]
         report.kept = [entry.target for lora in kept for entry in adapter_entries(lora)]

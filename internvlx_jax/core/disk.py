@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.remote import is_url
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -65,6 +66,8 @@ def full_disk_named(path: str | os.PathLike, more: str = "") -> Iterator[None]:
 
 def free_bytes(path: str | os.PathLike) -> int | None:
     """Returns the free bytes of the disk on which a path lies or would lie; None if unknown."""
+    if is_url(path):
+        return None
     try:
         return shutil.disk_usage(_nearest(path)).free
     except OSError:
@@ -111,6 +114,8 @@ def check_writable(folder: str | os.PathLike, field: str) -> None:
     Raises:
         ConfigError: names the field and the path.
     """
+    if is_url(folder):  # known when its lock is written, which is the first that a run does
+        return
     place = _nearest(folder)
     if not place.is_dir():
         raise ConfigError(f"{field} {folder}: {place} is a file; choose another folder")

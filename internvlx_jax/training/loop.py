@@ -97,7 +97,7 @@ def train(
 def _check_folder(run: Run) -> None:
     """Refuses an output_dir that cannot be written to, or has no room for one checkpoint."""
     if is_remote(run.folder):
-        return  # its lock has been written, and a store has no end
+        return  # the lock that was taken there shows that it can be written to
     check_writable(run.folder, "output_dir")
     arrays = jax.tree.leaves(run.setup.state)
     nbytes = sum(array.size * array.dtype.itemsize for array in arrays)

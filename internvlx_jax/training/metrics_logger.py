@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import subprocess
 import time
@@ -181,7 +182,7 @@ def record_start(run: Run, step: int) -> None:
         "git": _git_state(),
     }
     log = LineLog(run.folder / STARTS)
-    log.append([start])
+    log.append([json.dumps(start).encode() + b"\n"])
     log.close()
 
 
