@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Section:
 
     def wrong(self, field: str, expected: str) -> ConfigError:
         """Returns the error of a field that is not what is expected."""
-        found = "null" if self.values[field] is None else repr(self.values[field])
+        value = self.values.get(field)
+        found = shown(value) if value is not None else "null" if field in self.values else "missing"
         return ConfigError(
             f"config.json: {self.name(field)} is {found}; expected {expected}. "
             "Correct it, or replace it by convert import --field"

@@ -17,7 +17,7 @@ import tokenizers
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object
 from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
-from internvlx_jax.data.tokenizer_files import token_text
+from internvlx_jax.data.tokenizer_files import added_entries, added_ids, token_text
 
 # Classes of transformers whose vocabulary and merges are read -> how they cut plain text.
 _PRETOKENIZER_OF = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
@@ -204,10 +204,10 @@ def _added_tokens(
     config_path, older = folder / "tokenizer_config.json", folder / "added_tokens.json"
     found = [(path, entry["content"], entry["id"], entry) for entry in listed]
     found += [
-        (config_path, entry["content"], int(id), entry)
-        for id, entry in config.get("added_tokens_decoder", {}).items()
+        (config_path, entry["content"], id, entry)
+        for id, entry in added_entries(config, config_path).items()
     ]
-    found += [(older, text, id, {}) for text, id in read_json_object(older).items()]
+    found += [(older, text, id, {}) for text, id in added_ids(older).items()]
     tokens: dict[str, AddedToken] = {}
     places: dict[str, Path] = {}
     texts = {id: text for text, id in vocabulary.items()}

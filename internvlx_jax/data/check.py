@@ -234,7 +234,7 @@ def _unknown_fields(loader: Loader, number: int) -> dict[str, int]:
             continue
         if isinstance(fields, Mapping):
             found.update(shorten(str(name)) for name in fields.keys() - KNOWN_FIELDS)
-    return dict(found.most_common())
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _histogram(values: np.ndarray) -> dict[str, int]:

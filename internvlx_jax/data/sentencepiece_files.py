@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object, written_aside
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.data.tokenizer_files import PLAIN_FLAGS
+from internvlx_jax.data.tokenizer_files import PLAIN_FLAGS, added_entries, added_ids
 
 INTERNLM2_PIECES = 92_544
 
@@ -88,10 +88,9 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
     """
     config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     config = read_json_object(config_path)
-    added = {
-        entry["content"]: int(id) for id, entry in config.get("added_tokens_decoder", {}).items()
-    }
-    for text, id in read_json_object(added_path).items():
+    entries = added_entries(config, config_path)
+    added = {entry["content"]: id for id, entry in entries.items()}
+    for text, id in added_ids(added_path).items():
         if added.setdefault(text, id) != id:
             raise ConfigError(
                 f'"{text}" has id {id} in {added_path}, but {added[text]} in {config_path}. '
@@ -110,11 +109,7 @@ def read_added_tokens(folder: Path, *, pieces: int) -> AddedTokens:
         raise ConfigError(
             f"{folder}: added tokens share ids: {', '.join(twice)}. Correct added_tokens.json."
         )
-    swallowing = frozenset(
-        entry["content"]
-        for entry in config.get("added_tokens_decoder", {}).values()
-        if entry.get("rstrip")
-    )
+    swallowing = frozenset(entry["content"] for entry in entries.values() if entry.get("rstrip"))
     return AddedTokens(
         added, config.get("add_bos_token", True), config.get("legacy", True), swallowing
     )

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import shown
 from internvlx_jax.core.uploads import local_folder
 
 # What `find_tokenizer` opens, the first of them that a folder has.
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+MOST_IDS = 2**24  # larger ids are damage: every id needs a row of the embedding
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "merges.txt",
@@ -55,6 +59,47 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
         f"{path} does not exist. Name a folder with tokenizer.model, tokenizer.json, or vocab.json "
         "and merges.txt; or one of these files."
     )
+
+
+def added_entries(config: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any]]:
+    """Returns the added tokens of a tokenizer_config.json by id, their form checked.
+
+    Args:
+        config: content of the file.
+        path: the file, for messages.
+
+    Raises:
+        ConfigError: an entry is no object with a text, or its id is no number.
+    """
+    stored = config.get("added_tokens_decoder") or {}
+    if not isinstance(stored, Mapping):
+        raise ConfigError(f'{path}: "added_tokens_decoder" must be an object; fetch it again')
+    entries: dict[int, Mapping[str, Any]] = {}
+    for id, entry in stored.items():
+        text = entry.get("content") if isinstance(entry, Mapping) else None
+        if not isinstance(text, str) or not text or not (id.isascii() and id.isdigit()):
+            raise ConfigError(
+                f'{path}: "added_tokens_decoder" has {shown(id)}: {shown(entry)}; it maps ids to '
+                'objects with "content". Fetch it again'
+            )
+        entries[check_id(path, text, int(id))] = entry
+    return entries
+
+
+def added_ids(path: Path) -> dict[str, int]:
+    """Returns text -> id of an added_tokens.json; empty without the file.
+
+    Raises:
+        ConfigError: an id is no whole number.
+    """
+    return {text: check_id(path, text, id) for text, id in read_json_object(path).items()}
+
+
+def check_id(path: Path, text: str, id: Any) -> int:
+    """Returns the id of a token. Raises ConfigError for what is none."""
+    if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MOST_IDS or not text:
+        raise ConfigError(f"{path}: the token {shown(text)} has id {shown(id)}; fetch it again")
+    return id
 
 
 def token_text(value: Any) -> str | None:

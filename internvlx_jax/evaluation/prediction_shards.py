@@ -13,7 +13,7 @@ from typing import Any
 from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import written_aside
-from internvlx_jax.core.json_text import decode_json, encode_line, read_lines
+from internvlx_jax.core.json_text import decode_json, encode_line, read_lines, shown
 from internvlx_jax.core.line_log import LineLog, read_whole, segments
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.records import Row
@@ -56,6 +56,8 @@ class Parts:
                         "or decoding); use them again, another --out_dir, or remove this folder"
                     )
                 row = Row.from_json(stored, where)
+                if not isinstance(row.index, int):
+                    raise ConfigError(f"{where}: index is {shown(row.index)}; remove the line")
                 if rows.setdefault(row.index, row) != row:
                     raise ConfigError(
                         f"{where}: index {row.index} has two different answers; remove "

@@ -301,7 +301,15 @@ def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:
 
     reader = csv.reader(lines(), delimiter="\t")
     start, line = 0, 1
-    for cells in reader:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ConfigError(
+                f"{path} line {line}: {error}; check the quotation marks and line ends"
+            ) from None
+        if cells is None:
+            return
         if cells:
             yield line, cells, start, offset
         start, line = offset, reader.line_num + 1

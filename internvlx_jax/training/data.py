@@ -108,7 +108,8 @@ def _open_both(
         process_index=index,
         process_count=count,
         progress=jax.process_index() == 0,
-        refresh=jax.process_index() == 0,  # the others find what it has measured
+        # The others find what process 0 has measured. A run that goes on keeps what it began with.
+        refresh=jax.process_index() == 0 and position is None,
     )
     training = Loader(
         data.meta,

@@ -36,7 +36,9 @@ class Preemption:
         self._several = jax.distributed.is_initialized()
         # Python lets only the main thread take signals.
         main = threading.current_thread() is threading.main_thread()
-        self._takes = [signal.SIGINT] if main else []
+        # A shell lets its background jobs ignore Ctrl-C; so they do here.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        self._takes = [signal.SIGINT] if main and not ignored else []
         if main and not self._several:
             self._takes.append(signal.SIGTERM)
 

@@ -118,3 +118,97 @@ def test_the_terminal(model, image, monkeypatch, capsys, tmp_path):
 def test_the_module_runs_as_a_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chat", "--checkpoint", str(Path("nowhere"))])
     assert chat_command.main() == 1 and "nowhere" in capsys.readouterr().err
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(model, monkeypatch, capsys):
+    """talk(text) -> (answers, notes): what a conversation in the terminal prints."""
+
+    def talk(text, *words):
+        if isinstance(text, bytes):
+            stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+        else:
+            stdin = io.StringIO(text)
+        monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        flags = ["--checkpoint", "x", "--max_new_tokens", str(NEW_TOKENS), *words]
+        assert chat_command.main(flags) == 0
+        out, error = capsys.readouterr()
+        return [line for line in out.replace("> ", "\n").splitlines() if line], error.splitlines()
+
+    return talk
+
+
+def test_a_literal_placeholder_of_an_earlier_turn_does_not_count(talk, image, model):
+    asked = f"what does <image> mean?\n/image {image}\nWhat?\n/image {image}\nAnd <image>?\n"
+    answers, notes = talk(asked)
+    assert len(answers) == 3
+    assert notes == ['note: no /image was given, so "<image>" is ordinary text']
+    chat = model.chat(max_new_tokens=NEW_TOKENS)
+    expected = [
+        chat.send("what does <image> mean?"),
+        chat.send("What?", [image]),
+        chat.send("And <image>?", [image]),
+    ]
+    assert answers == expected
+    prompts = model._generator.prompts
+    request = Request(prompt="More?", history=chat.history)
+    tokens = prompts.row(request, prompts.bucket(request, chat.spec), chat.spec).tokens.tolist()
+    start = model.tokenizer.img_start
+    assert tokens.count(start) == 2, "two images, and the text of the first turn"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("/image nope.png\nWhat?\n", "nope.png: the image cannot be read (FileNotFoundError: "
+         "No such file or directory); give another /image"),
+        ("/image data:image/png;base64,@@\nWhat?\n", "the data: URL is not well formed"),
+        ("/image\nWhat?\n", "error: /image needs a file: /image FILE"),
+        ("/images a.png\nWhat?\n", "error: unknown command /images; did you mean /image? the"),
+        ("/quit\nWhat?\n", "error: unknown command /quit; the commands are /image FILE and /reset"),
+        (b"caf\xe9?\nWhat?\n", "error: this line is not UTF-8"),
+        ("caf\udce9?\nWhat?\n", "error: this line is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_one_line_and_the_conversation_goes_on(text, words, talk):
+    answers, notes = talk(text)
+    (note,) = notes
+    assert words in note and "meta file" not in note
+    assert len(answers) == ("What" in str(text)) - ("nope" in str(text) or "data:" in str(text))
+
+
+def test_a_text_may_begin_with_a_slash(talk, model):
+    chat = model.chat(max_new_tokens=NEW_TOKENS)
+    first, second = chat.send("/etc/hosts: what is it?"), chat.send("/reset")
+    assert talk("/etc/hosts: what is it?\n//reset\n")[0] == [first, second]
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation(model, monkeypatch, capsys):
+    monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
+    lines = iter(["What?", "And?", KeyboardInterrupt()])
+
+    def read():
+        line = next(lines)
+        if isinstance(line, KeyboardInterrupt):
+            raise line
+        return line
+
+    def interrupted(self, request, spec):
+        yield "An"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_command, "read_line", read)
+    monkeypatch.setattr(type(model), "stream_request", interrupted)
+    assert chat_command.main(["--checkpoint", "x"]) == 130
+    out, error = capsys.readouterr()
+    assert out == "An\nAn\n" and "Traceback" not in error
+    assert error.count("note: the answer was ended, and is not part of the conversation") == 2
+
+
+def test_a_text_that_is_no_unicode_is_refused_in_python_too(model):
+    with pytest.raises(ValueError, match="prompt is not valid Unicode"):
+        model.generate("caf\udce9?")
