@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-MOST_RUNS = 16  # per row, padding included
+MOST_RUNS = 8  # per row, padding included
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
