@@ -1,4 +1,4 @@
-"""Runs a part of a layer stack without copying its weights, forward and backward (lvtc.md 7).
+"""Runs a part of a layer stack without copying its weights (design: lvtc.md 5).
 
 LVTC runs two ranges of one stack. A slice of the stack is a copy in XLA, and the gradient of a
 slice is a whole stack of zeros around it. Here a scan goes over layer numbers instead and reads
