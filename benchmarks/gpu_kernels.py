@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,15 +106,21 @@ def cases(size: Size) -> list[Case]:
 
 def attention(report: Report, size: Size) -> None:
     """Compares each backend with `attend` in float32 on the same bfloat16 arrays."""
-    for case in cases(size):
-        arrays = case.arrays()
-        reference = functools.cache(functools.partial(_reference, case, arrays))
-        for backend in BACKENDS[jax.default_backend()]:
+    backends = BACKENDS[jax.default_backend()]
+    with ThreadPoolExecutor() as threads:
+        jobs = []
+        for case in cases(size):
+            reference = threads.submit(_reference, case)
+            jobs += [
+                (case, reference, backend, threads.submit(_compiled, case, backend))
+                for backend in backends
+            ]
+        for case, reference, backend, program in jobs:
             report.attempt(
                 "attention",
                 f"{case.name}, {backend}",
                 size.seconds["attention"],
-                functools.partial(_measure, case, arrays, reference, backend, size.steps),
+                functools.partial(_measure, case, reference, program, size.steps),
             )
 
 
@@ -125,33 +132,39 @@ def _with_gradients(
     return out, *back(do)
 
 
-def _reference(case: Case, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Returns output and gradients of the plain formula in float32."""
+def _reference(case: Case) -> jax.stages.Compiled:
+    """Compiles output and gradients of the plain formula in float32."""
     plain = functools.partial(
         attend,
         q_segments=case.segments,
         kv_segments=case.segments,
         q_start=0 if case.causal else None,
     )
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return _with_gradients(plain, *(x.astype(jnp.float32) for x in arrays))
+
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(functools.partial(_with_gradients, plain))
-        return run(*(x.astype(jnp.float32) for x in arrays))
+        return jax.jit(run).lower(*case.arrays()).compile()
+
+
+def _compiled(case: Case, backend: Backend) -> jax.stages.Compiled:
+    compute = functools.partial(SelfAttention(backend), segments=case.segments, causal=case.causal)
+    return jax.jit(functools.partial(_with_gradients, compute)).lower(*case.arrays()).compile()
 
 
 def _measure(
     case: Case,
-    arrays: Sequence[jax.Array],
-    reference: Callable[[], tuple[jax.Array, ...]],
-    backend: Backend,
+    reference: Future[jax.stages.Compiled],
+    compiling: Future[jax.stages.Compiled],
     steps: int,
 ) -> dict[str, Any]:
-    compute = functools.partial(SelfAttention(backend), segments=case.segments, causal=case.causal)
-    program = jax.jit(functools.partial(_with_gradients, compute)).lower(*arrays).compile()
+    arrays, program = case.arrays(), compiling.result()
     memory = program.memory_analysis()
     assert memory is not None  # both platforms tell
     errors = [
         float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
-        for a, b in zip(program(*arrays), reference(), strict=True)
+        for a, b in zip(program(*arrays), reference.result()(*arrays), strict=True)
     ]
     return {
         "shape": f"[{case.rows}, {case.slots}, {case.heads}/{case.kv_heads}, {case.head_dim}]",

@@ -42,6 +42,7 @@ class Size:
         train_cases: (LVTC preset, remat policy) of the 2B's train steps, in rising order of their
             memory: a device tells the peak since its process began, so only a row that needs more
             than all before it can be read.
+        lora_cases: The same of the 8B's train steps with adapters.
         steps: Timed repetitions, of which the median counts.
         prompt: Tiles and text tokens of a prompt.
         new_tokens: Tokens decoded per row.
@@ -57,6 +58,7 @@ class Size:
     segments: tuple[tuple[int, int], ...]
     rows: int
     train_cases: tuple[tuple[LvtcPreset, Remat], ...]
+    lora_cases: tuple[tuple[LvtcPreset, Remat], ...]
     steps: int
     prompt: tuple[int, int]
     new_tokens: int
@@ -84,8 +86,8 @@ SIZES = {
         internvlx_8b,
         segments=((3, 1024), (1, 256), (3, 1024)),
         rows=4,
-        # Predicted GiB: 35.8, 40.9, 41.0 and 52.2.
         train_cases=(("off", "full"), ("fast", "full"), ("paper", "full"), ("off", "dots")),
+        lora_cases=(("off", "full"), ("off", "dots")),
         steps=6,
         prompt=(7, 256),
         new_tokens=64,
@@ -107,6 +109,7 @@ SIZES = {
         segments=((1, 20), (1, 12)),
         rows=2,
         train_cases=(("off", "full"), ("fast", "full")),
+        lora_cases=(("off", "full"),),
         steps=1,
         prompt=(1, 12),
         new_tokens=3,

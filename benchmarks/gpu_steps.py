@@ -66,9 +66,17 @@ def train(report: Report, size: Size) -> None:
 
 def lora(report: Report, size: Size) -> None:
     """Times the 8B step that trains adapters on the decoder alone."""
-    full = ComputeConfig(remat="full")
-    case = Case("8B LoRA, LVTC off, remat full", size.large("off"), full, ADAPTERS_ONLY, (LORA,))
-    train_steps(report, size, "lora", [case])
+    cases = [
+        Case(
+            f"8B LoRA, LVTC {preset}, remat {remat}",
+            size.large(preset),
+            ComputeConfig(remat=remat),
+            ADAPTERS_ONLY,
+            (LORA,),
+        )
+        for preset, remat in size.lora_cases
+    ]
+    train_steps(report, size, "lora", cases)
 
 
 def train_steps(report: Report, size: Size, part: str, cases: Sequence[Case]) -> None:

@@ -4,7 +4,7 @@ InternLM2, Llama, Qwen2, Qwen3 and Phi-3 differ in biases, norms of queries and 
 embeddings and rope, all of which are fields of DecoderConfig, and in the tensor names of their
 checkpoints, which are the business of the name table.
 
-A call of `Decoder.run_layers` takes the positions and segments of its slots as a `TokenLayout` and
+A call of `Decoder.run_range` takes the positions and segments of its slots as a `TokenLayout` and
 runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
 compression): two ranges of one stack, each on a layout of its own; see models/lvtc.py.
 """
@@ -21,14 +21,13 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.core.model_config import DecoderConfig, LoraConfig
 from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend_cached
+from internvlx_jax.models.layer_ranges import run_range
 from internvlx_jax.models.layers import (
     RMSNorm,
     constant,
     normal,
     param,
     rematerialize,
-    scan_layers,
-    slice_layers,
     split_key,
     stack_layers,
 )
@@ -208,62 +207,72 @@ class Decoder(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def run_layers(
+        self, x: jax.Array, layout: TokenLayout, **options: Any
+    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None]:
+        """Runs the blocks on one layout; options and results are those of `run_range`."""
+        return self.run_range(x, layout, **options)[:2]
+
+    def run_range(
         self,
         x: jax.Array,
         layout: TokenLayout,
         *,
         start: int = 0,
         stop: int | None = None,
+        layers: nnx.Module | None = None,
         cache: KVCacheView | None = None,
         key_length: int | None = None,
         keep_kv: bool = False,
         remat: str = "none",
         attention: SelfAttention = DEFAULT_ATTENTION,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None]:
+    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None, nnx.Module]:
         """Runs the blocks start..stop-1 on one layout.
 
         Args:
             x: [B, S, D].
             layout: Positions and segments of the S slots.
             start, stop: The range; `stop` None is the last layer's end.
+            layers: The stack that the range before this one returned; None is that of the module.
             cache: Earlier slots of these layers, while decoding.
             key_length: Slots that fix the rope base; None takes those of this call. LVTC passes
                 the long layout's for its shallow layers too, so that all layers rotate alike.
-            keep_kv: Whether to return keys and values.
+            keep_kv: Whether to return keys and values; then there are no gradients of a range.
             remat: See layers.rematerialize.
             attention: Attention of whole sequences.
             dropout_key: Randomness of the adapters, in training.
 
         Returns:
-            [B, S, D], and KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None. A
-            cache with an entry per layer gives a list with such entries.
+            [B, S, D]. KeyValues [L, B, S, K, H] of these slots if `keep_kv`, else None; a cache
+            with an entry per layer gives a list with such entries. The stack of all layers, for
+            the next range; see models/layer_ranges.py.
         """
         stop = self.config.layers if stop is None else stop
+        layers = self.layers if layers is None else layers
         separate_kv = cache is not None and not isinstance(cache.kv, KeyValues)
         if start == stop:  # LVTC without shallow layers
-            if separate_kv:
-                return x, []
             none = jnp.zeros((0, *x.shape[:2], self.config.kv_heads, self.config.head_dim), x.dtype)
-            return x, KeyValues(none, none) if keep_kv else None
+            return x, [] if separate_kv else KeyValues(none, none) if keep_kv else None, layers
         if key_length is None:
             key_length = x.shape[1] if cache is None else cache.segments.shape[1]
         tables = rope_tables(self.config.rope, layout.positions, self.config.head_dim, key_length)
 
-        def body(x, block_and_inputs):
-            block, (kv, dropout_key) = block_and_inputs
+        def body(x, block, inputs, context):
+            (kv, dropout_key), (layout, tables) = inputs, context
             of_layer = None if cache is None else cache._replace(kv=kv)
             with jax.named_scope("decoder_block"):
                 x, new = block(x, layout, tables, of_layer, attention, dropout_key)
             return x, new if keep_kv else None
 
-        layers = slice_layers(self.layers, start, stop)
-        if separate_kv:
-            return scan_layers(body, x, layers, [(kv, None) for kv in cache.kv])
-        kv, keys = None if cache is None else cache.kv, None
+        keys = None
         if dropout_key is not None and self.lora is not None:
             keys = jax.random.split(dropout_key, self.config.layers)[start:stop]
-        return scan_layers(rematerialize(body, remat), x, layers, (kv, keys))
+        inputs: Any = (None if cache is None else cache.kv, keys)
+        if cache is not None and separate_kv:
+            inputs = [(kv, None) for kv in cache.kv]
+        return run_range(
+            rematerialize(body, remat), x, layers, inputs, (layout, tables), start, stop, keep_kv
+        )
 
     @property
     def head_kernel(self) -> jax.Array:

@@ -171,8 +171,8 @@ class InternVLX(nnx.Module):
             tiles = rearrange(inputs.tiles, "b t y x c -> (b t) y x c")
             features = self._by_row(self.features(tiles, tower_path, tower_dropout))
         project = functools.partial(self._project, features, len(inputs.tiles), projector_path)
-        run_layers = functools.partial(
-            self.decoder.run_layers,
+        run_range = functools.partial(
+            self.decoder.run_range,
             keep_kv=keep_kv,
             remat=self.remat,
             attention=self.attention,
@@ -184,13 +184,13 @@ class InternVLX(nnx.Module):
                 released=self.projector,
                 project=project,
                 embed=self._embed,
-                run_layers=run_layers,
+                run_range=run_range,
                 by_row=self._by_row,
             )
         x = self._embed(inputs.tokens)
         x = insert_visual_tokens(project(self.projector, None), inputs.feature_index, x)
         layout = TokenLayout(inputs.positions, inputs.segment_ids)
-        x, kv = run_layers(self._by_row(x), layout)
+        x, kv, _ = run_range(self._by_row(x), layout)
         return x, [kv]
 
     def _project(

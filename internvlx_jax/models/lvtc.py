@@ -47,7 +47,7 @@ from internvlx_jax.models.decoder import KeyValues, TokenLayout
 from internvlx_jax.models.layers import constant, gather, insert_visual_tokens, param
 from internvlx_jax.models.projectors import Projector, make_projector
 
-RunLayers = Callable[..., tuple[jax.Array, KeyValues | None]]
+RunRange = Callable[..., tuple[jax.Array, KeyValues | None, nnx.Module]]
 # (projector, decoder layer in front of which it joins; None for the tokens of layer 0)
 # -> [B, T * Q, D], or None for a batch without tiles
 Project = Callable[[Callable | None, int | None], jax.Array | None]
@@ -122,7 +122,7 @@ class Lvtc(nnx.Module):
         released: Projector | None,
         project: Project,
         embed: Callable[[jax.Array], jax.Array],
-        run_layers: RunLayers,
+        run_range: RunRange,
         by_row: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, list[KeyValues | None]]:
         """Runs the decoder: shallow layers, expansion, deep layers with their injections.
@@ -132,7 +132,7 @@ class Lvtc(nnx.Module):
             released: The model's `projector`.
             project: Applies a projector to the tower's output of this batch.
             embed: Token ids -> embeddings.
-            run_layers: `Decoder.run_layers` with the options of this call.
+            run_range: `Decoder.run_range` with the options of this call.
             by_row: Keeps an array with a leading batch axis on the devices of its rows.
 
         Returns:
@@ -144,7 +144,8 @@ class Lvtc(nnx.Module):
         low = project(self.low if self.low is not None else released, None)
         x = by_row(insert_visual_tokens(low, inputs.short.feature_index, embed(tokens)))
         # Rope may depend on the number of key slots; all layers take that of the long layout.
-        x, shallow = run_layers(x, short, stop=first_deep, key_length=inputs.tokens.shape[1])
+        length = inputs.tokens.shape[1]
+        x, shallow, layers = run_range(x, short, stop=first_deep, key_length=length)
 
         residual = project(functools.partial(self.high, released=released), first_deep)
         x = by_row(expand(by_row(x), residual, inputs, self.config))
@@ -155,7 +156,7 @@ class Lvtc(nnx.Module):
                 added = project(self.injection(start), start)
                 if added is not None:
                     x = by_row(x + gather(added, inputs.feature_index))
-            x, kv = run_layers(x, long, start=start, stop=stop)
+            x, kv, layers = run_range(x, long, start=start, stop=stop, layers=layers)
             deep.append(kv)
         return x, [shallow, jax.tree.map(lambda *parts: jnp.concatenate(parts), *deep)]
 

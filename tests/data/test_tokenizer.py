@@ -279,6 +279,6 @@ def test_folders_that_cannot_be_used(golden, tmp_path):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(
-        ValueError, match="tokenizer_config.json: not valid JSON: .*; fetch it again"
+        ValueError, match="tokenizer_config.json is not valid JSON: .*; fetch it again"
     ):
         Tokenizer.load(tmp_path)
