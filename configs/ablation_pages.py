@@ -8,7 +8,7 @@ A tile of 112 px has 8 x 8 patches, so that 64 tokens per tile are one per patch
 share of the released models (a quarter). The gate of LVTC starts open, because training starts from
 scratch; rows with other starts say so.
 
-`python benchmarks/ablation.py pages` trains and scores the rows.
+The forms lie in `runs/ablation/data/pages-PRESET`; `data/form_dataset.py` writes them.
 """
 
 from typing import Any, Literal, NamedTuple

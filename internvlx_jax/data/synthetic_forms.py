@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from internvlx_jax.data.synthetic_pages import (
-    BAND,
     KINDS,
     Box,
     Color,

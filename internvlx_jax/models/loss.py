@@ -165,9 +165,7 @@ def _backward(words: int, kept, gradients):
         gradient = jnp.where(target == IGNORED, 0.0, gradient)[:, None]
         of_logits = (gradient * (probability - is_label)).astype(x.dtype)
         # Summed over the chunks in float32.
-        head_gradient += jnp.einsum(
-            "nd,nw->dw", x, of_logits, preferred_element_type=jnp.float32
-        )
+        head_gradient += jnp.einsum("nd,nw->dw", x, of_logits, preferred_element_type=jnp.float32)
         return head_gradient, jnp.einsum("nw,dw->nd", of_logits, head)
 
     head_gradient, hidden_gradient = jax.lax.scan(
