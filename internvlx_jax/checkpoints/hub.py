@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.paths import as_path
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.py", "merges.txt", "*.jinja")
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """Returns a path that exists as it is, or a local copy of the repository OWNER/NAME.
+    """Returns a path or URL that exists as it is, or a local copy of the repository OWNER/NAME.
 
     huggingface_hub is imported only for a repository; files that it has downloaded before are
     taken from its cache.
@@ -24,7 +25,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         FileNotFoundError: no such path, and `name` is no id.
         ConfigError: the repository cannot be fetched; the message says why.
     """
-    path = Path(name)
+    path = as_path(name)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

@@ -9,6 +9,7 @@ from internvlx_jax.checkpoints.hf_folder import HFFolder, has_weights, read_conf
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.uploads import local_folder
 
 LISTED = 8  # entries of a folder that an error message names
 
@@ -18,7 +19,7 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> Checkpoint:
 
     Args:
         path: a run folder of train.py, one step of it (RUN/checkpoints/STEP), a Hugging Face
-            folder, or a Hugging Face id (OWNER/NAME).
+            folder, a gs:// or s3:// URL of either, or a Hugging Face id (OWNER/NAME).
         ema: read a run's average of its parameters in their place.
 
     Raises:
@@ -31,6 +32,7 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> Checkpoint:
     folder = resolve(path)
     if RunFolder.is_one(folder):
         return RunFolder(folder, ema=ema)
+    folder = local_folder(folder)  # weight files are mapped into memory
     if not _is_hf_folder(folder):
         raise FileNotFoundError(_not_a_checkpoint(folder))
     if ema:

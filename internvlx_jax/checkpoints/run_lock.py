@@ -8,6 +8,7 @@ different hosts are never compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,9 @@ from typing import Any
 
 from internvlx_jax.checkpoints.agreement import on_first_process
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.lock_file import LocalLockFile, TakenError
+from internvlx_jax.core.lock_file import LocalLockFile, RemoteLockFile, TakenError
+from internvlx_jax.core.paths import RemotePath, is_remote
+from internvlx_jax.core.remote import check_access
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class RunLock:
         self._file = lock_file(run)
         self._owner = _this_process()
         self._seen: str | None = None  # what the file holds; None in processes without the lock
-        self._lost = False
+        self._new = self._lost = False
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -60,6 +63,9 @@ class RunLock:
             self._thread.join()
         if self._seen is not None and not self._lost:
             self._file.remove(self._seen)
+        if self._new:  # a run that could not start leaves no folder behind
+            with contextlib.suppress(OSError):
+                self._run.rmdir()
 
     def check(self) -> None:
         """Raises ConfigError if another run has taken the folder, which this one may not touch.
@@ -73,6 +79,9 @@ class RunLock:
             )
 
     def _acquire(self) -> None:
+        if is_remote(self._run):
+            check_access(self._run)
+        self._new = not self._run.exists()
         self._run.mkdir(parents=True, exist_ok=True)
         refused = ConfigError(f"output_dir {self._run} is being taken by another run just now")
         for _ in range(3):
@@ -105,18 +114,10 @@ class RunLock:
         return json.dumps({**self._owner, "beat": count}) + "\n"
 
 
-def lock_file(run: Path) -> LocalLockFile:
+def lock_file(run: Path) -> LocalLockFile | RemoteLockFile:
     """Returns the lock file of a run folder."""
-    return LocalLockFile(run / LOCK)
-
-
-def refuse_running(run: Path) -> None:
-    """Refuses, in all processes, a folder that another run writes to; called before any work.
-
-    Raises:
-        ConfigError: Names the host and the process that use it.
-    """
-    on_first_process(lambda: refuse_if_used(run) and None)
+    path = run / LOCK
+    return RemoteLockFile(path) if isinstance(path, RemotePath) else LocalLockFile(path)
 
 
 def refuse_if_used(run: Path, patience: float = PATIENCE) -> str | None:

@@ -13,9 +13,11 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from internvlx_jax.checkpoints import run_format
+from internvlx_jax.checkpoints.agreement import on_first_process
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.run_format import (
     by_path,
+    finished_steps,
     free_cycles,
     join_average,
     mismatches,
@@ -24,6 +26,7 @@ from internvlx_jax.checkpoints.run_format import (
 from internvlx_jax.checkpoints.run_lock import LOCK
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
@@ -58,28 +61,30 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep_last: int):
+        self._run = run
         # orbax declares its own policies for another type of metadata than the checkpointer's.
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
         newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(run / "checkpoints"),
-            cleanup_tmp_directories=True,
-            context=SHARED_WRITING,
-            save_decision_policy=every,
-            preservation_policy=newest,
-        )
+        with explained(run, "written"):
+            self._checkpointer = ocp.training.Checkpointer(
+                str(run / "checkpoints"),
+                cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
+                context=SHARED_WRITING,
+                save_decision_policy=every,
+                preservation_policy=newest,
+            )
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+        with explained(self._run, "written"):
+            self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
         """The newest complete step; None in a run without one."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return on_first_process(lambda: max(finished_steps(self._run), default=None))
 
     def save(
         self,
@@ -102,7 +107,10 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": by_path(rest)}
         if average is not None:
             items["ema"] = dict(average)
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
+        with explained(self._run, "written"):
+            self._checkpointer.save_checkpointables_async(
+                step, items, custom_metadata=dict(metadata)
+            )
 
     def load(
         self,
@@ -142,7 +150,8 @@ class CheckpointWriter:
         problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
-        loaded = self._checkpointer.load_checkpointables(step, items)
+        with explained(self._run):
+            loaded = self._checkpointer.load_checkpointables(step, items)
         leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
         state = jax.tree.unflatten(jax.tree.structure(rest), leaves)
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
@@ -235,8 +244,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
-    resuming = any(step.name.isdigit() for step in steps)
+    resuming = on_first_process(lambda: bool(finished_steps(run)))
     saved = run / "config.json"
     if saved.exists():
         differences = _differences(json.loads(saved.read_text()), settings)

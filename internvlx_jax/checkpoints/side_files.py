@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.uploads import copy_file
 from internvlx_jax.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
 
 OTHER_FILES = (
@@ -30,7 +30,7 @@ def copy_side_files(source: Path, target: Path, *, remote_code: bool = True) -> 
     names += [name for name in code if remote_code or name.startswith("tokenization_")]
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     return names
 
 
@@ -41,7 +41,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     if names:
         target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     return names
 
 

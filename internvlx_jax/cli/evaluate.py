@@ -16,6 +16,7 @@ from typing import Any
 from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.evaluation_config import PROTOCOLS, EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import TILE_RULES
 from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser()
     args = vars(flags.parse_args(argv))
     if args.get("list"):
-        print(list_tasks(Path(args["data_root"]), args.get("tsv_root")))
+        print(list_tasks(as_path(args["data_root"]), args.get("tsv_root")))
         return 0
     if not ({"checkpoint", "rescore"} & args.keys()):
         flags.error("--checkpoint is required")
@@ -177,7 +178,7 @@ def _print_scores(summaries: list[Summary], out_dir: str) -> None:
 
 def list_tasks(data_root: Path, tsv_root: str | None) -> str:
     """Returns one line per task and protocol, the default protocol first."""
-    roots = Roots(data_root, Path(tsv_root) if tsv_root else data_root / "tsv")
+    roots = Roots(data_root, as_path(tsv_root) if tsv_root else data_root / "tsv")
     rows = [("task", "protocol", "questions", "data", "title")]
     for task in TASKS.values():
         for protocol, spec in task.protocols.items():

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.ranges import SHARE, real_number
 from internvlx_jax.evaluation.bootstrap import RESAMPLES
 from internvlx_jax.evaluation.compare import compare
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a training run")
+    parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(
         "--chance", type=real_number(SHARE), help="exact match without seeing the images, 0 to 1"
     )
@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging()
 
     def draw() -> None:
-        print(f"wrote {draw_curves(args.run, chance=args.chance)}")
-        print(f"wrote {write_page(args.run)}")
+        run = as_path(args.run)
+        print(f"wrote {draw_curves(run, chance=args.chance)}")
+        print(f"wrote {write_page(run)}")
 
     return run_command(draw)
 
@@ -59,9 +60,9 @@ def compare_scores(words: list[str]) -> int:
     )
     add = parser.add_argument
     text = "folders of internvlx eval: OUT_DIR, OUT_DIR/MODEL or one task"
-    add("dirs", nargs="+", type=Path, metavar="DIR", help=text)
+    add("dirs", nargs="+", type=as_path, metavar="DIR", help=text)
     text = "receives comparison.md, comparison.csv and comparison.html; the first DIR by default"
-    add("--out_dir", type=Path, help=text)
+    add("--out_dir", type=as_path, help=text)
     add("--baseline", help="model that the others are compared with; the first one by default")
     add("--resamples", type=int, default=RESAMPLES, help="of each interval (%(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (%(default)s)")

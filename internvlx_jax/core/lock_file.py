@@ -1,7 +1,8 @@
-"""A file that one process owns, on a local or shared disk (design: training.md 10).
+"""A file that one process owns, on a disk or in an object store (design: training.md 10).
 
-Who owns it is written in it, and who wants it compares before it writes. The kernel's lock on the
-file serializes the two where the file system has such locks.
+Who owns it is written in it, and who wants it compares before it writes. On a disk the kernel's
+lock on the file serializes the two, where the file system has such locks; an object store compares
+the version of the object itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from internvlx_jax.core.paths import RemotePath
+from internvlx_jax.core.remote import read_version, remove_version, write_version
 
 
 class TakenError(Exception):
@@ -75,6 +79,37 @@ class LocalLockFile:
                 os.close(number)
             if not create:
                 raise TakenError
+
+
+class RemoteLockFile:
+    """Does the same with an object; what has been seen is its version."""
+
+    def __init__(self, path: RemotePath):
+        self._path = path
+
+    def read(self) -> tuple[str, str] | None:
+        """Returns the content, and what `write` has to be told to replace it; None without one."""
+        found = read_version(self._path)
+        return None if found is None else (found[0].decode(errors="replace"), found[1])
+
+    def write(self, text: str, seen: str | None) -> str:
+        """Writes the object if it has the version `seen`; see `LocalLockFile.write`.
+
+        Raises:
+            TakenError: It has another one.
+        """
+        written = write_version(self._path, text.encode(), seen)
+        if written is not None:
+            return written
+        # The answer to a write can get lost, and the same write, sent again, is refused.
+        found = self.read()
+        if found is None or found[0] != text:
+            raise TakenError
+        return found[1]
+
+    def remove(self, seen: str) -> None:
+        """Removes the object if it has the version `seen`; does nothing otherwise."""
+        remove_version(self._path, seen)
 
 
 @contextlib.contextmanager

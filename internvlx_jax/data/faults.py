@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from internvlx_jax.core.data_config import FaultConfig
-from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.core.json_text import complete_lines, decode_json, encode_line
+from internvlx_jax.core.json_text import complete_lines, decode_json
+from internvlx_jax.core.line_log import LineLog, read_log
+from internvlx_jax.core.paths import as_path
 
 JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
 TRIES = 3  # replacements that are tried before a place stays empty
@@ -123,7 +124,7 @@ class FaultCounts:
         Each sample is listed once, also over restarts.
         """
         self._quarantine = quarantine
-        found = read_quarantine([quarantine]) if quarantine.is_file() else set()
+        found = read_quarantine([quarantine]) if quarantine.exists() else set()
         listed = {
             (name, sample.line)
             for sample in found
@@ -139,8 +140,9 @@ class FaultCounts:
     def _write(self) -> None:
         if not self._unwritten or self._quarantine is None:
             return
-        with named_on_error(self._quarantine), self._quarantine.open("ab") as file:
-            file.write(b"".join(encode_line(self._row(fault)) for fault in self._unwritten))
+        log = LineLog(self._quarantine)
+        log.append([self._row(fault) for fault in self._unwritten])
+        log.close()
         self._unwritten.clear()
 
     def _row(self, fault: Fault) -> dict[str, str | int]:
@@ -226,12 +228,10 @@ def read_quarantine(paths: Collection[str | Path]) -> set[Listed]:
     """
     listed = set()
     for path in paths:
-        try:
-            data = Path(path).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise ConfigError(f"data.faults.exclude: {path} does not exist") from None
+        if not as_path(path).exists():
+            raise ConfigError(f"data.faults.exclude: {path} does not exist")
         # A last line without its end is of a run that was killed.
-        for number, line in enumerate(complete_lines(data), start=1):
+        for number, line in enumerate(complete_lines(read_log(as_path(path))), start=1):
             try:
                 fields = decode_json(line)
                 named = "annotation" in fields

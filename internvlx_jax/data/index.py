@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -31,6 +32,8 @@ from tqdm import tqdm
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import REASONS, SampleError
 from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.paths import STORES, RemotePath, as_path
+from internvlx_jax.core.remote import protocol_of
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.fit import CHANGES, fit_sample, supervised_tokens
@@ -100,7 +103,7 @@ class SizeIndex:
     @classmethod
     def load(cls, path: Path) -> SizeIndex:
         """Reads what `save` wrote; files of version 0.1 have no stamps."""
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             bad = json.loads(stored["bad"].tobytes())
             unknown = np.zeros(len(stored["status"]), np.int64)
             return cls(
@@ -158,7 +161,7 @@ def load_index(
         refresh: whether images of a cached index are looked at again.
     """
     count = len(source) if entry.repeat_time >= 1 else int(len(source) * entry.repeat_time)
-    folder = Path(config.index_dir) if config.index_dir else Path(source.beside).parent
+    folder = as_path(config.index_dir) if config.index_dir else _beside(source)
     name = cache_name(source)
     sizes_key = _digest(
         VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images)
@@ -199,7 +202,22 @@ def _stored(path: Path) -> SizeIndex | None:
         return None
 
 
+def _beside(source: Source) -> Path:
+    """Returns the folder of a source: hosts that share no disk share that of an object store."""
+    if protocol_of(source.path) in STORES:
+        return as_path(source.path).parent
+    return Path(source.beside).parent
+
+
 def _is_writable(folder: Path) -> bool:
+    if isinstance(folder, RemotePath):
+        probe = folder / f".{uuid.uuid4().hex}.probe"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+            return True
+        except OSError:
+            return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return os.access(folder, os.W_OK)

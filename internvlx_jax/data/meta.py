@@ -188,10 +188,6 @@ def _is_count(value: object) -> bool:
 
 
 def _resolve(folder: str, where: str, key: str, value: str, exists: Callable[[str], bool]) -> str:
-    if value.startswith("s3://"):
-        raise ConfigError(
-            f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.'
-        )
     candidates = list(dict.fromkeys([value, storage.join(folder, value)]))
     for candidate in candidates:
         if exists(candidate):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.uploads import local_folder
+
 # What `find_tokenizer` opens, the first of them that a folder has.
 VOCABULARY_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 TOKENIZER_FILES = (
@@ -41,7 +43,7 @@ def find_tokenizer(path: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    path = local_folder(path)
     if path.is_dir():
         names = [name for name in VOCABULARY_FILES if (path / name).is_file()]
         if names:

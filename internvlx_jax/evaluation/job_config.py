@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.ranges import COUNT, Range, check_ranges
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import MOST_TILES
@@ -91,7 +91,7 @@ class EvalConfig:
     @property
     def model_name(self) -> str:
         """Name of the checkpoint in folders and tables: RUN-STEP, or the name of the folder."""
-        path = Path(self.checkpoint).resolve()
+        path = as_path(self.checkpoint).resolve()
         step = path.parent.name == "checkpoints"
         name = f"{path.parents[1].name}-{path.name}" if step else path.name
         return f"{name}-ema" if self.ema else name

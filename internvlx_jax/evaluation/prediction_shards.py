@@ -14,6 +14,8 @@ from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.json_text import decode_json, encode_line, read_lines
+from internvlx_jax.core.line_log import LineLog, read_log, segments
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.records import Row
 
 
@@ -40,7 +42,7 @@ class Parts:
         """
         rows: dict[int, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            for number, line in enumerate(read_log(path).split(b"\n"), start=1):
                 try:
                     stored = decode_json(line)
                 except ValueError:
@@ -69,7 +71,9 @@ class Parts:
     def remove(self) -> None:
         """Removes the part files and their folder."""
         for path in self.folder.glob("*.jsonl"):
-            path.unlink()
+            for segment in segments(path):
+                segment.unlink()
+            path.unlink(missing_ok=True)
         if self.folder.is_dir():
             self.folder.rmdir()
 
@@ -81,19 +85,28 @@ class PartWriter:
         self.path, self.settings = path, settings
 
     def __enter__(self) -> PartWriter:
-        self._file = self.path.open("ab")
-        # Ends a line that an interruption cut off.
-        self._file.write(b"\n" if self._file.tell() else b"")
+        self._log = LineLog(self.path) if is_remote(self.path) else None
+        if self._log is None:
+            self._file = self.path.open("ab")
+            # Ends a line that an interruption cut off.
+            self._file.write(b"\n" if self._file.tell() else b"")
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        if self._log is None:
+            self._file.close()
+        else:
+            self._log.close()
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends rows and waits until they are on the disk."""
+        values = [{"settings": self.settings} | row.to_json() for row in rows]
+        if self._log is not None:
+            self._log.append(values)
+            self._log.flush()
+            return
         with named_on_error(self.path):
-            for row in rows:
-                self._file.write(encode_line({"settings": self.settings} | row.to_json()))
+            self._file.writelines(map(encode_line, values))
             self._file.flush()
             os.fsync(self._file.fileno())
 

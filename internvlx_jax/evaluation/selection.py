@@ -10,6 +10,7 @@ from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.ranges import SEED, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
@@ -111,14 +112,14 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
         ConfigError: a name is unknown, or a data file cannot be used.
     """
     check_names(selection)
-    data = Path(selection.data_root)
-    roots = Roots(data, Path(selection.tsv_root) if selection.tsv_root else data / "tsv")
+    data = as_path(selection.data_root)
+    roots = Roots(data, as_path(selection.tsv_root) if selection.tsv_root else data / "tsv")
     chosen = [
         (task, *find_protocol(task, selection.protocol))
         for task in find_tasks(selection.tasks, selection.suite)
     ]
     if selection.data is not None and selection.metric is not None:
-        task = question_file_task(selection, Path(selection.data), selection.metric)
+        task = question_file_task(selection, as_path(selection.data), selection.metric)
         chosen.append((task, *find_protocol(task, GENERIC)))
     missing = [
         f"  {task.name} ({protocol}): {path}"
@@ -138,7 +139,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
 
 def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
     """Returns a question file as a task: its score is the mean of the metric, as a fraction."""
-    root = None if selection.image_root is None else Path(selection.image_root)
+    root = None if selection.image_root is None else as_path(selection.image_root)
     spec = ProtocolSpec(
         source=Source(
             lambda roots: [path], lambda roots: read_questions(path, root, selection.limit)

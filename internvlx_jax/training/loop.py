@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from internvlx_jax.checkpoints.run_lock import RunLock, refuse_running
+from internvlx_jax.checkpoints.run_lock import RunLock
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
@@ -63,28 +63,28 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
-    refuse_running(run_folder(config))
-    run = open_run(config)
-    validation = Validation(run, benchmarks)
+    with RunLock(run_folder(config)) as lock:
+        run = open_run(config)
+        validation = Validation(run, benchmarks)
 
-    throughput = Throughput(run.saved.get("clocks"))
-    # The folder is written after compilation, so that a run that does not fit its devices leaves
-    # none behind, and can be tried again with other settings.
-    resuming = check_run_folder(run.folder, run.settings)
-    executables = _compile(run, throughput)
-    with (
-        RunLock(run.folder) as lock,
-        _opened(run) as checkpoints,
-    ):
-        first, state = first_state(run, checkpoints, resuming=resuming)
-        last = run.steps if stop_after is None else min(run.steps, first + stop_after)
-        with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
-            session = _Session(run, executables, validation, throughput, checkpoints, metrics, lock)
-            record_start(run, first)
-            if first == 0 and validation.is_due(0, last):
-                session.validate(0, state)
-            with Profiler(run.folder / "profile", profile) as profiler:
-                _run_steps(session, profiler, state, first, last)
+        throughput = Throughput(run.saved.get("clocks"))
+        # The folder is written after compilation, so that a run that does not fit its devices
+        # leaves none behind, and can be tried again with other settings.
+        resuming = check_run_folder(run.folder, run.settings)
+        executables = _compile(run, throughput)
+
+        with _opened(run) as checkpoints:
+            first, state = first_state(run, checkpoints, resuming=resuming)
+            last = run.steps if stop_after is None else min(run.steps, first + stop_after)
+            with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
+                session = _Session(
+                    run, executables, validation, throughput, checkpoints, metrics, lock
+                )
+                record_start(run, first)
+                if first == 0 and validation.is_due(0, last):
+                    session.validate(0, state)
+                with Profiler(run.folder / "profile", profile) as profiler:
+                    _run_steps(session, profiler, state, first, last)
     if run.loader.faults.reasons:
         logger.info(f"bad samples in this process: {run.loader.faults.summary()}")
     return metrics.latest
@@ -125,6 +125,7 @@ class _Session:
             "clocks": self.throughput.clocks,
         }
         self.lock.check()
+        self.metrics.flush()  # a run that goes on from this step has the lines before it
         with self.throughput.paused("checkpoint_s"):
             self.checkpoints.save(step, state.params(), state.opt_state, metadata)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import subprocess
 import time
@@ -13,9 +12,9 @@ from typing import Any
 
 import jax
 
-from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
@@ -90,6 +89,13 @@ class MetricsLogger:
     def __exit__(self, *_: Any) -> None:
         if self._writer:
             self._writer.close()
+        self._bad_steps.flush()
+
+    def flush(self) -> None:
+        """Brings what an object store has not got yet there; called before a checkpoint."""
+        if self._writer:
+            self._writer.flush()
+        self._bad_steps.flush()
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values of all processes, by the first one."""
@@ -167,9 +173,9 @@ def record_start(run: Run, step: int) -> None:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
     }
-    path = run.folder / STARTS
-    with named_on_error(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    log = LineLog(run.folder / STARTS)
+    log.append([start])
+    log.close()
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:

@@ -17,9 +17,11 @@ import optax
 from flax import nnx
 
 from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
+from internvlx_jax.checkpoints.run_format import finished_steps
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import from_dict, override
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.loss import shift_left
@@ -46,15 +48,13 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: The run has no such step, or no checkpoint.
     """
-    run = Path(run)
+    run = as_path(run)
     saved = json.loads((run / "config.json").read_text())
     config, model = (
         override(from_dict(TrainConfig, saved["train"]), settings),
         from_dict(ModelConfig, saved["model"]),
     )
-    checkpoints = sorted(
-        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
-    )
+    checkpoints = finished_steps(run)
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'} holds no finished checkpoint")
     before = [each for each in checkpoints if each < step]

@@ -18,6 +18,7 @@ from internvlx_jax.checkpoints.run_writer import CheckpointWriter
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
@@ -73,7 +74,7 @@ class Run:
 
 def run_folder(config: TrainConfig) -> Path:
     """Returns the run folder of a config, an absolute path, which orbax insists on."""
-    return Path(config.output_dir).absolute()
+    return as_path(config.output_dir).absolute()
 
 
 def open_run(config: TrainConfig) -> Run:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from internvlx_jax.checkpoints import run_lock
-from internvlx_jax.checkpoints.run_lock import LOCK, RunLock, refuse_if_used, refuse_running
+from internvlx_jax.checkpoints.run_lock import LOCK, RunLock, refuse_if_used
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.lock_file import LocalLockFile, TakenError
 
@@ -40,7 +40,7 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_in_one_line_and_a_killed_one_is_replaced(holder, tmp_path):
     run = tmp_path / "run"
     before = (run / LOCK).read_bytes()
-    for refused in (lambda: refuse_running(run), lambda: RunLock(run).__enter__()):
+    for refused in (lambda: RunLock(run).__enter__(), lambda: refuse_if_used(run)):
         with pytest.raises(ConfigError) as error:
             refused()
         message = str(error.value)
