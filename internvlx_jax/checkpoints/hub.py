@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.uploads import local_folder
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.py", "merges.txt", "*.jinja")
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """Returns a path or URL that exists as it is, or a local copy of the repository OWNER/NAME.
+    """Returns an existing folder, or a local copy of the repository OWNER/NAME.
+
+    A run folder behind a URL is read where it is; any other is copied.
 
     huggingface_hub is imported only for a repository; files that it has downloaded before are
     taken from its cache.
@@ -27,7 +31,8 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     """
     path = as_path(name)
     if path.exists():
-        return path
+        # Weight files are mapped into memory, so those of an object store are copied to the disk.
+        return path if RunFolder.is_one(path) else local_folder(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"{name}: no such folder; give a checkpoint folder or a Hugging Face id (OWNER/NAME)"

@@ -9,7 +9,6 @@ from internvlx_jax.checkpoints.hf_folder import HFFolder, has_weights, read_conf
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.uploads import local_folder
 
 LISTED = 8  # entries of a folder that an error message names
 
@@ -32,7 +31,6 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> Checkpoint:
     folder = resolve(path)
     if RunFolder.is_one(folder):
         return RunFolder(folder, ema=ema)
-    folder = local_folder(folder)  # weight files are mapped into memory
     if not _is_hf_folder(folder):
         raise FileNotFoundError(_not_a_checkpoint(folder))
     if ema:

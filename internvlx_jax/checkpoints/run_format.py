@@ -30,8 +30,8 @@ import jax
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.uploads import MARKER
 
-# orbax reports every file at INFO and WARNING.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax reports every file at INFO and WARNING, and the traceback of an error before it raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 # Small parameters are written and read together, because every call of orbax takes tens of
 # milliseconds; a parameter with more bytes is written and read alone.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from internvlx_jax.checkpoints.run_format import (
     split_average,
 )
 from internvlx_jax.checkpoints.run_lock import LOCK
+from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
@@ -62,6 +65,9 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keep_last: int):
         self._run = run
+        self._folder = run / "checkpoints"
+        self._saving: tuple[int, Any] | None = None  # step and orbax's response
+        self._failed: int | None = None  # step for which the disk had no room
         # orbax declares its own policies for another type of metadata than the checkpointer's.
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
         newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
@@ -77,9 +83,51 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        with explained(self._run, "written"):
-            self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._named(), explained(self._run, "written"):
+                self._checkpointer.close()
+        except Exception:
+            if kind is None:  # the error that ends the block says more than its consequences
+                raise
+        finally:
+            # Others may still be writing; their next start removes what is left.
+            if self._failed is not None and jax.process_count() == 1:
+                for rest in self._folder.glob(f"{self._failed}.*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raises the error of the save under way as soon as it has one; waits for nothing.
+
+        Raises:
+            OSError: the disk is full; names the step, the free space and the last complete one.
+        """
+        if self._saving is None:
+            return
+        with self._named():
+            try:
+                self._saving[1].result(timeout=0)
+            except TimeoutError:
+                return
+        self._saving = None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the step of a save that fails for lack of space."""
+        if self._saving is None:
+            yield
+            return
+        step = self._saving[0]
+        complete = [int(each.name) for each in self._folder.glob("[0-9]*") if each.name.isdigit()]
+        last = (
+            f"the last complete checkpoint is {max(complete)}" if complete else "none is complete"
+        )
+        try:
+            with full_disk_named(self._folder / str(step), f"; {last}"):
+                yield
+        except OSError as error:
+            self._failed = step if is_full(error) else self._failed
+            raise
 
     @property
     def latest_step(self) -> int | None:
@@ -107,10 +155,15 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": by_path(rest)}
         if average is not None:
             items["ema"] = dict(average)
-        with explained(self._run, "written"):
-            self._checkpointer.save_checkpointables_async(
+        with self._named(), explained(self._run, "written"):  # orbax waits for the save before
+            if self._saving is not None:
+                self._saving[1].result()
+        self._saving = (step, None)
+        with self._named(), explained(self._run, "written"):
+            response = self._checkpointer.save_checkpointables_async(
                 step, items, custom_metadata=dict(metadata)
             )
+        self._saving = None if response is None else (step, response)
 
     def load(
         self,
@@ -207,7 +260,7 @@ class ParamsWriter:
     def finish(self) -> None:
         """Writes what is waiting and makes the step visible."""
         self._flush()
-        with self._context:
+        with self._context, full_disk_named(self._path):
             ocp.partial.finalize(str(self._path))
 
     def _flush(self) -> None:
@@ -221,7 +274,7 @@ class ParamsWriter:
         # orbax refuses a bound that a shard does not fit.
         bound = max(largest + 1, run_format.GROUP_BYTES)
         self._context.memory.write_concurrent_bytes = bound
-        with self._context:
+        with self._context, full_disk_named(self._path):
             ocp.partial.save(str(self._path), self._waiting, custom_metadata=self._metadata)
         nbytes = sum(array.nbytes for array in self._waiting.values())
         self._waiting = {}
@@ -247,7 +300,8 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
     resuming = on_first_process(lambda: bool(finished_steps(run)))
     saved = run / "config.json"
     if saved.exists():
-        differences = _differences(json.loads(saved.read_text()), settings)
+        stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
+        differences = _differences(stored, settings)
         if differences:
             raise ConfigError(
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ def converse(chat: Chat, images: list[str]) -> None:
     Raises:
         KeyboardInterrupt: Ctrl-C at the prompt; in an answer it ends that answer only.
     """
-    if hasattr(sys.stdin, "reconfigure"):
+    if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding are told below
     while (line := read_line()) != "":
         word = (line or "").partition(" ")[0]

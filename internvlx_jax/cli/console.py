@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import itertools
 import logging
 import os
@@ -71,7 +72,7 @@ def configure_logging(process: int = 0) -> None:
     logger.addHandler(_ConsoleHandler(narrates=process == 0))
     logger.propagate = False  # some libraries give the root logger a handler of their own
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a text gets its escapes
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _skip_absent_tpu()
 

@@ -42,7 +42,9 @@ from internvlx_jax.convert.verify import (
 )
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.ranges import NUMBER, SEED, real_number, whole_number
+from internvlx_jax.core.uploads import local_folder
 from internvlx_jax.inference.loading import load_pretrained
 
 
@@ -98,7 +100,6 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--llm", help="build from parts: folder of the decoder")
     flags.add_argument(
         "--projector",
-        type=Path,
         help="build from parts: folder or file; without it, it starts fresh",
     )
     flags.add_argument(
@@ -112,7 +113,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         action="store_true",
         help="new tokens: input rows start as the mean of the others, too",
     )
-    flags.add_argument("--to", type=Path, required=True, help="new folder")
+    flags.add_argument("--to", required=True, help="new folder")
     flags.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16"),
@@ -130,9 +131,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--image_size", type=int, help="resize the position table to tiles of this side"
     )
-    flags.add_argument(
-        "--lora", type=Path, nargs="+", default=[], help="LoRA folders of peft, one part each"
-    )
+    flags.add_argument("--lora", nargs="+", default=[], help="LoRA folders of peft, one part each")
     flags.add_argument(
         "--keep_lora", action="store_true", help="store adapters beside the weights, not merged"
     )
@@ -154,7 +153,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         "--seed", type=whole_number(SEED), default=0, help="seed of what starts fresh"
     )
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
-    flags.add_argument("--report", type=Path, help="write the report as JSON, too")
+    flags.add_argument("--report", help="write the report as JSON, too")
 
 
 def _export_flags(flags: argparse.ArgumentParser) -> None:
@@ -165,7 +164,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
         help="run folder, RUN/checkpoints/STEP, imported folder, PyTorch folder or Hugging Face id "
         "(to change its layout)",
     )
-    flags.add_argument("--to", type=Path, required=True, help="new folder")
+    flags.add_argument("--to", required=True, help="new folder")
     flags.add_argument(
         "--layout",
         required=True,
@@ -180,7 +179,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--drop_lvtc", action="store_true", help="leave LVTC's parameters out")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
-    flags.add_argument("--report", type=Path, help="write the report as JSON, too")
+    flags.add_argument("--report", help="write the report as JSON, too")
 
 
 def _verify_flags(flags: argparse.ArgumentParser) -> None:
@@ -188,12 +187,10 @@ def _verify_flags(flags: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, help="Hugging Face folder or id, or run folder"
     )
     flags.add_argument("--against", help="another checkpoint: compare all parameters bit for bit")
-    flags.add_argument("--inputs", type=Path, help="npz, named as tests/golden/*/inputs.npz")
-    flags.add_argument("--out", type=Path, help="npz to write")
+    flags.add_argument("--inputs", help="npz, named as tests/golden/*/inputs.npz")
+    flags.add_argument("--out", help="npz to write")
     flags.add_argument("--image_token_id", type=int, help="id of the image placeholder token")
-    flags.add_argument(
-        "--reference", type=Path, help="npz of expected outputs; exit status 1 if they differ"
-    )
+    flags.add_argument("--reference", help="npz of expected outputs; exit status 1 if they differ")
     flags.add_argument("--atol", type=real_number(NUMBER), default=1e-4)
 
 
@@ -212,7 +209,7 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
             resolve(args.source, args.revision),
             fields=fields,
             image_size=args.image_size,
-            adapters=args.lora,
+            adapters=[local_folder(each) for each in args.lora],
             keep_lora=args.keep_lora,
             allowed=allowed,
         )
@@ -227,21 +224,22 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
         source = Parts(
             resolve(args.vit),
             resolve(args.llm),
-            args.projector,
+            None if args.projector is None else local_folder(args.projector),
             kind=args.projector_kind,
             fields=fields,
             image_size=args.image_size,
             mean_input_rows=args.mean_input_rows,
             allowed=allowed,
         )
-    report = import_checkpoint(source, args.to, dtype=args.dtype, verify=args.verify, kept=kept)
+    out = as_path(args.to)
+    report = import_checkpoint(source, out, dtype=args.dtype, verify=args.verify, kept=kept)
     return _finish(report, args)
 
 
 def run_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     report = export_checkpoint(
         open_checkpoint(args.source, ema=args.ema),
-        args.to,
+        as_path(args.to),
         layout=args.layout,
         dtype=args.dtype,
         verify=args.verify,
@@ -260,7 +258,7 @@ def run_inspect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
 def _finish(report: Report, args: argparse.Namespace) -> int:
     print(f"{args.to}: {report.text()}")
     if args.report:
-        write_json(args.report, report.to_json())
+        write_json(as_path(args.report), report.to_json())
     return 0
 
 
@@ -285,14 +283,14 @@ def run_verify(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
     try:
         if None in (args.inputs, args.out, args.image_token_id):
             parser.error("verify needs --against, or --inputs, --out and --image_token_id")
-        arrays = _load_npz(args.inputs)
-        reference = _load_npz(args.reference) if args.reference else None
+        arrays = _load_npz(local_folder(args.inputs))
+        reference = _load_npz(local_folder(args.reference)) if args.reference else None
         model = load_pretrained(args.checkpoint, dtype="float32").model
         outputs = compute_outputs(model, arrays, args.image_token_id)
     except (OSError, ConfigError, CheckpointError, InputsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    save_npz(args.out, outputs)
+    save_npz(as_path(args.out), outputs)
     print(f"wrote {len(outputs)} arrays to {args.out}")
     if reference is None:
         return 0

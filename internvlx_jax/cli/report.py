@@ -60,9 +60,9 @@ def compare_scores(words: list[str]) -> int:
     )
     add = parser.add_argument
     text = "folders of internvlx eval: OUT_DIR, OUT_DIR/MODEL or one task"
-    add("dirs", nargs="+", type=as_path, metavar="DIR", help=text)
+    add("dirs", nargs="+", metavar="DIR", help=text)
     text = "receives comparison.md, comparison.csv and comparison.html; the first DIR by default"
-    add("--out_dir", type=as_path, help=text)
+    add("--out_dir", help=text)
     add("--baseline", help="model that the others are compared with; the first one by default")
     add("--resamples", type=int, default=RESAMPLES, help="of each interval (%(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (%(default)s)")
@@ -75,10 +75,13 @@ def compare_scores(words: list[str]) -> int:
     configure_logging()
 
     def write() -> None:
+        folders = [as_path(each) for each in args.dirs]
         comparison = compare(
-            args.dirs, baseline=args.baseline, resamples=args.resamples, seed=args.seed
+            folders, baseline=args.baseline, resamples=args.resamples, seed=args.seed
         )
-        written = write_comparison(args.out_dir or args.dirs[0], comparison, worst=args.worst)
+        written = write_comparison(
+            as_path(args.out_dir or args.dirs[0]), comparison, worst=args.worst
+        )
         print(markdown(comparison), end="")
         for path in written:
             print(f"wrote {path}")

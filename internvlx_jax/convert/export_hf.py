@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from internvlx_jax.checkpoints.tensors import (
     difference,
 )
 from internvlx_jax.convert.conversion_report import Report
+from internvlx_jax.core.disk import check_space
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.model_config import ModelConfig
@@ -84,6 +86,8 @@ def export_checkpoint(
     source.check_sums()
     with new_folder(out) as folder:
         weights = _Weights(source, table, dtype)
+        nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in weights.plan.values())
+        check_space(out, nbytes, "the checkpoint")
         writer = SafetensorsWriter(folder, weights.plan)
         for path, name, rows, piece in weights.pieces(report):
             writer.write(name, piece, rows)
@@ -134,7 +138,7 @@ class _Weights:
             for adapter in adapters
         }
         self._dtypes = {
-            name: source.dtype(entry.target) if dtype == "keep" else NUMPY_DTYPES[dtype]
+            name: source.dtype(entry.target) if dtype == "keep" else np.dtype(NUMPY_DTYPES[dtype])
             for entry in table
             for name in entry.all_sources()
         }

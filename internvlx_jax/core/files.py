@@ -17,7 +17,7 @@ from typing import Any
 from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text, read_json_file
-from internvlx_jax.core.line_log import read_log
+from internvlx_jax.core.line_log import read_whole
 from internvlx_jax.core.paths import RemotePath
 from internvlx_jax.core.uploads import upload_folder
 
@@ -76,7 +76,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text."""
     if isinstance(path, RemotePath):
-        path.write_bytes(encode_text(text))  # an object is replaced as a whole
+        path.write_text(text)  # an object is replaced as a whole
         return
     with written_aside(path) as aside:
         aside.write_bytes(encode_text(text))
@@ -111,7 +111,7 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
         ConfigError: A line is no object with the `needed` fields.
     """
     rows = []
-    for number, line in enumerate(complete_lines(read_log(path)), start=1):
+    for number, line in enumerate(complete_lines(read_whole(path)), start=1):
         try:
             row = decode_json(line)
             [row[name] for name in needed]

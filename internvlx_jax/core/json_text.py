@@ -137,4 +137,4 @@ def read_json_file(path: Path, *, remedy: str) -> Any:
     try:
         return decode_json(path.read_bytes())
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}; {remedy}") from None
+        raise ConfigError(f"{path} is {error}; {remedy}") from None

@@ -1,4 +1,4 @@
-"""Files that grow by lines, on a disk and in an object store (design: platform.md 11).
+"""Files that grow by lines, on a disk and in an object store (design: platform.md 8).
 
 Nothing can be appended to an object. There the lines are in numbered segments below the name of the
 file, such as RUN/metrics.jsonl/000003.jsonl: the newest segment is written again with each line,
@@ -13,10 +13,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from internvlx_jax.core.disk import named_on_error
-from internvlx_jax.core.json_text import complete_lines, encode_line
+from internvlx_jax.core.json_text import complete_lines
 from internvlx_jax.core.paths import RemotePath
 
 SEGMENT_BYTES = 2**18
@@ -25,7 +24,7 @@ SECONDS = 1.0
 
 
 class LineLog:
-    """Appends JSON lines to a file of one writer; a reader sees whole lines.
+    """Appends lines to a file of one writer; a reader sees whole lines.
 
     On a disk a line is written at once. In an object store lines may wait up to SECONDS for the
     next one; `flush` and `close` write them.
@@ -37,15 +36,13 @@ class LineLog:
         self._lines: list[bytes] = []  # of the newest segment
         self._waiting, self._written = False, 0.0
 
-    def append(self, values: Iterable[Any]) -> None:
-        """Appends a line for each JSON value."""
-        lines = [encode_line(value) for value in values]
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Appends lines, each with its end."""
         if not isinstance(self._path, RemotePath):
-            with named_on_error(self._path):
-                if self._path.is_dir():  # a copy of a run in an object store
-                    self._replace(read_log(self._path))
-                with self._path.open("ab") as file:
-                    file.writelines(lines)
+            if self._path.is_dir():  # a copy of a run in an object store
+                self._replace(read_whole(self._path))
+            with named_on_error(self._path), self._path.open("ab") as file:
+                file.write(b"".join(lines))
             return
         if self._number is None:
             self._number = 1 + max(map(_number, segments(self._path)), default=0)
@@ -58,21 +55,25 @@ class LineLog:
         """Writes the lines that wait."""
         if not self._waiting or self._number is None:
             return
-        data = b"".join(self._lines)
-        _segment(self._path, self._number).write_bytes(data)
+        content = b"".join(self._lines)
+        _segment(self._path, self._number).write_bytes(content)
         self._waiting, self._written = False, time.monotonic()
-        if len(data) > SEGMENT_BYTES:
+        if len(content) > SEGMENT_BYTES:
             self._number, self._lines = self._number + 1, []
+
+    def close(self) -> None:
+        """Writes the lines that wait."""
+        self.flush()
 
     def keep(self, wanted: Callable[[bytes], bool]) -> None:
         """Drops the other lines, and a last one without its end."""
 
-        def kept(data: bytes) -> bytes:
-            return b"".join(line + b"\n" for line in complete_lines(data) if wanted(line))
+        def kept(content: bytes) -> bytes:
+            lines = complete_lines(content)
+            return b"".join(line + b"\n" for line in lines if wanted(line))
 
         if not isinstance(self._path, RemotePath):
-            with named_on_error(self._path):
-                self._replace(kept(read_log(self._path)))
+            self._replace(kept(read_whole(self._path)))
             return
         for path in segments(self._path):
             before = path.read_bytes()
@@ -83,30 +84,32 @@ class LineLog:
                 path.write_bytes(after)
         self._number, self._lines, self._waiting = None, [], False
 
-    def _replace(self, data: bytes) -> None:
+    def _replace(self, content: bytes) -> None:
         aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        aside.write_bytes(data)
-        if self._path.is_dir():
-            shutil.rmtree(self._path)
-        aside.replace(self._path)
-
-    def close(self) -> None:
-        """Writes the lines that wait."""
-        self.flush()
+        try:
+            with named_on_error(self._path):
+                aside.write_bytes(content)
+                if self._path.is_dir():
+                    shutil.rmtree(self._path)
+                aside.replace(self._path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def segments(path: Path) -> list[Path]:
-    """Returns the segments of a file in their order."""
+    """Returns the segments of a file in their order; none of an ordinary file."""
     if not path.is_dir():
         return []
-    return sorted(each for each in path.iterdir() if each.name[:-6].isdigit())
+    return sorted(each for each in path.iterdir() if each.stem.isdigit())
 
 
-def read_log(path: Path) -> bytes:
-    """Returns the content of a file, also of one in segments; nothing without it.
+def holds_lines(path: Path) -> bool:
+    """Returns whether there is such a file, or segments of it."""
+    return path.is_file() or bool(segments(path))
 
-    The last line may lack its end, where a run was killed or is running.
-    """
+
+def read_whole(path: Path) -> bytes:
+    """Returns the content of a file, also of one in segments; empty without it."""
     found = segments(path) or ([path] if path.is_file() else [])
     return b"".join(each.read_bytes() for each in found)
 
@@ -116,4 +119,4 @@ def _segment(path: Path, number: int) -> Path:
 
 
 def _number(path: Path) -> int:
-    return int(path.name.partition(".")[0])
+    return int(path.stem)

@@ -1,4 +1,4 @@
-"""One kind of path for local files and for objects behind gs:// and s3:// (design: platform.md 11).
+"""One kind of path for local files and for objects behind gs:// and s3:// (design: platform.md 8).
 
 `as_path` gives pathlib's Path for a local path, and for a URL a path with the same methods, so that
 readers and writers need not know which. In an object store there are no folders: making one does
@@ -95,7 +95,7 @@ class RemotePath(gpath.PosixGPath):
     def iterdir(self) -> Iterator[RemotePath]:
         """Yields the objects and folders in a folder, sorted; listings are read by pages."""
         with explained(self):
-            names = self._client.ls(str(self), detail=False)
+            names: list[str] = self._client.ls(str(self), detail=False)
         for name in sorted({each.rstrip("/").rpartition("/")[2] for each in names} - {""}):
             if name != self.name or not self.is_file():
                 yield self / name

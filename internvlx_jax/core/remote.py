@@ -1,6 +1,6 @@
 """Object stores behind URLs: clients, errors in one line, conditional writes, what they cost.
 
-(design: platform.md 11)
+(design: platform.md 8)
 
 fsspec has the clients, gcsfs for gs:// and s3fs for s3://. They retry requests that failed with
 429, 500, 503, a cut body or a lost connection, with jitter. Listings are never cached: other hosts

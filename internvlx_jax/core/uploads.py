@@ -1,4 +1,4 @@
-"""Folders between the local disk and an object store (design: platform.md 11)."""
+"""Folders between the local disk and an object store (design: platform.md 8)."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import tokenizers
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.data.bpe_files import BpeFiles, read_bpe_files
 from internvlx_jax.data.tokenizer import GROUNDING, Tokenizer
 from internvlx_jax.data.tokenizer_files import TOKENIZER_FILES
@@ -112,7 +113,7 @@ class BpeTokenizer(Tokenizer):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Copies the tokenizer's own files to a folder, unchanged."""
-        folder = Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             file = self.path.parent / name

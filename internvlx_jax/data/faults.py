@@ -11,8 +11,8 @@ import numpy as np
 
 from internvlx_jax.core.data_config import FaultConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.core.json_text import complete_lines, decode_json
-from internvlx_jax.core.line_log import LineLog, read_log
+from internvlx_jax.core.json_text import complete_lines, decode_json, encode_line
+from internvlx_jax.core.line_log import LineLog, holds_lines, read_whole
 from internvlx_jax.core.paths import as_path
 
 JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
@@ -141,7 +141,7 @@ class FaultCounts:
         if not self._unwritten or self._quarantine is None:
             return
         log = LineLog(self._quarantine)
-        log.append([self._row(fault) for fault in self._unwritten])
+        log.append(encode_line(self._row(fault)) for fault in self._unwritten)
         log.close()
         self._unwritten.clear()
 
@@ -228,10 +228,11 @@ def read_quarantine(paths: Collection[str | Path]) -> set[Listed]:
     """
     listed = set()
     for path in paths:
-        if not as_path(path).exists():
+        if not holds_lines(as_path(path)):
             raise ConfigError(f"data.faults.exclude: {path} does not exist")
+        data = read_whole(as_path(path))
         # A last line without its end is of a run that was killed.
-        for number, line in enumerate(complete_lines(read_log(as_path(path))), start=1):
+        for number, line in enumerate(complete_lines(data), start=1):
             try:
                 fields = decode_json(line)
                 named = "annotation" in fields

@@ -162,7 +162,7 @@ def _decode(
                 "Convert the file to 8-bit RGB or grayscale.",
                 _name(source),
             )
-        turn = _TURNS.get(_orientation(image)) if apply_exif else None
+        turn = _TURNS.get(_orientation(image) or 1) if apply_exif else None
         if isinstance(image, PngImagePlugin.PngImageFile):
             # The pixels are all that counts: text behind them may be large or damaged.
             image.load_end = lambda: None

@@ -188,6 +188,13 @@ def load_index(
     return index
 
 
+def _beside(source: Source) -> Path:
+    """Returns the folder of a source: hosts that share no disk share that of an object store."""
+    if protocol_of(source.path) in STORES:
+        return as_path(source.path).parent
+    return Path(source.beside).parent
+
+
 def _stored(path: Path) -> SizeIndex | None:
     """Returns a cached index; None without one, and for a file that is damaged."""
     if not path.is_file():
@@ -200,13 +207,6 @@ def _stored(path: Path) -> SizeIndex | None:
             stacklevel=3,
         )
         return None
-
-
-def _beside(source: Source) -> Path:
-    """Returns the folder of a source: hosts that share no disk share that of an object store."""
-    if protocol_of(source.path) in STORES:
-        return as_path(source.path).parent
-    return Path(source.beside).parent
 
 
 def _is_writable(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object, written_aside
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.data.tokenizer_files import PLAIN_FLAGS
 
 INTERNLM2_PIECES = 92_544
@@ -161,7 +162,7 @@ def write_tokenizer_files(
         "added_tokens.json": _dump({text: id for text, id in by_id if id >= pieces}),
         "tokenizer_config.json": _dump(config),
     }
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with written_aside(folder / name) as aside:

@@ -14,7 +14,7 @@ from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.json_text import decode_json, encode_line, read_lines
-from internvlx_jax.core.line_log import LineLog, read_log, segments
+from internvlx_jax.core.line_log import LineLog, read_whole, segments
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.records import Row
 
@@ -42,7 +42,7 @@ class Parts:
         """
         rows: dict[int, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(read_log(path).split(b"\n"), start=1):
+            for number, line in enumerate(read_whole(path).split(b"\n"), start=1):
                 try:
                     stored = decode_json(line)
                 except ValueError:
@@ -100,13 +100,13 @@ class PartWriter:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends rows and waits until they are on the disk."""
-        values = [{"settings": self.settings} | row.to_json() for row in rows]
+        lines = [encode_line({"settings": self.settings} | row.to_json()) for row in rows]
         if self._log is not None:
-            self._log.append(values)
+            self._log.append(lines)
             self._log.flush()
             return
         with named_on_error(self.path):
-            self._file.writelines(map(encode_line, values))
+            self._file.writelines(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
 

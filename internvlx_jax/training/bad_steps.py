@@ -7,7 +7,6 @@ ones among these are skipped as well.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter, deque
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.core.json_text import decode_json, encode_line
 from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.core.run_config import StabilityConfig
 from internvlx_jax.data.buckets import Bucket
@@ -69,7 +69,7 @@ class BadSteps:
         self._losses: deque[float] = deque(maxlen=MEDIAN_OVER)
         self._log = LineLog(self._path)
         if writes and self._path.exists():
-            self._log.keep(lambda line: json.loads(line)["step"] <= first)
+            self._log.keep(lambda line: decode_json(line)["step"] <= first)
 
     def look(self, window: Sequence[tuple[int, Bucket, Metrics]]) -> list[str]:
         """Records the bad ones among some steps.
@@ -144,7 +144,7 @@ class BadSteps:
             },
             "samples": self._planned_ids(step - 1),
         }
-        self._log.append([line])
+        self._log.append([encode_line(line)])
 
     def flush(self) -> None:
         """Brings the record into an object store; on a disk it is there already."""

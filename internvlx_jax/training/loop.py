@@ -15,8 +15,10 @@ from internvlx_jax.checkpoints.run_writer import (
     check_run_folder,
     write_run_folder,
 )
+from internvlx_jax.core.disk import check_space, check_writable
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import Bucket
@@ -34,6 +36,7 @@ from internvlx_jax.training.validation import BenchmarksFactory, Validation, che
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
+SMALLEST_SHARE = 0.7  # of its arrays, that a compressed checkpoint takes at least
 
 
 def train(
@@ -57,7 +60,7 @@ def train(
 
     Raises:
         ConfigError, CheckpointError, SampleError: The input cannot be used.
-        Preempted: SIGTERM was received; the run has been saved.
+        Preempted: SIGTERM or Ctrl-C was received; the run has been saved.
         NonFiniteError: Too many steps were not finite; the run has been saved.
     """
     if stop_after is not None and stop_after < 1:
@@ -71,6 +74,7 @@ def train(
         # The folder is written after compilation, so that a run that does not fit its devices
         # leaves none behind, and can be tried again with other settings.
         resuming = check_run_folder(run.folder, run.settings)
+        _check_folder(run)
         executables = _compile(run, throughput)
 
         with _opened(run) as checkpoints:
@@ -81,13 +85,23 @@ def train(
                     run, executables, validation, throughput, checkpoints, metrics, lock
                 )
                 record_start(run, first)
-                if first == 0 and validation.is_due(0, last):
-                    session.validate(0, state)
+                if validation.is_due(first, run.steps) and not metrics.has_scores(first):
+                    session.validate(first, state)
                 with Profiler(run.folder / "profile", profile) as profiler:
                     _run_steps(session, profiler, state, first, last)
     if run.loader.faults.reasons:
         logger.info(f"bad samples in this process: {run.loader.faults.summary()}")
     return metrics.latest
+
+
+def _check_folder(run: Run) -> None:
+    """Refuses an output_dir that cannot be written to, or has no room for one checkpoint."""
+    if is_remote(run.folder):
+        return  # the lock that was taken there shows that it can be written to
+    check_writable(run.folder, "output_dir")
+    arrays = jax.tree.leaves(run.setup.state)
+    nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
+    check_space(run.folder, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
 
 
 def _opened(run: Run) -> CheckpointWriter:
@@ -150,6 +164,7 @@ def _run_steps(
             in_flight.append(step_metrics.loss)
             throughput.wait(in_flight, leave=IN_FLIGHT)
             profiler.after(done, step_metrics.loss)
+            session.checkpoints.check()
             preempted = preemption.reached(done)
             saves = done % config.save_every == 0 or done == last or preempted
             ending = None
@@ -157,15 +172,17 @@ def _run_steps(
                 throughput.wait(in_flight, leave=0)
                 ending = metrics.log(done)
 
-            if session.validation.is_due(done, last) and not (ending or preempted):
-                session.validate(done, state)
+            # Saved before it is scored: whatever a validation meets, no step is lost.
             if saves or ending:
                 session.save(done, state)
+            if session.validation.is_due(done, last) and not (ending or preempted):
+                session.validate(done, state)
             if ending:
                 raise ending
             if preempted and done < last:
                 raise Preempted(
-                    f"stopped by SIGTERM: saved at step {done}, the same command goes on from there"
+                    f"stopped by {preemption.signal}: saved at step {done}, the same command goes "
+                    "on from there"
                 )
 
 

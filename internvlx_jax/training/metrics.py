@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
+from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.uploads import copy_file
@@ -45,11 +46,21 @@ class MetricsWriter:
         # A run that begins again also repeats its line of step 0.
         first = start_step + 1 if start_step else 0
         self._log = LineLog(run / "metrics.jsonl")
+        read_json_lines(run / "metrics.jsonl", "step")  # its error names a line that is none
         self._log.keep(lambda line: json.loads(line)["step"] < first)
+        self._scored = {
+            row["step"]
+            for row in read_json_lines(run / "metrics.jsonl", "step")
+            if any(name.startswith("eval/") for name in row)
+        }
         self._tensorboard = EventFiles(run / "tensorboard", purge_step=first)
 
+    def has_scores(self, step: int) -> bool:
+        """Returns whether the file has scores of this step from an earlier start."""
+        return step in self._scored
+
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._log.append([{"step": step, **values}])
+        self._log.append([json.dumps({"step": step, **values}).encode() + b"\n"])
         self._tensorboard.write(step, values)
 
     def flush(self) -> None:

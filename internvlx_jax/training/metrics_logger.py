@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import subprocess
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
@@ -103,6 +106,11 @@ class MetricsLogger:
         if self._writer:
             self._writer.write(step, values)
 
+    def has_scores(self, step: int) -> bool:
+        """Returns whether an earlier start has scored this step; all processes call it together."""
+        found = self._writer is not None and self._writer.has_scores(step)
+        return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+
     def add(self, step: int, loaded: LoadedStep, metrics: Metrics) -> None:
         """Takes a step (from 1) into the window; its metrics stay on the devices."""
         self._window.append((step, loaded.bucket, metrics))
@@ -174,7 +182,7 @@ def record_start(run: Run, step: int) -> None:
         "git": _git_state(),
     }
     log = LineLog(run.folder / STARTS)
-    log.append([start])
+    log.append([json.dumps(start).encode() + b"\n"])
     log.close()
 
 

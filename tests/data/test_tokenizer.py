@@ -278,5 +278,5 @@ def test_folders_that_cannot_be_used(golden, tmp_path):
     ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
         Tokenizer.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Paths of objects behave as those of files do (platform.md 11)."""
+"""Paths of objects behave as those of files do (platform.md 8)."""
 
 import sys
 

@@ -1,9 +1,9 @@
 """A Cloud Storage server for tests: the emulator with preconditions, several threads and faults.
 
-    python tests/storage/gcs_server.py
+    python tests/gcs_server.py
 
 It prints its port. The emulator ignores `ifGenerationMatch`, on which locks and checkpoints rely;
-here it is checked. A bucket named `forbidden` answers 403, the token `expired` 401. What PUT
+here it is checked. Buckets named `forbidden` and `expired` answer 403 and 401. What PUT
 /_faults sets is injected: shares of 503s, of bodies that are cut, of stalls. GET /_faults counts
 the requests, and those with a fault.
 """
@@ -27,6 +27,7 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler, Router
 from gcp_storage_emulator.storage import Storage
 
+REFUSING = {"forbidden": 403, "expired": 401}
 ALONE = threading.RLock()
 FAULTS: dict[str, float] = {}
 COUNTS: Counter[str] = Counter()
@@ -75,14 +76,12 @@ class Handler(RequestHandler):
         return ""
 
     def _refusal(self, method: str, url) -> int:
-        if "expired" in self.headers.get("Authorization", ""):
-            return 401
         found = re.search(r"/b/([^/?]+)(?:/o/([^?]+))?", url.path)
         if not found:
             return 0
         bucket, query = unquote(found[1]), parse_qs(url.query)
-        if bucket == "forbidden":
-            return 403
+        if bucket in REFUSING:
+            return REFUSING[bucket]
         name = query["name"][0] if "name" in query else unquote(found[2] or "")
         try:
             self._generation = self.storage.get_file_obj(bucket, name).get("generation")
@@ -145,7 +144,7 @@ class Handler(RequestHandler):
 
 def main() -> None:
     storage = Storage(use_memory_fs=True)
-    for bucket in ("bucket", "forbidden"):
+    for bucket in ("bucket", *REFUSING):
         buckets.create_bucket(bucket, storage)
     ThreadingHTTPServer.request_queue_size = 128
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, storage))

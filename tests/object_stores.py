@@ -45,7 +45,7 @@ def gcs_server():
     )
     assert process.stdout is not None
     yield Gcs(process.stdout.readline().strip())
-    process.communicate("")
+    process.communicate("\n")
 
 
 @pytest.fixture
