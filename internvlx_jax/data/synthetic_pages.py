@@ -108,7 +108,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @functools.cache
-def _fitting_font(text: str, width: int, height: int) -> ImageFont.FreeTypeFont:
+def fitting_font(text: str, width: int, height: int) -> ImageFont.FreeTypeFont:
     """Returns the largest font in which the ink of `text` fits into width x height pixels."""
     size = 6
     while True:
@@ -220,21 +220,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def _draw_field(canvas: ImageDraw.ImageDraw, field: Field, ink: Color) -> None:
-    kind = KINDS[field.kind]
+def draw_field(canvas: ImageDraw.ImageDraw, field: Field, kind: Kind, ink: Color) -> None:
+    """Draws a tinted box with its labeled band, and the value below the band."""
     left, top, right, bottom = field.box
     red, green, blue = (200 + c * 55 // 255 for c in kind.band)
     paper = (red, green, blue)
     canvas.rectangle((left, top, right - 1, bottom - 1), fill=paper, outline=kind.band)
     canvas.rectangle((left, top, right - 1, top + BAND - 1), fill=kind.band)
-    font = _fitting_font(kind.label, right - left - 4, LABEL_SIZE - 3)
+    font = fitting_font(kind.label, right - left - 4, LABEL_SIZE - 3)
     canvas.text(
         ((left + right) / 2, top + BAND / 2), kind.label, fill="white", font=font, anchor="mm"
     )
     kind.draw(canvas, (left, top + BAND, right, bottom), field.value, ink, paper)
 
 
-def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Generator) -> None:
+def draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Generator) -> None:
     """Draws gray strokes of random lengths into an otherwise empty cell."""
     left, top, right, bottom = cell
     for y in range(top + 8, bottom - 8, 7):
@@ -242,7 +242,7 @@ def _draw_small_print(canvas: ImageDraw.ImageDraw, cell: Box, rng: np.random.Gen
         canvas.line((left + 6, y, end, y), fill=(170, 170, 170), width=2)
 
 
-def _place(cell: Box, rng: np.random.Generator) -> Box:
+def place(cell: Box, rng: np.random.Generator) -> Box:
     """Returns a box inside the cell.
 
     The margin is 3 to 5 px on each axis, split at random between the two sides.
@@ -253,7 +253,7 @@ def _place(cell: Box, rng: np.random.Generator) -> Box:
     return left, top, left + cell[2] - cell[0] - margin_x, top + cell[3] - cell[1] - margin_y
 
 
-def _scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.Image:
+def scan(image: Image.Image, paper: Color, rng: np.random.Generator) -> Image.Image:
     """Adds what a scanner adds: a small tilt, uneven light, grain and specks."""
     width, height = image.size
     tilt = rng.uniform(-TILT, TILT) / max(width, height)
@@ -300,7 +300,7 @@ def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> 
     ]
     order = rng.permutation(len(cells)).tolist()
     fields = tuple(
-        Field(kind, str(rng.choice(KINDS[kind].values)), _place(cells[cell], rng))
+        Field(kind, str(rng.choice(KINDS[kind].values)), place(cells[cell], rng))
         for kind, cell in zip(kinds, order, strict=False)
     )
     paper = tuple(rng.integers(228, 252, size=3).tolist())
@@ -308,8 +308,8 @@ def make_page(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> 
     image = Image.new("RGB", (width, height), paper)
     canvas = ImageDraw.Draw(image)
     for field in fields:
-        _draw_field(canvas, field, ink)
+        draw_field(canvas, field, KINDS[field.kind], ink)
     for cell in order[len(kinds) :]:
         if rng.random() < 0.5:
-            _draw_small_print(canvas, cells[cell], rng)
-    return Page(_scan(image, paper, rng), grid, fields)
+            draw_small_print(canvas, cells[cell], rng)
+    return Page(scan(image, paper, rng), grid, fields)

@@ -1,0 +1,197 @@
+"""Table A of docs/evidence.md: what each compressor is worth on generated forms, from scratch.
+
+`variant` names a row of the table, `preset` a size: `tiny` for tests, `cpu` for two cores, `gpu`
+for one accelerator. Everything but the variant is equal in all rows, the optimizer included; its
+settings were chosen on the row `mlp1-16`.
+
+A tile of 112 px has 8 x 8 patches, so that 64 tokens per tile are one per patch, and 16 are the
+share of the released models (a quarter). The gate of LVTC starts open, because training starts from
+scratch; rows with other starts say so.
+
+The forms lie in `runs/ablation/data/pages-PRESET`; `data/form_dataset.py` writes them.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.model_config import (
+    DecoderConfig,
+    LvtcConfig,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    RopeConfig,
+    VisionConfig,
+)
+from internvlx_jax.core.run_config import ComputeConfig, OptimizerConfig, TrainConfig
+from internvlx_jax.core.tile_config import TileConfig
+
+TILE, PATCH = 112, 14
+SIDES = {4: 2, 16: 4, 64: 8}  # tokens per tile -> side of the token grid
+
+
+class Variant(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        factor: The question that the row belongs to.
+        projector: Kind of the projector.
+        tokens: Visual tokens per tile; with LVTC those of the released projector.
+        lvtc: None, or fields of LvtcConfig that differ from `_lvtc`, `kind` among them: `fast`
+            makes `tokens` out of a quarter, `paper` four times `tokens`.
+        rule: Tile rule.
+    """
+
+    factor: str
+    projector: Literal["mlp1", "pvtc"]
+    tokens: int
+    lvtc: dict[str, Any] | None = None
+    rule: Literal["off", "edge", "area"] = "edge"
+
+
+# In the order of the table. BASELINE is what times and FLOPs are compared with.
+VARIANTS: dict[str, Variant] = {
+    "internvl": Variant("whole model", "mlp1", 16, rule="off"),
+    "x": Variant("whole model", "pvtc", 16, {"kind": "fast"}),
+    "mlp1-4": Variant("projector", "mlp1", 4),
+    "pvtc-4": Variant("projector", "pvtc", 4),
+    "mlp1-16": Variant("projector", "mlp1", 16),
+    "pvtc-16": Variant("projector", "pvtc", 16),
+    "mlp1-64": Variant("projector", "mlp1", 64),
+    "pvtc-64": Variant("projector", "pvtc", 64),
+    "x-inject": Variant("LVTC 4 to 16", "pvtc", 16, {"kind": "fast", "inject": True}),
+    "x-k2": Variant("LVTC 4 to 16", "pvtc", 16, {"kind": "fast", "expand_layer": 2}),
+    "x-gate0": Variant("LVTC 4 to 16", "pvtc", 16, {"kind": "fast", "gate": 0.0}),
+    "x-no-gate": Variant("LVTC 4 to 16", "pvtc", 16, {"kind": "fast", "gate": None}),
+    "x-nearest": Variant("LVTC 4 to 16", "pvtc", 16, {"kind": "fast", "upsample": "nearest"}),
+    "paper": Variant("LVTC 16 to 64", "pvtc", 16, {"kind": "paper"}),
+    "paper-inject": Variant("LVTC 16 to 64", "pvtc", 16, {"kind": "paper", "inject": True}),
+    "pvtc-16-off": Variant("tiles", "pvtc", 16, rule="off"),
+    "pvtc-16-area": Variant("tiles", "pvtc", 16, rule="area"),
+}
+BASELINE = "internvl"
+CORE = ("internvl", "mlp1-16", "pvtc-16", "x", "pvtc-4")  # the rows of --quick
+
+
+class Preset(NamedTuple):
+    """A size of all rows.
+
+    Attributes:
+        width, layers, mlp: Of the decoder, with heads of 32.
+        vision_width, vision_layers, vision_mlp: Of the tower, with heads of 32.
+        steps, samples: Updates, and conversations in each of them.
+        learning_rate: The highest.
+        forms: Forms for training, validation, test and controls.
+        dtype: Of the activations.
+        attention: Backend.
+    """
+
+    width: int
+    layers: int
+    mlp: int
+    vision_width: int
+    vision_layers: int
+    vision_mlp: int
+    steps: int
+    samples: int
+    learning_rate: float
+    forms: tuple[int, int, int, int]
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+    @property
+    def expand_layer(self) -> int:
+        """First deep layer, at the share of the paper (19 of 24, 27 of 32)."""
+        return max(1, round(0.82 * self.layers))
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(32, 3, 32, 32, 1, 32, 3, 4, 1e-3, (8, 4, 4, 2)),
+    "cpu": Preset(128, 6, 384, 128, 4, 384, 450, 16, 1.5e-3, (7200, 100, 480, 120)),
+    "gpu": Preset(256, 12, 768, 256, 6, 768, 6000, 64, 6e-4, (96000, 500, 1000, 250), "bfloat16"),
+}
+
+
+def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainConfig:
+    if variant not in VARIANTS:
+        raise ConfigError(f"variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    size = PRESETS[preset]
+    data = f"runs/ablation/data/pages-{preset}"
+    return TrainConfig(
+        output_dir=f"runs/ablation/pages-{preset}/{variant}-s{seed}",
+        model=_model(VARIANTS[variant], size),
+        data=DataConfig(
+            meta=f"{data}/meta_train.json",
+            val_meta=f"{data}/meta_val.json",
+            tokenizer="internvlx_jax/data/assets/synthetic_tokenizer",
+            max_length=1024,
+            length_step=32,
+            batch_mode="samples",
+            samples_per_step=size.samples,
+            max_executables=2,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=size.learning_rate, b2=0.95, weight_decay=0.05, warmup_ratio=0.05
+        ),
+        compute=ComputeConfig(dtype=size.dtype, remat="none"),
+        steps=size.steps,
+        seed=seed,
+        log_every=max(1, size.steps // 20),
+        eval_every=max(1, size.steps // 5),
+        save_every=max(1, size.steps // 3),
+        keep_last=1,
+    )
+
+
+def _model(variant: Variant, size: Preset) -> ModelConfig:
+    side = SIDES[variant.tokens]
+    return ModelConfig(
+        vision=VisionConfig(
+            width=size.vision_width,
+            layers=size.vision_layers,
+            heads=size.vision_width // 32,
+            mlp_width=size.vision_mlp,
+            image_size=TILE,
+            patch_size=PATCH,
+        ),
+        projector=ProjectorConfig(
+            kind=variant.projector, downsample_ratio=side * PATCH / TILE, drop_path=0.0
+        ),
+        decoder=DecoderConfig(
+            vocab_size=656,
+            width=size.width,
+            layers=size.layers,
+            heads=size.width // 32,
+            kv_heads=size.width // 32,
+            head_dim=32,
+            mlp_width=size.mlp,
+            initializer_range=0.08,
+            rope=RopeConfig(theta=1e4, max_positions=2048),
+        ),
+        lvtc=None if variant.lvtc is None else _lvtc(side, size, **variant.lvtc),
+        prompt=PromptConfig(
+            template="internlm2-chat",
+            system_message="",
+            tiles=TileConfig(tile_size=TILE, rule=variant.rule, max_num=6),
+        ),
+    )
+
+
+def _lvtc(
+    side: int, size: Preset, *, kind: Literal["fast", "paper"], inject: bool = False, **fields: Any
+) -> LvtcConfig:
+    """Returns the preset `fast` or `paper` of LVTC for this decoder, with some fields replaced."""
+    first_deep = fields.pop("expand_layer", size.expand_layer)
+    # An injection needs a deep layer behind the first one.
+    first_deep = min(first_deep, size.layers - 2) if inject else first_deep
+    settings: dict[str, Any] = {
+        "expand_layer": first_deep,
+        "low_grid": side // 2 if kind == "fast" else side,
+        "high_grid": side if kind == "fast" else 2 * side,
+        "high_projector": "pvtc" if kind == "fast" else "mlp",
+        "gate": 1.0,
+        "inject_layers": (size.layers - 1,) if inject else (),
+    }
+    return LvtcConfig(**(settings | fields))

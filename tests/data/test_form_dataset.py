@@ -1,0 +1,116 @@
+"""Generated forms: deterministic, disjoint, cheaper with RVTC, with controls that lack the form."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.overrides import load_config_file
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.form_dataset import CONTROLS, FILES, FormConfig, generate_forms
+from internvlx_jax.data.synthetic_forms import FORM_KINDS, GRIDS, TABLE, make_form, questions
+from internvlx_jax.data.synthetic_pages import TILE
+from internvlx_jax.data.tiles import tile_count
+
+SMALL = FormConfig(seed=5, train=12, val=3, test=8, controls=3)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forms") / "data"
+    return folder, generate_forms(folder, SMALL)
+
+
+def test_same_config_gives_the_same_bytes_and_is_reused(dataset, tmp_path):
+    folder, summary = dataset
+    generate_forms(tmp_path / "again", SMALL)
+    assert contents(folder) == contents(tmp_path / "again")
+    assert generate_forms(folder, SMALL) == summary
+
+
+def test_splits_share_no_form(dataset):
+    folder, _ = dataset
+    images = [
+        path.read_bytes()
+        for split in ("train", "val", "test")
+        for path in (folder / "forms" / "images" / split).iterdir()
+    ]
+    assert len(set(images)) == len(images) == SMALL.train + SMALL.val + SMALL.test
+
+
+def test_another_dataset_is_refused(dataset):
+    with pytest.raises(ConfigError, match="choose another folder"):
+        generate_forms(dataset[0], FormConfig(seed=6))
+    with pytest.raises(ConfigError, match="controls=9 must be at most test=8"):
+        FormConfig(test=8, controls=9)
+
+
+def test_controls_ask_the_same_without_the_form(dataset):
+    folder, summary = dataset
+    asked = rows(folder / FILES["test"])
+    assert len(asked) == summary["questions"]["test"]
+    for control in CONTROLS:
+        again = rows(folder / FILES[control])
+        assert len({row["image"] for row in again}) == SMALL.controls
+        for row in again:
+            original = asked[row["question_id"]]
+            assert (row["question"], row["answer"]) == (original["question"], original["answer"])
+            image = Image.open(folder / "forms" / row["image"])
+            if control == "blank":
+                assert image.getextrema() == ((255, 255),) * 3
+                assert image.size == Image.open(folder / "forms" / original["image"]).size
+            else:
+                assert max(image.size) == TILE
+
+
+def test_table_answers_are_the_cells():
+    found = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        form = make_form(rng)
+        asked = questions(form, rng)
+        assert {kind for kind, _, _ in asked} == {field.kind for field in form.fields}
+        values = {field.kind: field.value for field in form.fields}
+        for kind, question, answer in asked:
+            if kind == TABLE:
+                _, row, column = question.rstrip("?").split()
+                assert answer == values[TABLE][(int(row) - 1) * 3 + "ABC".index(column)]
+                found += 1
+            else:
+                assert answer == values[kind] and answer in FORM_KINDS[kind].values
+    assert found > 10
+
+
+def test_rvtc_saves_a_third_of_the_tiles():
+    rng = np.random.default_rng(0)
+    sizes = [make_form(rng).image.size for _ in range(200)]
+    edge, off = (
+        sum(tile_count(TileConfig(tile_size=TILE, rule=rule, max_num=6), *size) for size in sizes)
+        for rule in ("edge", "off")
+    )
+    assert edge <= 2 / 3 * off
+    ratios = {columns / rows for columns, rows in GRIDS}
+    assert (min(ratios), max(ratios)) == (1 / 3, 3)
+
+
+def test_every_row_of_the_ablation_is_a_model():
+    config = load_config_file("configs/ablation_pages.py:variant=x,preset=cpu")
+    assert (config.model.lvtc.low_grid, config.model.lvtc.high_grid) == (2, 4)
+    assert config.model.lvtc.expand_layer == 5 and config.model.decoder.layers == 6
+    off = load_config_file("configs/ablation_pages.py:variant=internvl,seed=2")
+    assert off.model.projector.kind == "mlp1" and off.model.prompt.tiles.rule == "off"
+    assert off.optimizer == config.optimizer and off.steps == config.steps and off.seed == 2
+    with pytest.raises(ConfigError, match="variant 'y' is unknown"):
+        load_config_file("configs/ablation_pages.py:variant=y")
