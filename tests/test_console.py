@@ -44,6 +44,7 @@ def parser():
         (["--config", "x", "check", "--cofnig=y"], '--cofnig=y. Did you mean "--config"?'),
         (["--config", "x", "chek"], 'Did you mean "check"?'),
         (["--config", "x", "show", "--rule", "edeg"], 'Did you mean "edge"?'),
+        (["--confg", "x", "check"], 'unknown argument --confg. Did you mean "--config"?'),
         (["check"], "required: --config"),
     ],
 )

@@ -231,7 +231,10 @@ def test_settings_of_the_commands_are_fields():
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {span.split()[1] for doc in DOCS for span in spans(doc) if span.startswith("make ")}
-    assert named == {"demo", "test", "test-gpu", "test-torch", "bench-gpu"} and named <= targets
+    assert (
+        named == {"demo", "test", "test-gpu", "test-torch", "test-real", "bench-gpu"}
+        and named <= targets
+    )
 
 
 def test_last_line_of_the_demo_is_the_same_everywhere():

@@ -19,6 +19,7 @@ import numpy as np
 
 from internvlx_jax.checkpoints.name_entries import Entry, Part
 from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES
 from internvlx_jax.checkpoints.tensors import Tensors
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
@@ -167,32 +168,99 @@ class Lora:
         return adapter.merge(kernel, pairs, self.config.scale)
 
 
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """Rank and scale of the adapter of one module, where they are not those of all."""
+
+    rank: int
+    scale: float
+
+
+class AdapterTensors:
+    """A and B of linear maps that have an adapter in some layers, or on some projections, only.
+
+    The others are zeros, which add nothing. An adapter of a smaller rank gets rows of zeros, and a
+    scale of its own is multiplied into B.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        weights: Tensors,
+        config: LoraConfig,
+        strengths: Mapping[str, Strength] | None = None,
+    ):
+        """Takes the stored tensors, the base weights, and module -> its own rank and scale."""
+        self._tensors, self._weights, self._config = tensors, weights, config
+        self._stored, self._strengths = frozenset(tensors.names()), strengths or {}
+
+    def names(self) -> list[str]:
+        return self._tensors.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        module, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        out, into = self._weights.shape(f"{module}.weight")
+        return (self._config.rank, into) if side == "A" else (out, self._config.rank)
+
+    def dtype(self, name: str) -> str:
+        return self._tensors.dtype(name if name in self._stored else min(self._stored))
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._stored:
+            return np.zeros(self.shape(name), FLOAT_TYPES[self.dtype(name)])
+        array = self._tensors.read(name)
+        own = self._strengths.get(re.sub(r"\.lora_[AB]\.weight$", "", name))
+        if own is None:
+            return array
+        full = np.zeros(self.shape(name), np.float32)
+        full[tuple(map(slice, array.shape))] = array
+        return full * (own.scale / self._config.scale if name.endswith("lora_B.weight") else 1.0)
+
+
 def find_adapters(
-    table: Sequence[Entry], config: LoraConfig, tensors: Tensors
+    table: Sequence[Entry],
+    config: LoraConfig,
+    tensors: Tensors,
+    strengths: Mapping[str, Strength] | None = None,
 ) -> tuple[list[Adapter], list[str]]:
-    """Returns the adapters whose tensors are stored, and everything that is wrong with them."""
+    """Returns the adapters whose tensors are stored, and everything that is wrong with them.
+
+    Args:
+        table: name table of the checkpoint.
+        config: rank and part.
+        tensors: A and B, which some layers and projections may lack.
+        strengths: module -> rank and scale, where they differ from those of `config`.
+    """
     stored, used, found, problems = set(tensors.names()), set(), [], []
     for adapter in adapter_table(table, config.part):
-        names = [name for pair in adapter.pairs for entry in pair for name in entry.all_sources()]
+        pairs = {
+            names
+            for a, b in adapter.pairs
+            for layer in range(a.layers or 1)
+            for names in zip(a.sources(layer), b.sources(layer)[:1], strict=True)
+        }
+        names = {name for pair in pairs for name in pair}
         if not stored.intersection(names):
             continue
         found.append(adapter)
-        used.update(names)
-        problems += [
-            f"adapter tensor {name} is missing, others of {adapter.base.target} are stored"
-            for name in dict.fromkeys(names)
-            if name not in stored
-        ]
+        used |= names
+        for pair in sorted(pairs):
+            if len(stored.intersection(pair)) == 1:
+                there, missing = sorted(pair, key=lambda name: name not in stored)
+                problems.append(f"adapter tensor {missing} is missing, but {there} is stored")
     problems += [
         f"adapter tensor {name} belongs to no linear map of this model's {config.part} part"
         for name in sorted(stored - used)
     ]
     for name in sorted(stored & used):
         rank = tensors.shape(name)[0 if name.endswith("lora_A.weight") else 1]
-        if rank != config.rank:
+        own = (strengths or {}).get(re.sub(r"\.lora_[AB]\.weight$", "", name))
+        expected = config.rank if own is None else own.rank
+        if rank != expected:
+            where = "config says r" if own is None else "rank_pattern of the config says r"
             problems.append(
-                f"adapter tensor {name} {list(tensors.shape(name))} has rank {rank}, the config "
-                f"says r = {config.rank}"
+                f"adapter tensor {name} {list(tensors.shape(name))} has rank {rank}, the {where} "
+                f"= {expected}"
             )
     return found, problems
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from internvlx_jax.checkpoints.hf_config import ARCHITECTURES, CHAT_ONLY
+from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
+from internvlx_jax.checkpoints.hf_config import CHAT_ONLY
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig, VisionConfig
 from internvlx_jax.core.overrides import to_dict
 
@@ -110,6 +111,26 @@ def hf_config(
     return _merge(base or {}, fields)
 
 
+def say_whether_tied(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """Corrects the flags of a tied output, which others believe more than the tensors.
+
+    Args:
+        fields: config.json in either form. A flag that says the same is left as it is, and so is
+            a missing one of an untied output, the default of every decoder. The flag above an
+            `llm_config` is a default that means nothing there.
+        tied: whether the folder holds no output of its own.
+    """
+    result, name = dict(fields), "tie_word_embeddings"
+    is_hf = fields.get("model_type") == "internvl"
+    part = "text_config" if is_hf else "llm_config"
+    decoder = dict(fields[part])
+    if name in result and bool(result[name]) != tied and (is_hf or tied):
+        result[name] = tied
+    if bool(decoder.get(name, False)) != tied:
+        decoder[name] = tied
+    return result | {part: decoder}
+
+
 def vit_config(config: VisionConfig, *, dtype: str) -> dict[str, Any]:
     """Returns the config of a tower alone."""
     return _vision(config) | {"torch_dtype": dtype}
@@ -160,15 +181,15 @@ def _decoder(config: ModelConfig) -> dict[str, Any]:
         else list(prompt.eos_ids) or None,
         "pad_token_id": prompt.pad_id,
     }
-    if decoder.head_dim * decoder.heads != decoder.width:
+    if decoder.family == "qwen3" or decoder.head_dim * decoder.heads != decoder.width:
         fields["head_dim"] = decoder.head_dim
     if decoder.family == "internlm2":
         fields["bias"] = decoder.qkv_bias
-    elif decoder.family == "llama":
+    if decoder.family in ("llama", "qwen3"):
         fields["attention_bias"] = decoder.qkv_bias
-    elif decoder.family == "qwen2":
+    if decoder.family in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = False
-    else:
+    if decoder.family == "phi3":
         fields["sliding_window"] = decoder.sliding_window
         if decoder.rope.original_max_positions:
             fields["original_max_position_embeddings"] = decoder.rope.original_max_positions

@@ -12,15 +12,17 @@ import numpy as np
 
 from internvlx_jax.checkpoints.adapters import (
     PARTS,
+    AdapterTensors,
     Lora,
     find_adapters,
     in_place_names,
     part_prefixes,
 )
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.lora_files import read_adapter_folder
+from internvlx_jax.checkpoints.hf_processor import SideFields, read_side_fields
 from internvlx_jax.checkpoints.name_entries import Entry
-from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.name_table import NESTED, name_table
+from internvlx_jax.checkpoints.peft_folder import read_peft_folder
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.tensors import ChangedTensors, RenamedTensors, Tensors
 from internvlx_jax.checkpoints.torch_bin import BinFolder
@@ -29,14 +31,6 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import read_json_object
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.models.vit import resize_positions
-
-# Prefixes of recent transformers versions -> those of the hf layout's first files.
-NESTED = {
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 
 class HFFolder(TorchCheckpoint):
@@ -75,26 +69,31 @@ class HFFolder(TorchCheckpoint):
         stored = read_config(path)
         folder = open_tensors(path)
         tensors, lora_tensors = _plain_names(stored, folder)
+        side = SideFields({}, ())
+        if stored.get("model_type") == "internvl":
+            side = read_side_fields(path, stored, fields or ())
         if image_size is not None:
             fields = {**(fields or {}), "force_image_size": None}
         try:
-            config = model_config(stored, tensors.names(), fields)
+            config = model_config({**side.fields, **stored}, tensors.names(), fields)
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{path / 'config.json'}: {error}") from error
         if stored["model_type"] == "internvl":
             layout = "hf"
         else:
             layout = "internvl" if config.projector.kind == "mlp1" else "internvl-x"
-        weights, notes = tensors, []
+        weights, notes = tensors, list(side.notes)
         if image_size is not None:
             weights, config, note = resized(tensors, name_table(config, layout), config, image_size)
             notes.append(note)
         table = name_table(config, layout)
-        found = _in_place(path, stored, table, layout, lora_tensors)
-        found += [
-            read_adapter_folder(each, table, layout, open_tensors(each, "adapter_model"))
-            for each in adapters
-        ]
+        found = _in_place(path, stored, table, layout, lora_tensors, weights)
+        for each in adapters:
+            opened = open_tensors(each, "adapter_model")
+            peft = read_peft_folder(each, table, layout, opened, weights, keep=keep_lora)
+            weights = peft.replaced(weights)
+            found += peft.loras
+            notes += peft.notes
         parts = [lora.config.part for lora in found]
         if len(set(parts)) < len(parts):
             raise ConfigError(
@@ -227,6 +226,7 @@ def _in_place(
     table: Sequence[Entry],
     layout: str,
     tensors: RenamedTensors,
+    weights: Tensors,
 ) -> list[Lora]:
     """Finds the adapters that a training run with LoRA has left in the checkpoint.
 
@@ -246,7 +246,7 @@ def _in_place(
             config = LoraConfig(part=part, rank=rank, alpha=2 * rank)
             adapters, wrong = find_adapters(table, config, own)
             problems += wrong
-            found.append(Lora(config, tuple(adapters), own))
+            found.append(Lora(config, tuple(adapters), AdapterTensors(own, weights, config)))
     if problems:
         raise CheckpointError(path, problems)
     return found

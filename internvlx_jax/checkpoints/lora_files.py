@@ -1,4 +1,4 @@
-"""LoRA folders of peft, read and written (design: checkpoints.md 9).
+"""Writes LoRA folders of peft (design: checkpoints.md 9); peft_folder.py reads them.
 
 Adapters by dotted path, wherever they come from, become a folder with `write_adapters`:
 
@@ -17,117 +17,13 @@ import numpy as np
 
 from internvlx_jax.checkpoints.adapters import (
     Adapter,
-    Lora,
-    ModelPart,
-    adapter_table,
-    find_adapters,
-    part_prefixes,
     stored_adapters,
 )
 from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
-from internvlx_jax.checkpoints.tensors import RenamedTensors, Tensors
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
-
-# Fields of adapter_config.json that change what an adapter computes.
-REFUSED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "lora_bias",
-)
-
-
-def read_adapter_config(folder: Path, part: ModelPart) -> LoraConfig:
-    """Reads adapter_config.json of peft.
-
-    Args:
-        folder: the LoRA folder.
-        part: part of the model that its adapters belong to.
-
-    Raises:
-        ConfigError: the file is missing, or asks for something that is not supported.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing: a LoRA folder of peft has one")
-    stored = read_json_object(file)
-    if stored.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"{file}: peft_type is {stored.get('peft_type')!r}; only 'LORA' is supported"
-        )
-    for field in REFUSED:
-        if stored.get(field):
-            raise ConfigError(
-                f"{file}: {field} = {stored[field]!r} is not supported; merge the adapter with peft"
-            )
-    if stored.get("bias", "none") != "none":
-        raise ConfigError(
-            f"{file}: bias = {stored['bias']!r} is not supported, only 'none'; merge the adapter "
-            "with peft"
-        )
-    if stored.get("fan_in_fan_out"):
-        raise ConfigError(
-            f"{file}: fan_in_fan_out = true is not supported: the linear maps here are [out, in]"
-        )
-    try:
-        return LoraConfig(
-            part=part,
-            rank=stored["r"],
-            alpha=stored["lora_alpha"],
-            dropout=stored.get("lora_dropout", 0.0),
-            use_rslora=bool(stored.get("use_rslora")),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{file}: {error.args[0]} is missing") from error
-
-
-def read_adapter_folder(
-    folder: Path, table: Sequence[Entry], layout: str, tensors: Tensors
-) -> Lora:
-    """Opens a LoRA folder of peft: the adapters of one part.
-
-    Args:
-        folder: the LoRA folder.
-        table: name table of the checkpoint that the adapters belong to.
-        layout: the table's layout.
-        tensors: tensors of the folder.
-
-    Raises:
-        ConfigError: adapter_config.json cannot be used.
-        CheckpointError: lists every tensor that does not fit.
-    """
-    problems = [
-        f"{name}: expected base_model.model.NAME.lora_A.weight or .lora_B.weight"
-        for name in tensors.names()
-        if not re.fullmatch(r"base_model\.model\..*\.lora_[AB]\.weight", name)
-    ]
-    if problems:
-        raise CheckpointError(folder, problems)
-    known = {
-        source
-        for adapter in (*adapter_table(table, "vision"), *adapter_table(table, "decoder"))
-        for pair in adapter.pairs
-        for entry in pair
-        for source in entry.all_sources()
-    }
-    short = [name.removeprefix("base_model.model.") for name in tensors.names()]
-    fitting: dict[ModelPart, int] = {
-        part: sum(prefix + name in known for name in short)
-        for part, prefix in part_prefixes(layout).items()
-    }
-    part = max(fitting, key=lambda part: fitting[part])
-    config = read_adapter_config(folder, part)
-    prefix = part_prefixes(layout)[part]
-    full = RenamedTensors({prefix + name: (tensors, f"base_model.model.{name}") for name in short})
-    adapters, problems = find_adapters(table, config, full)
-    if problems:
-        raise CheckpointError(folder, problems)
-    return Lora(config, tuple(adapters), full)
 
 
 def write_adapters(

@@ -19,6 +19,13 @@ from internvlx_jax.models.projectors import NUM_HEADS
 IGNORED_SOURCES = re.compile(r".*rotary_emb\.inv_freq$")
 
 LAYOUTS = ("internvl-x", "internvl", "hf")
+# Prefixes of recent transformers versions -> those of the hf layout's first files.
+NESTED = {
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
@@ -38,7 +45,7 @@ def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
             raise ConfigError(
                 f"a model with projector {config.projector.kind!r} and decoder "
                 f"{config.decoder.family!r} has no hf layout: it holds mlp1 projectors before "
-                f"InternLM2, Llama and Qwen2 decoders. Use layout {own}"
+                f"InternLM2, Llama, Qwen2 and Qwen3 decoders. Use layout {own}"
             )
         return [*_hf_tower(config), *_llama(config), *_hf_projector()]
     if layout != own:
@@ -53,9 +60,13 @@ def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
             if released_site(config) is None
             else _pvtc(config, "projector.", "projector.", config.token_grid)
         )
-    decoder = {"internlm2": _internlm2, "llama": _llama, "qwen2": _llama, "phi3": _phi3}[
-        config.decoder.family
-    ](config)
+    decoder = {
+        "internlm2": _internlm2,
+        "llama": _llama,
+        "qwen2": _llama,
+        "qwen3": _llama,
+        "phi3": _phi3,
+    }[config.decoder.family](config)
     return [*_tower(config), *decoder, *projector, *_lvtc(config)]
 
 
@@ -250,7 +261,7 @@ def _internlm2(config: ModelConfig) -> list[Entry]:
 
 
 def _llama(config: ModelConfig) -> list[Entry]:
-    """Lists Llama and Qwen2, and every decoder in the hf layout.
+    """Lists Llama, Qwen2 and Qwen3, and every decoder in the hf layout.
 
     Separate tensors of queries, keys and values make one packed kernel.
     """
@@ -269,6 +280,9 @@ def _llama(config: ModelConfig) -> list[Entry]:
     )
     if decoder.out_bias:
         layer.add("self_attn.o_proj.bias", "attn.out.bias", "d -> d")
+    if decoder.qk_norm:
+        layer.norm("self_attn.q_norm", "attn.q_norm")
+        layer.norm("self_attn.k_norm", "attn.k_norm")
     for name in ("gate", "up", "down"):
         layer.linear(f"mlp.{name}_proj", f"mlp.{name}")
     return _llama_frame(config, layer)
@@ -301,7 +315,7 @@ def _phi3(config: ModelConfig) -> list[Entry]:
 
 
 def _llama_frame(config: ModelConfig, layer: Table) -> list[Entry]:
-    """Puts embedding, norms and output, as Llama, Qwen2 and Phi-3 name them, around the layers."""
+    """Puts embedding, norms and output, as Llama, Qwen and Phi-3 name them, around the layers."""
     table = Table("language_model.model.", "decoder.", None)
     table.add("embed_tokens.weight", "embedding", "w d -> w d")
     layer.norm("input_layernorm", "attn_norm")

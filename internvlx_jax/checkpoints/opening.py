@@ -18,7 +18,7 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> Checkpoint:
 
     Args:
         path: a run folder of train.py, one step of it (RUN/checkpoints/STEP), a Hugging Face
-            folder, or a Hugging Face id (OWNER/NAME).
+            folder, a gs:// or s3:// URL of either, or a Hugging Face id (OWNER/NAME).
         ema: read a run's average of its parameters in their place.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,23 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from internvlx_jax.checkpoints import run_format
 from internvlx_jax.checkpoints.adapters import Adapter, merge_params, stored_adapters
-from internvlx_jax.checkpoints.run_format import find_average, free_cycles, mismatches
+from internvlx_jax.checkpoints.agreement import on_first_process
+from internvlx_jax.checkpoints.run_format import (
+    find_average,
+    finished_steps,
+    free_cycles,
+    mismatches,
+)
 from internvlx_jax.checkpoints.side_files import replace_tokenizer, same_tokenizer
 from internvlx_jax.checkpoints.tensors import HostArray, SplitArray, difference
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.overrides import from_dict
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.remote import explained
+from internvlx_jax.core.uploads import copy_tree
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel
 from internvlx_jax.models.sharding import replicated, spread_sharding
@@ -33,11 +42,12 @@ def saved_metadata(run: Path) -> dict[str, Any]:
 
     Empty for a run without a step.
     """
-    steps = [int(step.name) for step in (run / "checkpoints").glob("[0-9]*") if step.name.isdigit()]
+    steps = on_first_process(lambda: finished_steps(run))
     if not steps:
         return {}
-    newest = run / "checkpoints" / str(max(steps))
-    return _custom_metadata(ocp.checkpointables_metadata(str(newest)))
+    newest = run / "checkpoints" / str(steps[-1])
+    with explained(newest):
+        return _custom_metadata(ocp.checkpointables_metadata(str(newest)))
 
 
 class RunFolder:
@@ -64,11 +74,12 @@ class RunFolder:
             FileNotFoundError: no complete step there.
             ConfigError: the run kept no average.
         """
-        path = Path(path).resolve()
+        path = as_path(path).resolve()
         self.run = path.parents[1] if path.parent.name == "checkpoints" else path
         self.step = _find_step(self.run, None if path == self.run else path)
         self.path = self.run / "checkpoints" / str(self.step)
-        stored = ocp.checkpointables_metadata(str(self.path))
+        with explained(self.path):
+            stored = ocp.checkpointables_metadata(str(self.path))
         self._items: Mapping[str, Any] = stored.metadata
         self._item = "params" if "params" in self._items else "state"
         self.shapes: Mapping[str, Any] = self._items[self._item]
@@ -283,7 +294,7 @@ class RunFolder:
         """
         source, tokenizer = self.run / "source", self.run / "tokenizer"
         if source.is_dir():
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            copy_tree(source, folder)
         if not same_tokenizer(source, tokenizer):
             replace_tokenizer(tokenizer, folder)
         return []
@@ -291,7 +302,7 @@ class RunFolder:
     def tokenizer(self) -> Tokenizer | None:
         """Loads the run's tokenizer; None where an imported checkpoint had none."""
         folder = self.run / "tokenizer"
-        return Tokenizer.load(folder) if (folder / "tokenizer.model").is_file() else None
+        return Tokenizer.load(folder) if has_tokenizer(folder) else None
 
 
 def _custom_metadata(stored: ocp.CheckpointMetadata) -> dict[str, Any]:
@@ -302,8 +313,7 @@ def _custom_metadata(stored: ocp.CheckpointMetadata) -> dict[str, Any]:
 
 def _find_step(run: Path, wanted: Path | None) -> int:
     """Returns the step named by `wanted`, or the newest. Raises FileNotFoundError."""
-    folders = (run / "checkpoints").iterdir()
-    steps = sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+    steps = finished_steps(run)
     if not steps:
         raise FileNotFoundError(
             f"{run / 'checkpoints'} holds no finished checkpoint; let the run reach its first save "

@@ -9,9 +9,11 @@
                                keeps an average of its parameters, `ema`, each by path; metadata
                                repeats the configs and holds the position in the data
 
-orbax writes a step under another name and renames it, so a visible step is complete. An imported
-checkpoint (convert/import_hf.py) is a run folder with the single step 0, whose parameters are in
-orbax's item for a single tree.
+On a disk, orbax writes a step under another name and renames it, so a visible step is complete. In
+an object store it writes a marker last (core/uploads.py), and a step without one is incomplete; the
+files that grow by lines are folders of segments there (core/line_log.py). An imported checkpoint
+(convert/import_hf.py) is a run folder with the single step 0, whose parameters are in orbax's item
+for a single tree.
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-# orbax reports every file at INFO and WARNING.
-logging.getLogger("absl").setLevel(logging.ERROR)
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.uploads import MARKER
+
+# orbax reports every file at INFO and WARNING, and the traceback of an error before it raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 # Small parameters are written and read together, because every call of orbax takes tens of
 # milliseconds; a parameter with more bytes is written and read alone.
@@ -98,6 +104,18 @@ def find_average(items: Mapping[str, Mapping[str, Any]]) -> StoredAverage | None
         if ".ema['" in name
     }
     return StoredAverage("opt_state", earlier) if earlier else None
+
+
+def finished_steps(run: Path) -> list[int]:
+    """Returns the complete steps of a run folder, in order; none without the folder."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(step.name)
+        for step in folder.iterdir()
+        if step.name.isdigit() and (not is_remote(step) or (step / MARKER).is_file())
+    )
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,22 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
 from internvlx_jax.checkpoints import run_format
+from internvlx_jax.checkpoints.agreement import on_first_process
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.run_format import (
     by_path,
+    finished_steps,
     free_cycles,
     join_average,
     mismatches,
     split_average,
 )
+from internvlx_jax.checkpoints.run_lock import LOCK
+from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import read_json_file
+from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
@@ -57,28 +64,75 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, keep_last: int):
+        self._run = run
+        self._folder = run / "checkpoints"
+        self._saving: tuple[int, Any] | None = None  # step and orbax's response
+        self._failed: int | None = None  # step for which the disk had no room
         # orbax declares its own policies for another type of metadata than the checkpointer's.
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
         newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(run / "checkpoints"),
-            cleanup_tmp_directories=True,
-            context=SHARED_WRITING,
-            save_decision_policy=every,
-            preservation_policy=newest,
-        )
+        with explained(run, "written"):
+            self._checkpointer = ocp.training.Checkpointer(
+                str(run / "checkpoints"),
+                cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
+                context=SHARED_WRITING,
+                save_decision_policy=every,
+                preservation_policy=newest,
+            )
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with self._named(), explained(self._run, "written"):
+                self._checkpointer.close()
+        except Exception:
+            if kind is None:  # the error that ends the block says more than its consequences
+                raise
+        finally:
+            # Others may still be writing; their next start removes what is left.
+            if self._failed is not None and jax.process_count() == 1:
+                for rest in self._folder.glob(f"{self._failed}.*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raises the error of the save under way as soon as it has one; waits for nothing.
+
+        Raises:
+            OSError: the disk is full; names the step, the free space and the last complete one.
+        """
+        if self._saving is None:
+            return
+        with self._named():
+            try:
+                self._saving[1].result(timeout=0)
+            except TimeoutError:
+                return
+        self._saving = None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the step of a save that fails for lack of space."""
+        if self._saving is None:
+            yield
+            return
+        step = self._saving[0]
+        complete = [int(each.name) for each in self._folder.glob("[0-9]*") if each.name.isdigit()]
+        last = (
+            f"the last complete checkpoint is {max(complete)}" if complete else "none is complete"
+        )
+        try:
+            with full_disk_named(self._folder / str(step), f"; {last}"):
+                yield
+        except OSError as error:
+            self._failed = step if is_full(error) else self._failed
+            raise
 
     @property
     def latest_step(self) -> int | None:
         """The newest complete step; None in a run without one."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return on_first_process(lambda: max(finished_steps(self._run), default=None))
 
     def save(
         self,
@@ -101,7 +155,15 @@ class CheckpointWriter:
         items = {"params": dict(params), "opt_state": by_path(rest)}
         if average is not None:
             items["ema"] = dict(average)
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=dict(metadata))
+        with self._named(), explained(self._run, "written"):  # orbax waits for the save before
+            if self._saving is not None:
+                self._saving[1].result()
+        self._saving = (step, None)
+        with self._named(), explained(self._run, "written"):
+            response = self._checkpointer.save_checkpointables_async(
+                step, items, custom_metadata=dict(metadata)
+            )
+        self._saving = None if response is None else (step, response)
 
     def load(
         self,
@@ -141,7 +203,8 @@ class CheckpointWriter:
         problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
-        loaded = self._checkpointer.load_checkpointables(step, items)
+        with explained(self._run):
+            loaded = self._checkpointer.load_checkpointables(step, items)
         leaves = [loaded["opt_state"][path] for path in items["opt_state"]]
         state = jax.tree.unflatten(jax.tree.structure(rest), leaves)
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
@@ -197,7 +260,7 @@ class ParamsWriter:
     def finish(self) -> None:
         """Writes what is waiting and makes the step visible."""
         self._flush()
-        with self._context:
+        with self._context, full_disk_named(self._path):
             ocp.partial.finalize(str(self._path))
 
     def _flush(self) -> None:
@@ -211,7 +274,7 @@ class ParamsWriter:
         # orbax refuses a bound that a shard does not fit.
         bound = max(largest + 1, run_format.GROUP_BYTES)
         self._context.memory.write_concurrent_bytes = bound
-        with self._context:
+        with self._context, full_disk_named(self._path):
             ocp.partial.save(str(self._path), self._waiting, custom_metadata=self._metadata)
         nbytes = sum(array.nbytes for array in self._waiting.values())
         self._waiting = {}
@@ -234,17 +297,17 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    steps = (run / "checkpoints").glob("[0-9]*") if run.exists() else ()
-    resuming = any(step.name.isdigit() for step in steps)
+    resuming = on_first_process(lambda: bool(finished_steps(run)))
     saved = run / "config.json"
     if saved.exists():
-        differences = _differences(json.loads(saved.read_text()), settings)
+        stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
+        differences = _differences(stored, settings)
         if differences:
             raise ConfigError(
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -45,6 +45,7 @@ class SafetensorsFolder:
         if index.is_file():
             weight_map, total = read_index(index)
             names = sorted(set(weight_map.values()))
+            problems += self._second_set(single, index, names)
         elif (self.path / single).is_file():
             names = [single]
         else:
@@ -68,6 +69,21 @@ class SafetensorsFolder:
             )
         if bins := sorted(file.name for file in self.path.glob("pytorch_model*.bin")):
             self.notes.append(f"{', '.join(bins)} not read: safetensors files come first")
+
+    def _second_set(self, single: str, index: Path, shards: Sequence[str]) -> list[str]:
+        """Describes a single file beside an index that does not name it.
+
+        transformers would read the single file, older tools the shards: one of them is stale.
+        """
+        file = self.path / single
+        if single in shards or not file.is_file():
+            return []
+        newer = single if file.stat().st_mtime > index.stat().st_mtime else index.name
+        return [
+            f"both {single} and {index.name}, which does not name it, are in the folder, and only "
+            f"one can hold the weights ({newer} is newer). Remove {single}, or the index and its "
+            "shards"
+        ]
 
     def _open(self, name: str, index: str) -> list[str]:
         """Lists the tensors of one file; returns what is wrong with it."""

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+from internvlx_jax.core.uploads import copy_file
+from internvlx_jax.data.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILES
+
 OTHER_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -39,7 +30,7 @@ def copy_side_files(source: Path, target: Path, *, remote_code: bool = True) -> 
     names += [name for name in code if remote_code or name.startswith("tokenization_")]
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     return names
 
 
@@ -50,7 +41,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     if names:
         target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        copy_file(source / name, target / name)
     return names
 
 
@@ -63,7 +54,7 @@ def same_tokenizer(folder: Path, other: Path) -> bool:
         (other / name).is_file()
         and (folder / name).is_file()
         and (folder / name).read_bytes() == (other / name).read_bytes()
-        for name in ("tokenizer.model", "tokenizer.json", "vocab.json")
+        for name in VOCABULARY_FILES
     )
 
 

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from internvlx_jax.checkpoints.adapters import Adapter, Lora
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import IGNORED_SOURCES, name_table
-from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES, SafetensorsFolder
+from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES
 from internvlx_jax.checkpoints.side_files import copy_side_files, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
     HostArray,
@@ -30,11 +30,11 @@ from internvlx_jax.checkpoints.tensors import (
     count_not_finite,
     difference,
 )
-from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.params import AbstractModel, init_params
 
 Index = tuple[slice, ...]
@@ -60,6 +60,16 @@ class Allowed:
 STRICT = Allowed()
 
 
+class WeightFiles(Protocol):
+    """The files that a checkpoint's tensors come from, as reports speak of them."""
+
+    notes: list[str]
+
+    def check_sums(self) -> int:
+        """Compares the files with their SHA-256; returns how many had one."""
+        ...
+
+
 class TorchCheckpoint:
     """Tensors under their PyTorch names, with the config they belong to.
 
@@ -82,7 +92,7 @@ class TorchCheckpoint:
         layout: str,
         config: ModelConfig,
         tensors: Tensors,
-        folders: Sequence[SafetensorsFolder | BinFolder],
+        folders: Sequence[WeightFiles],
         *,
         allowed: Allowed = STRICT,
         lora: Sequence[Lora] = (),
@@ -222,7 +232,7 @@ class TorchCheckpoint:
             name for entry in self.table if entry.target in fresh for name in entry.all_sources()
         }
         problems += [
-            f"missing tensor {name} {list(wanted[name])}"
+            f"missing tensor {name} {list(wanted[name])}{self._remedy(name)}"
             for name in wanted
             if name in absent - fillable
         ]
@@ -235,6 +245,18 @@ class TorchCheckpoint:
         if problems:
             raise CheckpointError(self.path, problems)
         return [path for path in missing if path in fresh]
+
+    def _remedy(self, name: str) -> str:
+        """Says what to do about a missing output head: nothing else has a second home."""
+        if "decoder.head" not in self.entries or name not in self.entries["decoder.head"].sources(
+            0
+        ):
+            return ""
+        part = "text_config" if self.layout == "hf" else "llm_config"
+        return (
+            f"; if the output is tied to the embedding, set {part}.tie_word_embeddings to true in "
+            f"config.json, or give --field {part}.tie_word_embeddings=true"
+        )
 
     def _wrong_types(self, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         """Describes the stored tensors whose shape or dtype is not the wanted one."""
@@ -272,7 +294,7 @@ class TorchCheckpoint:
 
     def tokenizer(self) -> Tokenizer | None:
         """Loads the folder's tokenizer; None where it holds no tokenizer files."""
-        return Tokenizer.load(self.path) if (self.path / "tokenizer.model").is_file() else None
+        return Tokenizer.load(self.path) if has_tokenizer(self.path) else None
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Writes config.json, tokenizer, remote code and other small files into `folder`.

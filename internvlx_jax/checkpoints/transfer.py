@@ -62,6 +62,9 @@ def check_same_model(wanted: ModelConfig, stored: ModelConfig, checkpoint: Path)
     Raises:
         ConfigError: lists every setting in which they contradict each other.
     """
+    if wanted.projector.kind != stored.projector.kind:
+        # Another compressor on a released tower and decoder: it starts fresh, and is reported.
+        stored = dataclasses.replace(stored, projector=wanted.projector)
     differences = list(_differences(to_dict(wanted), to_dict(stored)))
     if differences:
         raise ConfigError(
@@ -78,7 +81,7 @@ def transfer(
     *,
     seed: int,
 ) -> Transferred:
-    """Loads `source` into a model of `config`, which may differ from it in `lvtc` only.
+    """Loads `source` into a model of `config`, which may differ in projector and LVTC only.
 
     Args:
         source: the opened checkpoint.
@@ -91,7 +94,8 @@ def transfer(
         CheckpointError: as `source.load` does.
     """
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
-    if config.lvtc == source.config.lvtc:
+    same_projector = config.projector.kind == source.config.projector.kind
+    if same_projector and config.lvtc == source.config.lvtc:
         return Transferred(source.load(abstract, shardings), ())
     dtype = jnp.result_type(*{leaf.dtype for leaf in abstract.shapes.values()})
     stored = abstract_model(source.config, dtype=dtype, param_dtype=dtype)
@@ -118,7 +122,10 @@ def _report(
     seed: int,
 ) -> Iterable[str]:
     site, lvtc = released_site(config), config.lvtc
-    if lvtc is None:
+    kind = source.config.projector.kind
+    if config.projector.kind != kind:
+        yield f"projector.* is a new {config.projector.kind}; {source.path} holds {kind}"
+    elif lvtc is None:
         yield (
             f"LVTC is off: projector.* of {source.path} makes the {config.tokens_per_tile} tokens "
             "of a tile"

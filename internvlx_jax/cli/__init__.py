@@ -20,7 +20,7 @@ COMMANDS = {
     ),
     "data": ("internvlx_jax.cli.data", "check, show and generate training data"),
     "compile": ("internvlx_jax.cli.compile", "memory, FLOPs and traffic of a run on given devices"),
-    "report": ("internvlx_jax.cli.report", "draw learning curves and a page about a run"),
+    "report": ("internvlx_jax.cli.report", "draw the curves of a run, or compare evaluation jobs"),
     "replay": ("internvlx_jax.cli.replay", "run one step of a run again, without its update"),
 }
 

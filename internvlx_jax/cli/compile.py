@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 
 from internvlx_jax.aot.compile_report import check_fits, report_config, table
-from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError
+from internvlx_jax.cli.console import (
+    CommandParser,
+    add_config_flags,
+    configure_logging,
+    run_command,
+)
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.ranges import NUMBER, whole_number
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = _parser().parse_args(argv)
     configure_logging()
-    try:
-        _run(args)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _run(args))
 
 
 def _parser() -> CommandParser:
@@ -45,7 +44,10 @@ def _parser() -> CommandParser:
         help="v5e:16x16, v5p:4x4x8, v6e:16x16*2 (two slices), h200:1x1x8, ...",
     )
     parser.add_argument(
-        "--tiles", nargs="*", type=int, help="report only buckets with these numbers of tile slots"
+        "--tiles",
+        nargs="*",
+        type=whole_number(NUMBER),
+        help="report only buckets with these numbers of tile slots",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     return parser

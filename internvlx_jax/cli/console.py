@@ -4,19 +4,55 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from internvlx_jax.core.errors import did_you_mean
+from internvlx_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    SampleError,
+    did_you_mean,
+)
 
 PACKAGE = "internvlx_jax"
 TPU_NODES = ("/dev/accel*", "/dev/vfio/*")
 GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+
+
+INTERRUPTED = 130  # exit status of a program that SIGINT ended, as shells have it
+# What a user can act on; anything else is a fault of this package and keeps its traceback.
+USER_ERRORS = (ConfigError, CheckpointError, SampleError, OSError)
+
+
+def run_command(
+    command: Callable[[], int | None],
+    *also: type[Exception],
+    interrupted: str = "interrupted",
+    failed: int = 1,
+) -> int:
+    """Runs a command and returns its exit status; an error of the user is one message.
+
+    Args:
+        command: what to do; None is exit status 0.
+        also: further errors of the user.
+        interrupted: what Ctrl-C is answered with.
+        failed: exit status after an error of the user.
+    """
+    try:
+        return command() or 0
+    except (*USER_ERRORS, *also) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failed
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def configure_logging(process: int = 0) -> None:
@@ -35,6 +71,9 @@ def configure_logging(process: int = 0) -> None:
         logger.removeHandler(handler)
     logger.addHandler(_ConsoleHandler(narrates=process == 0))
     logger.propagate = False  # some libraries give the root logger a handler of their own
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a text gets its escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _skip_absent_tpu()
 
 
@@ -82,24 +121,32 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line and name the nearest flag, subcommand or value."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, unknown = self.parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        flags = self._flags()
+        # Misspelled flags come first: argparse would rather report what is missing in their place.
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            name = word.split("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                self._refuse(word)
+        known, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            flags = self._flags(known)
-            self.error(
-                f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
-            )
+            self._refuse(unknown[0])
         return known
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
-    def _flags(self, known: argparse.Namespace) -> list[str]:
-        """Returns the flags of this parser and of the subcommand that was chosen."""
+    def _refuse(self, word: str) -> NoReturn:
+        near = did_you_mean(word.split("=")[0], self._flags())
+        self.error(f"unknown argument {word}.{near}")
+
+    def _flags(self) -> list[str]:
+        """Returns the flags of this parser and of its subcommands."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                chosen = action.choices[getattr(known, action.dest)]
-                flags += [flag for each in chosen._actions for flag in each.option_strings]
+                for command in action.choices.values():
+                    flags += [flag for each in command._actions for flag in each.option_strings]
         return flags
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -26,11 +26,13 @@ from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
+from internvlx_jax.cli.console import run_command
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
 from internvlx_jax.convert.inspection import inspect
 from internvlx_jax.convert.model_parts import Parts
+from internvlx_jax.convert.part_sources import FRESH_TOWERS
 from internvlx_jax.convert.verify import (
     InputsError,
     compare,
@@ -41,6 +43,9 @@ from internvlx_jax.convert.verify import (
 )
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.ranges import NUMBER, SEED, real_number, whole_number
+from internvlx_jax.core.uploads import local_folder
 from internvlx_jax.inference.loading import load_pretrained
 
 
@@ -73,16 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Large parameters are written in eight parts (ParamsWriter).
         jax.config.update("jax_num_cpu_devices", 8)
-    try:
-        return {
-            "import": run_import,
-            "export": run_export,
-            "inspect": run_inspect,
-            "verify": run_comparison,
-        }[args.command](parser, args)
-    except (OSError, ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if args.command == "verify" else 1
+    command = {
+        "import": run_import,
+        "export": run_export,
+        "inspect": run_inspect,
+        "verify": run_comparison,
+    }[args.command]
+    failed = 2 if args.command == "verify" else 1
+    return run_command(lambda: command(parser, args), failed=failed)
 
 
 def _underscored(word: str) -> str:
@@ -94,11 +97,14 @@ def _underscored(word: str) -> str:
 def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--from", dest="source", help="checkpoint folder or Hugging Face id")
     flags.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    flags.add_argument("--vit", help="build from parts: folder of the tower")
-    flags.add_argument("--llm", help="build from parts: folder of the decoder")
+    flags.add_argument(
+        "--vit",
+        help="build from parts: folder of the tower, or fresh: InternViT-300M at random weights "
+        "(fresh-tiny: two narrow layers)",
+    )
+    flags.add_argument("--llm", help="build from parts: folder of the decoder, or a GGUF file")
     flags.add_argument(
         "--projector",
-        type=Path,
         help="build from parts: folder or file; without it, it starts fresh",
     )
     flags.add_argument(
@@ -112,7 +118,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         action="store_true",
         help="new tokens: input rows start as the mean of the others, too",
     )
-    flags.add_argument("--to", type=Path, required=True, help="new folder")
+    flags.add_argument("--to", required=True, help="new folder")
     flags.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16"),
@@ -130,9 +136,7 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--image_size", type=int, help="resize the position table to tiles of this side"
     )
-    flags.add_argument(
-        "--lora", type=Path, nargs="+", default=[], help="LoRA folders of peft, one part each"
-    )
+    flags.add_argument("--lora", nargs="+", default=[], help="LoRA folders of peft, one part each")
     flags.add_argument(
         "--keep_lora", action="store_true", help="store adapters beside the weights, not merged"
     )
@@ -150,9 +154,11 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="parameters (dotted paths) that start fresh where the checkpoint lacks them",
     )
-    flags.add_argument("--seed", type=int, default=0, help="seed of what starts fresh")
+    flags.add_argument(
+        "--seed", type=whole_number(SEED), default=0, help="seed of what starts fresh"
+    )
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
-    flags.add_argument("--report", type=Path, help="write the report as JSON, too")
+    flags.add_argument("--report", help="write the report as JSON, too")
 
 
 def _export_flags(flags: argparse.ArgumentParser) -> None:
@@ -163,7 +169,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
         help="run folder, RUN/checkpoints/STEP, imported folder, PyTorch folder or Hugging Face id "
         "(to change its layout)",
     )
-    flags.add_argument("--to", type=Path, required=True, help="new folder")
+    flags.add_argument("--to", required=True, help="new folder")
     flags.add_argument(
         "--layout",
         required=True,
@@ -178,7 +184,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--drop_lvtc", action="store_true", help="leave LVTC's parameters out")
     flags.add_argument("--verify", action="store_true", help="read back and compare bit for bit")
-    flags.add_argument("--report", type=Path, help="write the report as JSON, too")
+    flags.add_argument("--report", help="write the report as JSON, too")
 
 
 def _verify_flags(flags: argparse.ArgumentParser) -> None:
@@ -186,13 +192,11 @@ def _verify_flags(flags: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, help="Hugging Face folder or id, or run folder"
     )
     flags.add_argument("--against", help="another checkpoint: compare all parameters bit for bit")
-    flags.add_argument("--inputs", type=Path, help="npz, named as tests/golden/*/inputs.npz")
-    flags.add_argument("--out", type=Path, help="npz to write")
+    flags.add_argument("--inputs", help="npz, named as tests/golden/*/inputs.npz")
+    flags.add_argument("--out", help="npz to write")
     flags.add_argument("--image_token_id", type=int, help="id of the image placeholder token")
-    flags.add_argument(
-        "--reference", type=Path, help="npz of expected outputs; exit status 1 if they differ"
-    )
-    flags.add_argument("--atol", type=float, default=1e-4)
+    flags.add_argument("--reference", help="npz of expected outputs; exit status 1 if they differ")
+    flags.add_argument("--atol", type=real_number(NUMBER), default=1e-4)
 
 
 def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -210,7 +214,7 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
             resolve(args.source, args.revision),
             fields=fields,
             image_size=args.image_size,
-            adapters=args.lora,
+            adapters=[local_folder(each) for each in args.lora],
             keep_lora=args.keep_lora,
             allowed=allowed,
         )
@@ -223,23 +227,24 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
         if args.lora or args.keep_lora:
             parser.error("--lora and --keep_lora go with --from")
         source = Parts(
-            resolve(args.vit),
+            args.vit if args.vit in FRESH_TOWERS else resolve(args.vit),
             resolve(args.llm),
-            args.projector,
+            None if args.projector is None else local_folder(args.projector),
             kind=args.projector_kind,
             fields=fields,
             image_size=args.image_size,
             mean_input_rows=args.mean_input_rows,
             allowed=allowed,
         )
-    report = import_checkpoint(source, args.to, dtype=args.dtype, verify=args.verify, kept=kept)
+    out = as_path(args.to)
+    report = import_checkpoint(source, out, dtype=args.dtype, verify=args.verify, kept=kept)
     return _finish(report, args)
 
 
 def run_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     report = export_checkpoint(
         open_checkpoint(args.source, ema=args.ema),
-        args.to,
+        as_path(args.to),
         layout=args.layout,
         dtype=args.dtype,
         verify=args.verify,
@@ -258,7 +263,7 @@ def run_inspect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
 def _finish(report: Report, args: argparse.Namespace) -> int:
     print(f"{args.to}: {report.text()}")
     if args.report:
-        write_json(args.report, report.to_json())
+        write_json(as_path(args.report), report.to_json())
     return 0
 
 
@@ -283,14 +288,14 @@ def run_verify(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
     try:
         if None in (args.inputs, args.out, args.image_token_id):
             parser.error("verify needs --against, or --inputs, --out and --image_token_id")
-        arrays = _load_npz(args.inputs)
-        reference = _load_npz(args.reference) if args.reference else None
+        arrays = _load_npz(local_folder(args.inputs))
+        reference = _load_npz(local_folder(args.reference)) if args.reference else None
         model = load_pretrained(args.checkpoint, dtype="float32").model
         outputs = compute_outputs(model, arrays, args.image_token_id)
     except (OSError, ConfigError, CheckpointError, InputsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    save_npz(args.out, outputs)
+    save_npz(as_path(args.out), outputs)
     print(f"wrote {len(outputs)} arrays to {args.out}")
     if reference is None:
         return 0

@@ -11,23 +11,21 @@ fields of the data settings, e.g. --set max_length=8192 batch_mode=pack.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import sys
 from pathlib import Path
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.data_config import DataConfig
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.ranges import COUNT, NUMBER, Range, whole_number
 from internvlx_jax.core.run_config import TrainConfig
-from internvlx_jax.core.tile_config import TILE_RULES, TileConfig
+from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES, TileConfig
 from internvlx_jax.data.check import check, format_check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sample_page import show
-from internvlx_jax.data.synthetic import SyntheticConfig, generate
+from internvlx_jax.data.synthetic import add_flags, generate_by_flags
 from internvlx_jax.data.templates import TEMPLATES, get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
@@ -36,12 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `internvlx data` and returns its exit status: 1 for an error, named on stderr."""
     args = _parser().parse_args(argv)
     configure_logging()
-    try:
-        args.run(args)
-    except (ConfigError, CheckpointError, SampleError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: args.run(args), ValueError)
 
 
 def _parser() -> CommandParser:
@@ -64,14 +57,14 @@ def _parser() -> CommandParser:
     )
     _add_reading_flags(showing)
     showing.add_argument(
-        "--sample", type=int, default=0, help="number of the usable sample, from 0"
+        "--sample", type=whole_number(NUMBER), default=0, help="number of the usable sample, from 0"
     )
     showing.set_defaults(run=_show)
     generating = commands.add_parser(
         "generate", help="synthetic pages with questions, on which a tiny model learns to read"
     )
-    _add_generating_flags(generating)
-    generating.set_defaults(run=_generate)
+    add_flags(generating)
+    generating.set_defaults(run=generate_by_flags)
     return parser
 
 
@@ -87,12 +80,12 @@ def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile_rule", choices=TILE_RULES, default=tiles.rule)
     parser.add_argument(
         "--max_num",
-        type=int,
+        type=whole_number(Range(1, MOST_TILES)),
         default=tiles.max_num,
         help="largest number of tiles per image, the thumbnail excluded",
     )
-    parser.add_argument("--tile_size", type=int, default=tiles.tile_size)
-    parser.add_argument("--tokens_per_tile", type=int, default=256)
+    parser.add_argument("--tile_size", type=whole_number(COUNT), default=tiles.tile_size)
+    parser.add_argument("--tokens_per_tile", type=whole_number(COUNT), default=256)
     parser.add_argument(
         "--set",
         nargs="*",
@@ -104,17 +97,6 @@ def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/data"), help="folder for what is written"
     )
-
-
-def _add_generating_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", required=True, help="folder to write; reused if it holds the same dataset"
-    )
-    for field in dataclasses.fields(SyntheticConfig):
-        assert field.default is not dataclasses.MISSING
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s"
-        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -133,12 +115,6 @@ def _show(args: argparse.Namespace) -> None:
         args.meta, config, processor, row_quantum=config.row_quantum or 1, seed=0, progress=True
     )
     print(show(loader, args.sample, args.out))
-
-
-def _generate(args: argparse.Namespace) -> None:
-    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
-    config = SyntheticConfig(**{name: getattr(args, name) for name in names})
-    print(json.dumps(generate(args.out, config), indent=1))
 
 
 def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:

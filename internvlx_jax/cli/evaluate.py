@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.evaluation_config import PROTOCOLS, EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import TILE_RULES
 from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
@@ -116,18 +115,19 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser()
     args = vars(flags.parse_args(argv))
     if args.get("list"):
-        print(list_tasks(Path(args["data_root"]), args.get("tsv_root")))
+        print(list_tasks(as_path(args["data_root"]), args.get("tsv_root")))
         return 0
     if not ({"checkpoint", "rescore"} & args.keys()):
         flags.error("--checkpoint is required")
-    try:
+
+    def score() -> int:
         summaries = _score(args)
-    except (ConfigError, CheckpointError, SampleError, JudgeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    _print_scores(summaries, args["out_dir"])
-    failed = any(summary.errors for summary in summaries)
-    return 3 if failed and not args.get("allow_errors") else 0
+        _print_scores(summaries, args["out_dir"])
+        failed = any(summary.errors for summary in summaries)
+        return 3 if failed and not args.get("allow_errors") else 0
+
+    words = "interrupted; the answers so far are kept, and --resume goes on with them"
+    return run_command(score, JudgeError, interrupted=words)
 
 
 def _score(args: Mapping[str, Any]) -> list[Summary]:
@@ -178,7 +178,7 @@ def _print_scores(summaries: list[Summary], out_dir: str) -> None:
 
 def list_tasks(data_root: Path, tsv_root: str | None) -> str:
     """Returns one line per task and protocol, the default protocol first."""
-    roots = Roots(data_root, Path(tsv_root) if tsv_root else data_root / "tsv")
+    roots = Roots(data_root, as_path(tsv_root) if tsv_root else data_root / "tsv")
     rows = [("task", "protocol", "questions", "data", "title")]
     for task in TASKS.values():
         for protocol, spec in task.protocols.items():

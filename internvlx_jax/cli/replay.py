@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-from internvlx_jax.cli.console import CommandParser, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
+from internvlx_jax.core.ranges import COUNT, whole_number
 from internvlx_jax.training.replay import replay
 
 
@@ -25,7 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument(
-        "--step", type=int, required=True, help="as in bad_steps.jsonl and metrics.jsonl, from 1"
+        "--step",
+        type=whole_number(COUNT),
+        required=True,
+        help="as in bad_steps.jsonl and metrics.jsonl, from 1",
     )
     parser.add_argument(
         "--set",
@@ -37,9 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     configure_logging()
-    try:
-        print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
-    except (ConfigError, CheckpointError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        lambda: print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
+    )

@@ -3,7 +3,8 @@
     internvlx train --config configs/NAME.py --set output_dir=runs/mine
 
 The same command resumes a run. Exit status: 0 done, 1 wrong input or too many bad steps, 2 wrong
-flags, 75 stopped by SIGTERM with a checkpoint (run the same command again).
+flags, 75 stopped by SIGTERM or Ctrl-C with a checkpoint (run the same command again), 130 stopped
+by Ctrl-C outside the steps.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import sys
 
 from internvlx_jax.aot.compile_report import check_fits, table
 from internvlx_jax.aot.dry_run import dry_run
-from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
-from internvlx_jax.core.errors import CheckpointError, ConfigError, SampleError
+from internvlx_jax.cli.console import (
+    CommandParser,
+    add_config_flags,
+    configure_logging,
+    run_command,
+)
 from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.ranges import COUNT, whole_number
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.training import distributed
@@ -29,16 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = _parser().parse_args(argv)
     configure_logging()
-    try:
-        config = override(load_config_file(args.config), args.settings)
-        _run(config, args)
-    except (ConfigError, CheckpointError, SampleError, NonFiniteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Preempted as told:
-        print(told, file=sys.stderr)
-        return EXIT_STATUS
-    return 0
+
+    def run() -> int:
+        try:
+            _run(override(load_config_file(args.config), args.settings), args)
+        except Preempted as told:
+            print(told, file=sys.stderr)
+            return EXIT_STATUS
+        return 0
+
+    words = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+    return run_command(run, NonFiniteError, interrupted=words)
 
 
 def _parser() -> CommandParser:
@@ -50,7 +57,7 @@ def _parser() -> CommandParser:
     add_config_flags(parser, "data.max_length=2048 mesh.fsdp=8")
     parser.add_argument(
         "--stop_after",
-        type=int,
+        type=whole_number(COUNT),
         metavar="STEPS",
         help="stop after this many steps, with a checkpoint to resume from",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,12 @@ import numpy as np
 
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
 from internvlx_jax.checkpoints.hf_config import model_config
-from internvlx_jax.checkpoints.hf_config_write import chat_config, hf_config, vit_config
+from internvlx_jax.checkpoints.hf_config_write import (
+    chat_config,
+    hf_config,
+    say_whether_tied,
+    vit_config,
+)
 from internvlx_jax.checkpoints.lora_files import write_adapters
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
@@ -28,6 +34,7 @@ from internvlx_jax.checkpoints.tensors import (
     difference,
 )
 from internvlx_jax.convert.conversion_report import Report
+from internvlx_jax.core.disk import check_space
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.model_config import ModelConfig
@@ -79,6 +86,8 @@ def export_checkpoint(
     source.check_sums()
     with new_folder(out) as folder:
         weights = _Weights(source, table, dtype)
+        nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in weights.plan.values())
+        check_space(out, nbytes, "the checkpoint")
         writer = SafetensorsWriter(folder, weights.plan)
         for path, name, rows, piece in weights.pieces(report):
             writer.write(name, piece, rows)
@@ -87,6 +96,7 @@ def export_checkpoint(
         report.files = writer.files
         if layout in LAYOUTS:
             fields = _config_fields(source, config, layout, dtype, weights, image_token_id)
+            fields = say_whether_tied(fields, config.decoder.tie_embeddings)
             report.notes += _side_files(source, folder, layout, fields)
         elif layout == "vit":
             write_json(folder / "config.json", vit_config(config.vision, dtype=weights.dtype_name))
@@ -128,7 +138,7 @@ class _Weights:
             for adapter in adapters
         }
         self._dtypes = {
-            name: source.dtype(entry.target) if dtype == "keep" else NUMPY_DTYPES[dtype]
+            name: source.dtype(entry.target) if dtype == "keep" else np.dtype(NUMPY_DTYPES[dtype])
             for entry in table
             for name in entry.all_sources()
         }

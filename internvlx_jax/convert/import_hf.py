@@ -16,9 +16,16 @@ from internvlx_jax.checkpoints.side_files import copy_tokenizer
 from internvlx_jax.checkpoints.tensors import NUMPY_DTYPES, Dtype, difference
 from internvlx_jax.checkpoints.torch_checkpoint import TorchCheckpoint
 from internvlx_jax.convert.conversion_report import Report
-from internvlx_jax.core.errors import CheckpointError
+from internvlx_jax.core.disk import check_space
+from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import new_folder, write_json
+from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.uploads import MARKER
+from internvlx_jax.data.templates import get_template
+from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.params import AbstractModel, abstract_model, init_params
 
 
@@ -52,6 +59,7 @@ def import_checkpoint(
         "import", source.config, source.layout, notes=[*source.notes, *source.check_sums()]
     )
     metadata = {"model": to_dict(source.config), "lora": [to_dict(lora.config) for lora in kept]}
+    check_space(out, _nbytes(source, abstract, fresh, dtype), "the checkpoint")
     with new_folder(out) as folder:
         writer = ParamsWriter(folder.absolute() / "checkpoints" / "0", metadata)
         _write_params(source, abstract, fresh, writer, dtype, report)
@@ -60,16 +68,48 @@ def import_checkpoint(
                 writer.add(entry.target, _stack(lora, entry))
         source.check_finite()
         writer.finish()
+        if is_remote(out):  # there the marker makes a step complete, not its name
+            (folder / "checkpoints" / "0" / MARKER).write_text("")
         report.rounded = {path: count for path, count in source.rounded.items() if count}
         report.merged = [adapter.base.target for lora in source.lora for adapter in lora.adapters]
         report.kept = [entry.target for lora in kept for entry in adapter_entries(lora)]
         write_json(folder / "config.json", metadata)
         report.notes += source.write_side_files(folder / "source")
         copy_tokenizer(folder / "source", folder / "tokenizer")
+        report.notes += _tokenizer_notes(folder / "tokenizer", source.config)
         if verify:
             paths = sorted(abstract.shapes.keys() - set(fresh))
             report.verified = _compare(source, RunFolder(folder), paths, kept)
     return report
+
+
+def _nbytes(
+    source: TorchCheckpoint, abstract: AbstractModel, fresh: list[str], dtype: Dtype
+) -> int:
+    """Returns the bytes of the parameters as they will be stored, without compression."""
+
+    def itemsize(path: str) -> int:
+        if dtype != "keep":
+            return np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        return source.dtype("decoder.embedding" if path in fresh else path).itemsize
+
+    return sum(leaf.size * itemsize(path) for path, leaf in abstract.shapes.items())
+
+
+def _tokenizer_notes(folder: Path, config: ModelConfig) -> list[str]:
+    """Says what keeps the tokenizer files that were copied from being used; nothing if they can be.
+
+    The weights are usable all the same, with the tokenizer of another folder.
+    """
+    if not has_tokenizer(folder):
+        return ["no tokenizer files: name their folder where text is needed"]
+    try:
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.check_rows(config.decoder.vocab_size)
+        tokenizer.token_id(get_template(config.prompt.template).stop)
+    except (ConfigError, FileNotFoundError) as error:
+        return [f"the tokenizer files cannot be used as they are: {error}"]
+    return []
 
 
 def _write_params(

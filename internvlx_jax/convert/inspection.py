@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.checkpoints.hf_config import ARCHITECTURES
+from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
 from internvlx_jax.checkpoints.hf_folder import HFFolder, open_tensors, read_config
-from internvlx_jax.checkpoints.lora_files import read_adapter_config
+from internvlx_jax.checkpoints.peft_folder import read_adapter_config
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder, bits
 from internvlx_jax.checkpoints.torch_bin import BinFolder

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 
-from internvlx_jax.checkpoints.hf_config import ARCHITECTURES, model_config
-from internvlx_jax.checkpoints.hf_folder import open_tensors, read_config, resized
+from internvlx_jax.checkpoints.decoder_fields import ARCHITECTURES
+from internvlx_jax.checkpoints.hf_config import model_config, with_fields
+from internvlx_jax.checkpoints.hf_folder import open_tensors, resized
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.side_files import copy_side_files
 from internvlx_jax.checkpoints.tensors import Change, ChangedTensors, RenamedTensors, Tensors
 from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
+from internvlx_jax.convert.part_sources import open_decoder, open_tower
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
+from internvlx_jax.data.new_tokens import NewTokens
 
 ProjectorKind = Literal["pvtc", "mlp1"]
 
@@ -38,7 +40,12 @@ NEW_TOKENS = (
     "<box>",
     "</box>",
 )
-TEMPLATES_OF = {"internlm2": "internlm2-chat", "qwen2": "internvl2_5", "phi3": "phi3-chat"}
+TEMPLATES_OF = {
+    "internlm2": "internlm2-chat",
+    "qwen2": "internvl2_5",
+    "qwen3": "internvl2_5",
+    "phi3": "phi3-chat",
+}
 
 
 class Parts(TorchCheckpoint):
@@ -51,7 +58,7 @@ class Parts(TorchCheckpoint):
 
     def __init__(
         self,
-        vit: Path,
+        vit: str | Path,
         llm: Path,
         projector: Path | None = None,
         *,
@@ -64,8 +71,8 @@ class Parts(TorchCheckpoint):
         """Opens the folders; no weights are read.
 
         Args:
-            vit: folder of the tower.
-            llm: folder of the decoder and its tokenizer.
+            vit: folder of the tower, or `fresh`: one of 300M parameters that starts at random.
+            llm: folder of the decoder and its tokenizer, or a GGUF file, which holds both.
             projector: folder or safetensors file; None starts a new one of `kind`.
             kind: kind of a new projector.
             fields: fields of the chat config, e.g. template, downsample_ratio, max_dynamic_patch.
@@ -78,15 +85,20 @@ class Parts(TorchCheckpoint):
             ConfigError: a folder does not hold such a part, or the template is unknown.
             CheckpointError: weight files are missing, damaged, or contradict each other.
         """
-        vision, text = read_config(vit), read_config(llm)
-        _expect(vit, vision.get("model_type"), ("intern_vit_6b",))
-        _expect(llm, (text.get("architectures") or [None])[0], tuple(ARCHITECTURES))
-        folders = [open_tensors(vit), open_tensors(llm)]
+        tower = open_tower(vit)
+        decoder, self._alive = open_decoder(llm, keep_template="template" in (fields or {}))
+        text = decoder.config
+        folders = [part.tensors for part in (tower, decoder) if part.tensors is not None]
         where: dict[str, tuple[Tensors, str]] = {
-            prefix + name: (folder, name)
-            for prefix, folder in zip(("vision_model.", "language_model."), folders, strict=True)
-            for name in folder.names()
+            prefix + name: (part.tensors, name)
+            for prefix, part in (("vision_model.", tower), ("language_model.", decoder))
+            if part.tensors is not None
+            for name in part.tensors.names()
         }
+        if tower.tensors is None:
+            allowed = dataclasses.replace(
+                allowed, init_missing=(*allowed.init_missing, r"vision\.")
+            )
         if projector is not None:
             folders.append(_open_projector(projector))
             where |= _projector_names(folders[-1])
@@ -96,8 +108,12 @@ class Parts(TorchCheckpoint):
                 allowed, init_missing=(*allowed.init_missing, r"projector\.")
             )
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
-        self._tokens = _Tokens(llm)
-        stored = _chat_fields(llm, vision, text, kind, self._tokens.size) | dict(fields or {})
+        self._tokens = NewTokens(decoder.folder, NEW_TOKENS)
+        _check_rows(llm, self._tokens.old_size, text.get("vocab_size"))
+        stored = with_fields(
+            _chat_fields(tower.config, text, kind, self._tokens.size) | {**decoder.template},
+            fields or {},
+        )
         if stored["template"] is None:
             family = ARCHITECTURES[text["architectures"][0]]
             raise ConfigError(
@@ -120,7 +136,7 @@ class Parts(TorchCheckpoint):
             tensors, config, note = resized(tensors, table, config, image_size)
             notes.append(note)
         super().__init__(
-            llm, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
+            decoder.folder, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
         )
 
     def write_side_files(self, folder: Path) -> list[str]:
@@ -132,7 +148,7 @@ class Parts(TorchCheckpoint):
 
 
 def _chat_fields(
-    llm: Path, vision: Mapping[str, Any], text: Mapping[str, Any], kind: ProjectorKind, ids: int
+    vision: Mapping[str, Any], text: Mapping[str, Any], kind: ProjectorKind, ids: int
 ) -> dict[str, Any]:
     """Returns the chat config of tower and decoder; `ids` counts the tokens with the new ones."""
     family = ARCHITECTURES[text["architectures"][0]]
@@ -224,89 +240,12 @@ def _grow(
     return grow
 
 
-class _Tokens:
-    """The image tokens of a tokenizer folder: those it has, and the ids that the others get.
-
-    Attributes:
-        folder: the tokenizer folder.
-        new: token -> id, of the tokens that are appended.
-        new_ids: their ids.
-        size: number of ids with them.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._config = read_json_object(folder / "tokenizer_config.json")
-        self._fast = read_json_object(folder / "tokenizer.json")
-        self._added = {
-            entry["content"]: int(id)
-            for id, entry in self._config.get("added_tokens_decoder", {}).items()
-        }
-        self._added |= {
-            entry["content"]: entry["id"] for entry in self._fast.get("added_tokens", ())
-        }
-        self._added |= read_json_object(folder / "added_tokens.json")
-        base = self._base_size()
-        if base == 0:
-            raise ConfigError(
-                f"{folder}: no tokenizer.model, tokenizer.json or vocab.json; the ids of the image "
-                "tokens follow from one of them"
-            )
-        size = max(base, *(id + 1 for id in self._added.values())) if self._added else base
-        absent = [token for token in NEW_TOKENS if token not in self._added]
-        self.new = {token: size + n for n, token in enumerate(absent)}
-        self.new_ids = list(self.new.values())
-        self.size = size + len(absent)
-
-    def _base_size(self) -> int:
-        if (self.folder / "tokenizer.model").is_file():
-            path = str(self.folder / "tokenizer.model")
-            return sentencepiece.SentencePieceProcessor(model_file=path).get_piece_size()
-        vocabulary = self._fast.get("model", {}).get("vocab") or read_json_object(
-            self.folder / "vocab.json"
-        )
-        return max(vocabulary.values()) + 1 if vocabulary else 0
-
-    def write(self, folder: Path) -> None:
-        """Adds the new tokens to the tokenizer files that were copied to `folder`."""
-        if not self.new:
-            return
-        flags = {
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
-        write_json(
-            folder / "added_tokens.json", read_json_object(folder / "added_tokens.json") | self.new
-        )
-        decoder = dict(self._config.get("added_tokens_decoder", {}))
-        decoder |= {str(id): {"content": token, **flags} for token, id in self.new.items()}
-        special = [*self._config.get("additional_special_tokens", ()), *self.new]
-        write_json(
-            folder / "tokenizer_config.json",
-            {**self._config, "added_tokens_decoder": decoder, "additional_special_tokens": special},
-        )
-        if self._fast:
-            added = [
-                *self._fast.get("added_tokens", ()),
-                *({"id": id, "content": token, **flags} for token, id in self.new.items()),
-            ]
-            write_json(folder / "tokenizer.json", {**self._fast, "added_tokens": added})
-        if special_map := read_json_object(folder / "special_tokens_map.json"):
-            listed = [*special_map.get("additional_special_tokens", ()), *self.new]
-            write_json(
-                folder / "special_tokens_map.json",
-                {**special_map, "additional_special_tokens": listed},
-            )
-
-
-def _expect(folder: Path, found: str | None, known: tuple[str, ...]) -> None:
-    """Raises ConfigError where a folder holds another part."""
-    if found not in known:
+def _check_rows(folder: Path, ids: int, rows: int | None) -> None:
+    """Raises ConfigError where a tokenizer has ids that the decoder has no rows for."""
+    if rows is not None and ids > rows:
         raise ConfigError(
-            f"{folder / 'config.json'} describes {found!r}; expected one of {', '.join(known)}"
+            f"{folder}: the tokenizer has {ids:,} ids, but config.json says vocab_size {rows:,}. "
+            "Use the tokenizer files of this model."
         )
 
 

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Literal
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import COUNT, MOST, SHARE, Range, check_ranges
 
+MOST_FRAMES = 65_536  # of a video
 MAX_PIXELS = 178_956_970  # beyond it Pillow refuses an image as a decompression bomb
 
 
@@ -22,6 +24,9 @@ class PackConfig:
 
     tiles: int | None = None
     open_rows: int = 64
+
+    def __post_init__(self):
+        check_ranges(self, "data.pack.", tiles=COUNT, open_rows=COUNT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,9 @@ class ImageConfig:
     exif: Literal["ignore", "apply"] = "ignore"
     truncated: Literal["use", "reject"] = "use"
 
+    def __post_init__(self):
+        check_ranges(self, "data.images.", max_pixels=Range(1, MOST))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoConfig:
@@ -55,6 +63,15 @@ class VideoConfig:
     min_frames: int = 4
     max_frames: int = 12
     template: Literal["model_card", "x_release", "internvl2_5"] = "model_card"
+
+    def __post_init__(self):
+        frames = Range(1, MOST_FRAMES)
+        check_ranges(self, "data.video.", min_frames=frames, max_frames=frames)
+        if self.max_frames < self.min_frames:
+            raise ConfigError(
+                f"data.video.max_frames {self.max_frames} is below data.video.min_frames "
+                f"{self.min_frames}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,9 @@ class FaultConfig:
     on_bad: Literal["replace", "skip", "fail"] = "replace"
     max_share: float = 0.05
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_ranges(self, "data.faults.", max_share=SHARE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,36 +149,18 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self):
-        counts = {
-            name: getattr(self, name)
-            for name in (
-                "max_length",
-                "length_step",
-                "tokens_per_step",
-                "samples_per_step",
-                "max_executables",
-                "tiles_per_step",
-                "row_quantum",
-            )
-        }
-        counts |= {
-            "pack.tiles": self.pack.tiles,
-            "pack.open_rows": self.pack.open_rows,
-            "images.max_pixels": self.images.max_pixels,
-            "video.min_frames": self.video.min_frames,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ConfigError(f"data.{name} is {count}, it must be at least 1")
-        if self.video.max_frames < self.video.min_frames:
-            raise ConfigError(
-                f"data.video.max_frames {self.video.max_frames} is below data.video.min_frames "
-                f"{self.video.min_frames}"
-            )
-        if not 0 <= self.faults.max_share <= 1:
-            raise ConfigError(
-                f"data.faults.max_share is {self.faults.max_share}, it must be from 0 to 1"
-            )
+        check_ranges(
+            self,
+            "data.",
+            max_length=COUNT,
+            length_step=COUNT,
+            tokens_per_step=COUNT,
+            tiles_per_step=COUNT,
+            samples_per_step=COUNT,
+            max_executables=COUNT,
+            row_quantum=COUNT,
+            num_workers=Range(0, 1024),
+        )
         if self.max_length % self.length_step:
             raise ConfigError(
                 f"data.max_length {self.max_length} is not a multiple of data.length_step "

@@ -80,7 +80,7 @@ def placeholder_mismatch(images: int, found: int) -> SampleError:
     return SampleError(
         "placeholder_mismatch",
         f'{images} image{"s" * (images != 1)} but {found} "<image>" in the human turns.',
-        "Write one placeholder for each image.",
+        'Write one placeholder for each image, and name the images under "image".',
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
+from internvlx_jax.core.ranges import COUNT, check_ranges
 
 Protocol = Literal["internvl", "vlmevalkit"]
 PROTOCOLS: tuple[Protocol, ...] = ("internvl", "vlmevalkit")
@@ -57,7 +58,4 @@ class EvaluationConfig:
             )
         if "{question}" not in self.prompt:
             raise ConfigError(f"prompt {self.prompt!r} does not contain {{question}}")
-        for name in ("limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, it must be at least 1")
+        check_ranges(self, limit=COUNT, max_new_tokens=COUNT)

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written aside, then renamed.
+"""Files that appear whole or not at all: written aside, then renamed, or sent to an object store.
 
-Reads JSON, and files that grow by lines.
+Reads JSON, and files that grow by lines. Paths may be those of objects (core/paths.py).
 """
 
 from __future__ import annotations
@@ -8,55 +8,78 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text, read_json_file
+from internvlx_jax.core.line_log import read_whole
+from internvlx_jax.core.paths import RemotePath
+from internvlx_jax.core.uploads import upload_folder
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which becomes `path` at the end of the block.
+    """Gives a local path to write to, which becomes `path` at the end of the block.
 
     It is removed if the block fails. Several processes may write the same file.
     """
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="internvlx-") as scratch:
+            aside = Path(scratch) / path.name
+            yield aside
+            path.upload(aside)
+        return
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        aside.rename(path)
+        with named_on_error(path):
+            yield aside
+            aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `path` at the end of the block.
+    """Gives a local folder to fill, which becomes `path` at the end of the block.
 
-    It is removed if the block fails.
+    It is removed if the block fails. A folder of an object store is filled from a local one, which
+    needs room for it in the folder of temporary files (TMPDIR).
 
     Raises:
         FileExistsError: `path` exists and is no empty folder.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; choose another folder, or remove it")
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="internvlx-") as scratch:
+            yield Path(scratch)
+            upload_folder(Path(scratch), path)
+        return
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        yield aside
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
+        with named_on_error(path):
+            yield aside
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text."""
+    if isinstance(path, RemotePath):
+        path.write_text(text)  # an object is replaced as a whole
+        return
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(encode_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,10 +95,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fetch it again") from error
+    value = read_json_file(path, remedy="fetch it again")
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object; fetch it again")
     return value
@@ -90,16 +110,10 @@ def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: A line is no object with the `needed` fields.
     """
-    if not path.exists():
-        return []
     rows = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines(keepends=True), start=1
-    ):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(complete_lines(read_whole(path)), start=1):
         try:
-            row = json.loads(line)
+            row = decode_json(line)
             [row[name] for name in needed]
         except (ValueError, TypeError, KeyError):
             names = ", ".join(f'"{name}"' for name in needed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import NUMBER, POSITIVE, Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, valid, allowed in (
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not valid:
-                raise ConfigError(f"{name} is {getattr(self, name)}, it must be {allowed}")
+        check_ranges(
+            self,
+            repetition_penalty=POSITIVE,
+            temperature=NUMBER,
+            top_k=NUMBER,
+            top_p=Range(0, 1, low_open=True),
+        )

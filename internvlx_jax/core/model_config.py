@@ -7,7 +7,11 @@ import itertools
 from typing import Literal, get_args
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import COUNT, LARGEST, NUMBER, POSITIVE, RATE, Range, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
+
+ANY = Range(-LARGEST)
+RATIO = Range(0, 1, low_open=True)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,6 +49,20 @@ class VisionConfig:
     select_layer: int = -1
 
     def __post_init__(self):
+        check_ranges(
+            self,
+            "vision.",
+            width=COUNT,
+            layers=COUNT,
+            heads=COUNT,
+            mlp_width=COUNT,
+            image_size=COUNT,
+            patch_size=COUNT,
+            eps=POSITIVE,
+            layer_scale_init=ANY,
+            drop_path=RATE,
+            select_layer=ANY,
+        )
         _require(
             self.width % self.heads == 0,
             f"vision.width {self.width} is not divisible by heads {self.heads}",
@@ -91,6 +109,7 @@ class ProjectorConfig:
     drop_path: float = 0.1
 
     def __post_init__(self):
+        check_ranges(self, "projector.", downsample_ratio=RATIO, drop_path=RATE)
         side = self.region_side
         _require(
             side >= 1 and side & (side - 1) == 0 and 1 / side == self.downsample_ratio,
@@ -134,6 +153,15 @@ class LvtcConfig:
     inject_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_ranges(
+            self,
+            "lvtc.",
+            expand_layer=NUMBER,
+            low_grid=COUNT,
+            high_grid=COUNT,
+            gate=ANY,
+            inject_layers=NUMBER,
+        )
         for name in ("low_grid", "high_grid"):
             side = getattr(self, name)
             _require(
@@ -152,7 +180,6 @@ class LvtcConfig:
                 value in known,
                 f"lvtc.{name} {value!r} is unknown; choose one of {', '.join(known)}",
             )
-        _require(self.expand_layer >= 0, f"lvtc.expand_layer {self.expand_layer} is negative")
         _require(
             all(a < b for a, b in itertools.pairwise((self.expand_layer, *self.inject_layers))),
             f"lvtc.inject_layers {list(self.inject_layers)} are not increasing layers behind "
@@ -196,6 +223,16 @@ class RopeConfig:
     allow_longer: bool = False
 
     def __post_init__(self):
+        check_ranges(
+            self,
+            "decoder.rope.",
+            theta=POSITIVE,
+            max_positions=COUNT,
+            factor=POSITIVE,
+            short_factor=POSITIVE,
+            long_factor=POSITIVE,
+            original_max_positions=NUMBER,
+        )
         if self.scaling in ("su", "yarn"):
             _require(
                 0 < len(self.short_factor) == len(self.long_factor)
@@ -203,6 +240,9 @@ class RopeConfig:
                 f"decoder.rope.scaling {self.scaling!r} needs short_factor and long_factor of one "
                 "length, and original_max_positions",
             )
+
+
+DecoderFamily = Literal["internlm2", "llama", "qwen2", "qwen3", "phi3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,13 +254,14 @@ class DecoderConfig:
         vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width: Sizes.
         eps: Keeps the norms finite.
         qkv_bias, out_bias: Whether these maps have biases.
+        qk_norm: Whether each head of queries and keys is normalized, before rope (Qwen3).
         tie_embeddings: Whether the embedding is the output head as well.
         sliding_window: Slots that a query sees, its own included; None is all of them.
         initializer_range: Standard deviation of fresh weights; 0.02 suits a width near 2048.
         rope: Rotary positions.
     """
 
-    family: Literal["internlm2", "llama", "qwen2", "phi3"] = "internlm2"
+    family: DecoderFamily = "internlm2"
     vocab_size: int
     width: int
     layers: int
@@ -231,12 +272,27 @@ class DecoderConfig:
     eps: float = 1e-5
     qkv_bias: bool = False
     out_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = False
     sliding_window: int | None = None
     initializer_range: float = 0.02
     rope: RopeConfig = RopeConfig()
 
     def __post_init__(self):
+        check_ranges(
+            self,
+            "decoder.",
+            vocab_size=COUNT,
+            width=COUNT,
+            layers=COUNT,
+            heads=COUNT,
+            kv_heads=COUNT,
+            head_dim=COUNT,
+            mlp_width=COUNT,
+            eps=POSITIVE,
+            sliding_window=COUNT,
+            initializer_range=NUMBER,
+        )
         _require(
             self.heads % self.kv_heads == 0,
             f"decoder.heads {self.heads} is not a multiple of decoder.kv_heads {self.kv_heads}",
@@ -265,6 +321,9 @@ class PromptConfig:
     tiles: TileConfig = TileConfig()
     eos_ids: tuple[int, ...] = (2,)
     pad_id: int = 2
+
+    def __post_init__(self):
+        check_ranges(self, "prompt.", eos_ids=NUMBER, pad_id=NUMBER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,11 +403,7 @@ class LoraConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, dropout "
-                f"{self.dropout} from 0 to below 1"
-            )
+        check_ranges(self, "lora.", rank=COUNT, alpha=POSITIVE, dropout=RATE)
 
     @property
     def scale(self) -> float:

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import invalid_text, shorten
 
 T = TypeVar("T")
 
@@ -40,10 +42,26 @@ def load_config_file(source: str | Path) -> Any:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")])
         raise ConfigError(f"--config {path}: no such file{_did_you_mean(near)}")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
+    get_config = _run(path).get("get_config")
+    if not callable(get_config):
         raise ConfigError(f"--config {path}: the file defines no get_config()")
     return get_config(**_arguments(get_config, arguments, f"--config {path}"))
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Returns what a config file defines. Raises ConfigError that names its line."""
+    try:
+        return runpy.run_path(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f" line {line}" if line else ""
+        raise ConfigError(
+            f"--config {path}{place}: {type(error).__name__}: {shorten(str(error))}"
+        ) from error
 
 
 def _arguments(function: Callable, text: str, full: str) -> dict[str, Any]:
@@ -85,8 +103,11 @@ def override(config: T, settings: Iterable[str]) -> T:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(
-                f"--set {setting}: expected field=value, e.g. optimizer.learning_rate=1e-4"
+                f"--set {shorten(setting)}: expected field=value, e.g. optimizer.learning_rate=1e-4"
             )
+        bad = invalid_text(setting)
+        if bad is not None:
+            raise ConfigError(f"--set {bad}: not valid Unicode; write it in UTF-8")
         _set(type(config), data, path.split("."), text, f"--set {path}")
     return from_dict(type(config), data)
 

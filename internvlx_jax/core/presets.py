@@ -75,7 +75,7 @@ def internvlx_2b(lvtc: LvtcPreset = "off") -> ModelConfig:
         rope=_ROPE,
     )
     return ModelConfig(
-        vision=_VISION,
+        vision=TOWER,
         decoder=decoder,
         prompt=_PROMPT,
         lvtc=lvtc_preset(lvtc, token_grid=16, expand_layer=19, inject_layers=(21, 22)),
@@ -95,14 +95,14 @@ def internvlx_8b(lvtc: LvtcPreset = "off") -> ModelConfig:
         rope=_ROPE,
     )
     return ModelConfig(
-        vision=_VISION,
+        vision=TOWER,
         decoder=decoder,
         prompt=_PROMPT,
         lvtc=lvtc_preset(lvtc, token_grid=16, expand_layer=27, inject_layers=(29, 30)),
     )
 
 
-_VISION = VisionConfig(width=1024, layers=24, heads=16, mlp_width=4096, drop_path=0.1)
+TOWER = VisionConfig(width=1024, layers=24, heads=16, mlp_width=4096, drop_path=0.1)
 _ROPE = RopeConfig(theta=1e6, max_positions=32768, scaling="dynamic", factor=2.0)
 _PROMPT = PromptConfig(template="internlm2-chat")
 

@@ -9,6 +9,16 @@ from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
+from internvlx_jax.core.ranges import (
+    COUNT,
+    NUMBER,
+    POSITIVE,
+    RATE,
+    SEED,
+    SHARE,
+    Range,
+    check_ranges,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +40,13 @@ class GroupConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "multiplier"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            value = getattr(self, name)
+            if value is not None and not POSITIVE.holds(value):
                 raise ConfigError(
-                    f"optimizer.groups: {name} of {self.params!r} is {getattr(self, name)}, it "
+                    f"optimizer.groups: {name} of {self.params!r} is {value}, it "
                     "must be above 0; freeze.paths is for parameters that stay as they are"
                 )
+        check_ranges(self, "optimizer.groups.", weight_decay=NUMBER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,22 +92,21 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self):
-        for name in ("learning_rate", "vit_layer_decay", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("warmup_ratio", "cooldown_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"optimizer.{name} is {getattr(self, name)}, it must be from 0 to 1"
-                )
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(
-                f"optimizer.warmup_steps is {self.warmup_steps}, it must be 0 or more"
-            )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(
-                f"optimizer.ema_decay is {self.ema_decay}, it must be between 0 and 1"
-            )
+        check_ranges(
+            self,
+            "optimizer.",
+            learning_rate=POSITIVE,
+            warmup_ratio=SHARE,
+            warmup_steps=NUMBER,
+            cooldown_ratio=SHARE,
+            weight_decay=NUMBER,
+            vit_layer_decay=POSITIVE,
+            b1=RATE,
+            b2=RATE,
+            eps=POSITIVE,
+            clip_norm=POSITIVE,
+            ema_decay=Range(0, 1, low_open=True, high_open=True),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +139,7 @@ class FreezeConfig:
     vit_mode: Literal["train", "eval"] = "eval"
 
     def __post_init__(self):
+        check_ranges(self, "freeze.", unfreeze_vit_last=NUMBER)
         if self.unfreeze_vit_last and not self.vit:
             raise ConfigError(
                 "freeze.unfreeze_vit_last needs freeze.vit=true: nothing else freezes the tower "
@@ -159,6 +171,9 @@ class ComputeConfig:
     accumulation: int = 1
     peak_tflops: float | None = None
 
+    def __post_init__(self):
+        check_ranges(self, "compute.", accumulation=COUNT, peak_tflops=POSITIVE)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
@@ -176,13 +191,13 @@ class StabilityConfig:
     spike_factor: float = 3.0
 
     def __post_init__(self):
-        for name in ("max_consecutive_nonfinite", "max_total_nonfinite"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"stability.{name} is {getattr(self, name)}, it must be at least 1"
-                )
-        if self.spike_factor <= 1:
-            raise ConfigError(f"stability.spike_factor is {self.spike_factor}, it must be over 1")
+        check_ranges(
+            self,
+            "stability.",
+            max_consecutive_nonfinite=COUNT,
+            max_total_nonfinite=COUNT,
+            spike_factor=Range(1, low_open=True),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +216,15 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            if value != -1 and not COUNT.holds(value):
+                raise ConfigError(
+                    f"mesh.{name} is {value}, it must be at least 1, or -1 for what the others "
+                    "leave"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,6 +283,13 @@ class TrainConfig:
             raise ConfigError(
                 "set model (to train from scratch) or init_from (a checkpoint folder), or both"
             )
-        for name in ("log_every", "eval_every", "save_every", "keep_last", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        check_ranges(
+            self,
+            steps=COUNT,
+            epochs=COUNT,
+            seed=SEED,
+            log_every=COUNT,
+            eval_every=COUNT,
+            save_every=COUNT,
+            keep_last=COUNT,
+        )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from internvlx_jax.core.errors import did_you_mean
+from internvlx_jax.core.ranges import COUNT, Range, check_ranges
+
+MOST_TILES = 4096  # of one image; every grid of so many cells is a candidate
 
 TILE_RULES = ("edge", "area", "off")
 
@@ -44,6 +47,5 @@ class TileConfig:
                 f'tile rule "{self.rule}" is unknown.{did_you_mean(self.rule, TILE_RULES)} '
                 f"Use one of {', '.join(TILE_RULES)}."
             )
-        for name in ("tile_size", "max_num", "min_num"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        grid = Range(1, MOST_TILES)
+        check_ranges(self, "tiles.", tile_size=COUNT, max_num=grid, min_num=grid)

@@ -14,14 +14,17 @@ from tqdm import tqdm
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import decode_json, shorten
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.faults import Fault
 from internvlx_jax.data.fit import CHANGES
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.record_forms import KNOWN_FIELDS
 from internvlx_jax.data.streams import Sample
 
 LENGTH_BIN = 128  # tokens, of the length histogram
+SHOWN = 10  # bad samples of a dataset that the table shows; check.json has all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,15 @@ class Savings:
 
 
 @dataclasses.dataclass(frozen=True)
+class BadSample:
+    """Names a bad sample: its record from 1, its reason, and what is wrong with it where."""
+
+    line: int
+    reason: str
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DatasetCheck:
     """Describes one dataset.
 
@@ -57,6 +69,8 @@ class DatasetCheck:
         made_to_fit: number of samples by what was done to make them fit.
         off: what the tile rule saves.
         bad: number of faults by reason.
+        bad_samples: the bad samples, in the order in which they were found.
+        unknown_fields: number of records by field that nothing reads.
     """
 
     records: int
@@ -69,6 +83,8 @@ class DatasetCheck:
     made_to_fit: dict[str, int]
     off: Savings
     bad: dict[str, int]
+    bad_samples: tuple[BadSample, ...]
+    unknown_fields: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +214,27 @@ def _check_dataset(loader: Loader, number: int, tokens_per_tile: int) -> Dataset
             tokens_saved / max(1, int(length.sum()) + tokens_saved),
         ),
         bad=bad,
+        bad_samples=tuple(
+            BadSample(fault.line, fault.reason, str(fault.error))
+            for faults in (loader.index_faults, loader.faults)
+            for fault in faults.bad[loader.entries[number].name]
+        ),
+        unknown_fields=_unknown_fields(loader, number),
     )
+
+
+def _unknown_fields(loader: Loader, number: int) -> dict[str, int]:
+    """Counts the fields of records that nothing reads, most frequent first."""
+    source, found = loader.sources[number], Counter[str]()
+    for position in range(len(loader.indexes[number])):
+        try:
+            record = source.record(position)
+            fields = decode_json(record) if isinstance(record, bytes) else record
+        except ValueError:  # a bad sample (SampleError is one), listed as such
+            continue
+        if isinstance(fields, Mapping):
+            found.update(shorten(str(name)) for name in fields.keys() - KNOWN_FIELDS)
+    return dict(found.most_common())
 
 
 def _histogram(values: np.ndarray) -> dict[str, int]:
@@ -261,7 +297,12 @@ def format_check(report: CheckReport) -> str:
             f"{off.tokens_saved:,} tokens ({off.token_share_saved:.1%}) saved",
             f"  made to fit       {_listed(found.made_to_fit) or 'none'}",
             f"  bad samples       {_listed(found.bad) or 'none'}",
+            *(_told(each) for each in found.bad_samples[:SHOWN]),
         ]
+        if len(found.bad_samples) > SHOWN:
+            lines.append(f"    and {len(found.bad_samples) - SHOWN:,} more, see check.json")
+        if found.unknown_fields:
+            lines.append(f"  unknown fields    {_listed(found.unknown_fields)}, which are not read")
     shapes = (f"{bucket.tiles}x{bucket.length}x{bucket.rows}" for bucket in report.buckets)
     lines.append("buckets (tiles x tokens x rows)  " + "  ".join(shapes))
     for mode, padding in report.padding.items():
@@ -271,6 +312,10 @@ def format_check(report: CheckReport) -> str:
             f"{padding.steps:,}"
         )
     return "\n".join(lines)
+
+
+def _told(sample: BadSample) -> str:
+    return "    " + sample.error.replace("\n", " ")
 
 
 def _listed(counts: Mapping[str, int]) -> str:

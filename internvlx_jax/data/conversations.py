@@ -1,12 +1,14 @@
 """Sample records -> samples with checked roles and placeholders (design: data.md 2 and 3)."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
 from internvlx_jax.core.errors import SampleError, placeholder_mismatch
+from internvlx_jax.core.json_text import decode_json, invalid_text, shorten, shown
 from internvlx_jax.data import storage
+from internvlx_jax.data.embedded import embedded_image
+from internvlx_jax.data.record_forms import internvl_form, malformed
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 
 Size = tuple[int, int]  # (width, height) in pixels
@@ -75,20 +77,25 @@ def _parse(
 ) -> ChatSample:
     if isinstance(record, bytes):
         try:
-            record = json.loads(record)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(f"not valid JSON: {error}") from error
+            record = decode_json(record)
+        except ValueError as error:
+            raise malformed(str(error)) from None
     if not isinstance(record, Mapping):
-        raise _malformed("not a JSON object")
+        raise malformed(f"not a JSON object, but {shown(record)}")
+    record = internvl_form(record)
+    bad = invalid_text([record.get(name) for name in ("id", "image", "video", "conversations")])
+    if bad is not None:
+        raise malformed(f"a text is not valid Unicode: {bad}")
     images, sizes = _images(record, root)
     video = _video(record, root)
     system, turns = _conversation(record)
     if video is not None:
         if images:
-            raise _malformed('a sample has "image" or "video", not both')
+            raise malformed('a sample has "image" or "video", not both')
         turns = _place_video(turns)
-    elif images:
-        turns = _place_images(turns, len(images), prefix=not isinstance(record["image"], list))
+    else:
+        single = len(images) == 1 and isinstance(record["image"], Image)
+        turns = _place_images(turns, len(images), prefix=single)
     id = record.get("id")
     return ChatSample(
         dataset=dataset,
@@ -103,10 +110,6 @@ def _parse(
     )
 
 
-def _malformed(problem: str) -> SampleError:
-    return SampleError("json", f"{problem}.", "Correct the line, or leave it out.")
-
-
 def _images(
     record: Mapping[str, Any], root: str
 ) -> tuple[tuple[Image, ...], tuple[Size | None, ...]]:
@@ -117,7 +120,7 @@ def _images(
     else:
         paths, widths, heights = image, record.get("width_list"), record.get("height_list")
     if not _is_paths(paths):
-        raise _malformed(f'"image" must be a path or a list of paths, got {image!r}')
+        raise malformed(f'"image" must be a path or a list of paths, got {shown(image)}')
     return _joined(paths, root), _sizes(widths, heights, len(paths))
 
 
@@ -130,7 +133,7 @@ def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | No
     elif _is_paths(video):
         frames = video
     else:
-        raise _malformed(f'"video" must be a folder or a list of frames, got {video!r}')
+        raise malformed(f'"video" must be a folder or a list of frames, got {shown(video)}')
     if any(isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES) for frame in frames):
         raise SampleError(
             "missing_decoder",
@@ -152,12 +155,19 @@ def _is_paths(paths: Any) -> bool:
 
 
 def _joined(paths: list[Image], root: str) -> tuple[Image, ...]:
-    for path in paths:
-        if isinstance(path, str) and path.startswith("s3://"):
-            raise SampleError(
-                "unreadable", f"{path} is not a local file.", "Copy the files to a disk."
-            )
-    return tuple(path if isinstance(path, bytes) else storage.join(root, path) for path in paths)
+    return tuple(path if isinstance(path, bytes) else _place(path, root) for path in paths)
+
+
+def _place(path: str, root: str) -> Image:
+    """Returns the path joined with the root, or the encoded file that the text is."""
+    data = embedded_image(path)
+    if data is not None:
+        return data
+    if path.startswith("s3://"):
+        raise SampleError(
+            "unreadable", f"{shorten(path)} is not a local file.", "Copy the files to a disk."
+        )
+    return storage.join(root, path)
 
 
 def _sizes(widths: Any, heights: Any, n_images: int) -> tuple[Size | None, ...]:
@@ -194,12 +204,8 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
         and isinstance(turn.get("value"), str)
         for turn in turns
     ):
-        raise _malformed('"conversations" must be a list of {"from": ..., "value": ...} with texts')
+        raise malformed('"conversations" must be a list of {"from": ..., "value": ...} with texts')
     turns = [(turn["from"], turn["value"]) for turn in turns]
-    try:
-        "".join(text for _, text in turns).encode()
-    except UnicodeEncodeError as error:
-        raise _malformed(f"a text is not valid Unicode: {error}") from error
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
@@ -207,7 +213,7 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
     if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
         raise SampleError(
             "role_order",
-            f"the turns are from {', '.join(roles) or 'nobody'}.",
+            f"the turns are from {shorten(', '.join(roles)) if roles else 'nobody'}.",
             "They must alternate human, gpt, human, ...; only a system turn and a gpt turn may "
             "come before.",
         )
@@ -215,7 +221,10 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
 
 
 def _place_images(turns: list[Turn], n_images: int, *, prefix: bool) -> list[Turn]:
-    """Returns turns with one placeholder per image; `prefix` adds the one that is missing."""
+    """Returns turns with one placeholder per image; `prefix` adds the one that is missing.
+
+    A placeholder without an image is an error: the picture would be missing without a word.
+    """
     found = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
     if prefix and found == 0:
         (role, text), *rest = turns

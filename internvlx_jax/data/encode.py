@@ -76,11 +76,12 @@ def encode_prompt(
     tiles_per_image: Sequence[int],
     tokens_per_tile: int,
     special_text: SpecialText = "escape",
+    images_per_turn: Sequence[int] | None = None,
 ) -> Encoded:
     """Encodes a generation prompt: history, question and the header of the answer.
 
-    A first question with images but without "<image>" gets "<image>\\n" in front; nothing is
-    stripped (design: data.md 4).
+    A first question with images but without "<image>" gets "<image>\\n" in front for each; nothing
+    is stripped (design: data.md 4).
 
     Args:
         question: the message to answer.
@@ -91,6 +92,8 @@ def encode_prompt(
         tiles_per_image: tiles of each image, in order.
         tokens_per_tile: image tokens per tile.
         special_text: what reserved text inside turns does.
+        images_per_turn: images of each question, oldest first; "<image>" is ordinary text in a
+            question without one. None: it is an image wherever there are images at all.
 
     Returns:
         The prompt; no label is set.
@@ -100,11 +103,22 @@ def encode_prompt(
     """
     history = list(history)
     if len(tiles_per_image) > 0 and not history and IMAGE_PLACEHOLDER not in question:
-        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+        question = f"{IMAGE_PLACEHOLDER}\n" * len(tiles_per_image) + question
     turns = [turn for asked, answer in history for turn in (("human", asked), ("gpt", answer))]
     parts = render(template, [*turns, ("human", question), ("gpt", "")], system=system)
     parts = [part._replace(supervised=False) for part in parts]
+    if images_per_turn is not None:
+        parts = _as_text(parts, images_per_turn)
     return _encode(parts, template, tokenizer, tiles_per_image, tokens_per_tile, special_text)
+
+
+def _as_text(parts: list[Part], images_per_turn: Sequence[int]) -> list[Part]:
+    """Returns the parts with the questions that have no image marked as plain text."""
+    images = iter(images_per_turn)
+    return [
+        part._replace(source="text") if part.source == "human" and not next(images) else part
+        for part in parts
+    ]
 
 
 def _encode(
@@ -122,7 +136,8 @@ def _encode(
     if found != len(tiles_per_image):
         raise placeholder_mismatch(len(tiles_per_image), found)
     writer = _Writer(tokenizer)
-    if template.bos or (template.bos is None and tokenizer.add_bos):
+    wants_bos = tokenizer.add_bos if template.bos is None else template.bos
+    if wants_bos and tokenizer.bos_id is not None:
         writer.ids([tokenizer.bos_id])
     writer.ids(tokenizer.start_ids)  # every template begins with an added token
     for part in parts:
@@ -138,7 +153,7 @@ def _encode(
 class _Writer:
     """Collects ids and labels (design: data.md 6).
 
-    Neighboring plain texts become one SentencePiece call, because a piece may span both.
+    Neighboring plain texts become one call of the tokenizer, because a piece may span both.
     """
 
     def __init__(self, tokenizer: Tokenizer):

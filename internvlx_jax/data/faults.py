@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,13 @@ import numpy as np
 
 from internvlx_jax.core.data_config import FaultConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.json_text import complete_lines, decode_json, encode_line
+from internvlx_jax.core.line_log import LineLog, holds_lines, read_whole
+from internvlx_jax.core.paths import as_path
 
 JUDGED_FROM = 100  # a smaller dataset, or fewer samples read, is judged as if it were so many
 TRIES = 3  # replacements that are tried before a place stays empty
+EXAMPLES = 3  # bad samples of a dataset that a message names
 
 
 class Fault(NamedTuple):
@@ -31,6 +34,38 @@ class Fault(NamedTuple):
     line: int
     reason: str
     error: SampleError | None
+
+
+class Origin(NamedTuple):
+    """Where the records of a dataset come from, whatever a meta file calls it.
+
+    Attributes:
+        annotation: absolute path, URL or name of the records.
+        root: absolute path or URL of the folder of its images; empty without one.
+    """
+
+    annotation: str
+    root: str
+
+
+class Listed(NamedTuple):
+    """A sample in a quarantine file.
+
+    Attributes:
+        dataset: name of its dataset.
+        origin: where it comes from; None in a file of version 0.1, which had names only.
+        line: number of its record, from 1.
+    """
+
+    dataset: str
+    origin: Origin | None
+    line: int
+
+    def is_of(self, dataset: str, origin: Origin | None) -> bool:
+        """Returns whether it is of this dataset: the annotation decides where it is known."""
+        if self.origin is None or origin is None:
+            return self.dataset == dataset
+        return self.origin == origin
 
 
 def replacements(
@@ -60,14 +95,23 @@ class FaultCounts:
     Args:
         datasets: names in order.
         config: when a run stops.
+        origins: where each dataset comes from, by name.
 
     Attributes:
         reasons: number of faults by (dataset, reason).
+        bad: the bad samples of each dataset, each once.
     """
 
-    def __init__(self, datasets: Sequence[str], config: FaultConfig):
+    def __init__(
+        self,
+        datasets: Sequence[str],
+        config: FaultConfig,
+        origins: Mapping[str, Origin] | None = None,
+    ):
         self.datasets, self.config = list(datasets), config
+        self.origins = dict(origins or {})
         self.reasons: Counter[tuple[str, str]] = Counter()
+        self.bad: dict[str, list[Fault]] = defaultdict(list)
         self._read: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
         self._quarantine: Path | None = None
@@ -80,7 +124,13 @@ class FaultCounts:
         Each sample is listed once, also over restarts.
         """
         self._quarantine = quarantine
-        listed = read_quarantine([quarantine]) if quarantine.is_file() else set()
+        found = read_quarantine([quarantine]) if quarantine.exists() else set()
+        listed = {
+            (name, sample.line)
+            for sample in found
+            for name in self.datasets
+            if sample.is_of(name, self.origins.get(name))
+        }
         self._listed |= listed
         self._unwritten = [
             fault for fault in self._unwritten if (fault.dataset, fault.line) not in listed
@@ -90,21 +140,19 @@ class FaultCounts:
     def _write(self) -> None:
         if not self._unwritten or self._quarantine is None:
             return
-        with self._quarantine.open("a", encoding="utf-8") as file:
-            for fault in self._unwritten:
-                file.write(
-                    json.dumps(
-                        {
-                            "dataset": fault.dataset,
-                            "line": fault.line,
-                            "reason": fault.reason,
-                            "error": str(fault.error),
-                        },
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                )
+        log = LineLog(self._quarantine)
+        log.append(encode_line(self._row(fault)) for fault in self._unwritten)
+        log.close()
         self._unwritten.clear()
+
+    def _row(self, fault: Fault) -> dict[str, str | int]:
+        origin = self.origins.get(fault.dataset)
+        return {
+            "dataset": fault.dataset,
+            "line": fault.line,
+            "reason": fault.reason,
+            "error": str(fault.error),
+        } | (origin._asdict() if origin else {})
 
     def add(self, read: Mapping[str, int], faults: Sequence[Fault]) -> None:
         """Counts samples that were read, and what was wrong with some of them.
@@ -124,6 +172,7 @@ class FaultCounts:
             if (fault.dataset, fault.line) not in self._listed:
                 self._listed.add((fault.dataset, fault.line))
                 self._unwritten.append(fault)
+                self.bad[fault.dataset].append(fault)
         self._write()
         if self.config.on_bad == "fail":
             for fault in bad:
@@ -145,7 +194,7 @@ class FaultCounts:
         """
         for name, (read, bad) in zip(self.datasets, totals.tolist(), strict=True):
             if bad > self.config.max_share * max(read, JUDGED_FROM):
-                listed = f", see {self._quarantine}" if self._quarantine else ""
+                listed = f", see {self._quarantine}" if self._quarantine else self.examples(name)
                 raise ConfigError(
                     f'dataset "{name}": {bad} of {read} samples are bad, more than '
                     f"data.faults.max_share = {self.config.max_share} "
@@ -157,6 +206,12 @@ class FaultCounts:
         found = sorted(self.reasons.items())
         return [f"{reason} {count}" for (dataset, reason), count in found if dataset == name]
 
+    def examples(self, *names: str) -> str:
+        """Returns "; for example PLACE: PROBLEM; ...", empty where nothing is bad."""
+        found = [fault for name in names or self.datasets for fault in self.bad[name][:EXAMPLES]]
+        told = [str(fault.error).partition("\n")[0].rstrip(".") for fault in found[:EXAMPLES]]
+        return "; for example " + "; ".join(told) if told else ""
+
     def summary(self) -> str:
         """Returns "receipts: json 2, unreadable 1; ...", empty without faults."""
         by_dataset = {name: self._found(name) for name in self.datasets}
@@ -165,24 +220,24 @@ class FaultCounts:
         )
 
 
-def read_quarantine(paths: Collection[str | Path]) -> set[tuple[str, int]]:
-    """Returns (dataset, line) of the samples that quarantine files list.
+def read_quarantine(paths: Collection[str | Path]) -> set[Listed]:
+    """Returns the samples that quarantine files list.
 
     Raises:
         ConfigError: a file does not exist, or a line of it names no sample.
     """
     listed = set()
     for path in paths:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
-            raise ConfigError(f"data.faults.exclude: {path} does not exist") from None
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                break  # the run that wrote it was killed
+        if not holds_lines(as_path(path)):
+            raise ConfigError(f"data.faults.exclude: {path} does not exist")
+        data = read_whole(as_path(path))
+        # A last line without its end is of a run that was killed.
+        for number, line in enumerate(complete_lines(data), start=1):
             try:
-                fields = json.loads(line)
-                listed.add((fields["dataset"], fields["line"]))
+                fields = decode_json(line)
+                named = "annotation" in fields
+                origin = Origin(fields["annotation"], fields.get("root", "")) if named else None
+                listed.add(Listed(fields["dataset"], origin, int(fields["line"])))
             except (ValueError, TypeError, KeyError):
                 raise ConfigError(
                     f'{path} line {number}: no quarantined sample; it needs "dataset" and "line"'

@@ -8,21 +8,38 @@ strict.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from internvlx_jax.core.data_config import MAX_PIXELS
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.json_text import shorten
 from internvlx_jax.data import storage
+from internvlx_jax.data.embedded import embedded_image
+from internvlx_jax.data.png import png_metadata
 
 _LOCK = threading.Lock()
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What differs between two runs, and would make their messages differ.
+_ADDRESS = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>| at 0x[0-9a-f]+")
+CHECK_FILE = "Check the path or URL, and that it is an image file."
 
 
 class StoredImage(Protocol):
@@ -37,11 +54,29 @@ class StoredImage(Protocol):
 ImageSource = str | os.PathLike | bytes | StoredImage
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image in memory, with a name for messages."""
+
+    name: str
+    data: bytes = dataclasses.field(repr=False)
+
+    def open(self) -> BinaryIO:
+        """Returns the encoded image as a file."""
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def open_image(source: ImageSource) -> BinaryIO:
     """Opens the encoded bytes of an image file."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return storage.open_binary(source) if isinstance(source, (str, os.PathLike)) else source.open()
+    if isinstance(source, str):
+        data = embedded_image(source)
+        return storage.open_binary(source) if data is None else io.BytesIO(data)
+    return storage.open_binary(source) if isinstance(source, os.PathLike) else source.open()
 
 
 def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, int]:
@@ -51,7 +86,7 @@ def image_size(source: ImageSource, *, apply_exif: bool = False) -> tuple[int, i
         SampleError: "unreadable".
     """
     with _opened(source) as image:
-        turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        turned = apply_exif and _orientation(image) in _QUARTER_TURNS
         width, height = image.size
         return (height, width) if turned else (width, height)
 
@@ -89,7 +124,7 @@ def load_image(
         raise SampleError(
             "truncated",
             "the file is damaged; only a part of it can be decoded.",
-            'Replace the file, or set data.images.truncated="use".',
+            "Replace the file.",
             _name(source),
         ) from error
 
@@ -105,13 +140,13 @@ def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) ->
         raise SampleError(
             "too_many_pixels",
             f"{width} x {height} pixels are more than max_pixels = {max_pixels}.",
-            "Scale the image down, or raise data.images.max_pixels.",
+            "Scale the image down.",
             _name(source),
         )
 
 
 def _name(source: ImageSource) -> str:
-    return "the encoded image" if isinstance(source, bytes) else str(source)
+    return "the encoded image" if isinstance(source, bytes) else shorten(str(source), 1000)
 
 
 def _decode(
@@ -127,10 +162,14 @@ def _decode(
                 "Convert the file to 8-bit RGB or grayscale.",
                 _name(source),
             )
+        turn = _TURNS.get(_orientation(image) or 1) if apply_exif else None
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            # The pixels are all that counts: text behind them may be large or damaged.
+            image.load_end = lambda: None
         with _pillow_globals() if tolerant else contextlib.nullcontext():
             image.load()
-        if apply_exif:
-            image = ImageOps.exif_transpose(image)
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255: white images
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             counted += ("16bit",)
@@ -138,6 +177,38 @@ def _decode(
         rgb = image.convert("RGB")
     rgb.info = {"counted": counted}
     return rgb
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Returns the EXIF orientation of an open file from its header; None where it is damaged.
+
+    Pillow decodes a whole PNG to look for EXIF behind its pixels, so PNG files are looked through
+    here.
+    """
+    try:
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            assert image.fp is not None
+            image = Image.open(io.BytesIO(png_metadata(image.fp)))
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises nearly anything, and says nothing about the pixels
+        return None
+    return found if isinstance(found, int) else None
+
+
+def unreadable(source: ImageSource, error: Exception) -> SampleError:
+    """Returns the error of an image that cannot be read; it repeats neither path nor payload."""
+    return SampleError(
+        "unreadable", f"the image cannot be read ({_reason(error)}).", CHECK_FILE, _name(source)
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Returns what an exception says, the same in every run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
+    return f"{type(error).__name__}: {_ADDRESS.sub('', shorten(str(error)))}"
 
 
 @contextlib.contextmanager
@@ -151,12 +222,7 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     except (SampleError, ConfigError, MemoryError):
         raise
     except Exception as error:  # damaged files make the decoders raise nearly anything
-        raise SampleError(
-            "unreadable",
-            f"the image cannot be read ({type(error).__name__}: {error}).",
-            'Check the file and its path ("root" of the meta file joined with "image").',
-            _name(source),
-        ) from error
+        raise unreadable(source, error) from error
 
 
 class _TrueInThisThread:
@@ -174,8 +240,11 @@ def _pillow_globals() -> Iterator[None]:
     """Lifts Pillow's pixel limit, for check_pixels has its own, and tolerates damaged files."""
     with _LOCK:
         saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        text = PngImagePlugin.MAX_TEXT_MEMORY
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, _TrueInThisThread(saved[1])
+        PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # text in front of the pixels is no damage
         try:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = saved
+            PngImagePlugin.MAX_TEXT_MEMORY = text

@@ -4,6 +4,10 @@ The index of a source lies beside it (or in `data.index_dir`). Its name is a has
 decides it: the records, the tokenizer, the template, the tiling, the capacity. Reading image
 headers is slow, so their sizes are kept apart by chunks of records: an interrupted scan goes on,
 and another tokenizer does not repeat it.
+
+A stored index is looked through at the start of a new run: images that could not be read are tried
+again, and images whose file has another size or time than before are measured again. A resumed run
+keeps the index that it began with, because its order follows from it.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import uuid
 import warnings
-from collections import Counter
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,17 +32,29 @@ from tqdm import tqdm
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import REASONS, SampleError
 from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.paths import STORES, RemotePath, as_path
+from internvlx_jax.core.remote import protocol_of
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.fit import CHANGES, fit_sample, supervised_tokens
+from internvlx_jax.data.header_scan import chunk_sizes
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import Source, cache_name, read_sample
+from internvlx_jax.data.stamps import MISSING, NONE, stamp_of
 from internvlx_jax.data.video import frame_separator, list_frames, with_frames
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 CHUNK = 1024  # records between two saves of a header scan; so many encoded images are in memory
 THREADS = 32  # headers are waited for, not computed
+# So many measured samples are looked at again when a run starts. Larger indexes are trusted,
+# and an image that no longer fits is told when it is decoded.
+LOOK_AGAIN = 100_000
+# Reasons that another image file may take away.
+_RETRIED = ("unreadable", "too_many_pixels")
+_OF_IMAGES = (*_RETRIED, "too_long", "size_mismatch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +70,7 @@ class SizeIndex:
         images: int32[n], images.
         off_tiles: int32[n], tiles under the tile rule `off`.
         frames: int32[n], frames that a video has and has room for; 0 for everything else.
+        stamp: int64[n], `stamps.stamp_of` the images whose headers were read; 0 for all others.
         bad: (position, error) of the bad samples.
     """
 
@@ -61,6 +82,7 @@ class SizeIndex:
     images: np.ndarray
     off_tiles: np.ndarray
     frames: np.ndarray
+    stamp: np.ndarray
     bad: tuple[tuple[int, SampleError], ...]
 
     def __len__(self) -> int:
@@ -80,11 +102,12 @@ class SizeIndex:
 
     @classmethod
     def load(cls, path: Path) -> SizeIndex:
-        """Reads what `save` wrote."""
-        with np.load(path) as stored:
+        """Reads what `save` wrote; files of version 0.1 have no stamps."""
+        with path.open("rb") as file, np.load(file) as stored:
             bad = json.loads(stored["bad"].tobytes())
+            unknown = np.zeros(len(stored["status"]), np.int64)
             return cls(
-                **{name: stored[name] for name in _ARRAYS},
+                **{name: stored.get(name, unknown) for name in _ARRAYS},
                 bad=tuple((position, SampleError(*error)) for position, *error in bad),
             )
 
@@ -99,6 +122,7 @@ _ARRAYS = {
     "images": np.int32,
     "off_tiles": np.int32,
     "frames": np.int32,
+    "stamp": np.int64,
 }
 
 
@@ -121,6 +145,7 @@ def load_index(
     capacity: Capacity,
     *,
     progress: bool = False,
+    refresh: bool = True,
 ) -> SizeIndex:
     """Returns the cached index of a source, or makes one and caches it.
 
@@ -133,31 +158,66 @@ def load_index(
         config: settings of the pipeline.
         capacity: bounds under which the samples are encoded.
         progress: whether to show a progress bar.
+        refresh: whether images of a cached index are looked at again.
     """
     count = len(source) if entry.repeat_time >= 1 else int(len(source) * entry.repeat_time)
-    folder = Path(config.index_dir) if config.index_dir else Path(source.beside).parent
+    folder = as_path(config.index_dir) if config.index_dir else _beside(source)
     name = cache_name(source)
     sizes_key = _digest(
         VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images)
     )
     path = folder / f"{name}.index-{_index_key(sizes_key, count, processor, config, capacity)}.npz"
-    if path.is_file():
-        return SizeIndex.load(path)
     writable = _is_writable(folder)
+    headers = folder / f"{name}.headers-{sizes_key}" if writable else None
+    builder = _Builder(source, entry, processor, config, capacity, headers)
+    stored = _stored(path)
+    if stored is not None and len(stored) == count:
+        index = builder.refreshed(stored) if refresh else stored
+        if index is not stored and writable:
+            index.save(path)
+        return index
     if not writable:
         warnings.warn(
             f"{folder} cannot be written to, so the size index of {source.path} is made again at "
             "every start; set data.index_dir to a folder of your own.",
             stacklevel=2,
         )
-    headers = folder / f"{name}.sizes-{sizes_key}" if writable else None
-    index = _Builder(source, entry, processor, config, capacity, headers).build(count, progress)
+    index = builder.build(count, progress)
     if writable:
         index.save(path)
     return index
 
 
+def _beside(source: Source) -> Path:
+    """Returns the folder of a source: hosts that share no disk share that of an object store."""
+    if protocol_of(source.path) in STORES:
+        return as_path(source.path).parent
+    return Path(source.beside).parent
+
+
+def _stored(path: Path) -> SizeIndex | None:
+    """Returns a cached index; None without one, and for a file that is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return SizeIndex.load(path)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        warnings.warn(
+            f"{path} is damaged ({type(error).__name__}), so the size index is made again.",
+            stacklevel=3,
+        )
+        return None
+
+
 def _is_writable(folder: Path) -> bool:
+    if isinstance(folder, RemotePath):
+        probe = folder / f".{uuid.uuid4().hex}.probe"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+            return True
+        except OSError:
+            return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return os.access(folder, os.W_OK)
@@ -211,18 +271,65 @@ class _Builder:
     def build(self, count: int, progress: bool) -> SizeIndex:
         """Returns the index of the first `count` records."""
         rows = {name: np.zeros(count, dtype) for name, dtype in _ARRAYS.items()}
-        bad: list[tuple[int, SampleError]] = []
+        return self._filled(rows, [], range(count), progress)
+
+    def refreshed(self, index: SizeIndex) -> SizeIndex:
+        """Returns the index with what has changed measured again; the same one if nothing has."""
+        changed = self._changed(index)
+        if not changed:
+            return index
+        rows = {name: getattr(index, name).copy() for name in _ARRAYS}
+        for column in rows.values():
+            column[changed] = 0
+        known = [item for item in index.bad if item[0] not in set(changed)]
+        new = self._filled(rows, known, changed, progress=False)
+        same = all(np.array_equal(getattr(new, name), getattr(index, name)) for name in _ARRAYS)
+        if same:
+            return index
+        logger.info(f"{self.source.path}: {len(changed):,} samples measured again")
+        return new
+
+    def _changed(self, index: SizeIndex) -> list[int]:
+        """Returns the samples whose images may be other ones than those that were measured."""
+        bad = {position: error.reason for position, error in index.bad}
+        again = [position for position, reason in bad.items() if reason in _OF_IMAGES]
+        measured = np.flatnonzero((index.stamp != NONE) & (index.status == 0)).tolist()
+        if len(measured) <= LOOK_AGAIN:
+            again += measured
+
+        def differs(position: int) -> bool:
+            try:
+                stamp = stamp_of(read_sample(self.source, self.entry, position))
+            except SampleError:
+                return False
+            if stamp != index.stamp[position]:
+                # Without a stamp the sizes are those of the annotation, or of version 0.1.
+                return index.stamp[position] != NONE or position in bad
+            return bad.get(position) in _RETRIED and stamp != MISSING
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = list(pool.map(differs, again))
+        return sorted(position for position, other in zip(again, found, strict=True) if other)
+
+    def _filled(
+        self,
+        rows: dict[str, np.ndarray],
+        bad: list[tuple[int, SampleError]],
+        positions: Sequence[int],
+        progress: bool,
+    ) -> SizeIndex:
+        """Returns the index with the columns of some samples computed, in place."""
         video = self.config.video
         tokens = frame_tokens(self.processor, video.template, video.max_frames)
         label = f"index of {self.entry.name}"
-        bar = tqdm(total=count, desc=label, unit=" samples", disable=not progress)
+        bar = tqdm(total=len(positions), desc=label, unit=" samples", disable=not progress)
         with ThreadPoolExecutor(THREADS) as pool, bar:
-            for first in range(0, count, CHUNK):
-                stop = min(count, first + CHUNK)
-                samples = self._samples(range(first, stop), bad)
-                cached = self.headers / f"{first // CHUNK:06d}.json" if self.headers else None
-                sizes = _chunk_sizes(samples, self.processor, pool, cached)
+            for chunk, members in _by_chunk(positions):
+                samples = self._samples(members, bad)
+                cached = self.headers / f"{chunk:06d}.json" if self.headers else None
+                sizes, stamps = chunk_sizes(samples, self.processor, pool, cached)
                 for position, sample in samples.items():
+                    rows["stamp"][position] = stamps.get(position, NONE)
                     try:
                         found = self._row(sample, sizes[position], tokens)
                     except SampleError as error:
@@ -230,14 +337,14 @@ class _Builder:
                         continue
                     for name, value in found.items():
                         rows[name][position] = value
-                bar.update(stop - first)
+                bar.update(len(members))
         bad.sort(key=lambda item: item[0])
         for position, error in bad:
             rows["status"][position] = 1 + REASONS.index(error.reason)
         return SizeIndex(**rows, bad=tuple(bad))
 
     def _samples(
-        self, positions: range, bad: list[tuple[int, SampleError]]
+        self, positions: Iterable[int], bad: list[tuple[int, SampleError]]
     ) -> dict[int, ChatSample]:
         """Returns the samples of these positions that can be read; the others go to `bad`."""
         samples: dict[int, ChatSample] = {}
@@ -276,56 +383,14 @@ class _Builder:
         }
 
 
-# Sizes of the images of a sample by its position, or why they cannot be read.
-_Sizes = dict[int, list[Size] | SampleError]
-
-
-def _chunk_sizes(
-    samples: dict[int, ChatSample],
-    processor: Processor,
-    pool: ThreadPoolExecutor,
-    cached: Path | None,
-) -> _Sizes:
-    """Returns the sizes of the images of each sample; threads read those that are not stated."""
-
-    def sizes_of(sample: ChatSample) -> list[Size] | SampleError:
-        try:
-            return processor.sizes(sample.images, sample.where, sample.sizes)
-        except SampleError as error:
-            return error
-
-    stated = processor.images.trust_sizes
-    unknown = {
-        position: sample
-        for position, sample in samples.items()
-        if sample.images and not (stated and all(sample.sizes))
-    }
-    known: _Sizes = {
-        position: sizes_of(sample)
-        for position, sample in samples.items()
-        if position not in unknown
-    }
-    if not unknown:
-        return known
-    scanned = _read_sizes(cached)
-    # A file that could not be read may be available by now: only sizes are remembered.
-    missing = {position: sample for position, sample in unknown.items() if position not in scanned}
-    found = dict(zip(missing, pool.map(sizes_of, missing.values()), strict=True))
-    new = {
-        position: sizes for position, sizes in found.items() if not isinstance(sizes, SampleError)
-    }
-    if cached is not None and new:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(cached) as aside:
-            aside.write_text(json.dumps(scanned | new))
-    return {**known, **scanned, **found}
-
-
-def _read_sizes(cached: Path | None) -> dict[int, list[Size]]:
-    if cached is None or not cached.is_file():
-        return {}
-    stored = json.loads(cached.read_bytes())
-    return {
-        int(position): [(width, height) for width, height in sizes]
-        for position, sizes in stored.items()
-    }
+def _by_chunk(positions: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
+    """Returns (number of the chunk, its positions) of positions in ascending order."""
+    if isinstance(positions, range):  # all of them, which need not be listed at once
+        return (
+            (first // CHUNK, list(positions[first : first + CHUNK]))
+            for first in range(0, len(positions), CHUNK)
+        )
+    chunks: dict[int, list[int]] = defaultdict(list)
+    for position in positions:
+        chunks[position // CHUNK].append(position)
+    return chunks.items()

@@ -1,14 +1,14 @@
 """Meta files: which chat files make up the training data (design: data.md 1 and 16)."""
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
-from internvlx_jax.core.tile_config import TILE_RULES
+from internvlx_jax.core.json_text import decode_json, invalid_text, shown
+from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES
 from internvlx_jax.data import storage
 from internvlx_jax.data.templates import get_template
 
@@ -22,7 +22,7 @@ class DatasetEntry:
     Attributes:
         name: key in the meta file.
         root: folder that image paths are joined with.
-        annotation: a JSONL chat file.
+        annotation: a JSONL chat file, or one JSON array of samples.
         array_record: a path or pattern of ArrayRecord files.
         tfds: a prepared TFDS dataset, "name/config:version".
         split: of the TFDS dataset.
@@ -73,15 +73,22 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
     path = os.fspath(path)
     try:
         with storage.open_binary(path) as file:
-            meta = json.load(file)
+            data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"meta file {path} does not exist. Check the path.") from None
+    try:
+        meta = decode_json(data, unique_keys=True)
     except ValueError as error:
-        raise ConfigError(f"meta file {path} is not JSON: {error}. Correct the file.") from error
+        raise ConfigError(f"meta file {path} is {error}. Correct the file.") from None
+    bad = invalid_text(meta)
+    if bad is not None:
+        raise ConfigError(f"meta file {path}: a text is not valid Unicode: {bad}. Correct it.")
     if not isinstance(meta, dict) or not all(isinstance(fields, dict) for fields in meta.values()):
         raise ConfigError(
             f'{path}: must map dataset names to objects, {{"name": {{"annotation": ...}}}}.'
         )
+    if not meta:
+        raise ConfigError(f'{path}: names no datasets; add {{"name": {{"annotation": ...}}}}.')
     folder = os.path.dirname(path)
     return [
         _entry(folder, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()
@@ -96,27 +103,31 @@ def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
     fields = {key: fields[key] for key in _FIELDS if fields.get(key) is not None}
     for key in fields:
         if _FIELDS[key] in (str, str | None) and not isinstance(fields[key], str):
-            raise ConfigError(f'{where}: "{key}" must be a text, got {fields[key]!r}.')
+            raise ConfigError(f'{where}: "{key}" must be a text, got {shown(fields[key])}.')
     _resolve_source(folder, where, fields)
     if fields.setdefault("root", ""):
         fields["root"] = _resolve(folder, where, "root", fields["root"], storage.is_folder)
     repeat = fields.get("repeat_time", 1)
     if not _is_number(repeat) or repeat < 0 or (repeat > 1 and repeat != int(repeat)):
         raise ConfigError(
-            f'{where}: "repeat_time" must be below 1 or a whole number, got {repeat!r}.'
+            f'{where}: "repeat_time" must be below 1 or a whole number, got {shown(repeat)}.'
         )
     weight = fields.get("weight", 1)
     if not _is_number(weight) or weight <= 0:
-        raise ConfigError(f'{where}: "weight" must be a number above 0, got {weight!r}.')
+        raise ConfigError(f'{where}: "weight" must be a number above 0, got {shown(weight)}.')
     limit = fields.get("max_dynamic_patch", 1)
-    if not isinstance(limit, int) or limit < 1:
+    if not _is_count(limit) or not 1 <= limit <= MOST_TILES:
         raise ConfigError(
-            f'{where}: "max_dynamic_patch" must be a whole number above 0, got {limit!r}.'
+            f'{where}: "max_dynamic_patch" must be a whole number above 0, got {shown(limit)}; '
+            f"at most {MOST_TILES}."
         )
+    length = fields.get("length")
+    if length is not None and not _is_count(length):
+        raise ConfigError(f'{where}: "length" must be a whole number, got {shown(length)}.')
     rule = fields.get("tile_rule", "edge")
     if rule not in TILE_RULES:
         raise ConfigError(
-            f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {rule!r}.'
+            f'{where}: "tile_rule" must be one of {", ".join(TILE_RULES)}, got {shown(rule)}.'
         )
     try:
         get_template(fields.get("conv_style", "internlm2-chat"))
@@ -124,7 +135,7 @@ def _entry(folder: str, where: str, name: str, fields: dict) -> DatasetEntry:
         raise ConfigError(f'{where}: "conv_style": {error}') from error
     if not isinstance(fields.get("data_augment", False), bool):
         raise ConfigError(
-            f'{where}: "data_augment" must be true or false, got {fields["data_augment"]!r}.'
+            f'{where}: "data_augment" must be true or false, got {shown(fields["data_augment"])}.'
         )
     return DatasetEntry(name=name, **fields)
 
@@ -158,9 +169,10 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
                 folder, where, "data_dir", fields["data_dir"], storage.is_folder
             )
     else:
-        if not fields.get("annotation", "").endswith("jsonl"):
+        if not fields.get("annotation", "").endswith(("jsonl", "json")):
             raise ConfigError(
-                f'{where}: "annotation" must name a .jsonl file, got {fields.get("annotation")!r}.'
+                f'{where}: "annotation" must name a .jsonl file, got '
+                f"{shown(fields.get('annotation'))}; a .json file that is one array is read, too."
             )
         fields["annotation"] = _resolve(
             folder, where, "annotation", fields["annotation"], storage.is_file
@@ -168,14 +180,14 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value)
 
 
 def _resolve(folder: str, where: str, key: str, value: str, exists: Callable[[str], bool]) -> str:
-    if value.startswith("s3://"):
-        raise ConfigError(
-            f'{where}: "{key}" is {value}; s3:// cannot be read. Copy the files to a disk.'
-        )
     candidates = list(dict.fromkeys([value, storage.join(folder, value)]))
     for candidate in candidates:
         if exists(candidate):

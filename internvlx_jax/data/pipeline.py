@@ -29,7 +29,7 @@ from internvlx_jax.data.plan import PlannedStep, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
-from internvlx_jax.data.sources import Source, open_source
+from internvlx_jax.data.sources import Source, open_source, origin_of
 from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
@@ -91,6 +91,8 @@ class Loader:
         epochs: number of epochs after which the plan ends; None: it never ends.
         state: what `state` returned before, for a resumed run.
         progress: whether to show the making of a size index.
+        refresh: whether images that a size index knows are looked at again; a resumed run (`state`)
+            keeps the index that it began with.
 
     Attributes:
         entries, sources, processors, indexes: one per dataset.
@@ -119,6 +121,7 @@ class Loader:
         epochs: int | None = None,
         state: Mapping[str, Any] | None = None,
         progress: bool = False,
+        refresh: bool = True,
     ):
         if row_quantum % process_count:
             raise ConfigError(
@@ -132,19 +135,27 @@ class Loader:
         self.processors = [processor.for_dataset(entry) for entry in self.entries]
         capacity = Capacity(config.max_length, config.pack.tiles if self._packed else None)
         self.indexes = [
-            load_index(source, entry, processor, config, capacity, progress=progress)
+            load_index(
+                source,
+                entry,
+                processor,
+                config,
+                capacity,
+                progress=progress,
+                refresh=refresh and not state,
+            )
             for source, entry, processor in zip(
                 self.sources, self.entries, self.processors, strict=True
             )
         ]
-        self.faults = FaultCounts(self._names, config.faults)
+        self.faults = self._fault_counts()
         self.index_faults = self._index_faults()
         self.table = make_table(
             self.entries, self.sources, self.indexes, self.processors, config, seed
         )
         if not len(self.table.length):
             found = self.index_faults.summary()
-            found = f" that can be used ({found})" if found else ""
+            found = f" that can be used ({found}){self.index_faults.examples()}" if found else ""
             raise ConfigError(f"{meta}: the meta file names no samples{found}")
         self.reader = SampleReader(
             self.sources, self.entries, self.processors, config, capacity, seed
@@ -178,13 +189,20 @@ class Loader:
     def _saved_per_tile(self) -> int:
         return self.processors[0].saved_per_tile
 
+    def _fault_counts(self) -> FaultCounts:
+        origins = {
+            entry.name: origin_of(source, entry)
+            for source, entry in zip(self.sources, self.entries, strict=True)
+        }
+        return FaultCounts(self._names, self.config.faults, origins)
+
     def _index_faults(self) -> FaultCounts:
         """Counts the bad samples of the indexes.
 
         Raises:
             ConfigError: too large a share of a dataset is bad.
         """
-        counts = FaultCounts(self._names, self.config.faults)
+        counts = self._fault_counts()
         for source, name, index in zip(self.sources, self._names, self.indexes, strict=True):
             faults = [
                 Fault(name, int(source.lines[position]), error.reason, error)

@@ -32,6 +32,20 @@ DECODED_ANYWAY = {
 }
 
 
+# What training data have beside a path: settings, and a root that paths are joined with.
+_REMEDIES = {
+    "unreadable": 'Check the file and its path ("root" of the meta file joined with "image").',
+    "truncated": 'Replace the file, or set data.images.truncated="use".',
+    "too_many_pixels": "Scale the image down, or raise data.images.max_pixels.",
+}
+
+
+def _in_training(error: SampleError) -> SampleError:
+    """Returns the error of an image with what to do about it in training data."""
+    remedy = _REMEDIES.get(error.reason, error.remedy)
+    return SampleError(error.reason, error.problem, remedy, error.where)
+
+
 @dataclasses.dataclass(frozen=True)
 class Processor:
     """Describes how a model reads samples. Loader workers hold a pickled copy.
@@ -74,11 +88,18 @@ class Processor:
             special_text: what reserved text inside turns does.
             tiles: replaces how the model's own prompt cuts images.
             images: how image files are read.
+
+        Raises:
+            ConfigError: the tokenizer has more ids than the model has rows, or it lacks the
+                separator of the template.
         """
         prompt = config.prompt
+        tokenizer.check_rows(config.decoder.vocab_size)
+        template = get_template(prompt.template)
+        tokenizer.token_id(template.stop)
         return cls(
             tokenizer,
-            get_template(prompt.template),
+            template,
             prompt.system_message,
             prompt.tiles if tiles is None else tiles,
             config.tokens_per_tile,
@@ -143,7 +164,7 @@ class Processor:
                 check_pixels(size, self.images.max_pixels, image)
             return sizes
         except SampleError as error:
-            raise error.at(where) from None
+            raise _in_training(error).at(where) from None
 
     def encode(self, sample: ChatSample, tiles_per_image: Sequence[int]) -> Encoded:
         """Returns tokens and labels.
@@ -183,7 +204,7 @@ class Processor:
                 for image in images
             ]
         except SampleError as error:
-            raise error.at(where) from None
+            raise _in_training(error).at(where) from None
 
     def cut(self, images: Sequence[Image], where: str) -> list[np.ndarray]:
         """Returns the tiles of each image, uint8[n, s, s, 3].
@@ -196,7 +217,8 @@ class Processor:
         decoded = self.decode(images, where)
         for path, image in zip(images, decoded, strict=True):
             for reason in image.info["counted"]:
-                warnings.warn(f"{where}: {path}: {DECODED_ANYWAY[reason]}", stacklevel=2)
+                name = "the encoded image" if isinstance(path, bytes) else path
+                warnings.warn(f"{where}: {name}: {DECODED_ANYWAY[reason]}", stacklevel=2)
         return [cut_tiles(image, self.tiles, self.image_limit(len(images))) for image in decoded]
 
     def concatenate(self, tiles: Sequence[np.ndarray]) -> np.ndarray:

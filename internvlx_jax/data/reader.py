@@ -21,7 +21,7 @@ from internvlx_jax.data.conversations import ChatSample
 from internvlx_jax.data.fit import Fitted, fit_sample, supervised_tokens
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.sources import Source, read_sample
+from internvlx_jax.data.sources import Source, cache_name, read_sample
 from internvlx_jax.data.tiles import cut_tiles
 from internvlx_jax.data.video import choose_frames, list_frames, with_frames
 
@@ -92,7 +92,7 @@ class SampleReader:
             sample, processor = self._with_frames(sample, tiles, generator), processor.for_frames()
         images = processor.decode(sample.images, sample.where)
         fitted = fit_sample(processor, sample, [image.size for image in images], self.capacity)
-        _check_fits(fitted, processor, sample, capacity)
+        _check_fits(fitted, processor, sample, capacity, _remedy(sample, self.sources[dataset]))
         # Images of dropped turns have no entry in fitted.tiles.
         cut = [
             cut_tiles(image, processor.tiles, fitted.limit)
@@ -127,7 +127,7 @@ class SampleReader:
 
 
 def _check_fits(
-    fitted: Fitted, processor: Processor, sample: ChatSample, capacity: Capacity
+    fitted: Fitted, processor: Processor, sample: ChatSample, capacity: Capacity, remedy: str
 ) -> None:
     length, count = len(fitted.encoded.tokens), sum(fitted.tiles)
     if not capacity.fits(length, count, length - count * processor.saved_per_tile):
@@ -135,9 +135,20 @@ def _check_fits(
             "size_mismatch",
             f"the images give {count} tiles and {length} tokens; the sizes in the annotation or in "
             f"the index gave room for {capacity.tiles} and {capacity.length}.",
-            "Correct width and height in the annotation, or remove them to have the files read.",
+            remedy,
             sample.where,
         )
+
+
+def _remedy(sample: ChatSample, source: Source) -> str:
+    """Returns what to do about images of another size than the index knows."""
+    if all(sample.sizes):
+        return "Correct width and height in the annotation, or remove them to have the files read."
+    return (
+        "The image was replaced after it was measured; a new run measures it again. For this one, "
+        f"delete {cache_name(source)}.index-*.npz and .headers-* beside the annotation (or in "
+        "data.index_dir)."
+    )
 
 
 def _reencode(tiles: np.ndarray, generator: np.random.Generator) -> np.ndarray:

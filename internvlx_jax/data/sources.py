@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,8 +21,10 @@ import msgpack
 import numpy as np
 
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.json_text import BOM, shorten
 from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, parse_sample
+from internvlx_jax.data.faults import Origin
 from internvlx_jax.data.meta import DatasetEntry
 
 # Bytes at the end of an ArrayRecord file that are hashed: they hold its index of records.
@@ -75,7 +78,7 @@ def open_source(entry: DatasetEntry, cache: str) -> Source:
         return TfdsRecords(entry)
     if entry.annotation is None:
         raise ConfigError(f'dataset "{entry.name}" names no annotation, array_record or tfds')
-    return JsonLines(entry.annotation, storage.local_copy(entry.annotation, cache))
+    return open_annotation(entry.annotation, storage.local_copy(entry.annotation, cache))
 
 
 def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSample:
@@ -85,12 +88,54 @@ def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSampl
         SampleError: names source and line.
     """
     line = int(source.lines[position])
-    where = f"{source.path} {'line' if isinstance(source, JsonLines) else 'record'} {line}"
+    where = place_of(source, line)
     try:
         record = source.record(position)
     except SampleError as error:
         raise error.at(where) from None
     return parse_sample(record, dataset=entry.name, line=line, where=where, root=entry.root)
+
+
+def origin_of(source: Source, entry: DatasetEntry) -> Origin:
+    """Returns where the samples of a dataset come from, whatever the meta file calls it."""
+
+    def absolute(path: str) -> str:
+        return path if storage.is_url(path) else os.path.abspath(path)
+
+    named = entry.tfds is not None  # a name is no path
+    root = absolute(entry.root) if entry.root else ""
+    return Origin(source.path if named else absolute(source.path), root)
+
+
+def place_of(source: Source, line: int) -> str:
+    """Returns the place of a record for messages, such as "receipts/train.jsonl line 41"."""
+    return f"{source.path} {'line' if isinstance(source, JsonLines) else 'record'} {line}"
+
+
+def open_annotation(path: str, local: str) -> JsonLines | JsonArray:
+    """Opens an annotation file: JSON Lines, or one JSON array as LLaVA's files are.
+
+    Args:
+        path: path or URL, for messages.
+        local: path of the file or of its copy.
+
+    Raises:
+        ConfigError: the file is UTF-16, or a .json file begins as an array and is damaged.
+    """
+    with open(local, "rb") as file:
+        head = file.read(4096)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: UTF-16 text; save the file as UTF-8")
+    if not head.removeprefix(BOM).lstrip().startswith(b"["):
+        return JsonLines(path, local)
+    try:
+        return JsonArray(path, local)
+    except ValueError as error:
+        if path.endswith("jsonl"):
+            return JsonLines(path, local)  # its first line is bad, as may be any other
+        raise ConfigError(
+            f"{path} begins as a JSON array, which is damaged: {error}; fetch or write it again"
+        ) from None
 
 
 class JsonLines:
@@ -108,7 +153,7 @@ class JsonLines:
         with open(local, "rb") as file:
             for number, line in enumerate(file, start=1):
                 digest.update(line)
-                if line.strip():
+                if line.removeprefix(BOM).strip():
                     lines.append(number)
                     offsets.append((offset, len(line)))
                 offset += len(line)
@@ -125,6 +170,63 @@ class JsonLines:
         with open(self._local, "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+
+class JsonArray:
+    """A file that is one JSON array of records, as LLaVA writes it. Holds 24 bytes per record.
+
+    Args:
+        path: path or URL, for messages.
+        local: path of the file or of its copy.
+
+    Raises:
+        ValueError: the file is no array; says what is wrong and where.
+    """
+
+    def __init__(self, path: str, local: str):
+        self.path, self.beside, self._local = path, local, local
+        data = Path(local).read_bytes()
+        self._offsets = np.array(_elements(data), np.int64).reshape(-1, 2)
+        self.content_key = hashlib.sha256(data).hexdigest()
+        self.lines = np.arange(1, len(self._offsets) + 1)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def record(self, position: int) -> bytes:
+        """Returns the text of an element."""
+        offset, size = self._offsets[position].tolist()
+        with open(self._local, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def _elements(data: bytes) -> list[tuple[int, int]]:
+    """Returns (first byte, bytes) of each element of a JSON array."""
+    # Latin-1 keeps one character per byte, and JSON's own signs are ASCII.
+    text, decoder, spans = data.decode("latin-1"), json.JSONDecoder(), []
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(place: int) -> int:
+        found = space.match(text, place)
+        return found.end() if found else place
+
+    place = skip(text.index("[") + 1)
+    ended = text[place : place + 1] == "]"
+    while not ended:
+        try:
+            _, stop = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"element {len(spans) + 1}: {error}") from None
+        spans.append((place, stop - place))
+        place = skip(stop)
+        ended = text[place : place + 1] == "]"
+        if not ended and text[place : place + 1] != ",":
+            raise ValueError(f"element {len(spans)}: no comma or ] behind it (byte {place})")
+        place = place if ended else skip(place + 1)
+    if skip(place + 1) != len(text):
+        raise ValueError(f"there is more behind its end (byte {place + 1})")
+    return spans
 
 
 class ArrayRecords:
@@ -184,7 +286,7 @@ class ArrayRecords:
         except Exception as error:  # damaged files: errors of the reader, of msgpack, of UTF-8
             raise SampleError(
                 "json",
-                f"not a msgpack map ({type(error).__name__}: {error}).",
+                f"not a msgpack map ({type(error).__name__}: {shorten(str(error))}).",
                 "Write the file again with internvlx_jax.data.sources.write_array_record.",
             ) from error
 
@@ -300,7 +402,7 @@ class TfdsRecords:
             raise SampleError(
                 "json",
                 f"{self._entry.builder} cannot make a sample of it ({type(error).__name__}: "
-                f"{error}).",
+                f"{shorten(str(error))}).",
                 "Correct the function, or leave the example out.",
             ) from error
 

@@ -1,6 +1,6 @@
 """Local paths and URLs such as gs://bucket/folder/file, read alike.
 
-fsspec knows the protocols; a package per protocol implements them, gcsfs for gs://.
+fsspec knows the protocols; a package per protocol implements them (core/remote.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.extras import require
-
-
-def is_url(path: str) -> bool:
-    """Returns whether the path names a protocol."""
-    return "://" in path
+from internvlx_jax.core.remote import explained, filesystem, is_url
 
 
 def join(root: str, path: str) -> str:
@@ -35,27 +29,33 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
     path = os.fspath(path)
     if not is_url(path):
         return open(path, "rb")
-    return cast(BinaryIO, _filesystem(path).open(path, "rb"))
+    with explained(path):
+        return cast(BinaryIO, filesystem(path).open(path, "rb"))
 
 
 def is_file(path: str) -> bool:
     """Returns whether the path or URL is a file."""
-    return _filesystem(path).isfile(path) if is_url(path) else os.path.isfile(path)
+    if not is_url(path):
+        return os.path.isfile(path)
+    with explained(path):
+        return filesystem(path).isfile(path)
 
 
 def is_folder(path: str) -> bool:
     """Returns whether the path or URL is a folder."""
-    return _filesystem(path).isdir(path) if is_url(path) else os.path.isdir(path)
+    if not is_url(path):
+        return os.path.isdir(path)
+    with explained(path):
+        return filesystem(path).isdir(path)
 
 
 def names_in(folder: str) -> list[str]:
     """Returns the names of the files in a folder, sorted."""
     if not is_url(folder):
         return sorted(os.listdir(folder))
-    return sorted(
-        entry.rstrip("/").rpartition("/")[2]
-        for entry in _filesystem(folder).ls(folder, detail=False)
-    )
+    with explained(folder):
+        entries = filesystem(folder).ls(folder, detail=False)
+    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
 
 
 def matching(pattern: str) -> list[str]:
@@ -72,18 +72,7 @@ def local_copy(path: str, cache: str) -> str:
     """
     if not is_url(path):
         return path
-    _filesystem(path)  # its error names the missing package
+    filesystem(path)  # its error names the missing package
     options = {"cache_storage": cache, "check_files": True}
-    return cast(str, fsspec.open_local(f"filecache::{path}", filecache=options))
-
-
-def _filesystem(path: str) -> fsspec.AbstractFileSystem:
-    protocol = path.partition("://")[0]
-    if protocol in ("gs", "gcs"):
-        require("gcsfs", extra="gcs", purpose=f"reading {path}")
-    try:
-        return fsspec.filesystem(protocol)
-    except ImportError as error:  # fsspec knows the protocol, its package is not installed
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: unknown protocol {protocol}:// ({error})") from error
+    with explained(path):
+        return cast(str, fsspec.open_local(f"filecache::{path}", filecache=options))

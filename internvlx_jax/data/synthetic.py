@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import COUNT, SEED, SHARE, check_ranges
 from internvlx_jax.data.synthetic_pages import KINDS, Page, make_page
 
 __all__ = [
@@ -76,16 +78,16 @@ class SyntheticConfig:
     text_share: float = 0.05
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be 0 to 2**32 - 1.")
-        for name in ("train_samples", "val_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if (
-            min(self.two_page_share, self.text_share) < 0
-            or self.two_page_share + self.text_share > 1
-        ):
-            raise ValueError(
+        check_ranges(
+            self,
+            seed=SEED,
+            train_samples=COUNT,
+            val_samples=COUNT,
+            two_page_share=SHARE,
+            text_share=SHARE,
+        )
+        if self.two_page_share + self.text_share > 1:
+            raise ConfigError(
                 f"two_page_share={self.two_page_share} and text_share={self.text_share} must be at "
                 "least 0 and at most 1 together."
             )
@@ -315,17 +317,29 @@ def generate(folder: str | os.PathLike[str], config: SyntheticConfig) -> dict[st
     return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the generated dataset.")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds `--out` and a flag for each field of the config."""
     parser.add_argument(
         "--out", required=True, help="folder to write; reused if it holds the same dataset"
     )
     for field in dataclasses.fields(SyntheticConfig):
+        assert field.default is not dataclasses.MISSING
         parser.add_argument(
-            f"--{field.name}", type=field.type, default=field.default, help="%(default)s"
+            f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s"
         )
-    options = vars(parser.parse_args())
-    print(json.dumps(generate(options.pop("out"), SyntheticConfig(**options)), indent=1))
+
+
+def generate_by_flags(args: argparse.Namespace) -> None:
+    """Writes the dataset and prints its summary."""
+    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
+    config = SyntheticConfig(**{name: getattr(args, name) for name in names})
+    print(json.dumps(generate(args.out, config), indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated dataset.")
+    add_flags(parser)
+    generate_by_flags(parser.parse_args())
 
 
 if __name__ == "__main__":

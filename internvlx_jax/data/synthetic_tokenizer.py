@@ -14,10 +14,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from internvlx_jax.data.sentencepiece_files import write_tokenizer_files
 from internvlx_jax.data.synthetic import text_samples
 from internvlx_jax.data.synthetic_pages import KINDS
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer_files import write_tokenizer_files
 
 PIECES = 640
 ADDED_TOKENS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,11 +11,11 @@ import numpy as np
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.data.faults import read_quarantine
+from internvlx_jax.data.faults import Listed, read_quarantine
 from internvlx_jax.data.index import SizeIndex, frame_tokens
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.sources import Source
+from internvlx_jax.data.sources import Source, origin_of
 
 _FRAMES = 3  # first word of the seeds, beside those of streams.py and plan.py
 
@@ -58,11 +59,15 @@ def make_table(
         ConfigError: a quarantine file of data.faults.exclude cannot be read.
     """
     excluded = read_quarantine(config.faults.exclude)
+    used: set[Listed] = set()
     tables = []
     for number, (entry, source, index, processor) in enumerate(
         zip(entries, sources, indexes, processors, strict=True)
     ):
-        left_out = [line for name, line in excluded if name == entry.name]
+        origin = origin_of(source, entry)
+        here = {sample for sample in excluded if sample.is_of(entry.name, origin)}
+        used |= here
+        left_out = [sample.line for sample in here]
         usable = (index.status == 0) & ~np.isin(source.lines[: len(index)], left_out)
         position = np.flatnonzero(usable)
         columns = {name: getattr(index, name)[position].astype(np.int64) for name in _COLUMNS}
@@ -70,7 +75,18 @@ def make_table(
             generator = np.random.default_rng((seed, _FRAMES, number))
             _draw_frames(columns, index, position, processor, config, generator)
         tables.append(SampleTable(np.full(len(position), number), position, **columns))
+    if excluded - used:
+        warnings.warn(
+            f"data.faults.exclude: {len(excluded - used)} of {len(excluded)} listed samples are of "
+            f"annotations that this meta file does not name, such as {_place(excluded - used)}.",
+            stacklevel=2,
+        )
     return SampleTable(*(np.concatenate(column) for column in zip(*tables, strict=True)))
+
+
+def _place(samples: set[Listed]) -> str:
+    sample = min(samples, key=lambda each: (each.dataset, each.line))
+    return f"{sample.origin.annotation if sample.origin else sample.dataset} line {sample.line}"
 
 
 def _draw_frames(

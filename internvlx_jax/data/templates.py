@@ -36,6 +36,7 @@ class Template:
         after_stop: text after each separator, never supervised.
         bos: whether a bos token comes first; None leaves it to the tokenizer.
         strip_values: whether training strips white space around message texts.
+        omits_empty_system: whether an empty system message leaves out the text around it, too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Template:
     after_stop: str
     bos: bool | None
     strip_values: bool
+    omits_empty_system: bool = False
 
 
 _CHATML = Template(
@@ -59,6 +61,15 @@ _CHATML = Template(
     after_stop="",
     bos=True,
     strip_values=True,
+)
+
+_INTERNVL2_5 = dataclasses.replace(
+    _CHATML,
+    name="internvl2_5",
+    system_message=_SYSTEM_B,
+    after_stop="\n",
+    bos=None,
+    strip_values=False,
 )
 
 TEMPLATES = {
@@ -77,13 +88,10 @@ TEMPLATES = {
             bos=True,
             strip_values=False,
         ),
+        _INTERNVL2_5,
+        # What transformers renders for InternVL (repositories ending in -hf).
         dataclasses.replace(
-            _CHATML,
-            name="internvl2_5",
-            system_message=_SYSTEM_B,
-            after_stop="\n",
-            bos=None,
-            strip_values=False,
+            _INTERNVL2_5, name="internvl_hf", system_message="", omits_empty_system=True
         ),
     )
 }
@@ -108,12 +116,12 @@ class Part(NamedTuple):
 
     Attributes:
         text: what it says.
-        source: whose text it is.
+        source: whose text it is; `text` is a human turn whose "<image>" means itself.
         supervised: whether the model learns to write it.
     """
 
     text: str
-    source: Literal["template", "system", "human", "gpt"]
+    source: Literal["template", "system", "human", "gpt", "text"]
     supervised: bool
 
 
@@ -128,16 +136,19 @@ def render(
     Args:
         template: the fixed text.
         turns: (role, text) of each message.
-        system: replaces the template's message; an empty one keeps the text around it.
+        system: replaces the template's message; an empty one keeps the text around it, unless the
+            template says otherwise.
         strip: whether white space around the texts of the turns is removed.
 
     Raises:
         ValueError: a role is neither human nor gpt.
     """
     end = template.stop, template.after_stop
-    yield Part(template.system_header, "template", False)
-    yield Part(template.system_message if system is None else system, "system", False)
-    yield from (Part(text, "template", False) for text in end)
+    system = template.system_message if system is None else system
+    if system or not template.omits_empty_system:
+        yield Part(template.system_header, "template", False)
+        yield Part(system, "system", False)
+        yield from (Part(text, "template", False) for text in end)
     for role, text in turns:
         text = text.strip() if strip else text
         if role == "human":

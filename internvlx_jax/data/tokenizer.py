@@ -1,101 +1,108 @@
-"""SentencePiece tokenizers plus added tokens: InternLM2, Llama, Phi-3 (design: data.md 5)."""
+"""What every tokenizer of a model does, whatever files it comes from (design: data.md 5)."""
 
-import functools
-import hashlib
-import json
+from __future__ import annotations
+
+import abc
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
-
-import sentencepiece
+from typing import Any, Literal
 
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.data.tokenizer_files import (
-    find_model,
-    open_model,
-    read_added_tokens,
-    write_tokenizer_files,
-)
+from internvlx_jax.data.tokenizer_files import find_tokenizer
 
 SpecialText = Literal["allow", "reject", "escape"]
-# Where a model of the Llama family puts a space before a text.
-Prefix = Literal["none", "every", "first"]
 
 # Added tokens that users may write: references and boxes of grounding data.
-_GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
-# InternLM2's spare pieces. Its chat tokens are such pieces renamed, so this literal text is a
-# control id.
-_UNUSED_PIECE = r"\[UNUSED_TOKEN_\d+\]"
+GROUNDING = frozenset({"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"})
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Turns text into ids and back.
 
-    A pickled copy in a worker carries the path and the ids, and opens the model on first use.
+    Added tokens are matched first, the longest at each place; what stands between two of them is
+    plain text. A pickled copy in a worker carries the path and the ids, and opens the vocabulary on
+    first use.
 
     Attributes:
-        path: the tokenizer.model file.
-        added: text -> id of the tokens that are matched before SentencePiece sees the text.
+        path: the file that was opened, which messages name.
+        added: text -> id of the tokens that are matched before the vocabulary sees the text.
+        free: those of them that users may write.
         add_bos: whether the tokenizer's own configuration puts bos first (templates may overrule
             it).
-        prefix: before which stretches of plain text a space is put: none (InternLM2), every one
-            (Llama), or only the first, on its own if the text begins with an added token (Phi-3).
-        swallowing: ids of the added tokens that take the white space to their right with them (chat
-            tokens of Phi-3).
+        swallowing: ids of the added tokens that take the white space to their right with them.
+        start_text: what is put in front of a text that begins with plain text.
         start_ids: ids in front of a text that begins with an added token.
-        vocab_size: number of ids, which is the number of embedding rows.
-        bos_id, eos_id, pad_id: ids of the control tokens; padding uses eos.
+        vocab_size: number of ids, which is the number of embedding rows that are needed.
+        bos_id: id of bos; None where the vocabulary has none.
+        eos_id, pad_id: ids of the end of a text, and of padding.
         img_start, img_end, image_token_id: ids around image tokens, and of each of them.
     """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
 
     def __init__(
         self,
         path: Path,
-        model: sentencepiece.SentencePieceProcessor,
         added: Mapping[str, int],
+        *,
         add_bos: bool,
-        prefix: Prefix = "none",
+        free: Collection[str] = GROUNDING,
         swallowing: Collection[str] = (),
+        reserved_pattern: str | None = None,
     ):
-        self.path, self._model, self.added, self.add_bos = path, model, dict(added), add_bos
-        self.prefix, self.swallowing = prefix, frozenset(self.added[text] for text in swallowing)
-        self.start_ids = model.encode(" ") if prefix == "first" else []
-        self._pieces = model.get_piece_size()
-        self.vocab_size = max(self._pieces, *(id + 1 for id in self.added.values()))
+        """Stores what the files say, and finds the image tokens.
+
+        Args:
+            path: the file that was opened.
+            added: text -> id.
+            add_bos: whether bos is added.
+            free: added tokens that users may write.
+            swallowing: added tokens that take the white space to their right with them.
+            reserved_pattern: regular expression of further text that users may not write.
+
+        Raises:
+            ConfigError: an image token is missing.
+        """
+        self.path, self.added, self.add_bos = path, dict(added), add_bos
+        self.free = frozenset(free)
+        self.swallowing = frozenset(self.added[text] for text in swallowing)
+        self.start_text: str = ""
+        self.start_ids: list[int] = []
         self._texts = {id: text for text, id in self.added.items()}
         # The longest match wins.
         literals = map(re.escape, sorted(self.added, key=len, reverse=True))
         self._added_pattern = re.compile("|".join(literals))
-        self._user_pattern = re.compile(f"{self._added_pattern.pattern}|{_UNUSED_PIECE}")
-        self.bos_id, self.eos_id = self.token_id("<s>"), self.token_id("</s>")
-        self.pad_id = self.eos_id
+        users = [self._added_pattern.pattern, *([reserved_pattern] if reserved_pattern else [])]
+        self._user_pattern = re.compile("|".join(users))
         self.img_start, self.img_end = self.token_id("<img>"), self.token_id("</img>")
         self.image_token_id = self.token_id("<IMG_CONTEXT>")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Loads a tokenizer; its added tokens are read from the files beside tokenizer.model.
+    @staticmethod
+    def load(path: str | os.PathLike) -> Tokenizer:
+        """Loads a tokenizer of either kind; its added tokens are read from the files beside it.
 
         Args:
-            path: folder with tokenizer.model, or that file itself.
+            path: folder with tokenizer.model, tokenizer.json, or vocab.json and merges.txt; or one
+                of these files.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ConfigError: a file is damaged or not supported.
+            ConfigError: a file is damaged or not supported, or an image token is missing.
         """
-        path = find_model(path)
-        model, has_prefix = open_model(path)
-        added = read_added_tokens(path.parent, pieces=model.get_piece_size())
-        prefix = "none" if not has_prefix else "every" if added.legacy else "first"
-        return cls(path, model, added.ids, added.add_bos, prefix, added.swallowing)
+        # Both kinds extend this class, so they cannot be imported before it is defined.
+        from internvlx_jax.data.bpe_tokenizer import BpeTokenizer
+        from internvlx_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    @functools.cached_property
-    def _model(self) -> sentencepiece.SentencePieceProcessor:
-        return open_model(self.path)[0]  # only in an unpickled copy, which comes without it
+        file = find_tokenizer(path)
+        is_bpe = file.suffix == ".json"
+        return BpeTokenizer.open(file) if is_bpe else SentencePieceTokenizer.open(file)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_model"}
 
     def token_id(self, text: str) -> int:
@@ -108,14 +115,33 @@ class Tokenizer:
             raise ConfigError(
                 f'{self.path.parent}: the tokenizer has no added token "{text}". Add it to '
                 "added_tokens.json (and a row to the embedding), or use the template this "
-                "tokenizer was trained with."
+                "tokenizer was trained with. `convert import --vit VIT --llm LLM` adds the image "
+                "tokens to the tokenizer of a language model."
             )
         return self.added[text]
+
+    def check_rows(self, rows: int) -> None:
+        """Checks that a model has a row of its embedding for every id.
+
+        Args:
+            rows: model.decoder.vocab_size.
+
+        Raises:
+            ConfigError: the model has fewer.
+        """
+        if self.vocab_size > rows:
+            last = self._texts.get(self.vocab_size - 1)
+            named = f' (the last is "{last}")' if last else ""
+            raise ConfigError(
+                f"{self.path}: the tokenizer has {self.vocab_size} ids, model.decoder.vocab_size "
+                f"is {rows}{named}. Use the tokenizer files of this model; `convert import --vit "
+                "VIT --llm LLM` adds tokens together with their rows."
+            )
 
     def split(self, text: str, special: SpecialText = "allow") -> list[int | str]:
         """Cuts text at added tokens.
 
-        Reserved text is every added token but the grounding ones, and "[UNUSED_TOKEN_<n>]".
+        Reserved text is every added token that is not `free`, and what else becomes a control id.
 
         Args:
             text: what to cut.
@@ -124,7 +150,7 @@ class Tokenizer:
                 separate stretches, which have no reserved id.
 
         Returns:
-            Ids, and plain stretches that are one SentencePiece call each.
+            Ids, and stretches of plain text that are encoded in one call each.
 
         Raises:
             SampleError: "reserved_text" with the policy "reject".
@@ -140,7 +166,7 @@ class Tokenizer:
             literal = match.group()
             before = text[start : match.start()]
             start = match.end()
-            if special == "allow" or literal in _GROUNDING:
+            if special == "allow" or literal in self.free:
                 atoms += [before, self.added[literal]] if before else [self.added[literal]]
             elif special == "escape":
                 atoms += [before, literal[0], literal[1:]]
@@ -152,25 +178,6 @@ class Tokenizer:
                 )
         return [*atoms, text[start:]] if text[start:] else atoms
 
-    def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
-        """Encodes head + text in ONE call; also returns how many ids hold any byte of `head`."""
-        if not head and not text:
-            return [], 0
-        space = " " if self.prefix == "every" else ""
-        ids = self._model.encode(space + head + text)
-        if not text:
-            return ids, len(ids)
-        head_ids, missing = 0, len((space + head).encode()) if head else 0
-        while missing > 0 and head_ids < len(ids):
-            missing -= self._byte_length(ids[head_ids])
-            head_ids += 1
-        return ids, head_ids
-
-    def _byte_length(self, id: int) -> int:
-        if self._model.is_byte(id):
-            return 1
-        return len(self._model.id_to_piece(id).replace("▁", " ").encode())
-
     def encode(self, text: str, special: SpecialText = "allow") -> list[int]:
         """Returns the ids of text, without bos and eos; `special` is that of `split`."""
         ids, before = [], None
@@ -180,51 +187,43 @@ class Tokenizer:
             elif before in self.swallowing:
                 ids += self.encode_plain("", atom.lstrip())[0]
             else:
-                ids += self.encode_plain("", atom if i or self.prefix != "first" else " " + atom)[0]
+                ids += self.encode_plain("", atom if i else self.start_text + atom)[0]
             before = atom
         return ids
 
+    @abc.abstractmethod
+    def encode_plain(self, head: str, text: str) -> tuple[list[int], int]:
+        """Encodes head + text in ONE call, because a token may hold the end of one and the start
+        of the other.
+
+        Args:
+            head: plain text that is not supervised.
+            text: plain text that is.
+
+        Returns:
+            Ids, and how many of them are not supervised.
+        """
+
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Returns the text of ids.
+        """Returns the text of ids; U+FFFD stands for bytes that are no character.
 
         Args:
             ids: what to decode.
-            skip_special: whether added tokens are dropped instead of written out.
+            skip_special: whether control tokens are dropped instead of written out.
 
         Raises:
             IndexError: an id is outside the vocabulary.
         """
-        text, run, prefix = "", [], ""
-        for id in map(int, ids):
-            if id not in self._texts:
-                run.append(id)
-            elif not skip_special:
-                text += self._model.decode(run).removeprefix(prefix) + self._texts[id]
-                # What follows an added token was encoded with a space in front, which is not part
-                # of the text.
-                run, prefix = [], " " if self.prefix == "every" else ""
-        return text + self._model.decode(run).removeprefix(prefix)
 
+    @abc.abstractmethod
     def piece(self, id: int) -> str:
         """Returns an id as the vocabulary writes it, also where it is no text, such as a byte."""
-        return self._texts.get(id) or self._model.id_to_piece(id)
 
+    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Returns the sha256 of what decides the ids: model file, added tokens, bos rule."""
-        rest = json.dumps(
-            [sorted(self.added.items()), self.add_bos, self.prefix, sorted(self.swallowing)]
-        )
-        return hashlib.sha256(self.path.read_bytes() + rest.encode()).hexdigest()
+        """Returns the sha256 of what decides the ids: vocabulary, added tokens, bos rule."""
 
+    @abc.abstractmethod
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the files that `load` needs to a folder."""
-        model = self.path.read_bytes()
-        write_tokenizer_files(
-            folder,
-            model,
-            self.added,
-            add_bos=self.add_bos,
-            legacy=self.prefix != "first",
-            swallowing=[self._texts[id] for id in self.swallowing],
-            pieces=self._pieces,
-        )
+        """Writes the files that `load` needs to a folder, each of them whole or not at all."""

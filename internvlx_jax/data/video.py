@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.json_text import shorten
 from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, Image
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -34,10 +35,10 @@ def list_frames(sample: ChatSample) -> tuple[Image, ...]:
         return sample.video or ()
     try:
         names = storage.names_in(sample.video)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL
         raise SampleError(
             "unreadable",
-            f"{sample.video} is no folder of frames ({type(error).__name__}).",
+            f"{shorten(sample.video)} is no folder of frames ({type(error).__name__}).",
             'Name a folder of images, or list the frames, under "video".',
             sample.where,
         ) from None
@@ -47,7 +48,7 @@ def list_frames(sample: ChatSample) -> tuple[Image, ...]:
     if not names:
         raise SampleError(
             "unreadable",
-            f"{sample.video} holds no frames.",
+            f"{shorten(sample.video)} holds no frames.",
             "Frames are .jpg, .png, .webp or .bmp files.",
             sample.where,
         )

@@ -20,6 +20,7 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.evaluation.identity import checkpoint_hash
@@ -71,7 +72,7 @@ def run(config: EvalConfig) -> list[Summary]:
                     _run_info(config, generator, task_run.seconds).to_json(),
                 )
     if summaries and not all(spec.generic for spec in specs):
-        write_report(Path(config.out_dir) / config.model_name, summaries)
+        write_report(as_path(config.out_dir) / config.model_name, summaries)
     return summaries
 
 
@@ -85,7 +86,7 @@ def _task_runs(
         dtype=config.dtype,
         ema=config.ema,
     )
-    out = Path(config.out_dir)
+    out = as_path(config.out_dir)
     task_runs = []
     for spec in specs:
         generation, settings = generation_spec(
@@ -113,7 +114,7 @@ def _generator(config: EvalConfig, checkpoint: Checkpoint, tiles: TileConfig) ->
     pretrained = load_opened(checkpoint, dtype=config.dtype, mesh=mesh)
     if pretrained.tokenizer is None:
         raise ConfigError(
-            f"{config.checkpoint} holds no tokenizer.model; copy the tokenizer files into it"
+            f"{config.checkpoint} holds no tokenizer; copy the tokenizer files into it"
         )
     processor = Processor.for_model(
         pretrained.config, pretrained.tokenizer, special_text="escape", tiles=tiles
@@ -154,7 +155,7 @@ def rescore(
         ConfigError: the predictions do not belong to the data.
         JudgeError: the judge fails.
     """
-    path = Path(predictions)
+    path = as_path(predictions)
     rows = read_rows(path)
     old = _read_summary(path)
     (spec,) = select(_selection(old, data_root, tsv_root, compat))

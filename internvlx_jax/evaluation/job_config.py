@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.ranges import COUNT, Range, check_ranges
 from internvlx_jax.core.run_config import MeshConfig
+from internvlx_jax.core.tile_config import MOST_TILES
 from internvlx_jax.evaluation.selection import Decoding, check_names
 
 
@@ -70,10 +72,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_names(self.selection)
-        for name in ("max_num", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, it must be at least 1")
+        check_ranges(self, max_num=Range(1, MOST_TILES), batch_size=COUNT)
         _ = self.shard_of  # refuses a wrong shard at once
 
     @property
@@ -92,7 +91,7 @@ class EvalConfig:
     @property
     def model_name(self) -> str:
         """Name of the checkpoint in folders and tables: RUN-STEP, or the name of the folder."""
-        path = Path(self.checkpoint).resolve()
+        path = as_path(self.checkpoint).resolve()
         step = path.parent.name == "checkpoints"
         name = f"{path.parents[1].name}-{path.name}" if step else path.name
         return f"{name}-ema" if self.ema else name

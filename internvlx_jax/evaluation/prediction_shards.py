@@ -5,14 +5,17 @@ Each process appends to one part file and flushes it after every batch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import write_text
+from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.json_text import decode_json, encode_line, read_lines
+from internvlx_jax.core.line_log import LineLog, read_whole, segments
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.records import Row
 
 
@@ -39,13 +42,15 @@ class Parts:
         """
         rows: dict[int, Row] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            for number, line in enumerate(read_whole(path).split(b"\n"), start=1):
                 try:
-                    stored = json.loads(line)
+                    stored = decode_json(line)
                 except ValueError:
                     continue
                 where = f"{path} line {number}"
-                if stored.pop("settings") != self.settings:
+                if not isinstance(stored, dict):
+                    raise ConfigError(f"{where}: not a JSON object; remove the line")
+                if stored.pop("settings", None) != self.settings:
                     raise ConfigError(
                         f"{where}: answered with other settings (checkpoint, data, prompts, tiles "
                         "or decoding); use them again, another --out_dir, or remove this folder"
@@ -66,7 +71,9 @@ class Parts:
     def remove(self) -> None:
         """Removes the part files and their folder."""
         for path in self.folder.glob("*.jsonl"):
-            path.unlink()
+            for segment in segments(path):
+                segment.unlink()
+            path.unlink(missing_ok=True)
         if self.folder.is_dir():
             self.folder.rmdir()
 
@@ -78,27 +85,36 @@ class PartWriter:
         self.path, self.settings = path, settings
 
     def __enter__(self) -> PartWriter:
-        self._file = self.path.open("ab")
-        # Ends a line that an interruption cut off.
-        self._file.write(b"\n" if self._file.tell() else b"")
+        self._log = LineLog(self.path) if is_remote(self.path) else None
+        if self._log is None:
+            self._file = self.path.open("ab")
+            # Ends a line that an interruption cut off.
+            self._file.write(b"\n" if self._file.tell() else b"")
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
+        if self._log is None:
+            self._file.close()
+        else:
+            self._log.close()
 
     def write(self, rows: Sequence[Row]) -> None:
         """Appends rows and waits until they are on the disk."""
-        for row in rows:
-            line = {"settings": self.settings} | row.to_json()
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        lines = [encode_line({"settings": self.settings} | row.to_json()) for row in rows]
+        if self._log is not None:
+            self._log.append(lines)
+            self._log.flush()
+            return
+        with named_on_error(self.path):
+            self._file.writelines(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes a predictions.jsonl, one row per line."""
-    lines = (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, "".join(lines))
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.writelines(encode_line(row.to_json()) for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -123,14 +139,13 @@ def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
             f"{path} does not exist; give the predictions.jsonl of an eval.py run"
         )
     objects = []
-    with path.open(encoding="utf-8") as file:  # splitlines would split at "\u2028" inside texts
-        for number, line in enumerate(file, start=1):
-            where = f"{path} line {number}"
-            try:
-                stored = json.loads(line)
-            except ValueError:
-                stored = None
-            if not isinstance(stored, dict):
-                raise ConfigError(f"{where}: not a JSON object; run eval.py again")
-            objects.append((where, stored))
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        try:
+            stored = decode_json(line)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}; run eval.py again") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{where}: not a JSON object; run eval.py again")
+        objects.append((where, stored))
     return objects

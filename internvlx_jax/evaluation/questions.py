@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.data.images import ImageSource
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.json_text import decode_json, invalid_text, read_lines, shown
+from internvlx_jax.data.embedded import embedded_image
+from internvlx_jax.data.images import ImageBytes, ImageSource
 from internvlx_jax.inference.requests import Request
 
 
@@ -52,8 +55,9 @@ def read_questions(
 ) -> list[Question]:
     """Reads a question file.
 
-    Each line has `question`, `answer` (a text or a list of texts), and optionally `image` (a path
-    or a list of paths) and `question_id`.
+    Each line has `question`, `answer` (a text or a list of texts), and optionally `image` (a path,
+    an image in base64 or as a data: URL, or a list of them; `images` is the same) and
+    `question_id`. Other fields are a warning, once.
 
     Args:
         path: the file.
@@ -66,7 +70,10 @@ def read_questions(
     """
     root = path.parent if image_root is None else image_root
     questions: dict[str | int, Question] = {}
+    unknown: Counter[str] = Counter()
     for where, fields in itertools.islice(read_jsonl(path), limit):
+        if isinstance(fields, dict):
+            unknown.update(fields.keys() - _FIELDS)
         question = _question(fields, where, root, len(questions))
         if question.id in questions:
             raise ConfigError(
@@ -76,11 +83,19 @@ def read_questions(
         questions[question.id] = question
     if not questions:
         raise ConfigError(f"{path}: no questions in it")
+    if unknown:
+        listed = ", ".join(f"{shown(name)} ({n})" for name, n in sorted(unknown.items()))
+        warnings.warn(
+            f"{path}: fields that are not read, with the number of their questions: {listed}",
+            stacklevel=2,
+        )
     return list(questions.values())
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields ("FILE line N", JSON value) for each line that is not empty.
+
+    A file that is one JSON array gives ("FILE record N", element).
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -88,25 +103,41 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"question file {path} does not exist")
-    with path.open("rb") as file:  # not splitlines: texts may hold other Unicode line separators
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path} line {number}"
-                try:
-                    yield where, json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"{where}: not valid JSON ({error}); correct the line"
-                    ) from error
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        try:
+            value = decode_json(line)
+        except ValueError as error:
+            elements = _array(path) if line.lstrip().startswith(b"[") else None
+            if number > 1 or elements is None:
+                raise ConfigError(f"{where}: {error}; correct the line") from None
+            yield from elements
+            return
+        yield where, value
+
+
+def _array(path: Path) -> list[tuple[str, Any]] | None:
+    """Returns the elements of a file that is one JSON array; None if it is not."""
+    try:
+        elements = decode_json(path.read_bytes())
+    except ValueError:
+        return None
+    return [(f"{path} record {number}", element) for number, element in enumerate(elements, 1)]
+
+
+_FIELDS = frozenset({"question", "answer", "image", "images", "question_id"})
 
 
 def _question(fields: Any, where: str, root: Path, index: int) -> Question:
     try:
         text, answer = fields["question"], fields["answer"]
     except (KeyError, TypeError):
-        raise ConfigError(f'{where}: needs the fields "question" and "answer"') from None
+        found = f", found {', '.join(map(shown, fields))}" if isinstance(fields, dict) else ""
+        raise ConfigError(f'{where}: needs the fields "question" and "answer"{found}') from None
     answers = answer if isinstance(answer, list) else [answer]
-    image = fields.get("image") or []
+    if fields.get("image") and fields.get("images"):
+        raise ConfigError(f'{where}: "image" and "images" are both set; keep one')
+    image = fields.get("image") or fields.get("images") or []
     images = image if isinstance(image, list) else [image]
     texts = [text, *answers, *images]
     if not answers or not all(isinstance(item, str) for item in texts):
@@ -115,11 +146,20 @@ def _question(fields: Any, where: str, root: Path, index: int) -> Question:
         )
     id = fields.get("question_id", index)
     if not isinstance(id, (str, int)):
-        raise ConfigError(f'{where}: "question_id" must be a text or a whole number, got {id!r}')
-    try:
-        "".join([*texts, str(id)]).encode()
-    except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: a text is not valid Unicode ({error}); correct the line"
-        ) from error
-    return Question(where, id, tuple(str(root / item) for item in images), text, tuple(answers))
+            f'{where}: "question_id" must be a text or a whole number, got {shown(id)}'
+        )
+    bad = invalid_text([*texts, str(id)])
+    if bad is not None:
+        raise ConfigError(f"{where}: a text is not valid Unicode: {bad}; correct the line")
+    sources = tuple(_image(item, f"{where} image {i}", root) for i, item in enumerate(images, 1))
+    return Question(where, id, sources, text, tuple(answers))
+
+
+def _image(text: str, where: str, root: Path) -> ImageSource:
+    """Returns a path joined with the root, or the image that the text itself is."""
+    try:
+        data = embedded_image(text)
+    except SampleError as error:
+        raise ConfigError(f"{where}: {error.problem} {error.remedy}") from None
+    return str(root / text) if data is None else ImageBytes(where, data)

@@ -10,7 +10,10 @@ from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.ranges import SEED, check_ranges
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.evaluation.identity import file_hashes
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.questions import Question, read_questions
@@ -65,6 +68,13 @@ class Decoding:
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        check_ranges(self, seed=SEED)
+        if "" in self.stop_strings:
+            raise ConfigError(
+                "stop_string is an empty text, which would end every answer at once; leave it out"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
@@ -102,14 +112,14 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
         ConfigError: a name is unknown, or a data file cannot be used.
     """
     check_names(selection)
-    data = Path(selection.data_root)
-    roots = Roots(data, Path(selection.tsv_root) if selection.tsv_root else data / "tsv")
+    data = as_path(selection.data_root)
+    roots = Roots(data, as_path(selection.tsv_root) if selection.tsv_root else data / "tsv")
     chosen = [
         (task, *find_protocol(task, selection.protocol))
         for task in find_tasks(selection.tasks, selection.suite)
     ]
     if selection.data is not None and selection.metric is not None:
-        task = question_file_task(selection, Path(selection.data), selection.metric)
+        task = question_file_task(selection, as_path(selection.data), selection.metric)
         chosen.append((task, *find_protocol(task, GENERIC)))
     missing = [
         f"  {task.name} ({protocol}): {path}"
@@ -129,7 +139,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
 
 def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
     """Returns a question file as a task: its score is the mean of the metric, as a fraction."""
-    root = None if selection.image_root is None else Path(selection.image_root)
+    root = None if selection.image_root is None else as_path(selection.image_root)
     spec = ProtocolSpec(
         source=Source(
             lambda roots: [path], lambda roots: read_questions(path, root, selection.limit)
@@ -157,8 +167,22 @@ def _read(
         dataclasses.replace(question, prompt=spec.prompt(question))
         for question in questions[: selection.limit]
     ]
+    if protocol == GENERIC:
+        for question in asked:
+            _check_placeholders(question)
     compat = compat_of(selection, spec)
     return TaskSpec(task, protocol, spec, asked, compat, hashes, tuple(notes))
+
+
+def _check_placeholders(question: Question) -> None:
+    """Refuses a question that would be asked without its image, or with too few of them."""
+    found, images = question.prompt.count(IMAGE_PLACEHOLDER), len(question.images)
+    if found and found != images:
+        raise ConfigError(
+            f'{question.where}: {images} image{"s" * (images != 1)} but {found} "<image>" in the '
+            'question; name an image for each under "image", or leave "<image>" out to have the '
+            "images put in front"
+        )
 
 
 def generation_spec(

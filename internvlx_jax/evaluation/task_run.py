@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.evaluation.identity import settings_hash
 from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import EndpointJudge, Judge, JudgeError, NoJudge
@@ -232,5 +233,5 @@ def make_judge(config: JudgeConfig, folder: Path) -> Judge:
     """Returns the judge of a task whose folder is `folder`."""
     if config.url is None or config.model is None:
         return NoJudge()
-    cache = Path(config.cache) if config.cache else folder / "judge_cache"
+    cache = as_path(config.cache) if config.cache else folder / "judge_cache"
     return EndpointJudge(config.url, config.model, cache)

@@ -6,22 +6,23 @@ Images stay on disk until they are needed.
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import csv
 import dataclasses
 import io
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.data.embedded import embedded_image, from_base64
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.evaluation.questions import Question
 
 # An image cell of at most so many characters is the index of the row that holds the image.
 REFERENCE = 64
+_DATA_URL = re.compile(r"data:[^,]*", re.IGNORECASE)
 csv.field_size_limit(2**31 - 1)
 
 
@@ -54,14 +55,14 @@ class TsvImage:
             file.seek(self.start)
             text = file.read(self.stop - self.start).decode()
         (cells,) = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+        cell = _parts(cells[self.column])[self.part]
         try:
-            return io.BytesIO(
-                base64.b64decode(_parts(cells[self.column])[self.part], validate=True)
-            )
-        except binascii.Error as error:
+            data = embedded_image(cell)
+            return io.BytesIO(from_base64(cell) if data is None else data)
+        except ValueError as error:
             raise SampleError(
                 "unreadable",
-                f"the image is not base64 ({error}).",
+                f"the image is not base64 ({getattr(error, 'problem', error)}).",
                 "Download the file again.",
                 str(self),
             ) from None
@@ -166,7 +167,14 @@ def _parts(cell: str) -> tuple[str, ...]:
     """Returns the images of a cell: itself, or the items of a list."""
     if not cell.startswith("["):
         return (cell,)
-    return tuple(part.strip().strip("'\"") for part in cell.strip("[] ").split(","))
+    parts = [part.strip().strip("'\"") for part in cell.strip("[] ").split(",")]
+    joined: list[str] = []
+    for part in parts:  # a data: URL has a comma of its own
+        if joined and _DATA_URL.fullmatch(joined[-1]):
+            joined[-1] += f",{part}"
+        else:
+            joined.append(part)
+    return tuple(joined)
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str], int, int]]:

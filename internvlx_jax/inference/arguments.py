@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.json_text import invalid_text
+from internvlx_jax.core.ranges import SEED
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.images import Images, image_sources
@@ -67,10 +69,12 @@ def make_spec(
     if unknown:
         known = ", ".join(Options.__annotations__)
         raise TypeError(f"unknown option {', '.join(unknown)}; choose from {known}")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1),
-                               ("min_new_tokens", min_new_tokens, 0)):  # fmt: skip
+    lengths = (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", min_new_tokens, 0))
+    for name, value, least in lengths:
         if value < least:
             raise ConfigError(f"{name} is {value}, it must be at least {least}")
+    if not SEED.holds(seed):
+        raise ConfigError(f"seed is {seed}, it must be {SEED}")
     return GenerationSpec(
         tiler=Tiler(_replaced(tiles, max_num=max_num, rule=tile_rule, dynamic=dynamic)),
         max_new_tokens=max_new_tokens,
@@ -101,6 +105,7 @@ def make_request(
     system: str | None = None,
     where: str = "prompt",
     read_files: bool = False,
+    literal: bool = False,
 ) -> Request:
     """Returns the request of one prompt with its placeholders in place.
 
@@ -111,16 +116,23 @@ def make_request(
         system: replaces the system message of the model.
         where: names the request in messages.
         read_files: whether image files of the newest turn are read here.
+        literal: whether "<image>" in a prompt without images is ordinary text, as it is in earlier
+            turns, and no error.
 
     Raises:
         TypeError: the prompt or an image has a type that is not accepted.
-        ValueError: an image array has another shape or dtype than uint8[H, W, 3].
+        ValueError: an image array has another shape or dtype than uint8[H, W, 3], or a text is not
+            valid Unicode.
         SampleError: an image cannot be read, or the placeholders do not fit the images.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"{where} is a {type(prompt).__name__}; give a text")
+    for name, text in ((where, prompt), ("system", system)):
+        bad = invalid_text(text)
+        if bad is not None:
+            raise ConfigError(f"{name} is not valid Unicode: {bad}")
     asked = [
-        make_request(turn.prompt, turn.images, where=f"history[{i}]")
+        make_request(turn.prompt, turn.images, where=f"history[{i}]", literal=True)
         for i, turn in enumerate(history)
     ]
     turns = [
@@ -129,7 +141,7 @@ def make_request(
     ]
     sources = image_sources(images, read_files=read_files)
     return Request(
-        prompt=place_images(prompt, len(sources), where),
+        prompt=prompt if literal and not sources else place_images(prompt, len(sources), where),
         images=sources,
         history=tuple(turns),
         system=system,

@@ -35,7 +35,7 @@ class Chat:
             prompt: text of the turn. "<image>" says where an image stands; images stand in front
                 of a prompt without it.
             images: an image or a list of images of this turn, of the kinds that `VLM.generate`
-                accepts.
+                accepts. In a turn without images, "<image>" is ordinary text.
 
         Raises:
             TypeError, ValueError, SampleError: as `VLM.generate`; the conversation stays as it was.
@@ -49,7 +49,12 @@ class Chat:
         nothing.
         """
         request = make_request(
-            prompt, images, history=self.history, system=self.system, read_files=True
+            prompt,
+            images,
+            history=self.history,
+            system=self.system,
+            read_files=True,
+            literal=True,
         )
         return self._stream(request)
 

@@ -22,8 +22,9 @@ class TokenDecoder:
 
     def __init__(self, tokenizer: Tokenizer, template: Template):
         self.tokenizer, self.stop_id = tokenizer, tokenizer.token_id(template.stop)
+        pad, bos = tokenizer.pad_id, tokenizer.bos_id
         self.vocabulary = Vocabulary(
-            stop_ids=(self.stop_id,), pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id
+            stop_ids=(self.stop_id,), pad_id=pad, bos_id=pad if bos is None else bos
         )
         static = ("sampling", "vocabulary")
         self._start = jax.jit(start, static_argnames=("max_new_tokens", *static))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import dataclasses
 import io
 import os
-import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.images import ImageSource, StoredImage
+from internvlx_jax.data.embedded import embedded_image
+from internvlx_jax.data.images import ImageBytes, ImageSource, StoredImage, unreadable
 
 # A path or URL, an encoded file, an image stored in another file, a Pillow image, or pixels
 # uint8[H, W, 3].
@@ -28,21 +25,6 @@ ACCEPTED = (
     "give a path, a URL, the bytes of an image file, a PIL image or a NumPy array uint8[H, W, 3]"
 )
 URL_SECONDS = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageBytes:
-    """An encoded image in memory, with a name for messages."""
-
-    name: str
-    data: bytes = dataclasses.field(repr=False)
-
-    def open(self) -> BinaryIO:
-        """Returns the encoded image as a file."""
-        return io.BytesIO(self.data)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def image_sources(images: Images, *, read_files: bool = False) -> tuple[ImageSource, ...]:
@@ -78,8 +60,14 @@ def _source(image: object, name: str, read_files: bool) -> ImageSource:
                 "uint8[H, W, 3]"
             )
         return _encoded(Image.fromarray(np.ascontiguousarray(image)), f"{name} (array)")
-    if isinstance(image, str) and image.startswith("data:"):
-        return ImageBytes(f"{name} (data: URL)", _data_url(image, name))
+    if isinstance(image, str):
+        try:
+            data = embedded_image(image)
+        except SampleError as error:
+            raise error.at(name) from None
+        if data is not None:
+            kind = "data: URL" if image.lstrip().lower().startswith("data:") else "base64"
+            return ImageBytes(f"{name} ({kind})", data)
     if isinstance(image, (str, os.PathLike)):
         return _file(os.fspath(image), read_files)
     if hasattr(image, "open"):
@@ -107,22 +95,6 @@ def _encoded(image: Image.Image, name: str) -> ImageBytes:
     return ImageBytes(name, file.getvalue())
 
 
-def _data_url(url: str, name: str) -> bytes:
-    header, comma, payload = url.partition(",")
-    try:
-        if not comma:
-            raise ValueError("no comma behind its media type")
-        payload = urllib.parse.unquote_to_bytes(payload)
-        return base64.b64decode(payload, validate=True) if header.endswith(";base64") else payload
-    except (ValueError, binascii.Error) as error:
-        raise SampleError(
-            "unreadable",
-            f"the data: URL is not well formed ({error}).",
-            "Write data:image/png;base64, and the base64 text of the file.",
-            name,
-        ) from error
-
-
 def _file(path: str, read_files: bool) -> ImageSource:
     """Returns a file or URL as it is, or its bytes. http(s) URLs are fetched once, with urllib."""
     try:
@@ -140,13 +112,3 @@ def _file(path: str, read_files: bool) -> ImageSource:
         raise
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-
-
-def unreadable(where: str, error: Exception) -> SampleError:
-    """Returns the error of an image that cannot be read."""
-    return SampleError(
-        "unreadable",
-        f"the image cannot be read ({type(error).__name__}: {error}).",
-        "Check the path or URL, and that it is an image file.",
-        where,
-    )

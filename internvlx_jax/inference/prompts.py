@@ -37,8 +37,9 @@ class PromptBuilder:
             SampleError: an image or a placeholder is wrong, or the prompt is too long.
         """
         with located(request.where):
-            counts = [n for images in request.images_per_turn for n in spec.tiler.counts(images)]
-            length = len(self._encode(request, counts).tokens)
+            turns = [spec.tiler.counts(images) for images in request.images_per_turn]
+            counts = [n for blocks in turns for n in blocks]
+            length = len(self._encode(request, turns).tokens)
             bucket = smallest_bucket(
                 sum(counts), length, saved_per_tile=self.processor.saved_per_tile
             )
@@ -61,8 +62,8 @@ class PromptBuilder:
         """
         with located(request.where):
             turns = [spec.tiler.cut(images, request.where) for images in request.images_per_turn]
-            counts = [n for tiles in turns for n in spec.tiler.blocks(list(map(len, tiles)))]
-            encoded = self._encode(request, counts)
+            blocks = [spec.tiler.blocks(list(map(len, tiles))) for tiles in turns]
+            encoded = self._encode(request, blocks)
             tiles = self.processor.concatenate([image for images in turns for image in images])
             if len(encoded.tokens) > bucket.length or len(tiles) > bucket.tiles:
                 raise SampleError(
@@ -87,7 +88,8 @@ class PromptBuilder:
         rope = self.rope
         return capacity if rope.allow_longer else min(capacity, rope.max_positions - bucket.length)
 
-    def _encode(self, request: Request, tiles_per_image: Sequence[int]) -> Encoded:
+    def _encode(self, request: Request, turns: Sequence[Sequence[int]]) -> Encoded:
+        """Encodes a request whose turns have image blocks of so many tiles."""
         processor = self.processor
         return encode_prompt(
             request.prompt,
@@ -95,7 +97,8 @@ class PromptBuilder:
             system=processor.system_message if request.system is None else request.system,
             template=processor.template,
             tokenizer=processor.tokenizer,
-            tiles_per_image=tiles_per_image,
+            tiles_per_image=[tiles for blocks in turns for tiles in blocks],
+            images_per_turn=list(map(len, turns)),
             tokens_per_tile=processor.tokens_per_tile,
             special_text=processor.special_text,
         )

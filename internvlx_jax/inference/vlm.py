@@ -66,8 +66,8 @@ def load(
         pretrained = dataclasses.replace(pretrained, tokenizer=Tokenizer.load(tokenizer))
     if pretrained.tokenizer is None:
         raise ConfigError(
-            f"{path_or_id} has no tokenizer files; copy tokenizer.model and the JSON files beside "
-            "it into the folder, or name their folder: load(..., tokenizer=FOLDER)"
+            f"{path_or_id} has no tokenizer files; copy tokenizer.model or tokenizer.json and the "
+            "files beside it into the folder, or name their folder: load(..., tokenizer=FOLDER)"
         )
     return VLM(pretrained, mesh=mesh, batch_size=batch_size)
 

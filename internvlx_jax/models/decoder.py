@@ -1,7 +1,8 @@
-"""The language model: one decoder for InternLM2, Llama, Qwen2 and Phi-3 (design: model.md 8, 9).
+"""The language model: one decoder for all families (design: model.md 8, 9).
 
-The families differ in biases, tied embeddings and rope, all of which are fields of DecoderConfig,
-and in the tensor names of their checkpoints, which are the business of the name table.
+InternLM2, Llama, Qwen2, Qwen3 and Phi-3 differ in biases, norms of queries and keys, tied
+embeddings and rope, all of which are fields of DecoderConfig, and in the tensor names of their
+checkpoints, which are the business of the name table.
 
 A call of `Decoder.run_range` takes the positions and segments of its slots as a `TokenLayout` and
 runs any range of layers. That is the seam of LVTC (paper, section on layer-wise visual token
@@ -84,8 +85,9 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig | None, **kwargs):
         d, k, j, h = config.width, config.kv_heads, config.group, config.head_dim
         init = normal(config.initializer_range)
+        norm = kwargs.copy()
         kwargs |= dict(init=init, bias_init=constant(0.0), lora=lora)
-        apart = config.family in ("llama", "qwen2")
+        apart = config.family in ("llama", "qwen2", "qwen3")
         self.qkv = make_linear(
             "bsd,dkjh->bskjh",
             (d, k, j + 2, h),
@@ -97,6 +99,9 @@ class Attention(nnx.Module):
         self.out = make_linear(
             "bsnh,nhd->bsd", (k * j, h, d), ("heads", None, "embed"), bias=config.out_bias, **kwargs
         )
+        # One weight for all heads, unlike the tower's norm over the whole width (model.md 9).
+        self.q_norm = RMSNorm(h, eps=config.eps, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, eps=config.eps, **norm) if config.qk_norm else None
         self.window = config.sliding_window
 
     def __call__(
@@ -115,11 +120,15 @@ class Attention(nnx.Module):
         """
         key1, key2 = split_key(dropout_key, 2)
         qkv = self.qkv(x, key1)
-        q, k = rotate(qkv[..., :-2, :], tables), rotate(qkv[..., -2, :], tables)
+        q, k = qkv[..., :-2, :], qkv[..., -2, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, tables), rotate(k, tables)
         q, new = rearrange(q, "b s k j h -> b s (k j) h"), KeyValues(k, qkv[..., -1, :])
         if cache is None:
             y = attention(q, *new, layout.segments, causal=True, window=self.window)
             return self.out(y, key2), new
+        assert isinstance(cache.kv, KeyValues)  # of this layer
         y = attend_cached(
             q,
             cache.kv,
@@ -218,7 +227,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         attention: SelfAttention = DEFAULT_ATTENTION,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None, nnx.Module]:
+    ) -> tuple[jax.Array, Any, nnx.Module]:
         """Runs the blocks start..stop-1 on one layout.
 
         Args:

@@ -7,7 +7,6 @@ ones among these are skipped as well.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter, deque
@@ -15,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.core.files import read_json_lines, write_text
+from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.core.json_text import decode_json, encode_line
+from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.core.run_config import StabilityConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.training.step import Metrics
@@ -66,8 +67,9 @@ class BadSteps:
         self.counts = Counter(line["kind"] for line in kept)
         self._consecutive = 0
         self._losses: deque[float] = deque(maxlen=MEDIAN_OVER)
+        self._log = LineLog(self._path)
         if writes and self._path.exists():
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._log.keep(lambda line: decode_json(line)["step"] <= first)
 
     def look(self, window: Sequence[tuple[int, Bucket, Metrics]]) -> list[str]:
         """Records the bad ones among some steps.
@@ -142,8 +144,11 @@ class BadSteps:
             },
             "samples": self._planned_ids(step - 1),
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._log.append([encode_line(line)])
+
+    def flush(self) -> None:
+        """Brings the record into an object store; on a disk it is there already."""
+        self._log.flush()
 
 
 def usual_bound(losses: Sequence[float]) -> float:

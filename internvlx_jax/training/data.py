@@ -34,13 +34,9 @@ def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Toke
     if tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer "
-            "to a folder with tokenizer.model"
+            "to a folder with tokenizer files"
         )
-    if tokenizer.vocab_size > model.decoder.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.decoder.vocab_size is "
-            f"{model.decoder.vocab_size}; give the model a row for each"
-        )
+    tokenizer.check_rows(model.decoder.vocab_size)
     return tokenizer
 
 
@@ -109,7 +105,10 @@ def _open_both(
     )
     index, count = row_share(mesh)
     common: dict[str, Any] = dict(
-        process_index=index, process_count=count, progress=jax.process_index() == 0
+        process_index=index,
+        process_count=count,
+        progress=jax.process_index() == 0,
+        refresh=jax.process_index() == 0,  # the others find what it has measured
     )
     training = Loader(
         data.meta,

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.ranges import COUNT, NUMBER, Range, whole_number
 
 TIMEOUT = 300  # seconds
 HELLO_SECONDS = 5  # a peer that has connected introduces itself within this time
@@ -74,20 +75,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--num_processes",
-        type=int,
+        type=whole_number(COUNT),
         default=None,
         help="processes of the job; 1 ignores SLURM and Cloud TPU",
     )
-    add("--process_id", type=int, default=None, help="number of this process, from 0")
+    add(
+        "--process_id",
+        type=whole_number(NUMBER),
+        default=None,
+        help="number of this process, from 0",
+    )
     add(
         "--port",
-        type=int,
+        type=whole_number(Range(1, 65535)),
         default=None,
         help="port of the coordinator, where --coordinator names none",
     )
     add(
         "--timeout",
-        type=int,
+        type=whole_number(COUNT),
         default=TIMEOUT,
         help="seconds to wait for the other processes (%(default)s)",
     )

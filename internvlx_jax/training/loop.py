@@ -9,12 +9,16 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from internvlx_jax.checkpoints.run_lock import RunLock
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
     check_run_folder,
     write_run_folder,
 )
+from internvlx_jax.core.disk import check_space, check_writable
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import Bucket
@@ -25,13 +29,14 @@ from internvlx_jax.training.metrics import Throughput
 from internvlx_jax.training.metrics_logger import MetricsLogger, record_start
 from internvlx_jax.training.preemption import Preempted, Preemption
 from internvlx_jax.training.profiler import Profiler, Window
-from internvlx_jax.training.run import QUARANTINE, Run, first_state, open_run
+from internvlx_jax.training.run import QUARANTINE, Run, first_state, open_run, run_folder
 from internvlx_jax.training.step import TrainState
 from internvlx_jax.training.validation import BenchmarksFactory, Validation, check_benchmarks
 
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
+SMALLEST_SHARE = 0.7  # of its arrays, that a compressed checkpoint takes at least
 
 
 def train(
@@ -55,35 +60,56 @@ def train(
 
     Raises:
         ConfigError, CheckpointError, SampleError: The input cannot be used.
-        Preempted: SIGTERM was received; the run has been saved.
+        Preempted: SIGTERM or Ctrl-C was received; the run has been saved.
         NonFiniteError: Too many steps were not finite; the run has been saved.
     """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
-    run = open_run(config)
-    validation = Validation(run, benchmarks)
+    with RunLock(run_folder(config)) as lock:
+        run = open_run(config)
+        validation = Validation(run, benchmarks)
 
-    throughput = Throughput(run.saved.get("clocks"))
-    # The folder is written after compilation, so that a run that does not fit its devices leaves
-    # none behind, and can be tried again with other settings.
-    resuming = check_run_folder(run.folder, run.settings)
-    executables = _compile(run, throughput)
-    write_run_folder(run.folder, run.settings, run.tokenizer, run.source)
-    for loader in filter(None, (run.loader, run.validation)):
-        loader.list_bad_samples(run.folder / QUARANTINE.format(jax.process_index()))
+        throughput = Throughput(run.saved.get("clocks"))
+        # The folder is written after compilation, so that a run that does not fit its devices
+        # leaves none behind, and can be tried again with other settings.
+        resuming = check_run_folder(run.folder, run.settings)
+        _check_folder(run)
+        executables = _compile(run, throughput)
 
-    with CheckpointWriter(run.folder, config.keep_last) as checkpoints:
-        first, state = first_state(run, checkpoints, resuming=resuming)
-        last = run.steps if stop_after is None else min(run.steps, first + stop_after)
-        with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
-            session = _Session(run, executables, validation, throughput, checkpoints, metrics)
-            record_start(run, first)
-            if first == 0 and validation.is_due(0, last):
-                session.validate(0, state)
-            with Profiler(run.folder / "profile", profile) as profiler:
-                _run_steps(session, profiler, state, first, last)
+        with _opened(run) as checkpoints:
+            first, state = first_state(run, checkpoints, resuming=resuming)
+            last = run.steps if stop_after is None else min(run.steps, first + stop_after)
+            with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
+                session = _Session(
+                    run, executables, validation, throughput, checkpoints, metrics, lock
+                )
+                record_start(run, first)
+                if validation.is_due(first, run.steps) and not metrics.has_scores(first):
+                    session.validate(first, state)
+                with Profiler(run.folder / "profile", profile) as profiler:
+                    _run_steps(session, profiler, state, first, last)
     if run.loader.faults.reasons:
         logger.info(f"bad samples in this process: {run.loader.faults.summary()}")
     return metrics.latest
+
+
+def _check_folder(run: Run) -> None:
+    """Refuses an output_dir that cannot be written to, or has no room for one checkpoint."""
+    if is_remote(run.folder):
+        return  # the lock that was taken there shows that it can be written to
+    check_writable(run.folder, "output_dir")
+    arrays = jax.tree.leaves(run.setup.state)
+    nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
+    check_space(run.folder, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
+
+
+def _opened(run: Run) -> CheckpointWriter:
+    """Writes what a run folder holds before its first step, and opens its checkpoints."""
+    write_run_folder(run.folder, run.settings, run.tokenizer, run.source)
+    for loader in filter(None, (run.loader, run.validation)):
+        loader.list_bad_samples(run.folder / QUARANTINE.format(jax.process_index()))
+    return CheckpointWriter(run.folder, run.config.keep_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +122,7 @@ class _Session:
     throughput: Throughput
     checkpoints: CheckpointWriter
     metrics: MetricsLogger
+    lock: RunLock
 
     def validate(self, step: int, state: TrainState) -> None:
         """Scores the parameters after `step` steps, and records the scores."""
@@ -111,6 +138,8 @@ class _Session:
             "data": self.run.loader.state(step),
             "clocks": self.throughput.clocks,
         }
+        self.lock.check()
+        self.metrics.flush()  # a run that goes on from this step has the lines before it
         with self.throughput.paused("checkpoint_s"):
             self.checkpoints.save(step, state.params(), state.opt_state, metadata)
 
@@ -135,6 +164,7 @@ def _run_steps(
             in_flight.append(step_metrics.loss)
             throughput.wait(in_flight, leave=IN_FLIGHT)
             profiler.after(done, step_metrics.loss)
+            session.checkpoints.check()
             preempted = preemption.reached(done)
             saves = done % config.save_every == 0 or done == last or preempted
             ending = None
@@ -142,15 +172,17 @@ def _run_steps(
                 throughput.wait(in_flight, leave=0)
                 ending = metrics.log(done)
 
-            if session.validation.is_due(done, last) and not (ending or preempted):
-                session.validate(done, state)
+            # Saved before it is scored: whatever a validation meets, no step is lost.
             if saves or ending:
                 session.save(done, state)
+            if session.validation.is_due(done, last) and not (ending or preempted):
+                session.validate(done, state)
             if ending:
                 raise ending
             if preempted and done < last:
                 raise Preempted(
-                    f"stopped by SIGTERM: saved at step {done}, the same command goes on from there"
+                    f"stopped by {preemption.signal}: saved at step {done}, the same command goes "
+                    "on from there"
                 )
 
 

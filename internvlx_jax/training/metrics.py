@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,10 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
-from internvlx_jax.core.files import write_text
+from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.core.line_log import LineLog
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.uploads import copy_file
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep, StepCounts
 from internvlx_jax.models.flops import train_flops
@@ -39,27 +43,76 @@ class MetricsWriter:
     """
 
     def __init__(self, run: Path, start_step: int):
-        self._path = run / "metrics.jsonl"
         # A run that begins again also repeats its line of step 0.
         first = start_step + 1 if start_step else 0
-        kept = []
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first
-            ]
-        write_text(self._path, "".join(kept))
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+        self._log = LineLog(run / "metrics.jsonl")
+        read_json_lines(run / "metrics.jsonl", "step")  # its error names a line that is none
+        self._log.keep(lambda line: json.loads(line)["step"] < first)
+        self._scored = {
+            row["step"]
+            for row in read_json_lines(run / "metrics.jsonl", "step")
+            if any(name.startswith("eval/") for name in row)
+        }
+        self._tensorboard = EventFiles(run / "tensorboard", purge_step=first)
+
+    def has_scores(self, step: int) -> bool:
+        """Returns whether the file has scores of this step from an earlier start."""
+        return step in self._scored
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._log.append([json.dumps({"step": step, **values}).encode() + b"\n"])
+        self._tensorboard.write(step, values)
+
+    def flush(self) -> None:
+        """Brings everything into an object store; on a disk it is there already."""
+        self._log.flush()
         self._tensorboard.flush()
 
     def close(self) -> None:
+        self._log.close()
         self._tensorboard.close()
+
+
+class EventFiles:
+    """Writes TensorBoard event files.
+
+    tensorboardX appends to files, so those of a folder in an object store are written on the disk,
+    and each is sent when it is flushed, which begins a new one.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        self._folder = folder
+        self._purge_step: int | None = purge_step
+        self._scratch = (
+            tempfile.TemporaryDirectory(prefix="internvlx-") if is_remote(folder) else None
+        )
+        self._writer: SummaryWriter | None = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            here = self._scratch.name if self._scratch else str(self._folder)
+            self._writer = SummaryWriter(here, purge_step=self._purge_step)
+            self._purge_step = None
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def flush(self) -> None:
+        """Sends the file of an object store."""
+        if self._scratch is None or self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        for path in Path(self._scratch.name).iterdir():
+            copy_file(path, self._folder / path.name)
+            path.unlink()
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 class Throughput:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
+from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
@@ -89,12 +92,24 @@ class MetricsLogger:
     def __exit__(self, *_: Any) -> None:
         if self._writer:
             self._writer.close()
+        self._bad_steps.flush()
+
+    def flush(self) -> None:
+        """Brings what an object store has not got yet there; called before a checkpoint."""
+        if self._writer:
+            self._writer.flush()
+        self._bad_steps.flush()
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes values of all processes, by the first one."""
         self.latest.update(values)
         if self._writer:
             self._writer.write(step, values)
+
+    def has_scores(self, step: int) -> bool:
+        """Returns whether an earlier start has scored this step; all processes call it together."""
+        found = self._writer is not None and self._writer.has_scores(step)
+        return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
     def add(self, step: int, loaded: LoadedStep, metrics: Metrics) -> None:
         """Takes a step (from 1) into the window; its metrics stay on the devices."""
@@ -166,8 +181,9 @@ def record_start(run: Run, step: int) -> None:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
     }
-    with (run.folder / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    log = LineLog(run.folder / STARTS)
+    log.append([json.dumps(start).encode() + b"\n"])
+    log.close()
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:

@@ -183,10 +183,13 @@ def _decays(rule: str, path: str, axes: Axes, model: ModelConfig) -> bool:
         return True
     if rule == "trainer":
         layer_norm = "norm" in module and f"{module}.bias" in axes
-        llama_norm = (
-            path.startswith("decoder.") and "norm" in module and model.decoder.family == "llama"
+        # The trainers that know Qwen3 tell norms by their names; older ones by their classes.
+        rms_norm = (
+            path.startswith("decoder.")
+            and "norm" in module
+            and model.decoder.family in ("llama", "qwen3")
         )
-        return not (name == "bias" or layer_norm or llama_norm)
+        return not (name == "bias" or layer_norm or rms_norm)
     # Stacking layers does not make a vector a matrix.
     rank = len(axes[path]) - axes[path].count("layers")
     return rank >= 2 and name != "bias" and not any(word in name for word in NEVER_MATRICES)

@@ -1,7 +1,11 @@
-"""SIGTERM: the run saves at the next step that all processes reach (design: training.md 10)."""
+"""SIGTERM and Ctrl-C: the run saves at the next step that all processes reach.
+
+(design: training.md 10)
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -17,30 +21,41 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Knows whether the run was told to stop; as a context manager it handles SIGTERM.
+    """Knows whether the run was told to stop; as a context manager it handles the signals.
 
-    With several processes jax has the handler: a SIGTERM to any of them makes all agree on a step
-    that none has passed.
+    With several processes jax has the handler of SIGTERM: a SIGTERM to any of them makes all agree
+    on a step that none has passed, and Ctrl-C is passed on to it. A second Ctrl-C ends the run at
+    once.
+
+    Attributes:
+        signal: what told the run to stop, in words.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._told, self.signal = False, "SIGTERM"
+        self._several = jax.distributed.is_initialized()
         # Python lets only the main thread take signals.
-        self._takes = (
-            not jax.distributed.is_initialized()
-            and threading.current_thread() is threading.main_thread()
-        )
+        main = threading.current_thread() is threading.main_thread()
+        self._takes = [signal.SIGINT] if main else []
+        if main and not self._several:
+            self._takes.append(signal.SIGTERM)
 
     def __enter__(self) -> Preemption:
-        if self._takes:
-            self._before = signal.signal(signal.SIGTERM, self._take)
+        self._before = {number: signal.signal(number, self._take) for number in self._takes}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._takes:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _take(self, *_: Any) -> None:
+    def _take(self, number: int, *_: Any) -> None:
+        if number == signal.SIGINT:
+            if self.signal == "Ctrl-C":
+                raise KeyboardInterrupt
+            self.signal = "Ctrl-C"
+            if self._several:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
         self._told = True
 
     def reached(self, step: int) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.paths import is_remote
+from internvlx_jax.core.uploads import copy_file
 
 
 class Window(NamedTuple):
@@ -35,23 +38,37 @@ class Profiler:
 
     def __init__(self, folder: Path, window: Window | None):
         self._folder, self._window, self._tracing = folder, window, False
+        # A trace is written to a disk, and sent to an object store when it is complete.
+        self._scratch = (
+            tempfile.TemporaryDirectory(prefix="internvlx-")
+            if window and is_remote(folder)
+            else None
+        )
 
     def __enter__(self) -> Profiler:
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._tracing:
-            jax.profiler.stop_trace()
+            self._stop()
 
     def before(self, step: int) -> None:
         """Starts the trace if `step` is in the window."""
         if self._window and self._window.first <= step <= self._window.last and not self._tracing:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._scratch.name if self._scratch else self._folder)
             self._tracing = True
 
     def after(self, step: int, result: jax.Array) -> None:
         """Stops the trace behind the window's last step, once its `result` is computed."""
         if self._tracing and self._window and step == self._window.last:
             jax.block_until_ready(result)
-            jax.profiler.stop_trace()
-            self._tracing = False
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        if self._scratch:
+            for path in Path(self._scratch.name).rglob("*"):
+                if path.is_file():
+                    copy_file(path, self._folder / path.relative_to(self._scratch.name).as_posix())
+            self._scratch.cleanup()

@@ -17,9 +17,11 @@ import optax
 from flax import nnx
 
 from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
+from internvlx_jax.checkpoints.run_format import finished_steps
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import from_dict, override
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.loss import shift_left
@@ -46,15 +48,13 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: The run has no such step, or no checkpoint.
     """
-    run = Path(run)
+    run = as_path(run)
     saved = json.loads((run / "config.json").read_text())
     config, model = (
         override(from_dict(TrainConfig, saved["train"]), settings),
         from_dict(ModelConfig, saved["model"]),
     )
-    checkpoints = sorted(
-        int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()
-    )
+    checkpoints = finished_steps(run)
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'} holds no finished checkpoint")
     before = [each for each in checkpoints if each < step]
@@ -77,14 +77,18 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
     )
     rows, weights = np.asarray(rows), np.asarray(weights)
     return {
-        "step": step, "parameters_of_step": folder.step,
+        "step": step,
+        "parameters_of_step": folder.step,
         "bucket": {"tiles": loaded.bucket.tiles, "length": loaded.bucket.length},
         "loss": number(loss),
         "grad_norm": {name: number(each) for name, each in {"all": norm, **norms}.items()},
-        "rows": [{"loss": number(row / weight) if weight else None, "samples": samples}
-                 for row, weight, samples
-                 in zip(rows, weights, loader.planned_ids(step - 1), strict=True)],
-    }  # fmt: skip
+        "rows": [
+            {"loss": number(row / weight) if weight else None, "samples": samples}
+            for row, weight, samples in zip(
+                rows, weights, loader.planned_ids(step - 1), strict=True
+            )
+        ],
+    }
 
 
 def _measure(setup: Setup, config: TrainConfig, step: int) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
         FileNotFoundError: The run has logged nothing.
         ConfigError: A line cannot be read; names the line.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give the output_dir of a run that has logged a step"
         )

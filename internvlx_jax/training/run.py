@@ -16,8 +16,11 @@ from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.run_folder import saved_metadata
 from internvlx_jax.checkpoints.run_writer import CheckpointWriter
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.remote import protocol_of
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
@@ -71,6 +74,21 @@ class Run:
         return {"train": to_dict(self.config), "model": to_dict(self.model)}
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Returns the run folder of a config, an absolute path, which orbax insists on.
+
+    Raises:
+        ConfigError: Checkpoints cannot be kept there.
+    """
+    folder = as_path(config.output_dir)
+    if protocol_of(folder) == "s3":  # orbax writes arrays to gs:// and to disks only
+        raise ConfigError(
+            f"output_dir {folder}: checkpoints cannot be kept in s3://; use gs:// or a disk that "
+            "all hosts share"
+        )
+    return folder.absolute()
+
+
 def open_run(config: TrainConfig) -> Run:
     """Opens devices, checkpoint, tokenizer and data of a run, and sets up its steps.
 
@@ -79,7 +97,7 @@ def open_run(config: TrainConfig) -> Run:
         CheckpointError: `init_from` holds another model, or the data have changed since the run's
             newest checkpoint.
     """
-    folder = Path(config.output_dir).absolute()  # orbax insists on absolute paths
+    folder = run_folder(config)
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)
@@ -96,6 +114,7 @@ def open_run(config: TrainConfig) -> Run:
     steps = config.steps or loader.plan.total
     assert steps is not None  # the plan is endless only where config.steps is set
     _describe_data(loader, steps, model)
+    _describe_left_out(validation, "left out of the validation")
 
     setup = prepare(config, model, mesh, steps, len(loader.entries))
     logger.info(describe(setup.partition))
@@ -156,9 +175,13 @@ def _describe_data(loader: Loader, steps: int, model: ModelConfig) -> None:
     )
     for bucket, rows in zip(plan.buckets, plan.rows, strict=True):
         logger.info(_describe_bucket(model, bucket, rows))
-    if loader.index_faults.reasons:
+    _describe_left_out(loader, "left out")
+
+
+def _describe_left_out(loader: Loader | None, words: str) -> None:
+    if loader is not None and loader.index_faults.reasons:
         logger.info(
-            f"left out, see {QUARANTINE.format(0)} in the run folder: "
+            f"{words}, see {QUARANTINE.format(0)} in the run folder: "
             f"{loader.index_faults.summary()}"
         )
 

@@ -14,13 +14,16 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.params import AbstractModel
 from internvlx_jax.training.data import to_devices
-from internvlx_jax.training.run import Run
+from internvlx_jax.training.run import QUARANTINE, Run
 from internvlx_jax.training.step import FlatParams
 
 logger = logging.getLogger(__name__)
+
+QUARANTINE_FILES = QUARANTINE.format("*") + " in the run folder"
 
 
 class Benchmarks(Protocol):
@@ -62,6 +65,7 @@ class Validation:
 
     def __init__(self, run: Run, benchmarks: BenchmarksFactory | None):
         self._run = run
+        self._told = (0, 0)  # kinds of faults and bad samples that the log knows of
         self._benchmarks: Benchmarks | None = None
         if run.config.evaluation is not None and benchmarks is not None:
             self._benchmarks = benchmarks(
@@ -84,6 +88,8 @@ class Validation:
         scores = self._held_out(params)
         if self._benchmarks is not None:
             scores |= self._benchmarks(step, params)
+        if not scores:
+            return scores
         listed = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("step %d/%d  %s", step, self._run.steps, listed)
         return scores
@@ -99,4 +105,18 @@ class Validation:
             for loaded in loader.steps(0, loader.plan.total)
         ]
         loss, weight, exact, answers = np.sum(sums, axis=0).tolist()
-        return {"eval/loss": loss / weight, "eval/exact": exact / answers}
+        self._tell_bad_samples(loader)
+        if not weight:
+            logger.warning(f"validation: none of its samples could be read, see {QUARANTINE_FILES}")
+            return {}
+        scores = {"eval/loss": loss / weight}
+        return scores | ({"eval/exact": exact / answers} if answers else {})
+
+    def _tell_bad_samples(self, loader: Loader) -> None:
+        """Says once what is wrong with held-out samples on this process, and again if it grows."""
+        found = loader.faults.summary()
+        kinds = len(loader.faults.reasons)
+        bad = sum(map(len, loader.faults.bad.values()))
+        if found and (kinds, bad) != self._told:
+            self._told = (kinds, bad)
+            logger.warning(f"validation: bad samples ({found}), see {QUARANTINE_FILES}")

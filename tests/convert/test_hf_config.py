@@ -79,7 +79,7 @@ def test_output_is_tied_only_without_a_stored_one(config):
         (None, "model_type", "llava", "model_type is 'llava'"),
         (None, "pad2square", True, "pad2square = True"),
         ("vision_config", "dropout", 0.1, "vision_config.dropout = 0.1"),
-        ("vision_config", "hidden_act", "relu", "vision_config.hidden_act 'relu'"),
+        ("vision_config", "hidden_act", "relu", "vision_config.hidden_act is 'relu'"),
         (
             None,
             "force_image_size",
@@ -106,7 +106,7 @@ def test_refusals_name_the_field(config, section, field, value, message):
     "field, value, message",
     [
         ("attention_dropout", 0.1, "llm_config.attention_dropout = 0.1"),
-        ("partial_rotary_factor", 0.75, "partial_rotary_factor 0.75"),
+        ("partial_rotary_factor", 0.75, "partial_rotary_factor is 0.75"),
         ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "Phi-3 has su"),
         ("rope_scaling", {"type": "su", "short_factor": [1.0]}, "long_factor is missing"),
     ],

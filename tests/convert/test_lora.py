@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from internvlx_jax import load_pretrained
 from internvlx_jax.checkpoints.hf_folder import HFFolder, open_tensors
-from internvlx_jax.checkpoints.lora_files import read_adapter_folder, write_adapters
+from internvlx_jax.checkpoints.lora_files import write_adapters
+from internvlx_jax.checkpoints.peft_folder import read_peft_folder
 from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.import_hf import adapter_entries
 from internvlx_jax.core.errors import ConfigError
@@ -231,12 +232,15 @@ def test_adapters_from_arrays(tmp_path, make_checkpoint):
         np.array_equal(one[name], other[name]) for name in one
     )
     assert (
-        read_adapter_folder(
+        read_peft_folder(
             tmp_path / "out",
             source.table,
             source.layout,
             open_tensors(tmp_path / "out", "adapter_model"),
-        ).config
+            source.tensors,
+        )
+        .loras[0]
+        .config
         == lora.config
     )
     for change, message in (
@@ -314,3 +318,126 @@ def test_adapters_that_do_not_fit(tmp_path, make_checkpoint, capsys):
     )
     assert run("import", "--from", tmp_path / "base", "--to", tmp_path / "jax", "--keep_lora") == 1
     assert "holds no adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "targets, layers",
+    [
+        (("self_attn.q_proj", "self_attn.v_proj"), (0, 1)),  # peft's default for Qwen2 and Llama
+        (("self_attn.q_proj",), (0, 1)),
+        (TARGETS["qwen2"], (1,)),  # layers_to_transform
+        (("mlp.up_proj",), (0,)),
+    ],
+)
+def test_some_projections_or_layers_only(tmp_path, make_checkpoint, targets, layers, capsys):
+    """The maps without an adapter keep their weights bit for bit, and the report counts them."""
+    tensors = make_checkpoint(tmp_path / "base", "qwen2")
+    found = {
+        module: pair
+        for module, pair in adapters(tensors, "language_model.", targets).items()
+        if any(f".layers.{layer}." in module for layer in layers)
+    }
+    write_peft(tmp_path / "lora", found, "language_model.", layers_to_transform=list(layers))
+    flags = ("--from", tmp_path / "base", "--lora", tmp_path / "lora", "--verify")
+    expected = merged(tensors, found, 6 / RANK)
+    for name, more in (("jax", ()), ("kept", ("--keep_lora",))):
+        assert run("import", "--to", tmp_path / name, *flags, *more) == 0
+        assert f"{len(found)} of 14 linear maps" in capsys.readouterr().out
+        export(tmp_path / name, tmp_path / f"{name}_back")
+        same(tmp_path / f"{name}_back", expected, 1e-6)
+        written = load_file(tmp_path / f"{name}_back" / "model.safetensors")
+        for tensor, array in tensors.items():
+            if tensor.removesuffix(".weight") not in found and ".q" not in tensor:
+                np.testing.assert_array_equal(written[tensor], array, err_msg=tensor)
+
+
+@pytest.mark.parametrize("spelling", ["released", "nested"])
+def test_adapters_of_the_whole_model(tmp_path, make_checkpoint, spelling):
+    """Names below the whole InternVL, both parts in one folder, in either spelling."""
+    tensors = make_checkpoint(tmp_path / "base", "qwen2", "mlp1")
+    found = adapters(tensors, "vision_model.", TOWER) if spelling == "released" else {}
+    found |= adapters(tensors, "language_model.", TARGETS["qwen2"], seed=2)
+    base = tmp_path / "base"
+    if spelling == "released":
+        write_peft(tmp_path / "lora", found, "")
+    else:
+        base = tmp_path / "hf"
+        run(
+            *("export", "--from", tmp_path / "base", "--to", base, "--layout", "hf"),
+            *("--image_token_id", 7, "--dtype", "keep"),
+        )
+        nested = {
+            module.replace("language_model.model.", "model.language_model."): pair
+            for module, pair in found.items()
+        }
+        write_peft(tmp_path / "lora", nested, "")
+    flags = ("--from", base, "--to", tmp_path / "jax", "--lora", tmp_path / "lora", "--verify")
+    assert run("import", *flags) == 0
+    export(tmp_path / "jax", tmp_path / "back", "internvl")
+    same(tmp_path / "back", merged(tensors, found, 6 / RANK), 1e-6)
+
+
+def test_ranks_and_scales_of_their_own(tmp_path, make_checkpoint, capsys):
+    """rank_pattern and alpha_pattern are merged as peft would, and refused beside the weights."""
+    tensors = make_checkpoint(tmp_path / "base", "qwen2")
+    found = adapters(tensors, "language_model.", TARGETS["qwen2"])
+    rng = np.random.default_rng(3)
+    larger = {
+        module: tuple(
+            rng.normal(0, 0.1, tuple(5 if n == RANK else n for n in side.shape)).astype(np.float32)
+            for side in pair
+        )
+        for module, pair in found.items()
+        if module.endswith("up_proj")
+    }
+    patterns = {"rank_pattern": {"up_proj": 5}, "alpha_pattern": {"layers.0.mlp.down_proj": 1}}
+    write_peft(tmp_path / "lora", found | larger, "language_model.", **patterns)
+    flags = ("--from", tmp_path / "base", "--to", tmp_path / "jax", "--lora", tmp_path / "lora")
+    assert run("import", *flags, "--keep_lora") == 1
+    assert "rank_pattern or alpha_pattern gives modules ranks" in capsys.readouterr().err
+    assert run("import", *flags, "--verify") == 0
+    export(tmp_path / "jax", tmp_path / "back")
+    expected = merged(tensors, found, 6 / RANK)
+    for module, (a, b) in larger.items():
+        expected[f"{module}.weight"] = tensors[f"{module}.weight"] + 6 / 5 * (b @ a)
+    down = "language_model.model.layers.0.mlp.down_proj"
+    a, b = found[down]
+    expected[f"{down}.weight"] = tensors[f"{down}.weight"] + 1 / RANK * (b @ a)
+    same(tmp_path / "back", expected, 1e-6)
+
+
+def test_modules_that_were_trained_whole(tmp_path, make_checkpoint, capsys):
+    """modules_to_save replaces the base weights; one of another shape is refused."""
+    tensors = make_checkpoint(tmp_path / "base", "qwen2")
+    found = adapters(tensors, "language_model.", ("self_attn.q_proj",))
+    write_peft(tmp_path / "lora", found, "language_model.", modules_to_save=["lm_head"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    head = tensors["language_model.lm_head.weight"]
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": head + 1}, file)
+    flags = ("--from", tmp_path / "base", "--to", tmp_path / "jax", "--lora", tmp_path / "lora")
+    assert run("import", *flags, "--verify") == 0
+    assert "trained whole and taken from there: language_model.lm_head.weight" in (
+        capsys.readouterr().out
+    )
+    export(tmp_path / "jax", tmp_path / "back")
+    expected = merged(tensors, found, 6 / RANK) | {"language_model.lm_head.weight": head + 1}
+    same(tmp_path / "back", expected, 1e-6)
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": head[:-1]}, file)
+    flags = ("--from", tmp_path / "base", "--to", tmp_path / "no", "--lora", tmp_path / "lora")
+    assert run("import", *flags) == 1
+    assert "base_model.model.lm_head.weight has shape [199, 64]" in capsys.readouterr().err
+
+
+def test_half_a_pair(tmp_path, make_checkpoint, capsys):
+    tensors = make_checkpoint(tmp_path / "base", "qwen2")
+    write_peft(
+        tmp_path / "lora", adapters(tensors, "language_model.", ("v_proj",)), "language_model."
+    )
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    stored = load_file(file)
+    lost = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    save_file({name: array for name, array in stored.items() if name != lost}, file)
+    flags = ("--from", tmp_path / "base", "--to", tmp_path / "jax", "--lora", tmp_path / "lora")
+    assert run("import", *flags) == 1
+    assert "layers.1.self_attn.v_proj.lora_B.weight is missing, but" in capsys.readouterr().err
+    assert not (tmp_path / "jax").exists()

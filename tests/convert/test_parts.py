@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.cli.convert import main
 from internvlx_jax.convert.model_parts import NEW_TOKENS
+from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
 
 ROWS = 200
 
@@ -32,11 +34,12 @@ def parts(tmp_path, make_checkpoint):
             }
             save_file(own, tmp_path / name / "model.safetensors")
             (tmp_path / name / "config.json").write_text(json.dumps(config[section]))
-        vocabulary = {f"piece{n}": n for n in range(ROWS - 2)}
-        added = [{"id": ROWS - 2 + n, "content": token} for n, token in enumerate(("<s>", "</s>"))]
-        (tmp_path / "llm" / "tokenizer.json").write_text(
-            json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added})
+        letters = sorted(ByteLevel.alphabet())[: ROWS - 2]
+        added = [AddedToken(token, ROWS - 2 + n) for n, token in enumerate(("<s>", "</s>"))]
+        fast = byte_level_bpe(
+            {x: n for n, x in enumerate(letters)}, [], added, pretokenizer="gpt-2"
         )
+        (tmp_path / "llm" / "tokenizer.json").write_text(json.dumps(fast))
         (tmp_path / "llm" / "tokenizer_config.json").write_text("{}")
         return tensors
 
@@ -173,8 +176,13 @@ def test_what_is_refused(tmp_path, parts, capsys):
     (tmp_path / "llm" / "tokenizer.json").unlink()
     assert build(tmp_path) == 1
     assert "no tokenizer.model, tokenizer.json or vocab.json" in capsys.readouterr().err
-    (tmp_path / "llm" / "vocab.json").write_text(json.dumps({"a": ROWS - 1}))
+    (tmp_path / "llm" / "vocab.json").write_text(json.dumps({"a": ROWS - 2}))
+    (tmp_path / "llm" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "llm" / "added_tokens.json").write_text(json.dumps({"</s>": ROWS - 1}))
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS - 1}))
+    assert build(tmp_path) == 1
+    assert "has 200 ids, but config.json says vocab_size 199" in capsys.readouterr().err
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"vocab_size": ROWS + 3}))
     assert build(tmp_path) == 1
     assert "has 200 rows, config.json says vocab_size 203" in capsys.readouterr().err

@@ -58,8 +58,10 @@ def test_golden_import_verify_export_and_import_again(golden, tmp_path, name, sa
         ("mlp1", "internlm2"),
         ("mlp1", "llama"),
         ("mlp1", "qwen2"),
+        ("mlp1", "qwen3"),
         ("mlp1", "phi3"),
         ("pvtc", "llama"),
+        ("pvtc", "qwen3"),
         ("pvtc", "phi3"),
     ],
 )

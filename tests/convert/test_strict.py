@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.safetensors_folder import CHECKSUMS, format_sums, sha256
 from internvlx_jax.cli.convert import main
 
@@ -272,6 +273,17 @@ def test_a_downloaded_repository_is_imported(folder, tmp_path, monkeypatch):
     assert accepted("owner/name", tmp_path, "--revision", "v1")
 
 
+def test_an_id_carries_its_revision(folder, tmp_path, monkeypatch):
+    """Every command takes a checkpoint by one name, so the revision is a part of it."""
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, revision=None, allow_patterns=(): {
+        ("owner/name", "refs/pr/1"): folder
+    }[name, revision]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint("owner/name@refs/pr/1").path == folder
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -321,7 +333,8 @@ def test_inspect(folder, tmp_path, capsys, rewrite_tensors):
     )
     assert accepted(folder, tmp_path)
     assert main(["inspect", str(tmp_path / "jax"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.partition("bytes float32\n")[2])
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("\n{") :])
     assert sum(found["parameters"].values()) == 201_888 and found["problems"] == []
     rewrite_tensors(folder, lambda tensors: tensors.pop("projector.cls_scale"))
     assert main(["inspect", str(folder)]) == 1

@@ -98,15 +98,27 @@ def test_a_released_checkpoint_under_each_preset(released):
     )
 
 
-@pytest.mark.parametrize("changed, new, left", [
-    (lvtc("paper", expand_layer=1, upsample="nearest", gate=0.0), (),
-     ["lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
-    (lvtc("fast"), ("lvtc.low.",),
-     ["lvtc.high.projector", "lvtc.inject_1.gate", "lvtc.inject_1.projector"]),
-    (lvtc("fast_inject"), ("lvtc.low.", "lvtc.inject_1.projector."),
-     ["lvtc.high.projector", "lvtc.inject_1.projector"]),
-    (lvtc("paper_inject", gate=None), (), ["lvtc.high.gate", "lvtc.inject_1.gate"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed, new, left",
+    [
+        (
+            lvtc("paper", expand_layer=1, upsample="nearest", gate=0.0),
+            (),
+            ["lvtc.inject_1.gate", "lvtc.inject_1.projector"],
+        ),
+        (
+            lvtc("fast"),
+            ("lvtc.low.",),
+            ["lvtc.high.projector", "lvtc.inject_1.gate", "lvtc.inject_1.projector"],
+        ),
+        (
+            lvtc("fast_inject"),
+            ("lvtc.low.", "lvtc.inject_1.projector."),
+            ["lvtc.high.projector", "lvtc.inject_1.projector"],
+        ),
+        (lvtc("paper_inject", gate=None), (), ["lvtc.high.gate", "lvtc.inject_1.gate"]),
+    ],
+)
 def test_a_trained_model_under_another_preset(trained, changed, new, left):
     """Trained gates stay although their projector, layer or start value is another."""
     _, report = check(trained, changed, new=new, role="projector: 4 tokens per tile")

@@ -52,6 +52,18 @@ def llama_standin(golden, folder, name, config, rstrip=()):
 
 
 @pytest.fixture(scope="session")
+def bpe(golden):
+    """A byte-level BPE tokenizer with Qwen2's pre-tokenization, from tokenizer.json."""
+    return Tokenizer.load(golden / "bpe" / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def bpe_older(golden):
+    """The same tokenizer from vocab.json, merges.txt and added_tokens.json."""
+    return Tokenizer.load(golden / "bpe" / "tokenizer_slow")
+
+
+@pytest.fixture(scope="session")
 def real(shared_data):
     """The real InternLM2 tokenizer, which is third-party data."""
     return Tokenizer.load(shared_data / "internlm2_tokenizer")

@@ -42,7 +42,16 @@ def test_bos_and_strip_rules():
         "Hermes-2": (False, False),
         "phi3-chat": (True, False),
         "internvl2_5": (None, False),
+        "internvl_hf": (None, False),
     }
+
+
+def test_internvl_hf_has_no_system_part_of_its_own():
+    template = get_template("internvl_hf")
+    turns = [("human", "<image>\nQ"), ("gpt", "")]
+    plain = "<|im_start|>user\n<image>\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text(template, turns) == prompt_text(template, turns, system="") == plain
+    assert prompt_text(template, turns, system="S") == f"<|im_start|>system\nS<|im_end|>\n{plain}"
 
 
 def test_only_answers_and_their_separator_are_supervised():

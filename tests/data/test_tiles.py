@@ -194,7 +194,7 @@ def test_errors():
         ValueError, match='"egde" is unknown. Did you mean "edge"[?] Use one of edge, area'
     ):
         TileConfig(rule="egde")
-    with pytest.raises(ValueError, match="max_num must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_num is 0, it must be from 1 to 4096"):
         TileConfig(max_num=0)
     with pytest.raises(ValueError, match="Use one of imagenet, clip, siglip"):
         normalize(np.zeros((1, 2, 2, 3), np.uint8), "imagnet")

@@ -252,11 +252,6 @@ def test_folders_that_cannot_be_used(golden, tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         Tokenizer.load(tmp_path / "nowhere")
-    (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match="vocab.json: a byte-level BPE .* not supported yet. Use a check"
-    ):
-        Tokenizer.load(tmp_path)
     model = tmp_path / "tokenizer.model"
     model.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(
@@ -283,5 +278,5 @@ def test_folders_that_cannot_be_used(golden, tmp_path):
     ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
         Tokenizer.load(tmp_path)

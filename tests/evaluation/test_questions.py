@@ -68,7 +68,7 @@ def test_line_separators_inside_a_text_do_not_end_the_line(write):
     "line, problem",
     [
         (json.dumps(ROW)[:30], "not valid JSON"),
-        (b'{"question": "\xff", "answer": "x"}', "not valid JSON"),
+        (b'{"question": "\xff", "answer": "x"}', "not UTF-8: byte 14 is 0xff"),
         ({"question": "What?"}, 'needs the fields "question" and "answer"'),
         ({"answer": "This"}, 'needs the fields "question" and "answer"'),
         ("[1]", 'needs the fields "question" and "answer"'),

@@ -171,24 +171,39 @@ def test_placeholders_are_put_in_front_or_counted(model, pixels):
     assert behind != model.generate("What?", pixels, **SHORT)
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (dict(prompt="<image> or <image>?", images=["IMAGE"]), SampleError, '1 image but 2 "<image>"'),
-    (dict(prompt="<image>?"), SampleError, '0 images but 1 "<image>"'),
-    (dict(prompt=["a", "<image>?"]), SampleError, r"prompt\[1\]: 0 images"),
-    (dict(prompt="a", images="gone.png"), SampleError, "gone.png"),
-    (dict(prompt=["a"], images=[["gone.png"]]), SampleError, "gone.png"),
-    (dict(prompt=3), TypeError, "prompt is a int; give a text or a list"),
-    (dict(prompt=[3]), TypeError, r"prompt\[0\] is a int; give a text"),
-    (dict(prompt=["a", "b"], images="IMAGE"), TypeError, "images is a str, but prompt is a list"),
-    (dict(prompt=["a", "b"], images=["IMAGE"]), ValueError, "1 entries for 2 prompts"),
-    (dict(prompt=["a"], history=[Turn("a", "b")]), ValueError, "single prompt"),
-    (dict(prompt="a", max_tokens=3), TypeError, "unknown option max_tokens; choose from max_new_"),
-    (dict(prompt="a", max_new_tokens=0), ConfigError, "max_new_tokens is 0"),
-    (dict(prompt="a", top_p=2.0), ConfigError, "top_p is 2.0"),
-    (dict(prompt="a", stop=""), ConfigError, "stop holds an empty text"),
-    (dict(prompt="a", max_num=0), ValueError, "max_num must be at least 1"),
-    (dict(prompt="a", max_new_tokens=999), SampleError, "512 positions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (
+            dict(prompt="<image> or <image>?", images=["IMAGE"]),
+            SampleError,
+            '1 image but 2 "<image>"',
+        ),
+        (dict(prompt="<image>?"), SampleError, '0 images but 1 "<image>"'),
+        (dict(prompt=["a", "<image>?"]), SampleError, r"prompt\[1\]: 0 images"),
+        (dict(prompt="a", images="gone.png"), SampleError, "gone.png"),
+        (dict(prompt=["a"], images=[["gone.png"]]), SampleError, "gone.png"),
+        (dict(prompt=3), TypeError, "prompt is a int; give a text or a list"),
+        (dict(prompt=[3]), TypeError, r"prompt\[0\] is a int; give a text"),
+        (
+            dict(prompt=["a", "b"], images="IMAGE"),
+            TypeError,
+            "images is a str, but prompt is a list",
+        ),
+        (dict(prompt=["a", "b"], images=["IMAGE"]), ValueError, "1 entries for 2 prompts"),
+        (dict(prompt=["a"], history=[Turn("a", "b")]), ValueError, "single prompt"),
+        (
+            dict(prompt="a", max_tokens=3),
+            TypeError,
+            "unknown option max_tokens; choose from max_new_",
+        ),
+        (dict(prompt="a", max_new_tokens=0), ConfigError, "max_new_tokens is 0"),
+        (dict(prompt="a", top_p=2.0), ConfigError, "top_p is 2.0"),
+        (dict(prompt="a", stop=""), ConfigError, "stop holds an empty text"),
+        (dict(prompt="a", max_num=0), ValueError, "tiles.max_num is 0, it must be from 1 to 4096"),
+        (dict(prompt="a", max_new_tokens=999), SampleError, "512 positions"),
+    ],
+)
 def test_errors_name_the_argument_and_the_remedy(model, image, arguments, error, message):
     known = {"IMAGE": image}
     if isinstance(arguments.get("images"), list):
@@ -216,8 +231,15 @@ def test_answers_are_those_of_the_evaluator(run_folder, model, image, tmp_path):
     path.write_text("".join(json.dumps(row | {"answer": "x"}) + "\n" for row in rows))
     selection = EvaluationConfig(data=str(path), metric="exact", **SHORT)
     out = tmp_path / "out"
-    job.run(EvalConfig(checkpoint=str(run_folder), out_dir=str(out), selection=selection,
-                       dtype="float32", batch_size=8))  # fmt: skip
+    job.run(
+        EvalConfig(
+            checkpoint=str(run_folder),
+            out_dir=str(out),
+            selection=selection,
+            dtype="float32",
+            batch_size=8,
+        )
+    )
     lines = (out / "predictions.jsonl").read_text().splitlines()
     prompts = [row["question"] for row in rows]
     answers = model.generate(prompts, [image, None], **SHORT)

@@ -49,7 +49,7 @@ def inputs():
     )
 
 
-@pytest.fixture(scope="module", params=["internlm2", "qwen2"])
+@pytest.fixture(scope="module", params=["internlm2", "qwen2", "qwen3"])
 def model(request):
     """Config, structures without and with adapters, parameters of the base."""
     config = ModelConfig(
@@ -64,6 +64,7 @@ def model(request):
             head_dim=8,
             mlp_width=48,
             initializer_range=0.2,
+            qk_norm=request.param == "qwen3",
         ),
         prompt=PromptConfig(tiles=TileConfig(tile_size=56)),
     )
@@ -211,5 +212,5 @@ def test_a_part_has_one_kind_of_adapters(model):
     config = model[0]
     with pytest.raises(ConfigError, match="lora: decoder, decoder name a part twice"):
         abstract_model(config, dtype="float32", lora=[LORAS[1], LORAS[1]])
-    with pytest.raises(ConfigError, match="rank 0 must be at least 1"):
+    with pytest.raises(ConfigError, match="lora.rank is 0, it must be at least 1"):
         dataclasses.replace(LORAS[0], rank=0)

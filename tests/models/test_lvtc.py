@@ -556,7 +556,7 @@ def test_gradients_and_masked_tiles():
     "changes, message",
     [
         ({"expand_layer": 4}, r"lvtc\.expand_layer 4 is outside 0\.\.3 of a decoder with 4 layers"),
-        ({"expand_layer": -1}, r"lvtc\.expand_layer -1 is negative"),
+        ({"expand_layer": -1}, r"lvtc\.expand_layer is -1, it must be at least 0"),
         ({"low_grid": 3}, r"lvtc\.low_grid 3 is not a power of two"),
         ({"high_grid": 6}, r"lvtc\.high_grid 6 is not a power of two"),
         ({"low_grid": 0}, r"lvtc\.low_grid 0 is not a power of two"),

@@ -127,27 +127,33 @@ def write_config(config, folder: Path) -> Path:
 
 def logged(run: Path) -> list[dict]:
     """Returns the finished lines of metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    from internvlx_jax.core.json_text import complete_lines
+    from internvlx_jax.core.line_log import read_whole
+
+    return [json.loads(line) for line in complete_lines(read_whole(run / "metrics.jsonl"))]
 
 
 def starts(run: Path) -> int:
     """Returns how often the loop of a run has begun."""
-    path = run / "starts.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    from internvlx_jax.core.line_log import read_whole
+
+    return read_whole(run / "starts.jsonl").count(b"\n")
 
 
 def kill_at(
     run: Path, kill: Kill, processes: Sequence[subprocess.Popen], generator: random.Random
 ) -> dict:
     """Waits for the moment, kills all processes, and returns what was on disk then."""
+    from internvlx_jax.checkpoints.run_format import finished_steps
+    from internvlx_jax.core.paths import is_remote
+
     end = time.monotonic() + PATIENCE
     starts_before = starts(run)
 
     def reached() -> bool:
         if kill.kind == "save":
-            names = [path.name for path in (run / "checkpoints").glob(f"{kill.step}*")]
+            names = [path.name for path in _steps(run)]
+            names = [name for name in names if name.startswith(str(kill.step))]
             return str(kill.step) in names or any(
                 name.startswith(f"{kill.step}.") for name in names
             )
@@ -177,16 +183,19 @@ def kill_at(
         "kind": kill.kind,
         "wanted": kill.step,
         "logged": rows[-1]["step"] if rows else 0,
-        "inside_a_save": any((run / "checkpoints").glob(UNFINISHED)),
-        "saved": max(
-            (
-                int(path.name)
-                for path in (run / "checkpoints").glob("[0-9]*")
-                if path.name.isdigit()
-            ),
-            default=0,
+        "inside_a_save": (
+            len(finished_steps(run)) < len(_steps(run))
+            if is_remote(run)
+            else any((run / "checkpoints").glob(UNFINISHED))
         ),
+        "saved": max(finished_steps(run), default=0),
     }
+
+
+def _steps(run: Path) -> list[Path]:
+    """Returns the folders of steps, unfinished ones included."""
+    folder = run / "checkpoints"
+    return [path for path in folder.iterdir() if path.name[0].isdigit()] if folder.is_dir() else []
 
 
 def content(run: Path, step: int) -> dict[str, dict]:
@@ -195,6 +204,7 @@ def content(run: Path, step: int) -> dict[str, dict]:
     import orbax.checkpoint.experimental.v1 as ocp
 
     path = run / "checkpoints" / str(step)
+    path = str(path)  # orbax has its own paths of objects
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     shapes = ocp.checkpointables_metadata(path).metadata
     wanted = {
@@ -232,7 +242,9 @@ def run_and_kill(
     undisturbed: Path,
 ) -> dict:
     """Runs `config` through all kills to its end, and compares it with the run `undisturbed`."""
-    run, file = Path(config.output_dir), write_config(config, folder)
+    from internvlx_jax.core.paths import as_path
+
+    run, file = as_path(config.output_dir), write_config(config, folder)
     happened = []
     for kill in kills:
         happened.append(kill_at(run, kill, start(file, devices), generator))

@@ -108,6 +108,7 @@ def _task(split: str, language: str, file: str) -> Task:
         name=f"mmbench_{split}_{language}",
         title=f"MMBench, {split}, {language}",
         samples=None,
+        same_question=lambda id: int(id) % CIRCLE,
         protocols={
             "internvl": internvl(
                 _folder(file),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import text_lines
 from internvlx_jax.evaluation.prompts import BASE, ending
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, inferred_yes_or_no
@@ -57,7 +58,7 @@ def _files(roots: Roots) -> list[Path]:
 def _read(roots: Roots) -> list[Question]:
     questions = []
     for kind, file in zip(KINDS, _files(roots), strict=True):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in text_lines(file):
             where = f"{file} line {number}"
             try:
                 name, text, answer = line.split("\t")[:3]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 from internvlx_jax.evaluation.image_policies import VLMEVALKIT
 from internvlx_jax.evaluation.prompts import Prompt, vlm_images
@@ -58,6 +58,8 @@ class Task:
         baseline_tiles: tile maximum of the InternVL2 baseline (plain InternVL tiles); other models
             keep their own.
         protocols: the benchmark under each protocol; the first one is the default.
+        same_question: maps the id of a row to the question that it asks, where several rows ask one
+            question and all of them must be right; None where each row is a question.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task:
     samples: int | None
     baseline_tiles: int = 6
     protocols: Mapping[str, ProtocolSpec]
+    same_question: Callable[[str | int], Hashable] | None = None
 
     @property
     def default_protocol(self) -> str:

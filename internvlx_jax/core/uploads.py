@@ -1,0 +1,116 @@
+"""Folders between the local disk and an object store (design: platform.md 8)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from internvlx_jax.core.paths import RemotePath, as_path, is_remote
+from internvlx_jax.core.remote import explained, filesystem
+
+MARKER = "commit_success.txt"  # orbax writes it last into a step behind gs://
+LAST = (MARKER, "config.json")  # what makes a folder one: a reader looks for them
+THREADS = 8
+
+
+def upload_folder(local: Path, remote: RemotePath) -> None:
+    """Copies the files of a folder, those that readers look for last.
+
+    What was written is removed if it fails.
+    """
+    files = sorted(path for path in local.rglob("*") if path.is_file())
+    written: list[RemotePath] = []
+
+    def upload(path: Path) -> None:
+        target = remote / path.relative_to(local).as_posix()
+        written.append(target)
+        target.upload(path)
+
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(upload, (path for path in files if path.name not in LAST)):
+                pass
+        for name in LAST:
+            for path in files:
+                if path.name == name:
+                    upload(path)
+    except BaseException:
+        for target in written:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+        raise
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies the files of a folder, which may be one of an object store, into a local folder."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            relative = path.relative_to(source).as_posix()
+            copy_file(path, target / relative)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file of any kind to a local path, or to one of an object store."""
+    if isinstance(source, RemotePath) and not is_remote(target):
+        source.download(target)
+    elif isinstance(target, RemotePath) and not is_remote(source):
+        target.upload(source)
+    elif isinstance(target, RemotePath):
+        target.write_bytes(source.read_bytes())
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def cache_folder() -> Path:
+    """Returns the local folder for copies of remote files: INTERNVLX_CACHE, or one in ~/.cache."""
+    stated = os.environ.get("INTERNVLX_CACHE")
+    return Path(stated) if stated else Path.home() / ".cache" / "internvlx_jax"
+
+
+def local_folder(path: str | os.PathLike, *, leave_out: Iterable[str] = ()) -> Path:
+    """Returns a local folder as it is, or a local copy of a remote one.
+
+    Copies are kept in the cache. Their key holds the generation of every file, so a folder that has
+    changed is copied again.
+
+    Args:
+        path: Folder, or one file, which is returned with those beside it.
+        leave_out: Names of folders below that are not needed.
+
+    Raises:
+        FileNotFoundError: There is no object below this URL.
+    """
+    remote = as_path(path)
+    if not isinstance(remote, RemotePath):
+        return remote
+    if remote.is_file():
+        return local_folder(remote.parent, leave_out=leave_out) / remote.name
+    with explained(remote):
+        found = filesystem(str(remote)).find(str(remote), detail=True)
+    root = str(remote).partition("://")[2].rstrip("/") + "/"
+    infos = {name.removeprefix(root): info for name, info in sorted(found.items())}
+    left_out = tuple(f"{name}/" for name in leave_out)
+    infos = {name: info for name, info in infos.items() if not name.startswith(left_out or "\0")}
+    if not infos:
+        raise FileNotFoundError(f"{remote} does not exist")
+    versions = [
+        (name, info["size"], str(info.get("generation") or info.get("ETag")))
+        for name, info in infos.items()
+    ]
+    kept = cache_folder() / "folders" / hashlib.sha256(str(remote).encode()).hexdigest()[:16]
+    copy = kept / hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
+    if not copy.is_dir():
+        aside = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda name: (remote / name).download(aside / name), infos):
+                pass
+        with contextlib.suppress(OSError):  # another process was faster
+            aside.rename(copy)
+        shutil.rmtree(aside, ignore_errors=True)
+    return copy

@@ -1,0 +1,183 @@
+"""Everything that a run reads and writes is behind gs:// (platform.md 8)."""
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from kill_run import Kill, differences, finish, run_and_kill, start, tiny_config, write_config
+
+from internvlx_jax.checkpoints.run_folder import RunFolder
+from internvlx_jax.checkpoints.run_format import finished_steps
+from internvlx_jax.cli import convert, evaluate, report
+from internvlx_jax.core.line_log import read_whole
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.uploads import MARKER, upload_folder
+from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER
+from internvlx_jax.training.loop import train
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVE_EVERY = 8, 4
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """An empty working directory, which has to stay empty."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("INTERNVLX_CACHE", str(tmp_path / "cache"))
+    yield cwd
+    assert list(cwd.rglob("*")) == []
+
+
+@pytest.fixture
+def uploaded(folder, pages):
+    """The generated pages and the tokenizer in the bucket."""
+    upload_folder(pages, as_path(f"{folder}/data"))
+    upload_folder(TOKENIZER_FOLDER, as_path(f"{folder}/tokenizer"))
+    return folder
+
+
+def on_store(config, folder):
+    """Returns the config with data, tokenizer and run folder in the bucket."""
+    data = dataclasses.replace(
+        config.data,
+        meta=f"{folder}/data/{FILES['meta_train']}",
+        val_meta=f"{folder}/data/{FILES['meta_val']}",
+        tokenizer=f"{folder}/tokenizer",
+    )
+    return dataclasses.replace(config, data=data, output_dir=f"{folder}/run")
+
+
+def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
+    """Train in two starts, evaluate, export, import and report, each from and to the bucket."""
+    folder = uploaded
+    config = on_store(run_in(tmp_path, steps=4, save_every=2, eval_every=2), folder)
+    straight = dataclasses.replace(config, output_dir=f"{folder}/straight")
+    whole = train(straight)
+    train(config, stop_after=2)
+    metrics = train(config)
+    assert metrics["loss"] == whole["loss"] and metrics["eval/loss"] == whole["eval/loss"]
+    run = as_path(config.output_dir)
+    assert differences(as_path(straight.output_dir), run, 4) == []
+    assert finished_steps(run) == [2, 4] and not (run / "lock.json").exists()
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json", "tokenizer", "metrics.jsonl", "starts.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
+
+    data = f"{folder}/data/{FILES['val_vqa']}"
+    command = ["--checkpoint", config.output_dir, "--data", data, "--metric", "exact"]
+    command += ["--out_dir", f"{folder}/eval", "--limit", "2", "--max_new_tokens", "4"]
+    assert evaluate.main(command) == 0
+    out = as_path(f"{folder}/eval")
+    assert {path.name for path in out.iterdir()} >= {"predictions.jsonl", "summary.json"}
+    assert json.loads((out / "summary.json").read_text())["samples"] == 2
+    assert not (out / "parts").exists()
+
+    layout = ["--layout", "internvl-x", "--dtype", "keep"]
+    exported, imported = f"{folder}/hf", f"{folder}/imported"
+    assert convert.main(["export", "--from", config.output_dir, "--to", exported, *layout]) == 0
+    assert convert.main(["import", "--from", exported, "--to", imported]) == 0
+    one, other = RunFolder(config.output_dir), RunFolder(imported)
+    for (path, ours), (_, theirs) in zip(
+        one.read_all(one.shapes), other.read_all(one.shapes), strict=True
+    ):
+        assert ours.tobytes() == theirs.tobytes(), path
+    assert report.main([config.output_dir]) == 0
+    assert (run / "report.html").is_file() and (run / "curves.png").stat().st_size > 1000
+
+
+def test_a_step_without_its_marker_is_no_step(folder, tmp_path, nowhere):
+    """It is neither loaded nor in the way, and the next save of that step replaces it."""
+    config = dataclasses.replace(tiny_config(tmp_path, 8, 2), output_dir=f"{folder}/run")
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    train(straight)
+    train(config, stop_after=4)
+    run = as_path(config.output_dir)
+    (run / "checkpoints" / "4" / MARKER).unlink()
+    assert finished_steps(run) == [2] and RunFolder(run).step == 2
+    with pytest.raises(FileNotFoundError, match="4: no finished checkpoint; the steps there are 2"):
+        RunFolder(f"{run}/checkpoints/4")
+    train(config)
+    assert finished_steps(run) == [6, 8]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["6", "8"]
+    assert differences(Path(straight.output_dir), run, 8) == []
+
+
+@pytest.fixture
+def two(folder, tmp_path, nowhere):
+    """A run of two processes with its data in the bucket, and an undisturbed one on the disk."""
+    config = tiny_config(tmp_path, STEPS, SAVE_EVERY)
+    codes, outputs = finish(start(write_config(config, tmp_path), 4))
+    assert codes == [0, 0], "\n".join(outputs)
+    (as_path(folder) / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+    meta = {"texts": {"root": folder, "annotation": f"{folder}/texts.jsonl"}}
+    (as_path(folder) / "meta.json").write_text(json.dumps(meta))
+    data = dataclasses.replace(config.data, meta=f"{folder}/meta.json")
+    return dataclasses.replace(config, data=data, output_dir=f"{folder}/killed"), config
+
+
+def test_two_processes_are_killed_inside_a_save(two, tmp_path):
+    config, straight = two
+    kills = [Kill("save", 4), Kill("step", 6)]
+    result = run_and_kill(config, tmp_path, kills, random.Random(0), 4, Path(straight.output_dir))
+    assert result["differences"] == []
+    assert result["kills"][0]["inside_a_save"] and result["kills"][0]["saved"] == 0, result
+
+
+@pytest.mark.parametrize(
+    "output_dir, words",
+    [
+        ("gs://forbidden/run", "permission denied"),
+        ("gs://absent/run", "there is no bucket gs://absent"),
+        ("gs://expired/run", "the credentials are not valid or have expired"),
+        ("s3://bucket/run", "checkpoints cannot be kept in s3://"),
+        ("gss://bucket/run", "gss:// cannot be used here; use gs://, s3:// or a local path"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_in_each_process(gcs, tmp_path, nowhere, output_dir, words):
+    config = tiny_config(tmp_path, STEPS, SAVE_EVERY)
+    file = write_config(dataclasses.replace(config, output_dir=str(tmp_path / "x")), tmp_path)
+    codes, outputs = finish(start(file, 1, "--set", f"output_dir={output_dir}"), timeout=120)
+    assert codes == [1, 1]
+    for output in outputs:
+        lines = [line for line in output.splitlines() if "Gloo" not in line]
+        assert lines[-1].startswith("error: ") and words in lines[-1], output
+        assert "Traceback" not in output
+
+
+def test_a_run_in_a_bucket_is_locked(folder, tmp_path, nowhere):
+    from internvlx_jax.checkpoints.run_lock import RunLock
+    from internvlx_jax.core.errors import ConfigError
+
+    with (
+        RunLock(as_path(folder), beat=0.2) as lock,
+        pytest.raises(ConfigError, match="in use by process"),
+        RunLock(as_path(folder)),
+    ):
+        pass
+    lock.check()
+    assert not as_path(folder).exists()
+
+
+def test_lines_are_kept_in_segments(folder, monkeypatch):
+    from internvlx_jax.core import line_log
+
+    monkeypatch.setattr(line_log, "SEGMENT_BYTES", 20)
+    path = as_path(f"{folder}/x.jsonl")
+    log = line_log.LineLog(path)
+    for number in range(9):
+        log.append([b"line %d\n" % number])
+        log.flush()
+    assert len(line_log.segments(path)) == 3
+    assert read_whole(path) == b"".join(b"line %d\n" % number for number in range(9))
+    again = line_log.LineLog(path)
+    again.keep(lambda line: int(line.split()[1]) < 5)
+    again.append([b"line 5\n"])
+    again.close()
+    assert read_whole(path) == b"".join(b"line %d\n" % number for number in range(6))
+    assert sys.modules["internvlx_jax.core.line_log"].holds_lines(path)
