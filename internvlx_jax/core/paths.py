@@ -105,7 +105,7 @@ class RemotePath(gpath.PosixGPath):
         if pattern.startswith("**/"):
             yield from self.rglob(pattern.removeprefix("**/"))
             return
-        head, _, last = pattern.rpartition("/")
+        head, _slash, last = pattern.rpartition("/")
         folder = self / head if head else self
         if folder.is_dir():
             for path in folder.iterdir():

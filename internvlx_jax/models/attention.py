@@ -135,13 +135,13 @@ def attend_cached(
     scores = jnp.concatenate(scores, axis=-1) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = sum(
+    of_old, of_new = (
         jnp.einsum("bkjsz,bzkh->bskjh", part, v, preferred_element_type=jnp.float32)
         for part, v in zip(
             jnp.split(weights, [old_k.shape[1]], axis=-1), (old_v, new_v), strict=True
         )
     )
-    return rearrange(out.astype(q.dtype), "b s k j h -> b s (k j) h")
+    return rearrange((of_old + of_new).astype(q.dtype), "b s k j h -> b s (k j) h")
 
 
 def xla_attention(

@@ -128,6 +128,7 @@ class Attention(nnx.Module):
         if cache is None:
             y = attention(q, *new, layout.segments, causal=True, window=self.window)
             return self.out(y, key2), new
+        assert isinstance(cache.kv, KeyValues)  # of this layer
         y = attend_cached(
             q,
             cache.kv,
@@ -226,7 +227,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         attention: SelfAttention = DEFAULT_ATTENTION,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues | list[KeyValues] | None, nnx.Module]:
+    ) -> tuple[jax.Array, Any, nnx.Module]:
         """Runs the blocks start..stop-1 on one layout.
 
         Args:

@@ -75,12 +75,19 @@ def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cach
     last = segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
     logits = model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
-    def extended(kv: KeyValues, segments: jax.Array) -> LayerRangeCache:
+    def extended(prompt: KeyValues, segments: jax.Array) -> LayerRangeCache:
         free = (0, max_new_tokens)
-        kv = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), free, (0, 0), (0, 0))), kv)
+        padded: KeyValues = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, 0), free, (0, 0), (0, 0))), prompt
+        )
         if isinstance(model.decoder.layers, nnx.List):
-            kv = tuple(KeyValues(*pair) for pair in zip(*kv, strict=True))
-        return LayerRangeCache(kv, jnp.pad(segments, ((0, 0), free)), jnp.int32(segments.shape[1]))
+            by_layer = tuple(KeyValues(*pair) for pair in zip(*padded, strict=True))
+            return LayerRangeCache(
+                by_layer, jnp.pad(segments, ((0, 0), free)), jnp.int32(segments.shape[1])
+            )
+        return LayerRangeCache(
+            padded, jnp.pad(segments, ((0, 0), free)), jnp.int32(segments.shape[1])
+        )
 
     layouts = [segments]
     if inputs.short is not None:

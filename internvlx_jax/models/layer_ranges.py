@@ -53,7 +53,8 @@ def run_range(
     """
 
     def paired(x, layer_and_inputs):
-        return body(x, *layer_and_inputs, context)
+        layer, own = layer_and_inputs
+        return body(x, layer, own, context)
 
     if isinstance(layers, nnx.List):
         return *scan_layers(paired, x, nnx.List(layers[start:stop]), inputs), layers
@@ -239,5 +240,5 @@ def _join(learned: Leaves, others: Leaves, learns: Sequence[bool]) -> Leaves:
 def _instantiated(gradient: Any) -> jax.Array:
     """Makes zeros of the symbol that stands for them."""
     if isinstance(gradient, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(gradient.shape, gradient.dtype)
+        return jnp.zeros(gradient.shape, jnp.dtype(str(gradient.dtype)))
     return gradient

@@ -7,7 +7,7 @@ at a time, in the backward pass too, which computes them again.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,22 +104,20 @@ def _losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax
     )
     # Products of 92,553 columns are slow: rows of the matrix begin at odd addresses.
     head = jnp.pad(head, ((0, 0), (0, -words % ALIGNED if words > ALIGNED else 0)))
-    ce, hit = _chunked_losses(
+    losses: Any = _chunked_losses(
         words,
         rearrange(hidden, "(c n) d -> c n d", c=chunks),
         head,
         rearrange(targets, "(c n) -> c n", c=chunks),
     )
     ce, hit = (
-        rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in (ce, hit)
+        rearrange(rearrange(x, "c n -> (c n)")[:count], "(b s) -> b s", b=rows) for x in losses
     )
     return ce, hit
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_losses(
-    words: int, hidden: jax.Array, head: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _chunked_losses(words: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
     """As `_losses`, of chunks [C, N, D] and int32[C, N].
 
     The backward pass is written out because the automatic one would multiply float32 gradients of
