@@ -559,7 +559,7 @@ def test_gradients_and_masked_tiles():
         ({"expand_layer": -1}, r"lvtc\.expand_layer is -1, it must be at least 0"),
         ({"low_grid": 3}, r"lvtc\.low_grid 3 is not a power of two"),
         ({"high_grid": 6}, r"lvtc\.high_grid 6 is not a power of two"),
-        ({"low_grid": 0}, r"lvtc\.low_grid 0 is not a power of two"),
+        ({"low_grid": 0}, r"lvtc\.low_grid is 0, it must be at least 1"),
         ({"low_grid": 4, "high_grid": 2}, r"lvtc\.low_grid 4 does not divide lvtc\.high_grid 2"),
         ({"high_grid": 8}, r"lvtc\.high_grid 8 does not divide the patch grid of side 4"),
         (
