@@ -143,7 +143,8 @@ def model_config(
 
 def _refuse_models(config: Mapping[str, Any], tensors: Collection[str]) -> None:
     """Raises ConfigError for members of the family that are not implemented here, by name."""
-    names = [str(config.get("model_type")), *(config.get("architectures") or ())]
+    listed = config.get("architectures")
+    names = [str(config.get("model_type")), *(listed if isinstance(listed, list) else ())]
     for name in names:
         plain = str(name).lower().replace("_", "").replace("-", "")
         for known, reason in REFUSED_MODELS.items():
