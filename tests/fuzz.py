@@ -5,6 +5,7 @@ Every draw comes from one `random.Random(seed)`, so that an input is known by it
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**70, 0.5, -0.0, 1e999, -1e999, float("nan"), "", " ", "a",
     "0", "none", "<image>", "<image>\n<image>", "</s>", "[UNUSED_TOKEN_141]", "\u2028", "\u0085",
-    "nul \0", "\ud83d", "\ufeff", "../..", "/", "/dev/null", "s3://b/a", "gs://b/a", "data:,",
+    "nul \0", "\ud83d", "\ufeff", "../..", "/", "/dev/null", "gopher://b/a", "data:,",
     "data:image/png;base64,AAAA", "iVBORw0KGgo=", "x" * 5000, "é" * 300, "<box>", [], {}, [[]],
     [None], [""], ["a", 1], {"a": {}}, {"path": "0.png"}, {"bytes": "AAAA"}, [{"type": "text"}],
 )  # fmt: skip
@@ -43,7 +44,7 @@ def mutate_json(rng: random.Random, value: Any) -> Any:
 def _change(rng: random.Random, value: Any) -> Any:
     places = list(_places(value))
     if not places or rng.random() < 0.03:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     box, key = rng.choice(places)
     kind = rng.randrange(6)
     if kind == 0:
@@ -51,15 +52,15 @@ def _change(rng: random.Random, value: Any) -> Any:
     elif kind == 1:
         box[key] = [box[key]]
     elif kind == 2 and isinstance(box, dict):
-        box[rng.choice(FIELDS)] = box[key]
+        box[rng.choice(FIELDS)] = copy.deepcopy(box[key])
     elif kind == 3 and isinstance(box, list):
-        box.insert(key, box[key])
+        box.insert(key, copy.deepcopy(box[key]))
     elif kind == 4 and isinstance(box[key], str):
         place = rng.randrange(len(box[key]) + 1)
         odd = str(rng.choice(VALUES))[:50]
         box[key] = box[key][:place] + odd + box[key][place:]
     else:
-        box[key] = rng.choice(VALUES)
+        box[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 

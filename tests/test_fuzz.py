@@ -250,7 +250,8 @@ def try_one(number: int, folder: Path, pictures: Path) -> None:
     assert len(told) == (status != 0) or reported, error.getvalue()
     assert "Traceback" not in error.getvalue() + out.getvalue()
     if told:
-        place = r"[\w.-]*/[\w./-]+|[\w-]+\.\w+|--\w+|\w+ is |\"\w+\"|line \d+|unknown argument"
+        place = r"[\w.-]*/[\w./-]+|[\w-]+\.\w+|--\w+|\w+ is |\"\w+\"|line \d+|^error: \w+: "
+        place += "|unknown argument|give "
         assert re.search(place, told[0]), told[0]
         assert len(told[0]) < 8000, "no payload is repeated"
     assert not list(folder.rglob("*.partial*")), "nothing is half-written"

@@ -76,7 +76,8 @@ class Section:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(field, "a number")
         if not math.isfinite(value) or (above is not None and value <= above):
-            raise self.wrong(field, "a finite number" + f" above {above:g}" * (above is not None))
+            bound = "" if above is None else f" above {above:g}"
+            raise self.wrong(field, f"a finite number{bound}")
         return float(value)
 
     def flag(self, field: str, default: bool) -> bool:

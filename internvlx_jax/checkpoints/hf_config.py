@@ -145,7 +145,7 @@ def model_config(
 def _refuse_models(config: Mapping[str, Any], tensors: Collection[str]) -> None:
     """Raises ConfigError for members of the family that are not implemented here, by name."""
     listed = config.get("architectures")
-    names = [config.get("model_type"), *(listed if isinstance(listed, list) else ())]
+    names = [str(config.get("model_type")), *(listed if isinstance(listed, list) else ())]
     for name in names:
         plain = str(name).lower().replace("_", "").replace("-", "")
         for known, reason in REFUSED_MODELS.items():

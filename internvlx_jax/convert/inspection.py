@@ -121,8 +121,10 @@ def inspect(path: Path) -> Inventory:
     size = f"{fields.get('num_hidden_layers')} x {fields.get('hidden_size')} alone"
     if fields.get("model_type") == "intern_vit_6b":
         return _count(path, f"vit: InternViT {size}", tensors)
-    if (fields.get("architectures") or [None])[0] in ARCHITECTURES:
-        family = ARCHITECTURES[fields["architectures"][0]]
+    named = fields.get("architectures")
+    named = named[0] if isinstance(named, list) and named else None
+    if isinstance(named, str) and named in ARCHITECTURES:
+        family = ARCHITECTURES[named]
         return _count(path, f"llm: {family} {size}", tensors)
     return _whole(path, tensors, fields)
 
