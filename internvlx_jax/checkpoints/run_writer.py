@@ -33,6 +33,9 @@ from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
+# Settings that earlier versions did not have, with what they were there.
+LATER_FIELDS = {"model.decoder.qk_norm": False}
+
 # Settings that a resumed run may change: none of them alters what is computed.
 MAY_CHANGE = {
     "train.output_dir",
@@ -344,6 +347,13 @@ def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return [
             line
             for name in sorted(saved.keys() | now.keys())
-            for line in _differences(saved.get(name), now.get(name), prefix + name)
+            for line in _differences(
+                saved.get(name, _before(prefix + name)), now.get(name), prefix + name
+            )
         ]
     return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]
+
+
+def _before(path: str) -> Any:
+    """Returns what a setting was in versions that did not have it; None if unknown."""
+    return next((value for end, value in LATER_FIELDS.items() if path.endswith(end)), None)

@@ -218,8 +218,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        for name in ("data", "fsdp", "tensor"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value != -1 and not COUNT.holds(value):
                 raise ConfigError(
                     f"mesh.{name} is {value}, it must be at least 1, or -1 for what the others "

@@ -48,7 +48,8 @@ class Template:
     after_stop: str
     bos: bool | None
     strip_values: bool
-    omits_empty_system: bool = False
+    # Not in the repr, which plan hashes take: they stay those of earlier versions.
+    omits_empty_system: bool = dataclasses.field(default=False, repr=False)
 
 
 _CHATML = Template(

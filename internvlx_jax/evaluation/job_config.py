@@ -7,7 +7,7 @@ import dataclasses
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.ranges import COUNT, Range, check_ranges
+from internvlx_jax.core.ranges import COUNT, NUMBER, Range, check_ranges
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import MOST_TILES
 from internvlx_jax.evaluation.selection import Decoding, check_names
@@ -38,11 +38,7 @@ class JudgeConfig:
             raise ConfigError(
                 "judge_url and judge_model belong together: the endpoint and the model to ask there"
             )
-        for name in ("concurrency", "retries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"judge_{name} is {getattr(self, name)}, it must be at least 1")
-        if self.budget is not None and self.budget < 0:
-            raise ConfigError(f"judge_budget is {self.budget}, it must not be negative")
+        check_ranges(self, "judge_", concurrency=COUNT, retries=COUNT, budget=NUMBER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--port",
-        type=whole_number(Range(1, 65535)),
+        type=whole_number(Range(0, 65535)),
         default=None,
         help="port of the coordinator, where --coordinator names none",
     )

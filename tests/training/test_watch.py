@@ -225,9 +225,8 @@ def test_the_page_of_a_run(watched):
     It refers to nothing outside.
     """
     page = write_page(watched).read_text()
-    assert (
-        page.count("data:image/png;base64,") >= 1 and "http" not in page and "<script" not in page
-    )
+    text, pictures = re.subn(r"data:image/png;base64,[\w+/=]*", "", page)  # may spell any word
+    assert pictures >= 1 and "http" not in text and "<script" not in text
     for text in (
         "tokens_per_step",
         "learning_rate",
