@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,8 @@ MAY_CHANGE = {
     "train.compute.peak_tflops",
 }
 
+REMOVALS = 20  # tries to remove what a failed save has left
+
 # The replicas of an array share the writing of it. The slices of each shape are compiled, which
 # pays for large arrays only.
 SHARED_WRITING = ocp.Context()
@@ -96,8 +99,7 @@ class CheckpointWriter:
         finally:
             # Others may still be writing; their next start removes what is left.
             if self._failed is not None and jax.process_count() == 1:
-                for rest in self._folder.glob(f"{self._failed}.*"):
-                    shutil.rmtree(rest, ignore_errors=True)
+                _remove(self._folder, f"{self._failed}.*")
 
     def check(self) -> None:
         """Raises the error of the save under way as soon as it has one; waits for nothing.
@@ -225,6 +227,17 @@ def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
         f"the data ({'; '.join(changed)}) changed since this checkpoint, so its order cannot go "
         "on; restore it, or start a new output_dir with init_from"
     ]
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    """Removes folders that threads of orbax may still be writing to for a moment."""
+    for _ in range(REMOVALS):
+        rest = list(folder.glob(pattern))
+        if not rest:
+            return
+        for each in rest:
+            shutil.rmtree(each, ignore_errors=True)
+        time.sleep(0.1)
 
 
 class ParamsWriter:

@@ -114,7 +114,7 @@ def open_run(config: TrainConfig) -> Run:
     steps = config.steps or loader.plan.total
     assert steps is not None  # the plan is endless only where config.steps is set
     _describe_data(loader, steps, model)
-    _describe_left_out(validation, "left out of the validation")
+    _describe_left_out(validation, "bad validation samples left out")
 
     setup = prepare(config, model, mesh, steps, len(loader.entries))
     logger.info(describe(setup.partition))
