@@ -25,21 +25,10 @@ from internvlx_jax.convert.part_sources import open_decoder, open_tower
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
-from internvlx_jax.data.new_tokens import NewTokens
+from internvlx_jax.data.new_tokens import IMAGE_TOKENS, NewTokens
 
 ProjectorKind = Literal["pvtc", "mlp1"]
 
-NEW_TOKENS = (
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-)
 TEMPLATES_OF = {
     "internlm2": "internlm2-chat",
     "qwen2": "internvl2_5",
@@ -108,7 +97,7 @@ class Parts(TorchCheckpoint):
                 allowed, init_missing=(*allowed.init_missing, r"projector\.")
             )
             names.append("mlp1.0.weight" if kind == "mlp1" else "projector.cls_scale")
-        self._tokens = NewTokens(decoder.folder, NEW_TOKENS)
+        self._tokens = NewTokens(decoder.folder, IMAGE_TOKENS)
         _check_rows(llm, self._tokens.old_size, text.get("vocab_size"))
         stored = with_fields(
             _chat_fields(tower.config, text, kind, self._tokens.size) | {**decoder.template},

@@ -13,6 +13,19 @@ from internvlx_jax.data.bpe_files import read_bpe_files
 from internvlx_jax.data.sentencepiece_files import open_model
 from internvlx_jax.data.tokenizer_files import find_tokenizer, has_tokenizer
 
+# What InternVL adds to the vocabulary of a language model, in the order of their ids.
+IMAGE_TOKENS = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
+
 
 class NewTokens:
     """The wanted tokens of a tokenizer folder: those it has, and the ids that the others get.

@@ -138,8 +138,28 @@ def open_annotation(path: str, local: str) -> JsonLines | JsonArray:
         ) from None
 
 
-class JsonLines:
-    """A JSONL file; empty lines do not count. Holds 24 bytes per line.
+class _RecordsOfFile:
+    """Records at known places of a local file. Holds 24 bytes per record."""
+
+    lines: np.ndarray  # int64[N], number of each record, from 1
+    _offsets: np.ndarray  # int64[N, 2], first byte and bytes of each
+
+    def __init__(self, path: str, local: str):
+        self.path, self.beside, self._local = path, local, local
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def record(self, position: int) -> bytes:
+        """Returns the JSON text of a record."""
+        offset, size = self._offsets[position].tolist()
+        with open(self._local, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+class JsonLines(_RecordsOfFile):
+    """A JSONL file; empty lines do not count.
 
     Args:
         path: path or URL, for messages.
@@ -147,7 +167,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str, local: str):
-        self.path, self.beside, self._local = path, local, local
+        super().__init__(path, local)
         digest, offset = hashlib.sha256(), 0
         lines, offsets = [], []
         with open(local, "rb") as file:
@@ -161,19 +181,9 @@ class JsonLines:
         self.lines = np.array(lines, np.int64)
         self._offsets = np.array(offsets, np.int64).reshape(-1, 2)
 
-    def __len__(self) -> int:
-        return len(self.lines)
 
-    def record(self, position: int) -> bytes:
-        """Returns the line of a record."""
-        offset, size = self._offsets[position].tolist()
-        with open(self._local, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-
-class JsonArray:
-    """A file that is one JSON array of records, as LLaVA writes it. Holds 24 bytes per record.
+class JsonArray(_RecordsOfFile):
+    """A file that is one JSON array of records, as LLaVA writes it.
 
     Args:
         path: path or URL, for messages.
@@ -184,21 +194,11 @@ class JsonArray:
     """
 
     def __init__(self, path: str, local: str):
-        self.path, self.beside, self._local = path, local, local
+        super().__init__(path, local)
         data = Path(local).read_bytes()
         self._offsets = np.array(_elements(data), np.int64).reshape(-1, 2)
         self.content_key = hashlib.sha256(data).hexdigest()
         self.lines = np.arange(1, len(self._offsets) + 1)
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def record(self, position: int) -> bytes:
-        """Returns the text of an element."""
-        offset, size = self._offsets[position].tolist()
-        with open(self._local, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
 
 
 def _elements(data: bytes) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from internvlx_jax.data.new_tokens import IMAGE_TOKENS
 from internvlx_jax.data.sentencepiece_files import write_tokenizer_files
 from internvlx_jax.data.synthetic import text_samples
 from internvlx_jax.data.synthetic_pages import KINDS
@@ -27,15 +28,7 @@ ADDED_TOKENS = (
     "<|action_start|>",
     "<|im_end|>",
     "<|im_start|>",
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
+    *IMAGE_TOKENS,
 )
 SYSTEM_TEXTS = tuple(
     get_template(name).system_message for name in ("internlm2-chat", "internvl2_5")

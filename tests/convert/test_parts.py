@@ -10,9 +10,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from internvlx_jax import load
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.cli.convert import main
-from internvlx_jax.convert.model_parts import NEW_TOKENS
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
+from internvlx_jax.data.new_tokens import IMAGE_TOKENS
 
 ROWS = 200
 
@@ -85,7 +85,7 @@ def test_new_projector_and_tokens(tmp_path, parts, capsys):
     assert run.config.decoder.vocab_size == ROWS + 9 and run.config.prompt.template == "internvl2_5"
     source = tmp_path / "jax" / "source"
     assert json.loads((source / "added_tokens.json").read_text()) == {
-        t: ROWS + n for n, t in enumerate(NEW_TOKENS)
+        t: ROWS + n for n, t in enumerate(IMAGE_TOKENS)
     }
     fast = json.loads((source / "tokenizer.json").read_text())
     assert [entry["id"] for entry in fast["added_tokens"]] == list(range(ROWS - 2, ROWS + 9))

@@ -59,7 +59,7 @@ def bpe(golden):
 
 @pytest.fixture(scope="session")
 def bpe_older(golden):
-    """The same tokenizer from vocab.json, merges.txt and added_tokens.json."""
+    """The tokenizer of `bpe`, read from vocab.json, merges.txt and added_tokens.json."""
     return Tokenizer.load(golden / "bpe" / "tokenizer_slow")
 
 

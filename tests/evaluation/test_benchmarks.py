@@ -3,11 +3,11 @@
 (design: evaluation.md 4, 6, 13, 14)
 """
 
-import collections
 import math
 
 import numpy as np
 import pytest
+from scripted_judge import Scripted
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
@@ -37,20 +37,6 @@ def chosen(data_root):
         return select(config)[0]
 
     return choose
-
-
-class Scripted:
-    """A judge that gives the next of its replies to each request."""
-
-    def __init__(self, *replies):
-        self.replies, self.asked = collections.deque(replies), []
-
-    def ask(self, requests):
-        self.asked += requests
-        return [self.replies.popleft() for _ in requests]
-
-    def describe(self):
-        return {"model": "scripted", "dates": []}
 
 
 def score(spec, texts, judge=None, compat=None):
@@ -133,7 +119,7 @@ def test_blink_has_its_own_judge(chosen):
     spec = chosen("blink")
     judge = Scripted("(B)")
     assert score(spec, ["A", "the nearer one of the two that can be seen"], judge).score == 100
-    (request,) = judge.asked
+    (request,) = judge.requests
     assert "(Z) Failed\nAnswer: the nearer one" in request.prompt
 
 
@@ -229,8 +215,8 @@ def test_mathvision_asks_for_what_rules_do_not_find(chosen):
     judge = Scripted("12")
     result = score(spec, ["The sum is twelve", "It is C"], judge)
     assert (result.score, result.parts["subjects"]) == (100, {"counting": 100})
-    assert judge.asked[0].max_tokens == 128
-    assert judge.asked[0].prompt.endswith(
+    assert judge.requests[0].max_tokens == 128
+    assert judge.requests[0].prompt.endswith(
         "How many?\n<image1>\nModel respone: The sum is twelveExtracted answer:"
     )
 
@@ -242,7 +228,7 @@ def test_mathverse_extracts_and_compares(chosen):
     result = score(spec, ["twelve", "D it is"], judge)
     assert result.score == 50 and result.parts["problem_version"] == {"Text Lite": 50}
     assert result.parts["subfield"] == {"Circle": 50}
-    comparisons = judge.asked[2:]
+    comparisons = judge.requests[2:]
     assert [request.temperature for request in comparisons] == [0, 0.5], "asked again"
     assert "[Standard Answer]: C\n    [Model_answer] : D\n" in comparisons[0].prompt
     assert score(spec, ["twelve", "C"]).pending

@@ -9,6 +9,7 @@ import io
 import pytest
 from mini_data import Writer
 from PIL import Image
+from scripted_judge import Scripted
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
@@ -34,20 +35,6 @@ from internvlx_jax.inference.requests import Answer
 
 PETS = {"A": "ant", "B": "bee", "C": "cow", "D": "dog"}
 CHOICES = ("ai2d_test", "scienceqa", "realworldqa", "seed", "mmbench_dev_en", "mmmu_val")
-
-
-class Scripted:
-    """A judge that gives fixed replies in turn."""
-
-    def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
-
-    def ask(self, requests):
-        self.requests += requests
-        return [self.replies.pop(0) for _ in requests]
-
-    def describe(self):
-        return {"model": "scripted"}
 
 
 def row(text, *answers, id=0, options=None, **fields):

@@ -6,6 +6,7 @@
 import dataclasses
 
 import pytest
+from scripted_judge import Scripted
 
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.evaluation import scoring
@@ -30,20 +31,6 @@ from internvlx_jax.evaluation.tasks import (
 from internvlx_jax.evaluation.tasks.mathvista import Key
 
 OPTIONS = {"A": "cat", "B": "dog"}
-
-
-class Scripted:
-    """A judge that gives fixed replies in turn, and keeps what it was asked."""
-
-    def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
-
-    def ask(self, requests):
-        self.requests += requests
-        return [self.replies.pop(0) for _ in requests]
-
-    def describe(self):
-        return {"model": "scripted"}
 
 
 def row(text, answer, id=0, error=None, options=None, question="What?", **fields):
