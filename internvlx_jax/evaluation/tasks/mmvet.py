@@ -26,6 +26,7 @@ from internvlx_jax.evaluation.scoring import (
 from internvlx_jax.evaluation.sources import (
     Roots,
     Source,
+    field,
     image_name,
     image_path,
     jsonl,
@@ -55,8 +56,9 @@ def _read(roots: Roots) -> list[Question]:
         return dataclasses.replace(
             question,
             images=images,
-            answers=(entry["answer"],),
-            fields=dict(question.fields) | {"category": ",".join(entry["capability"])},
+            answers=(field(entry, "answer", roots.data / KEY),),
+            fields=dict(question.fields)
+            | {"category": ",".join(field(entry, "capability", roots.data / KEY))},
         )
 
     return [finish(question) for question in QUESTIONS.read(roots)]
