@@ -49,7 +49,8 @@ import soak_world as world  # noqa: E402
 from internvlx_jax.checkpoints.run_format import finished_steps  # noqa: E402
 from internvlx_jax.core.line_log import read_whole  # noqa: E402
 
-LAYOUTS = ((1, 8), (2, 4), (4, 2))  # processes, devices of each
+# Processes, and devices of each; the more processes, the longer a start takes.
+LAYOUTS = (*((1, 8),) * 3, *((2, 4),) * 2, (4, 2))
 KINDS = (*("kill",) * 4, *("terminate",) * 2, *("interrupt",) * 2, *("full",) * 2, "images",
          "held_out", "second", "stall")  # fmt: skip
 SAVE_EVERY, STEPS = 20, 1_000_000
@@ -76,6 +77,7 @@ class Start:
         codes: Exit status of each process.
         surprise: What should not have happened; empty otherwise.
         orphans: Processes that it left behind.
+        reached: Seconds until its moment.
         readings: Resident memory of each process.
     """
 
@@ -91,6 +93,7 @@ class Start:
     codes: list[int]
     surprise: str
     orphans: int
+    reached: float
     readings: list[world.Reading]
 
 
@@ -120,6 +123,7 @@ class Soak:
 
     def _environment(self, devices: int) -> dict[str, str]:
         return {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             **os.environ,
             **(self.store.environment if self.store else {}),
             "SOAK_OF": str(self.folder),
@@ -131,7 +135,6 @@ class Soak:
             # Compiles in a fifth of the time; what is computed is as exact.
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
@@ -157,8 +160,8 @@ class Soak:
     def check_data(self, name: str) -> int:
         """Runs `data check` over the training pages, which measures what has changed."""
         with (self.logs / f"{name}-check.log").open("w") as log:
-            command = [sys.executable, "-m", "internvlx_jax", "data", "check", self.pages.meta,
-                       "--config", self.configs[self.run], "--out", self.folder / "check"]  # fmt: skip
+            command = [sys.executable, "-m", "internvlx_jax", "data", "check", self.pages.meta]
+            command += ["--config", self.configs[self.run], "--out", self.folder / "check"]
             return subprocess.run(
                 command, env=self._environment(1), stdout=log, stderr=log, cwd=ROOT
             ).returncode
@@ -190,9 +193,10 @@ class Soak:
             surprise = self._replaced_while_down(name, layout)
         begun = self._begun()
         processes = self.begin(self.run, layout, name, "--set", f"data.num_workers={workers}")
-        watch = world.Watch(processes)
+        started, watch = time.monotonic(), world.Watch(processes)
         try:
             surprise = surprise or self._await(processes, moment, begun, first)
+            reached = time.monotonic() - started
             if not surprise and kind == "long":
                 surprise = self._unless_ended(processes, seconds)
             if not surprise:
@@ -208,7 +212,7 @@ class Soak:
         self.starts.append(Start(
             number, kind, moment, layout, workers, slow, first, self.complete(), self.logged(),
             codes, surprise or hung or soak_checks.unexpected(kind, moment, codes), orphans,
-            readings))  # fmt: skip
+            reached, readings))  # fmt: skip
         return self.starts[-1]
 
     def _await(
@@ -326,16 +330,17 @@ class Soak:
 
     # --- the whole --------------------------------------------------------------------------------
 
-    def disturb(self, minutes: float) -> None:
+    def disturb(self, minutes: float, only: str | None) -> None:
         """Runs until the time is over, and stops with a checkpoint."""
-        kinds = [kind for kind in KINDS if kind != "full" or self.disk.mounted]
+        kinds = [kind for kind in KINDS if only is None or kind in only.split(",")]
+        kinds = [kind for kind in kinds if kind != "full" or self.disk.mounted]
         order = [*dict.fromkeys(kinds), *kinds]
         self.generator.shuffle(order)
         begun, last = time.monotonic(), 60 * minutes
-        long = LONG_SHARE * last
+        long = LONG_SHARE * last if only is None else 0.0
         while (passed := time.monotonic() - begun) < last - 15:
             if long and passed > last / 2:
-                kind, order = "long", order
+                kind = "long"
             else:
                 kind = order.pop() if order else self.generator.choice(kinds)
             done = self.start(kind, long)
@@ -373,6 +378,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="is emptied before")
     parser.add_argument("--minutes", type=float, default=30.0, help="of trouble (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="KIND,...", help="of what may happen; all by default")
     parser.add_argument("--own_namespace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.own_namespace and _may_mount():
@@ -384,7 +390,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     soak = Soak(folder, random.Random(args.seed))
     begun = time.monotonic()
-    soak.disturb(args.minutes)
+    soak.disturb(args.minutes, args.only)
     disturbed = time.monotonic() - begun
     segments = soak.replay()
     report = soak_checks.report(soak, segments, args.minutes, disturbed, args.seed)

@@ -13,15 +13,15 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
 
-from kill_run import differences  # noqa: E402
+from kill_run import SAME, content, logged  # noqa: E402
 
 if TYPE_CHECKING:
     from soak import Soak, Start
 
 KILLED, ABORTED, TERMINATED, REFUSED, PREEMPTED, INTERRUPTED = -9, -6, -15, 1, 75, 130
-# While a start is under way, a signal ends a process in the way of the system, and its peers notice.
+# While it starts, a signal ends a process in the way of the system, and its peers notice.
 STARTING = {TERMINATED, INTERRUPTED, PREEMPTED, REFUSED, ABORTED}
-WARM_UP_SHARE = 1 / 3  # of the longest start, before its memory is looked at
+WARM_UP_SHARE = 0.1  # of the time in which a start trains, before its memory is looked at
 GROWTH_MB, GROWTH_SHARE = 16.0, 0.05  # of memory, that is noise
 
 
@@ -60,7 +60,7 @@ def report(
     logs = sorted(soak.logs.iterdir())
     last = segments[-1][1]
     checks = {
-        "bits": differences(soak.straight, soak.run, last),
+        "bits": _differences(soak.straight, soak.run, last),
         "tracebacks": [log.name for log in logs if "Traceback" in log.read_text()],
         "messages": _messages(logs, soak.starts),
         "left over": _left_over(soak),
@@ -86,6 +86,26 @@ def report(
         "memory": _memory(soak.starts),
         "checks": checks,
     }
+
+
+def _differences(one: Path, other: Path, step: int) -> list[str]:
+    """Returns arrays of a checkpoint and lines of training metrics that differ in a bit."""
+    arrays = [content(run, step) for run in (one, other)]
+    found = [
+        f"{item} {path}"
+        for item, leaves in arrays[0].items()
+        for path, leaf in leaves.items()
+        if np.asarray(leaf).tobytes() != np.asarray(arrays[1][item][path]).tobytes()
+    ]
+    # Each start scores once more where it begins or ends; steps are logged once all the same.
+    rows = [
+        [tuple(row[name] for name in SAME) for row in logged(run) if "loss" in row]
+        for run in (one, other)
+    ]
+    for each in rows:
+        if [row[0] for row in each] != list(range(1, step + 1)):
+            found.append(f"steps in metrics.jsonl: {len(each)} lines, expected 1 to {step}")
+    return found + [f"metrics of step {a[0]}" for a, b in zip(*rows) if a != b]
 
 
 def _messages(logs: Sequence[Path], starts: Sequence[Start]) -> list[str]:
@@ -123,20 +143,24 @@ def _left_over(soak: Soak) -> list[str]:
 
 
 def _memory(starts: Sequence[Start]) -> dict[str, Any]:
-    """Returns MB of the longest start at its third and at its end, and the peak of each start."""
-    longest = max(starts, key=lambda each: max((r.seconds for r in each.readings), default=0))
-    end = max((each.seconds for each in longest.readings), default=0.0)
+    """Returns MB of the longest start as it begins to train and ends, and the peaks of starts."""
+
+    def trained(start: Start) -> float:
+        return max((each.seconds for each in start.readings), default=0.0) - start.reached
+
+    longest = max(starts, key=trained)
+    begin = longest.reached + WARM_UP_SHARE * trained(longest)
     inside = {}
     for process in range(longest.layout[0]):
         late = [
             (each.seconds, each.rss)
             for each in longest.readings
-            if each.process == process and each.seconds > WARM_UP_SHARE * end
+            if each.process == process and each.seconds > begin
         ]
         if len(late) > 2:
             seconds, rss = np.array(late).T
-            slope, begin = np.polyfit(seconds, rss, 1)
-            inside[process] = [begin + slope * seconds[0], begin + slope * seconds[-1]]
+            slope, level = np.polyfit(seconds, rss, 1)
+            inside[process] = [float(level + slope * at) for at in (seconds[0], seconds[-1])]
     peaks: dict[str, list[float]] = {}
     for start in starts:
         if start.last > start.first and start.readings:  # those that came to train
@@ -145,7 +169,7 @@ def _memory(starts: Sequence[Start]) -> dict[str, Any]:
             peaks.setdefault(layout, []).append(max(first, default=0.0))
     return {
         "longest": longest.number,
-        "longest_seconds": round(end),
+        "longest_seconds": round(trained(longest)),
         "fitted_MB": {str(each): [round(mb, 1) for mb in ends] for each, ends in inside.items()},
         "peaks_MB": {layout: [round(mb) for mb in found] for layout, found in peaks.items()},
     }
@@ -160,7 +184,7 @@ def _growth(starts: Sequence[Start]) -> list[str]:
     for layout, peaks in memory["peaks_MB"].items():
         half = len(peaks) // 2
         if half > 1:
-            begin, end = np.median(peaks[:half]), np.median(peaks[-half:])
+            begin, end = float(np.median(peaks[:half])), float(np.median(peaks[-half:]))
             if end - begin > max(GROWTH_MB, GROWTH_SHARE * begin):
                 found.append(f"starts of {layout}: {begin} -> {end} MB")
     return found

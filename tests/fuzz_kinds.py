@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import json
-import os
-import random
 import shutil
 import tempfile
 from pathlib import Path
