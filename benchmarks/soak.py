@@ -55,7 +55,7 @@ KINDS = (*("kill",) * 4, *("terminate",) * 2, *("interrupt",) * 2, *("full",) * 
          "held_out", "second", "stall")  # fmt: skip
 SAVE_EVERY, STEPS = 20, 1_000_000
 PATIENCE = 400.0  # seconds until something that has to happen must have happened
-GRACE = 150.0  # until the others have noticed that one has ended: jax waits 100 s for a heartbeat
+GRACE = 240.0  # until the others have noticed that one has ended: jax waits 100 s for a heartbeat
 LONG_SHARE = 0.25  # of the time, in which nothing happens
 PREEMPTED, INTERRUPTED = 75, 130
 UNFINISHED = "*orbax-checkpoint-tmp*"

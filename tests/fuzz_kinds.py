@@ -168,7 +168,7 @@ def comparisons(rng, folder):
 def forms(rng, folder):
     """The dataset of forms: its config, and a folder that holds another file of its name."""
     sizes = {name: rng.choice((1, 1, 2, *VALUES)) for name in ("seed", "train", "val", "controls")}
-    sizes = {name: n for name, n in sizes.items() if isinstance(n, (int, float)) and n < 3}
+    sizes = {name: n for name, n in sizes.items() if isinstance(n, int) and n < 3}
     if rng.random() < 0.5:
         (folder / "forms").mkdir()
         stored = {"version": 1, "config": {"seed": 0, "train": 1}, "questions": {}, "chance": {}}

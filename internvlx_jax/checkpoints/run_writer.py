@@ -207,7 +207,7 @@ class CheckpointWriter:
             for problem in mismatches(name, stored.metadata[name], leaves)
         ]
         saved = stored.custom_metadata
-        problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
+        problems += changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
         with explained(self._run):
@@ -217,8 +217,13 @@ class CheckpointWriter:
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
 
 
-def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
-    """Describes the parts of the data that changed since `saved`, empty if its order can go on."""
+def changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
+    """Describes the parts of the data that changed since `saved`, empty if its order can go on.
+
+    Args:
+        saved: the position in the data that a checkpoint has stored; None without one.
+        now: the position that the data pipeline would go on from.
+    """
     saved = saved or {}  # an imported checkpoint has no position in any data
     if saved.get("plan_hash") == now["plan_hash"]:
         return []

@@ -78,11 +78,11 @@ def read_bpe_files(path: Path) -> BpeFiles:
         ConfigError: a file is damaged, is no byte-level BPE tokenizer, or contradicts another.
     """
     folder = path.parent
-    config = read_json_object(folder / "tokenizer_config.json")
-    special_map = read_json_object(folder / "special_tokens_map.json")
+    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, special_map = read_json_object(config_path), read_json_object(map_path)
     names = {
-        name: token_text(config.get(f"{name}_token"))
-        or token_text(special_map.get(f"{name}_token"))
+        name: token_text(config.get(f"{name}_token"), config_path, f"{name}_token")
+        or token_text(special_map.get(f"{name}_token"), map_path, f"{name}_token")
         for name in ("bos", "eos", "pad")
     }
     if path.name == "vocab.json":
@@ -163,7 +163,7 @@ def _read_older(
         pair = tuple(line.split(" "))
         if len(pair) != 2 or not all(pair):
             raise ConfigError(
-                f"{file} line {number}: {line!r} is no pair of pieces. The file is cut off or "
+                f"{file} line {number}: {shown(line)} is no pair of pieces. The file is cut off or "
                 "damaged; fetch it again."
             )
         _check_pair(f"{file} line {number}", pair, vocabulary)
@@ -173,8 +173,8 @@ def _read_older(
     if unmade:
         raise ConfigError(
             f"{file} makes {len(made):,} pieces, but {path} has {len(unmade):,} more that no merge "
-            f"makes, such as {unmade[0]!r}. The file is cut off or of another checkpoint; fetch "
-            "both again."
+            f"makes, such as {shown(unmade[0])}. The file is cut off or of another checkpoint; "
+            "fetch both again."
         )
     return byte_level_bpe(
         vocabulary,
@@ -191,7 +191,8 @@ def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
         pair = tuple(merge.split(" ") if isinstance(merge, str) else merge or ())
         if len(pair) != 2 or not all(isinstance(piece, str) for piece in pair):
             raise ConfigError(
-                f"{path}: model.merges[{number}] {merge!r} is no pair of pieces. Fetch it again."
+                f"{path}: model.merges[{number}] {shown(merge)} is no pair of pieces. Fetch it "
+                "again."
             )
         _check_pair(f"{path}: model.merges[{number}]", pair, model["vocab"])
 
@@ -200,8 +201,9 @@ def _check_pair(where: str, pair: tuple[str, ...], vocabulary: Mapping[str, int]
     for piece in (*pair, "".join(pair)):
         if piece not in vocabulary:
             raise ConfigError(
-                f"{where}: {' '.join(pair)!r} needs the piece {piece!r}, which the vocabulary does "
-                "not have. Merges and vocabulary are of different checkpoints; fetch both again."
+                f"{where}: {shown(' '.join(pair))} needs the piece {shown(piece)}, which the "
+                "vocabulary does not have. Merges and vocabulary are of different checkpoints; "
+                "fetch both again."
             )
 
 

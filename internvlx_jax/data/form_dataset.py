@@ -64,7 +64,7 @@ class FormConfig:
     def __post_init__(self):
         check_ranges(self, seed=SEED, train=COUNT, val=COUNT, test=COUNT, controls=COUNT)
         if self.controls > self.test:
-            raise ConfigError(f"controls={self.controls} must be at most test={self.test}")
+            raise ConfigError(f"controls is {self.controls}, it must be at most test, {self.test}")
 
 
 def generate_forms(folder: str | os.PathLike[str], config: FormConfig) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import jax
 from internvlx_jax.checkpoints.run_lock import RunLock
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
+    changed_data,
     check_run_folder,
     write_run_folder,
 )
 from internvlx_jax.core.disk import check_space, check_writable
-from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.run_config import TrainConfig
@@ -75,6 +76,8 @@ def train(
         # leaves none behind, and can be tried again with other settings.
         resuming = check_run_folder(run.folder, run.settings)
         _check_folder(run)
+        if resuming:
+            _check_data(run)
         executables = _compile(run, throughput)
 
         with _opened(run) as checkpoints:
@@ -102,6 +105,13 @@ def _check_folder(run: Run) -> None:
     arrays = jax.tree.leaves(run.setup.state)
     nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
     check_space(run.folder, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
+
+
+def _check_data(run: Run) -> None:
+    """Refuses data that have changed since the newest checkpoint, before anything is compiled."""
+    problems = changed_data(run.saved.get("data"), run.loader.state(0))
+    if problems:
+        raise CheckpointError(str(run.folder), problems)
 
 
 def _opened(run: Run) -> CheckpointWriter:
