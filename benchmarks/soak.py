@@ -53,6 +53,7 @@ from internvlx_jax.core.line_log import read_whole  # noqa: E402
 LAYOUTS = (*((1, 8),) * 3, *((2, 4),) * 2, (4, 2))
 KINDS = (*("kill",) * 4, *("terminate",) * 2, *("interrupt",) * 2, *("full",) * 2, "images",
          "held_out", "second", "stall")  # fmt: skip
+SAME_SHARE = 0.5  # of the starts, which have as many processes as the one before
 SAVE_EVERY, STEPS = 20, 1_000_000
 PATIENCE = 400.0  # seconds until something that has to happen must have happened
 GRACE = 240.0  # until the others have noticed that one has ended: jax waits 100 s for a heartbeat
@@ -182,6 +183,8 @@ class Soak:
         """Starts the run, lets it meet `kind`, and waits until all its processes have ended."""
         generator, number = self.generator, len(self.starts)
         layout, workers = generator.choice(LAYOUTS), generator.choice((0, 0, 1))
+        if self.starts and generator.random() < SAME_SHARE:
+            layout = self.starts[-1].layout
         slow = generator.choice(world.SLOW) if kind != "long" else {}
         moment = generator.choice(("start", "step", "step", "save"))
         moment = "step" if kind in ("long", "last", "stall", "held_out") else moment
@@ -385,6 +388,8 @@ def main() -> int:
         # A mount of this program ends with it, whatever ends it.
         command = [*world.own_namespace(), sys.executable, __file__, "--own_namespace"]
         os.execvp(command[0], [*command, *sys.argv[1:]])
+    # A shell lets its background jobs ignore Ctrl-C, and their children inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = args.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -68,7 +68,7 @@ class Scored:
     def judge(self) -> str | None:
         """The model that judged, or None."""
         judge = self.summary.judge
-        return judge if judge is None or isinstance(judge, str) else str(judge["model"])
+        return judge if judge is None or isinstance(judge, str) else str(judge.get("model"))
 
     def units(self) -> dict[Key, float] | None:
         """Maps each question that has a score to it; None where the task has no score.
