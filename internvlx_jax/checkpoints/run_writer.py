@@ -26,6 +26,7 @@ from internvlx_jax.checkpoints.run_format import (
     split_average,
 )
 from internvlx_jax.checkpoints.run_lock import LOCK
+from internvlx_jax.checkpoints.staging import IDENTITY
 from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
@@ -45,6 +46,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
+    "train.local_checkpoint_dir",
     "train.compute.remat",
     "train.data.num_workers",
     "train.data.val_meta",
@@ -297,7 +299,9 @@ class ParamsWriter:
         free_cycles(nbytes)
 
 
-def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
+def check_run_folder(
+    run: Path, settings: Mapping[str, Any], checkpoints: Path | None = None
+) -> bool:
     """Checks that a run can start or go on in a folder; writes nothing.
 
     Every process calls it, so that all refuse together.
@@ -305,6 +309,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
     Args:
         run: the folder, which may not exist yet.
         settings: resolved configs of this start, as `write_run_folder` saves them.
+        checkpoints: the folder with checkpoints/STEP, if it is another one.
 
     Returns:
         Whether there is a step to resume from.
@@ -313,7 +318,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    resuming = on_first_process(lambda: bool(finished_steps(run)))
+    resuming = on_first_process(lambda: bool(finished_steps(checkpoints or run)))
     saved = run / "config.json"
     if saved.exists():
         stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
@@ -323,7 +328,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
+    elif run.exists() and any(path.name not in (LOCK, IDENTITY) for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"
@@ -345,10 +350,10 @@ def write_run_folder(
     multihost_utils.sync_global_devices("run folder checked")
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", settings)  # first: it makes the folder one of a run
         tokenizer.save(run / "tokenizer")
         if source is not None:
             source.write_side_files(run / "source")
-        write_json(run / "config.json", settings)
 
 
 def _differences(saved: Any, now: Any, path: str = "") -> list[str]:

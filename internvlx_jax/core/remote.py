@@ -305,7 +305,10 @@ def write_version(path: str | os.PathLike, content: bytes, seen: str | None) -> 
         except FileExistsError:
             return None
         except Exception as error:
-            if "precondition" in str(error).lower() or "412" in str(error):
+            # s3fs says "pre-conditions", and what it comes from "PreconditionFailed" or
+            # "ConditionalRequestConflict".
+            said = f"{error} {error.__cause__}".lower().replace("-", "")
+            if any(word in said for word in ("precondition", "conditionalrequest", "412")):
                 return None
             raise
 
