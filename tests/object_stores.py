@@ -1,5 +1,6 @@
 """Object stores on the loopback interface, for tests in this process and in others."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import fsspec
 import pytest
 
 SERVER = Path(__file__).with_name("gcs_server.py")
+FAULTS = {"unavailable": 0.05, "cut": 0.02, "stall": 0.02, "seconds": 1}
 
 
 class Gcs:
@@ -40,14 +42,21 @@ class Gcs:
             return json.load(answer)
 
 
-@pytest.fixture(scope="session")
-def gcs_server():
+@contextlib.contextmanager
+def running_gcs():
+    """Runs the server in a process of its own."""
     process = subprocess.Popen(
         [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     yield Gcs(process.stdout.readline().strip())
     process.communicate("\n")
+
+
+@pytest.fixture(scope="session")
+def gcs_server():
+    with running_gcs() as server:
+        yield server
 
 
 @pytest.fixture

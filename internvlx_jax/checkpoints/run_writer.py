@@ -31,6 +31,7 @@ from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.remote import explained
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
@@ -64,6 +65,12 @@ REMOVALS = 20  # tries to remove what a failed save has left
 SHARED_WRITING = ocp.Context()
 SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
 
+# Without a bound, orbax writes the arrays of an item in one transaction. That fails in an object
+# store when the answer to its last request gets lost: sent again, it meets its own result. Single
+# writes are tried again as often as they have to be. No checkpoint is as large as this bound.
+WRITING_TO_STORES = ocp.Context(SHARED_WRITING)
+WRITING_TO_STORES.memory.write_concurrent_bytes = 2**50
+
 
 class CheckpointWriter:
     """Saves the steps of one run asynchronously and keeps the newest `keep_last`.
@@ -83,7 +90,7 @@ class CheckpointWriter:
             self._checkpointer = ocp.training.Checkpointer(
                 str(run / "checkpoints"),
                 cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
-                context=SHARED_WRITING,
+                context=WRITING_TO_STORES if is_remote(run) else SHARED_WRITING,
                 save_decision_policy=every,
                 preservation_policy=newest,
             )

@@ -35,6 +35,7 @@ from internvlx_jax.training.metrics import (
 from internvlx_jax.training.optimizer import group_rate
 from internvlx_jax.training.run import Run
 from internvlx_jax.training.step import Metrics
+from internvlx_jax.training.store_costs import StoreMeter, totals
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class MetricsLogger:
         self._utilization = Utilization(run.setup, peak)
         self._datasets = [entry.name for entry in run.loader.entries]
         self._window: list[tuple[int, Bucket, Metrics]] = []
+        self._store = StoreMeter()
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> MetricsLogger:
@@ -141,6 +143,7 @@ class MetricsLogger:
             "executables": self._executables,
             "compile_count": COMPILATIONS.count,
         }
+        values |= self._store.take()
         logger.info(progress_line(step, self._run.steps, values))
         self.record(step, values)
         try:
@@ -180,6 +183,7 @@ def record_start(run: Run, step: int) -> None:
         ],
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
+        **(store if (store := totals())["store_requests"] else {}),
     }
     log = LineLog(run.folder / STARTS)
     log.append([json.dumps(start).encode() + b"\n"])
