@@ -144,8 +144,11 @@ def _store_costs(
     save_every = settings.get("train", {}).get("save_every", 1)
     if not (found := costs(series, starts, save_every)):
         return []
-    head = ("process 0, per", *(name.removeprefix("store_").replace("_", " ") for name in NAMES))
-    rows = ((what, *(values[name] for name in NAMES)) for what, values in found.items())
+    head = ("per", *(name.removeprefix("store_").replace("_", " ") for name in NAMES))
+    rows = (
+        (what.replace("_", ", "), *(values[name] for name in NAMES))
+        for what, values in found.items()
+    )
     return ["<h2>Object store</h2>", _table(head, rows)]
 
 

@@ -1,5 +1,6 @@
-"""What a run costs in an object store: requests and bytes of process 0 (design: platform.md 8).
+"""What a run costs in an object store: requests and bytes (design: platform.md 8).
 
+They are those of process 0, and under names that end in OTHERS the largest of the other processes.
 Imports no jax.
 """
 
@@ -14,6 +15,7 @@ from internvlx_jax.core.remote import TRAFFIC
 
 # In metrics.jsonl, of each window of steps, and in starts.jsonl, up to the first step.
 NAMES = ("store_requests", "store_failed", "store_received_bytes", "store_sent_bytes")
+OTHERS = "_others"
 HTTP, KVSTORE = "/tensorstore/http/", "/tensorstore/kvstore/gcs/"
 
 
@@ -35,11 +37,11 @@ class StoreMeter:
         self._before = totals()
 
     def take(self) -> dict[str, int]:
-        """Returns what was added since the last call; empty where no object store is used."""
+        """Returns what was added since the last call."""
         now = totals()
         added = {name: now[name] - self._before[name] for name in NAMES}
         self._before = now
-        return added if now["store_requests"] else {}
+        return added
 
 
 def costs(
@@ -51,26 +53,30 @@ def costs(
 
     Most windows hold no save, so a step costs their median; what is above it is of checkpoints.
 
+    Those of the other processes follow, such as "step_others", if there are some.
+
     Args:
         series: Metric -> (steps, values), as report.read_metrics gives them.
         starts: The lines of starts.jsonl.
         save_every: Of the run's config.
     """
-    if "store_requests" not in series:
-        return {}
-    ends = list(series["store_requests"][0])
-    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    saves = max(ends[-1] // save_every, 1)
-    step, checkpoint, start = {}, {}, {}
-    for name in NAMES:
-        values = list(series[name][1])
-        step[name] = statistics.median(
-            value / max(length, 1) for value, length in zip(values, lengths, strict=True)
-        )
-        checkpoint[name] = max(sum(values) - step[name] * ends[-1], 0) / saves
-        counted = [line[name] for line in starts if name in line]
-        start[name] = statistics.mean(counted) if counted else 0
-    return {"step": step, "checkpoint": checkpoint, "start": start}
+    found: dict[str, dict[str, float]] = {}
+    for end in ("", OTHERS):
+        if NAMES[0] + end not in series:
+            continue
+        ends = list(series[NAMES[0] + end][0])
+        lengths = [max(last - before, 1) for before, last in zip([0, *ends], ends, strict=False)]
+        saves = max(ends[-1] // save_every, 1)
+        parts = found["step" + end], found["checkpoint" + end], found["start" + end] = {}, {}, {}
+        step, checkpoint, start = parts
+        for name in NAMES:
+            values = list(series[name + end][1])
+            per_step = [value / length for value, length in zip(values, lengths, strict=True)]
+            step[name] = statistics.median(per_step)
+            checkpoint[name] = max(sum(values) - step[name] * sum(lengths), 0) / saves
+            counted = [line[name + end] for line in starts if name + end in line]
+            start[name] = statistics.mean(counted) if counted else 0
+    return found
 
 
 def _tensorstore_counts() -> dict[str, int]:

@@ -16,6 +16,7 @@ from kill_run import (
     differences,
     finish,
     kill_at,
+    launch,
     run_and_kill,
     start,
     tiny_config,
@@ -26,6 +27,7 @@ from object_stores import FAULTS
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.run_format import finished_steps
 from internvlx_jax.cli import convert, evaluate, report
+from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import read_whole
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.uploads import MARKER, upload_folder
@@ -94,6 +96,12 @@ def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
     assert {path.name for path in out.iterdir()} >= {"predictions.jsonl", "summary.json"}
     assert json.loads((out / "summary.json").read_text())["samples"] == 2
     assert not (out / "parts").exists()
+    if folder.startswith("gs"):
+        command[command.index("--out_dir") + 1] = f"{folder}/eval_by_two"
+        codes, outputs = finish(launch(["eval.py", *command], 4, 2, cache=tmp_path / "compiled"))
+        assert codes == [0, 0], "\n".join(outputs)
+        two = as_path(f"{folder}/eval_by_two")
+        assert (two / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
 
     layout = ["--layout", "internvl-x", "--dtype", "keep"]
     exported, imported = f"{folder}/hf", f"{folder}/imported"
@@ -155,6 +163,12 @@ def test_two_processes_are_killed_inside_a_save(two, gcs, folder, tmp_path):
     assert result["kills"][0]["inside_a_save"] and result["kills"][0]["saved"] == 0, result
     assert {*result["begun_at"]} <= {0, *(kill["saved"] for kill in result["kills"])}
     assert {"unavailable", "cut"} <= gcs.faults().keys()
+    export = ["export", "--from", config.output_dir, "--to", f"{folder}/hf"]
+    assert convert.main([*export, "--layout", "internvl-x", "--dtype", "keep"]) == 0
+    assert convert.main(["import", "--from", f"{folder}/hf", "--to", f"{folder}/imported"]) == 0
+    assert report.main([config.output_dir]) == 0
+    rows = read_json_lines(as_path(config.output_dir) / "starts.jsonl", "store_requests_others")
+    assert rows and all(row["store_requests"] > row["store_requests_others"] > 0 for row in rows)
 
 
 def test_two_processes_are_killed_while_a_checkpoint_is_copied(two, s3_folder, tmp_path):
