@@ -27,6 +27,7 @@ from internvlx_jax.models.layers import (
     constant,
     normal,
     param,
+    product,
     rematerialize,
     split_key,
     stack_layers,
@@ -181,7 +182,13 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token embedding, stacked blocks, final norm and output head."""
+    """Token embedding, stacked blocks, final norm and output head.
+
+    Attributes:
+        on_cpu: See layers.Linear.
+    """
+
+    on_cpu = False
 
     def __init__(
         self,
@@ -287,10 +294,8 @@ class Decoder(nnx.Module):
         tie decides which token greedy decoding takes.
         """
         with jax.named_scope("head"):
-            x = self.norm(x)
-            return jnp.einsum(
-                "...d,dw->...w",
-                x,
-                self.head_kernel.astype(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            x, head = self.norm(x), self.head_kernel.astype(x.dtype)
+            if self.on_cpu and x.dtype.itemsize == 2:
+                flat = product("nd,dw->nw", x.reshape(-1, x.shape[-1]), head)
+                return flat.reshape(*x.shape[:-1], -1)
+            return jnp.einsum("...d,dw->...w", x, head, preferred_element_type=jnp.float32)
