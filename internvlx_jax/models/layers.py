@@ -178,6 +178,14 @@ class Linear(nnx.Module):
         shape = [size if letter in self.bias_letters else 1 for letter, size in sizes]
         return y + bias.reshape(shape)
 
+    def turn(self) -> None:
+        """Stores the kernel with its outputs first, which products of few rows read faster."""
+        x, letters = self.spec.split("->")[0].split(",")
+        outputs = [letter for letter in letters if letter in self.output]
+        turned = "".join([*outputs, *(letter for letter in letters if letter not in outputs)])
+        self.kernel = nnx.Param(jnp.einsum(f"{letters}->{turned}", self.kernel[...]))
+        self.spec = f"{x},{turned}->{self.output}"
+
     def multiply(self, spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Computes einsum(spec, x, kernel) in their dtype."""
         if self.on_cpu and x.dtype.itemsize == 2:
