@@ -25,6 +25,7 @@ from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
+from internvlx_jax.models.compile_cache import keep_compiled
 from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.metrics import Throughput
@@ -68,6 +69,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
+    keep_compiled()
     with RunLock(run_folder(config)) as lock:
         run = open_run(config)
         validation = Validation(run, benchmarks)
