@@ -171,8 +171,8 @@ def listed_cell(cell: str, where: str) -> tuple[str, ...]:
 def coco_answers(path: Path) -> Answers:
     """Reads answers in the COCO VQA layout: annotations[].question_id, answers[].answer."""
     return {
-        str(field(row, "question_id", path)): [
-            field(answer, "answer", path) for answer in field(row, "answers", path)
+        str(required(row, "question_id", path)): [
+            required(answer, "answer", path) for answer in required(row, "answers", path)
         ]
         for row in read_json(path, "annotations")
     }
@@ -181,12 +181,12 @@ def coco_answers(path: Path) -> Answers:
 def docvqa_answers(path: Path) -> Answers:
     """Reads answers in the DocVQA layout: data[].questionId, answers."""
     return {
-        str(field(row, "questionId", path)): field(row, "answers", path)
+        str(required(row, "questionId", path)): required(row, "answers", path)
         for row in read_json(path, "data")
     }
 
 
-def field(row: Any, name: str, where: str | Path) -> Any:
+def required(row: Any, name: str, where: str | Path) -> Any:
     """Returns a field of a record.
 
     Args:

@@ -23,10 +23,10 @@ from internvlx_jax.evaluation.scoring import (
 from internvlx_jax.evaluation.sources import (
     Roots,
     Source,
-    field,
     image_name,
     image_path,
     jsonl,
+    required,
     tsv,
 )
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
@@ -41,7 +41,7 @@ CONTEXT, REFERENCE = f"{FOLDER}/context.jsonl", f"{FOLDER}/answers_gpt4.jsonl"
 
 def _read(roots: Roots) -> list[Question]:
     captions = {
-        field(row, "image", where): field(row, "caption", where)
+        required(row, "image", where): required(row, "caption", where)
         for where, row in read_jsonl(roots.data / CONTEXT)
     }
     captions = {
@@ -49,13 +49,13 @@ def _read(roots: Roots) -> list[Question]:
         for name, caption in captions.items()
     }
     references = {
-        field(row, "question_id", where): field(row, "text", where)
+        required(row, "question_id", where): required(row, "text", where)
         for where, row in read_jsonl(roots.data / REFERENCE)
     }
 
     def finish(question: Question) -> Question:
         name = image_name(question.images[0])
-        field(question.fields, "category", question.where)
+        required(question.fields, "category", question.where)
         if name not in captions or question.id not in references:
             raise ConfigError(
                 f"{question.where}: no caption of {name} or no reference answer in "

@@ -26,11 +26,11 @@ from internvlx_jax.evaluation.scoring import (
 from internvlx_jax.evaluation.sources import (
     Roots,
     Source,
-    field,
     image_name,
     image_path,
     jsonl,
     read_json,
+    required,
     tsv,
 )
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
@@ -56,9 +56,9 @@ def _read(roots: Roots) -> list[Question]:
         return dataclasses.replace(
             question,
             images=images,
-            answers=(field(entry, "answer", roots.data / KEY),),
+            answers=(required(entry, "answer", roots.data / KEY),),
             fields=dict(question.fields)
-            | {"category": ",".join(field(entry, "capability", roots.data / KEY))},
+            | {"category": ",".join(required(entry, "capability", roots.data / KEY))},
         )
 
     return [finish(question) for question in QUESTIONS.read(roots)]

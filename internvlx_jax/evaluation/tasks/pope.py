@@ -23,10 +23,10 @@ from internvlx_jax.evaluation.scoring import (
 from internvlx_jax.evaluation.sources import (
     Roots,
     Source,
-    field,
     image_name,
     image_path,
     jsonl,
+    required,
     tsv,
 )
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
@@ -46,12 +46,12 @@ def _read(roots: Roots) -> list[Question]:
         images = tuple(
             image_path(f"pope/val2014/{image_name(path)}", roots) for path in question.images
         )
-        category = field(question.fields, "category", question.where)
+        category = required(question.fields, "category", question.where)
         members[category].append(dataclasses.replace(question, images=images))
     questions = []
     for category in CATEGORIES:
         path = roots.data / _labels(category)
-        labels = [field(row, "label", where) for where, row in read_jsonl(path)]
+        labels = [required(row, "label", where) for where, row in read_jsonl(path)]
         if len(labels) != len(members[category]):
             raise ConfigError(
                 f"{path}: {len(labels)} labels, but {len(members[category])} questions of this "

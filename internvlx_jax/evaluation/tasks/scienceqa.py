@@ -17,13 +17,13 @@ from internvlx_jax.evaluation.scoring import (
     hits,
     vanilla_choice,
 )
-from internvlx_jax.evaluation.sources import field, jsonl, tsv
+from internvlx_jax.evaluation.sources import jsonl, required, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 
 def _letters(question: Question) -> Question:
     """Turns the texts of `choices` into options and the index `answer` into its letter."""
-    choices = field(question.fields, "choices", question.where)
+    choices = required(question.fields, "choices", question.where)
     options = {chr(ord("A") + i): text for i, text in enumerate(choices)}
     try:
         answer = [*options][int(question.answers[0])]
