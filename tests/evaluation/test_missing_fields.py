@@ -28,20 +28,15 @@ def root(data_root, tmp_path_factory):
 def read(path):
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write(path, value):
+    """Writes what `read` returns; a JSON file is a single line."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(value), path)
-    elif isinstance(value, list):
-        path.write_text("".join(json.dumps(row) + "\n" for row in value), encoding="utf-8")
     else:
-        path.write_text(json.dumps(value), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in value), encoding="utf-8")
 
 
 def fields(value):

@@ -56,10 +56,11 @@ def _read(roots: Roots) -> list[Question]:
     def finish(question: Question) -> Question:
         name = image_name(question.images[0])
         required(question.fields, "category", question.where)
-        if name not in captions or question.id not in references:
+        if name not in captions:
+            raise ConfigError(f"{question.where}: image {name} is not in {roots.data / CONTEXT}")
+        if question.id not in references:
             raise ConfigError(
-                f"{question.where}: no caption of {name} or no reference answer in "
-                f"{roots.data / FOLDER}"
+                f"{question.where}: question_id {question.id} is not in {roots.data / REFERENCE}"
             )
         return dataclasses.replace(
             question,
