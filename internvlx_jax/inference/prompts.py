@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.core.model_config import RopeConfig
-from internvlx_jax.data.batch import Row
+from internvlx_jax.data.batch import Row, collate
 from internvlx_jax.data.buckets import Bucket, smallest_bucket
 from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.processor import Processor
@@ -64,7 +66,9 @@ class PromptBuilder:
             turns = [spec.tiler.cut(images, request.where) for images in request.images_per_turn]
             blocks = [spec.tiler.blocks(list(map(len, tiles))) for tiles in turns]
             encoded = self._encode(request, blocks)
-            tiles = self.processor.concatenate([image for images in turns for image in images])
+            size = spec.tiler.tiles.tile_size
+            no_tiles = np.zeros((0, size, size, 3), np.uint8)
+            tiles = np.concatenate([no_tiles, *(image for images in turns for image in images)])
             if len(encoded.tokens) > bucket.length or len(tiles) > bucket.tiles:
                 raise SampleError(
                     "size_mismatch",
@@ -75,7 +79,14 @@ class PromptBuilder:
 
     def inputs(self, rows: Sequence[Row | None], bucket: Bucket) -> Inputs:
         """Returns a batch of the rows; None is an empty row."""
-        return self.processor.collate(rows, bucket).inputs
+        return collate(
+            rows,
+            bucket,
+            tile_size=self.processor.tiles.tile_size,
+            tokens_per_tile=self.processor.tokens_per_tile,
+            pad_id=self.processor.tokenizer.pad_id,
+            lvtc=self.processor.lvtc,
+        ).inputs
 
     def capacity(self, bucket: Bucket, spec: GenerationSpec) -> int:
         """Returns the cache slots for new tokens: a power of two, so that specs share executables.

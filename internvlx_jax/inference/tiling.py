@@ -12,8 +12,15 @@ from PIL import Image
 
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.images import ImageSource, image_size, load_image, open_image
-from internvlx_jax.data.processor import DECODED_ANYWAY
 from internvlx_jax.data.tiles import choose_grid, cut_tiles, per_image_limit, tile_count
+
+# What load_image counts, and what to do about it.
+DECODED_ANYWAY = {
+    "truncated": "the file is damaged; what could be decoded is used, the rest is blank. Replace "
+    "the file.",
+    "16bit": "16-bit values are shifted down to 8 bits. Convert the file if its values use another "
+    "range.",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
