@@ -188,7 +188,7 @@ def _full_names(
     known = set(weights.names())
     for part in PARTS:
         for adapter in adapter_table(table, part):
-            known.update(n for pair in adapter.pairs for entry in pair for n in entry.all_sources())
+            known.update(n for pair in adapter.pairs for entry in pair for n in entry.sources())
     prefixes = [*part_prefixes(layout).values(), ""]
     readings = [{name: prefix + name for name in short} for prefix in prefixes]
     readings.append({name: _unnested(name) for name in short})
@@ -297,7 +297,7 @@ def _coverage(folder: Path, lora: Lora, table: Sequence[Entry]) -> list[str]:
             name
             for adapter in adapter_table(table, lora.config.part)
             for a, _ in adapter.pairs
-            for name in a.all_sources()
+            for name in a.sources()
         }
     )
     if having == total:
