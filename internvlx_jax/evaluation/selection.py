@@ -23,8 +23,7 @@ from internvlx_jax.evaluation.scoring import COMPAT, Answered, Context, mean_of
 from internvlx_jax.evaluation.sources import Roots, Source
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_protocol, find_tasks
-from internvlx_jax.inference.requests import GenerationSpec
-from internvlx_jax.inference.tiling import Tiler
+from internvlx_jax.inference.requests import GenerationSpec, Tiler
 
 GENERIC = "generic"  # protocol of a question file
 GENERIC_NEW_TOKENS = 100

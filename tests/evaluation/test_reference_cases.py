@@ -31,6 +31,7 @@ from internvlx_jax.evaluation.tables import fits_xlsx, write_tsv
 from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.evaluation.tasks import TASKS, llavabench, mathvista, mmbench, mme, mmmu
 from internvlx_jax.evaluation.tasks.mathvista import Key
+from internvlx_jax.inference.batches import count_tiles
 from internvlx_jax.inference.requests import Answer
 
 PETS = {"A": "ant", "B": "bee", "C": "cow", "D": "dog"}
@@ -335,8 +336,8 @@ def test_vlmevalkit_doubles_the_first_image_of_mmmu(tmp_path, side, tiles):
     assert generation.tiler.tiles.max_num == 12
     file = tmp_path / "square.png"
     Image.new("RGB", (side, side)).save(file)
-    assert generation.tiler.counts([str(file)]) == (tiles,)
-    assert generation.tiler.counts([str(file)] * 2)[1] == 1, "further images are not doubled"
+    assert count_tiles(generation.tiler, [str(file)]) == (tiles,)
+    assert count_tiles(generation.tiler, [str(file)] * 2)[1] == 1, "further images are not doubled"
 
 
 def test_internvl_strips_question_and_options_of_mmmu():

@@ -16,7 +16,7 @@ from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
-from internvlx_jax.inference.tiling import EACH, ImagePolicy
+from internvlx_jax.inference.requests import EACH, ImagePolicy
 
 VLMEVALKIT_NEW_TOKENS = 4096
 
