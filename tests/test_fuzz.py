@@ -32,8 +32,9 @@ from internvlx_jax.cli.console import run_command
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.data.faults import read_quarantine
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.evaluation.prediction_shards import Parts, read_rows
+from internvlx_jax.evaluation.records import read_rows
 from internvlx_jax.evaluation.selection import select
+from internvlx_jax.evaluation.task_run import Parts
 from internvlx_jax.evaluation.tsv import read_tsv
 from internvlx_jax.training.bad_steps import read_bad_steps
 from internvlx_jax.training.metrics_logger import read_starts

@@ -28,7 +28,7 @@ from internvlx_jax.checkpoints.tensors import ChangedTensors, RenamedTensors, Te
 from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.models.vit import resize_positions
 
@@ -198,7 +198,7 @@ def _has_safetensors(path: Path, stem: str) -> bool:
 
 def _plain_names(
     config: Mapping[str, Any], folder: SafetensorsFolder | BinFolder
-) -> tuple[RenamedTensors, RenamedTensors]:
+) -> tuple[Tensors, RenamedTensors]:
     """Returns (base weights, adapters) without what nested spellings and peft add to the names."""
     stored: dict[str, str] = {}
     for name in folder.names():
@@ -216,6 +216,8 @@ def _plain_names(
             )
         stored[plain] = name
     names = list(_in_place_names(list(stored)))
+    if all(plain == stored[name] and not is_adapter for plain, name, is_adapter in names):
+        return folder, RenamedTensors({})
     weights = {plain: (folder, stored[name]) for plain, name, is_adapter in names if not is_adapter}
     adapters = {plain: (folder, stored[name]) for plain, name, is_adapter in names if is_adapter}
     return RenamedTensors(weights), RenamedTensors(adapters)

@@ -26,7 +26,7 @@ from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.name_table import NESTED
 from internvlx_jax.checkpoints.tensors import RenamedTensors, Tensors
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import LoraConfig
 
 # Fields of adapter_config.json that change what an adapter computes.

@@ -24,7 +24,6 @@ from internvlx_jax.checkpoints.side_files import copy_side_files, missing_remote
 from internvlx_jax.checkpoints.tensors import (
     HostArray,
     Tensors,
-    aligned_empty,
     changed_by_cast,
     copy_strided,
     count_not_finite,
@@ -176,12 +175,12 @@ class TorchCheckpoint:
         index = index or ()
         if entry.layers is None:
             array = self._read_layer(entry, 0, index)
-            result = aligned_empty(array.shape, dtype)
+            result = _aligned_empty(array.shape, dtype)
             self._fill(entry, 0, result, array)
             return result
         layers = range(entry.layers)[index[0]] if index else range(entry.layers)
         first = self._read_layer(entry, layers[0], index[1:])
-        stack = aligned_empty((len(layers), *first.shape), dtype)
+        stack = _aligned_empty((len(layers), *first.shape), dtype)
         for n, layer in enumerate(layers):
             array = first if n == 0 else self._read_layer(entry, layer, index[1:])
             self._fill(entry, layer, stack[n], array)
@@ -356,3 +355,14 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[set[str], 
         if not found:
             unmatched.append(pattern)
     return matched, unmatched
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array that jax takes without a copy.
+
+    On CPU, jax copies arrays that do not begin at a multiple of 64 bytes.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -25,15 +25,14 @@ from internvlx_jax.data.faults import Fault, FaultCounts, replacements
 from internvlx_jax.data.index import load_index
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.order import Position, make_order
-from internvlx_jax.data.plan import PlannedStep, digest
+from internvlx_jax.data.plan import PlannedStep, Sample, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
 from internvlx_jax.data.sources import Source, open_source, origin_of
-from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
-_REPLACE = 4  # first word of the seeds, beside those of streams.py, plan.py and table.py
+_REPLACE = 4  # first word of the seeds, beside those of plan.py and table.py
 
 
 class StepCounts(NamedTuple):

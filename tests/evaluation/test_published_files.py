@@ -16,14 +16,14 @@ from mini_data import read_rows
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.evaluation.job import rescore
+from internvlx_jax.evaluation.job import make_judge, rescore
 from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import RequestBudget
-from internvlx_jax.evaluation.prediction_shards import read_rows as stored_rows
+from internvlx_jax.evaluation.records import read_rows as stored_rows
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
-from internvlx_jax.evaluation.task_run import TaskRun, make_judge
+from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 
 # What VLMEvalKit's evaluate() reads of MODEL_DATASET.xlsx, besides index, question and prediction.
