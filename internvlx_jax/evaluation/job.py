@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import as_path
@@ -450,7 +450,7 @@ def _read_summary(predictions: Path) -> Summary:
         raise FileNotFoundError(
             f"{path} does not exist; --rescore needs it beside predictions.jsonl"
         )
-    return Summary.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return Summary.from_json(read_json_file(path, remedy="run eval.py again"), str(path))
 
 
 def _selection(
