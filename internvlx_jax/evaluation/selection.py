@@ -236,8 +236,16 @@ def _read(
     task: Task, protocol: str, spec: ProtocolSpec, roots: Roots, selection: EvaluationConfig
 ) -> TaskSpec:
     compat = compat_of(selection, spec)
-    questions = spec.source.read(dataclasses.replace(roots, compat=compat))
     files = spec.source.files(roots)
+    try:
+        questions = spec.source.read(dataclasses.replace(roots, compat=compat))
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{task.name}: {', '.join(map(str, files[:3]))} cannot be read "
+            f"({type(error).__name__}: {error}); download the published files again"
+        ) from error
     if not questions:
         raise ConfigError(f"{task.name}: no questions in {', '.join(map(str, files))}")
     hashes, notes = _file_hashes(files)

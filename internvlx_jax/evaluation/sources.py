@@ -177,14 +177,38 @@ def listed_cell(cell: str, where: str) -> tuple[str, ...]:
 def coco_answers(path: Path) -> Answers:
     """Reads answers in the COCO VQA layout: annotations[].question_id, answers[].answer."""
     return {
-        str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
+        str(required(row, "question_id", path)): [
+            required(answer, "answer", path) for answer in required(row, "answers", path)
+        ]
         for row in read_json(path, "annotations")
     }
 
 
 def docvqa_answers(path: Path) -> Answers:
     """Reads answers in the DocVQA layout: data[].questionId, answers."""
-    return {str(row["questionId"]): row["answers"] for row in read_json(path, "data")}
+    return {
+        str(required(row, "questionId", path)): required(row, "answers", path)
+        for row in read_json(path, "data")
+    }
+
+
+def required(row: Any, name: str, where: str | Path) -> Any:
+    """Returns a field of a record.
+
+    Args:
+        row: the record.
+        name: name of the field.
+        where: the file, and the line if there are lines, for the message.
+
+    Raises:
+        ConfigError: it has no such field.
+    """
+    try:
+        return row[name]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f'{where}: no field "{name}", which this benchmark needs; download the file again'
+        ) from None
 
 
 def read_json(path: Path, field: str | None = None) -> Any:
