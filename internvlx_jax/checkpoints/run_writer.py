@@ -31,13 +31,15 @@ from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.overrides import with_defaults
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.remote import explained
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
-# Settings that earlier versions did not have, with what they were there.
-LATER_FIELDS = {"model.decoder.qk_norm": False}
+CONFIGS = {"train": TrainConfig, "model": ModelConfig}  # what config.json of a run holds
 
 # Settings that a resumed run may change: none of them alters what is computed.
 MAY_CHANGE = {
@@ -214,7 +216,7 @@ class CheckpointWriter:
             for problem in mismatches(name, stored.metadata[name], leaves)
         ]
         saved = stored.custom_metadata
-        problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
+        problems += changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
         with explained(self._run):
@@ -224,8 +226,13 @@ class CheckpointWriter:
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
 
 
-def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
-    """Describes the parts of the data that changed since `saved`, empty if its order can go on."""
+def changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
+    """Describes the parts of the data that changed since `saved`, empty if its order can go on.
+
+    Args:
+        saved: the position in the data that a checkpoint has stored; None without one.
+        now: the position that the data pipeline would go on from.
+    """
     saved = saved or {}  # an imported checkpoint has no position in any data
     if saved.get("plan_hash") == now["plan_hash"]:
         return []
@@ -329,7 +336,7 @@ def check_run_folder(
     saved = run / "config.json"
     if saved.exists():
         stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
-        differences = _differences(stored, settings)
+        differences = _differences(_filled(stored), _filled(settings))
         if differences:
             raise ConfigError(
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
@@ -372,13 +379,18 @@ def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return [
             line
             for name in sorted(saved.keys() | now.keys())
-            for line in _differences(
-                saved.get(name, _before(prefix + name)), now.get(name), prefix + name
-            )
+            for line in _differences(saved.get(name), now.get(name), prefix + name)
         ]
     return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]
 
 
-def _before(path: str) -> Any:
-    """Returns what a setting was in versions that did not have it; None if unknown."""
-    return next((value for end, value in LATER_FIELDS.items() if path.endswith(end)), None)
+def _filled(settings: Any) -> Any:
+    """Returns settings with fields that their version did not have yet, at their defaults."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        name: with_defaults(CONFIGS[name], part)
+        if name in CONFIGS and isinstance(part, Mapping)
+        else part
+        for name, part in settings.items()
+    }

@@ -27,7 +27,7 @@ from internvlx_jax.core.extras import require
 # One kind of client everywhere, whether TensorFlow is installed or not.
 os.environ.setdefault("EPATH_USE_TF", "false")
 # They log tracebacks of what is raised and explained below anyway.
-for name in ("gcsfs", "google.auth._default"):
+for name in ("fsspec", "gcsfs", "google.auth._default"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 SILENT_SECONDS = 60  # after which a request is sent again

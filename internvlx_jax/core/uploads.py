@@ -73,9 +73,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Returns the local folder for copies of remote files: INTERNVLX_CACHE, or one in ~/.cache."""
-    stated = os.environ.get("INTERNVLX_CACHE")
-    return Path(stated) if stated else Path.home() / ".cache" / "internvlx_jax"
+    """Returns the local folder for what can be made again, such as copies of remote files.
+
+    INTERNVLX_CACHE names it; else it is one in XDG_CACHE_HOME, which is ~/.cache if unset.
+    """
+    stated, caches = os.environ.get("INTERNVLX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if stated:
+        return Path(stated)
+    return (Path(caches) if caches else Path.home() / ".cache") / "internvlx_jax"
 
 
 def local_folder(path: str | os.PathLike, *, leave_out: Iterable[str] = ()) -> Path:

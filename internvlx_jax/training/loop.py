@@ -12,18 +12,20 @@ import jax
 from internvlx_jax.checkpoints.run_lock import RunLock
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
+    changed_data,
     check_run_folder,
     write_run_folder,
 )
 from internvlx_jax.checkpoints.staging import CheckpointCopies
 from internvlx_jax.core.disk import check_space, check_writable
-from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
+from internvlx_jax.models.compile_cache import keep_compiled
 from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.metrics import Throughput
@@ -67,6 +69,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
+    keep_compiled()
     with RunLock(run_folder(config)) as lock:
         run = open_run(config)
         validation = Validation(run, benchmarks)
@@ -76,6 +79,8 @@ def train(
         # leaves none behind, and can be tried again with other settings.
         resuming = check_run_folder(run.folder, run.settings, run.checkpoints)
         _check_folder(run)
+        if resuming:
+            _check_data(run)
         executables = _compile(run, throughput)
 
         copies = CheckpointCopies(run.stage, run.folder, config.keep_last)
@@ -103,6 +108,13 @@ def _check_folder(run: Run) -> None:
     arrays = jax.tree.leaves(run.setup.state)
     nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
     check_space(run.checkpoints, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
+
+
+def _check_data(run: Run) -> None:
+    """Refuses data that have changed since the newest checkpoint, before anything is compiled."""
+    problems = changed_data(run.saved.get("data"), run.loader.state(0))
+    if problems:
+        raise CheckpointError(str(run.folder), problems)
 
 
 def _opened(run: Run) -> CheckpointWriter:

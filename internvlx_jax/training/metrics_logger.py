@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -94,10 +95,12 @@ class MetricsLogger:
     def __enter__(self) -> MetricsLogger:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._writer:
-            self._writer.close()
-        self._bad_steps.flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # On a full disk, the error that ends the run says more than those of its last lines.
+        with contextlib.suppress(*(() if kind is None else (OSError,))):
+            if self._writer:
+                self._writer.close()
+            self._bad_steps.flush()
 
     def flush(self) -> None:
         """Brings what an object store has not got yet there; called before a checkpoint."""
