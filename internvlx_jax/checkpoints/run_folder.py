@@ -307,7 +307,7 @@ class RunFolder:
 
 
 def _readable(step: Path) -> str:
-    """Returns where orbax can read a step: from gs:// and from disks, so one in s3:// is fetched."""
+    """Returns where orbax can read a step; one in s3:// is fetched to the disk."""
     return str(local_folder(step) if protocol_of(step) == "s3" else step)
 
 
