@@ -14,6 +14,7 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import decode_json, invalid_text, read_lines, shown
 from internvlx_jax.data.embedded import embedded_image
 from internvlx_jax.data.images import ImageBytes, ImageSource
+from internvlx_jax.data.record_forms import lost_picture
 from internvlx_jax.inference.requests import Request
 
 
@@ -113,6 +114,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"{where}: {error}; correct the line") from None
             yield from elements
             return
+        if number == 1 and isinstance(value, list):  # the same on one line
+            yield from _array(path) or ()
+            return
         yield where, value
 
 
@@ -137,6 +141,8 @@ def _question(fields: Any, where: str, root: Path, index: int) -> Question:
     answers = answer if isinstance(answer, list) else [answer]
     if fields.get("image") and fields.get("images"):
         raise ConfigError(f'{where}: "image" and "images" are both set; keep one')
+    if lost := lost_picture(fields):
+        raise ConfigError(f"{where}: {lost}")
     image = fields.get("image") or fields.get("images") or []
     images = image if isinstance(image, list) else [image]
     texts = [text, *answers, *images]
@@ -145,7 +151,7 @@ def _question(fields: Any, where: str, root: Path, index: int) -> Question:
             f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts'
         )
     id = fields.get("question_id", index)
-    if not isinstance(id, (str, int)):
+    if not isinstance(id, (str, int)) or isinstance(id, bool):
         raise ConfigError(
             f'{where}: "question_id" must be a text or a whole number, got {shown(id)}'
         )
