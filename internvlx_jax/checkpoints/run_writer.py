@@ -26,12 +26,14 @@ from internvlx_jax.checkpoints.run_format import (
     split_average,
 )
 from internvlx_jax.checkpoints.run_lock import LOCK
+from internvlx_jax.checkpoints.staging import IDENTITY
 from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import with_defaults
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.remote import explained
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
@@ -47,6 +49,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
+    "train.local_checkpoint_dir",
     "train.compute.remat",
     "train.data.num_workers",
     "train.data.val_meta",
@@ -63,6 +66,12 @@ REMOVALS = 20  # tries to remove what a failed save has left
 # pays for large arrays only.
 SHARED_WRITING = ocp.Context()
 SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+
+# Without a bound, orbax writes the arrays of an item in one transaction. That fails in an object
+# store when the answer to its last request gets lost: sent again, it meets its own result. Single
+# writes are tried again as often as they have to be. No checkpoint is as large as this bound.
+WRITING_TO_STORES = ocp.Context(SHARED_WRITING)
+WRITING_TO_STORES.memory.write_concurrent_bytes = 2**50
 
 
 class CheckpointWriter:
@@ -83,7 +92,7 @@ class CheckpointWriter:
             self._checkpointer = ocp.training.Checkpointer(
                 str(run / "checkpoints"),
                 cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
-                context=SHARED_WRITING,
+                context=WRITING_TO_STORES if is_remote(run) else SHARED_WRITING,
                 save_decision_policy=every,
                 preservation_policy=newest,
             )
@@ -304,7 +313,9 @@ class ParamsWriter:
         free_cycles(nbytes)
 
 
-def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
+def check_run_folder(
+    run: Path, settings: Mapping[str, Any], checkpoints: Path | None = None
+) -> bool:
     """Checks that a run can start or go on in a folder; writes nothing.
 
     Every process calls it, so that all refuse together.
@@ -312,6 +323,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
     Args:
         run: the folder, which may not exist yet.
         settings: resolved configs of this start, as `write_run_folder` saves them.
+        checkpoints: the folder with checkpoints/STEP, if it is another one.
 
     Returns:
         Whether there is a step to resume from.
@@ -320,7 +332,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    resuming = on_first_process(lambda: bool(finished_steps(run)))
+    resuming = on_first_process(lambda: bool(finished_steps(checkpoints or run)))
     saved = run / "config.json"
     if saved.exists():
         stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
@@ -330,7 +342,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
+    elif run.exists() and any(path.name not in (LOCK, IDENTITY) for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"
@@ -352,10 +364,10 @@ def write_run_folder(
     multihost_utils.sync_global_devices("run folder checked")
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", settings)  # first: it makes the folder one of a run
         tokenizer.save(run / "tokenizer")
         if source is not None:
             source.write_side_files(run / "source")
-        write_json(run / "config.json", settings)
 
 
 def _differences(saved: Any, now: Any, path: str = "") -> list[str]:

@@ -32,6 +32,7 @@ from internvlx_jax.data.pipeline import LoadedStep, StepCounts
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics
+from internvlx_jax.training.store_costs import OTHERS
 
 T = TypeVar("T")
 
@@ -259,6 +260,16 @@ def over_processes(
     )
     largest = dict(zip(values, np.max(every, axis=0).tolist(), strict=True))
     return largest, np.sum(counts, axis=0)
+
+
+def with_others(counts: Mapping[str, int]) -> dict[str, float]:
+    """Returns the counts of process 0 and, if there are others, the largest of theirs."""
+    if jax.process_count() == 1:
+        return dict(counts)
+    every = multihost_utils.process_allgather(np.array(list(counts.values()), np.float32))
+    first, others = every[0].tolist(), every[1:].max(axis=0).tolist()
+    largest = {name + OTHERS: value for name, value in zip(counts, others, strict=True)}
+    return dict(zip(counts, first, strict=True)) | largest
 
 
 def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str, float]:
