@@ -39,7 +39,7 @@ _REFUSED = {
 # Fields that name a picture elsewhere. Here it would be left out without a word.
 _PICTURES = tuple(
     f"{name}{end}"
-    for name in ("image_path", "img_path", "image_file", "image_url", "img", "picture")
+    for name in ("image_path", "img_path", "image_file", "image_url", "img")
     for end in ("", "s")
 )
 # Other spellings of a conversation, which are named where there is no conversation.
