@@ -74,12 +74,15 @@ def _run(config: TrainConfig, args: argparse.Namespace) -> None:
     from internvlx_jax.aot.dry_run import dry_run
     from internvlx_jax.evaluation.in_loop import InLoop
     from internvlx_jax.training.loop import train
+    from internvlx_jax.training.peers import ending_together
+    from internvlx_jax.training.preemption import Preempted
     from internvlx_jax.training.profiler import Window
 
     profile = args.profile and Window.parse(args.profile)
     configure_logging(distributed.start_from(args))
     if not args.dry_run:
-        train(config, stop_after=args.stop_after, profile=profile, benchmarks=InLoop)
+        with ending_together(Preempted):
+            train(config, stop_after=args.stop_after, profile=profile, benchmarks=InLoop)
         return
     where, reports, mesh = dry_run(config)
     print(table(reports, where, mesh))
