@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ablation_cells import Cell
-from ablation_tables import TABLES, rows_of
+from ablation_tables import rows_of
 
 from internvlx_jax.core.files import read_json_object, write_text, written_aside
 from internvlx_jax.training.report import figure_class
 
-PAGE, PICTURE = Path("docs/evidence.md"), Path("docs/evidence.png")
+PAGES, PICTURE = (Path("docs/evidence.md"), Path("README.md")), Path("docs/evidence.png")
 GROUPS = (("pages", "cpu"), ("pages", "gpu"), ("easyvqa", "cpu"), ("easyvqa", "gpu"))
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 MISSING = "–"
@@ -76,6 +76,7 @@ class Group:
     Attributes:
         table, preset: Of the table.
         rows: All its rows.
+        core: Those of --quick.
         seeds: The seeds of each.
         cells: Finished cells by row and seed.
         measured: Times and memory by row, where they were measured.
@@ -84,6 +85,7 @@ class Group:
     table: str
     preset: str
     rows: tuple[str, ...]
+    core: tuple[str, ...]
     seeds: tuple[int, ...]
     cells: Mapping[str, Mapping[int, Mapping[str, Any]]]
     measured: Mapping[str, Mapping[str, float]]
@@ -91,14 +93,14 @@ class Group:
     @classmethod
     def read(cls, results: Path, table: str, preset: str) -> Group:
         """Reads what is kept."""
-        rows, seeds = rows_of(table)
+        rows, core, seeds = rows_of(table)
         cells = {}
         for row in rows:
             paths = {seed: Cell(table, preset, row, seed).file(results) for seed in seeds}
             found = {seed: read_json_object(path) for seed, path in paths.items()}
             cells[row] = {seed: cell for seed, cell in found.items() if cell}
         measured = read_json_object(results / f"{table}-{preset}" / "measured.json")
-        return cls(table, preset, rows, seeds, cells, measured.get("rows", {}))
+        return cls(table, preset, rows, core, seeds, cells, measured.get("rows", {}))
 
     @property
     def name(self) -> str:
@@ -226,6 +228,13 @@ def state(group: Group) -> str:
     return "\n".join(lines)
 
 
+def picture(group: Group, link: str) -> str:
+    """Returns the link to the picture; there is none without the rows of the core."""
+    if not all(group.cells[row] for row in group.core):
+        return ""
+    return f"![Exact match against forward FLOPs of the variants]({link})"
+
+
 def blocks(groups: Sequence[Group]) -> dict[str, str]:
     """Returns the text of each block by its name."""
     made = {}
@@ -234,12 +243,19 @@ def blocks(groups: Sequence[Group]) -> dict[str, str]:
         for name, make in makers.items():
             made[f"{group.name}-{name}"] = make(group) if group.all else "No cell is finished."
         made[f"{group.name}-state"] = state(group)
+        made[f"{group.name}-picture"] = picture(group, PICTURE.name)
+        made[f"{group.name}-readme"] = picture(group, PICTURE.as_posix())
     return made
 
 
 def filled(page: str, made: Mapping[str, str]) -> str:
     """Returns a page with the text of its blocks replaced."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n\n{found[3]}", page)
+
+    def fill(found: re.Match[str]) -> str:
+        text = made[found[2]]
+        return f"{found[1]}\n{text}\n\n{found[3]}" if text else found[1] + found[3]
+
+    return BLOCK.sub(fill, page)
 
 
 def draw(group: Group, out: Path) -> None:
@@ -280,23 +296,26 @@ def draw(group: Group, out: Path) -> None:
 
 
 def report(results: Path, *, check: bool) -> int:
-    """Writes the page and the picture, or compares the page.
+    """Writes the pages and the picture, or compares the pages.
 
     Returns:
         Exit status, 1 if `check` finds another page than the cells make.
     """
-    groups = [Group.read(results, *each) for each in GROUPS if each[0] in TABLES]
+    groups = [Group.read(results, *each) for each in GROUPS]
     made = blocks(groups)
-    page = PAGE.read_text(encoding="utf-8")
-    new = filled(page, made)
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES if path.is_file()}
+    new = {path: filled(page, made) for path, page in pages.items()}
+    differing = [str(path) for path in pages if new[path] != pages[path]]
     if check:
-        print(
-            "docs/evidence.md is what the cells make"
-            if new == page
-            else "docs/evidence.md differs: run python benchmarks/ablation.py report"
-        )
-        return int(new != page)
-    write_text(PAGE, new)
-    draw(groups[0], PICTURE)
-    print(f"wrote {PAGE} and {PICTURE}")
+        for path in differing:
+            print(f"{path} differs: run python benchmarks/ablation.py report")
+        if not differing:
+            print("the pages are what the cells make")
+        return int(bool(differing))
+    for path, page in new.items():
+        write_text(path, page)
+    print(f"wrote {', '.join(map(str, pages))}")
+    if made[f"{groups[0].name}-picture"]:
+        draw(groups[0], PICTURE)
+        print(f"drew {PICTURE}")
     return 0

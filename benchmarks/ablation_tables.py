@@ -218,10 +218,10 @@ def open_table(name: str, preset: str, runs: Path, **places: Path | None) -> Tab
     return easyvqa(preset, runs, **places) if name == "easyvqa" else pages(preset, runs)
 
 
-def rows_of(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Returns the rows of a table and their seeds."""
+def rows_of(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """Returns the rows of a table, those of its core, and the seeds of each."""
     defined = runpy.run_path({"pages": PAGES, "easyvqa": EASYVQA}[name])
-    return tuple(defined["VARIANTS"]), defined["SEEDS"]
+    return tuple(defined["VARIANTS"]), defined["CORE"], defined["SEEDS"]
 
 
 def pages_baseline() -> str:

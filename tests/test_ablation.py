@@ -19,6 +19,7 @@ from internvlx_jax.core.overrides import load_config_file
 from internvlx_jax.models.params import abstract_model
 
 ROOT = Path(__file__).parents[1]
+BLOCKS = ("state", "main", "kinds", "pairs", "picture")
 TOKENIZER = ROOT / "internvlx_jax/data/assets/synthetic_tokenizer"
 
 
@@ -134,7 +135,7 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path):
         shutil.copytree(folder / "results" / f"{table}-tiny", tmp_path / "r" / f"{table}-cpu")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "docs").mkdir()
-    names = [f"{t}-cpu-{n}" for t in ("pages", "easyvqa") for n in ("state", "main", "pairs")]
+    names = [f"{t}-cpu-{n}" for t in ("pages", "easyvqa") for n in BLOCKS]
     empty = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in names)
     (tmp_path / "docs" / "evidence.md").write_text(empty)
     assert "differs" in ablation("report", "--check", "--results", "r", cwd=tmp_path, status=1)
@@ -142,16 +143,22 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path):
     ablation("report", "--check", "--results", "r", cwd=tmp_path)
     page = (tmp_path / "docs" / "evidence.md").read_text()
     assert "2 of 51 cells are finished" in page and "Not finished: `mlp1-4` s0, s1, s2" in page
-    cell = json.loads((tmp_path / "r" / "pages-cpu" / "x-s0.json").read_text())
+    path = tmp_path / "r" / "pages-cpu" / "x-s0.json"
+    cell = json.loads(path.read_text())
     line = next(line for line in page.splitlines() if line.startswith("| `x` "))
     assert f"| {100 * cell['scores']['test']['all']:.1f} | 1 |" in line
     measured = json.loads((tmp_path / "r" / "pages-cpu" / "measured.json").read_text())["rows"]
     assert measured["internvl"]["train"] == measured["internvl"]["prefill"] == 1
     assert f"| {measured['x']['train']:.2f} | {measured['x']['prefill']:.2f} |" in line
     assert "whole: InternVL-X against InternVL" in page
+    assert not (tmp_path / "docs" / "evidence.png").exists()  # rows of the core are missing
+    for row in ("mlp1-16", "pvtc-16", "pvtc-4"):
+        shutil.copy(path, path.with_name(f"{row}-s0.json"))
+    ablation("report", "--results", "r", cwd=tmp_path)
+    assert "(evidence.png)" in (tmp_path / "docs" / "evidence.md").read_text()
     with Image.open(tmp_path / "docs" / "evidence.png") as picture:
         assert picture.size[0] > 500
 
 
 def test_numbers_of_the_page_are_those_of_the_cells():
-    assert "is what the cells make" in ablation("report", "--check")
+    assert "the pages are what the cells make" in ablation("report", "--check")
