@@ -175,30 +175,12 @@ def run_cell(
     Returns:
         What was kept.
     """
-    curves = []
-    for stage in stages:
-        if not stage.finished:
-            train(stage.config)
-        if stage.after is not None:
-            stage.after()
-        folder = Path(stage.config.output_dir)
-        curves.append(_curve(read_json_lines(folder / "metrics.jsonl", "step")))
     config = stages[-1].config
-    out = Path(config.output_dir) / "evaluation"
+    curves = [_trained(stage) for stage in stages[:-1]]
+    resumed, begun = Path(config.output_dir).exists(), _cpu_seconds()
+    curves.append(_trained(stages[-1]))
     model = _model(config)
-    run(
-        EvalConfig(
-            checkpoint=config.output_dir,
-            out_dir=str(out),
-            selection=EvaluationConfig(
-                data=str(asked.file), metric="exact", max_new_tokens=max_new_tokens
-            ),
-            batch_size=batch_size,
-            dtype=config.compute.dtype,
-            resume=True,
-        )
-    )
-    answers = read_json_lines(out / "predictions.jsonl", "question_id", "score")
+    answers = _answers(config, asked.file, max_new_tokens, batch_size)
     kept = {
         **dataclasses.asdict(cell),
         "settings": settings_hash(stages),
@@ -206,14 +188,44 @@ def run_cell(
         "software": _software(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": _parameters(model),
-        "cpu_seconds": round(_cpu_seconds()),
+        # Of the last run and the answers; an interrupted cell does not know what it took before.
+        "cpu_seconds": None if resumed else round(_cpu_seconds() - begun),
         "curves": curves,
         "blind": dict(blind),
         **_scores(answers, asked.kinds),
         "cost": cost(model, [row for row in answers if row["question_id"].startswith("test/")]),
     }
+    cell.file(results).parent.mkdir(parents=True, exist_ok=True)
     write_json(cell.file(results), kept)
     return kept
+
+
+def _trained(stage: Stage) -> dict[str, list[list[float]]]:
+    """Runs a stage, unless it is finished, and returns its curves."""
+    if not stage.finished:
+        train(stage.config)
+    if stage.after is not None:
+        stage.after()
+    return _curve(read_json_lines(Path(stage.config.output_dir) / "metrics.jsonl", "step"))
+
+
+def _answers(
+    config: TrainConfig, questions: Path, max_new_tokens: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Lets the model of a run answer the questions and returns the scored rows."""
+    out = Path(config.output_dir) / "evaluation"
+    selection = EvaluationConfig(data=str(questions), metric="exact", max_new_tokens=max_new_tokens)
+    run(
+        EvalConfig(
+            checkpoint=config.output_dir,
+            out_dir=str(out),
+            selection=selection,
+            batch_size=batch_size,
+            dtype=config.compute.dtype,
+            resume=True,
+        )
+    )
+    return read_json_lines(out / "predictions.jsonl", "question_id", "score")
 
 
 def cost(model: ModelConfig, answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -91,7 +91,9 @@ def measure(
         "software": {"jax": jax.__version__, "python": platform.python_version()},
         "rows": rows,
     }
-    write_json(results / f"pages-{preset}" / "measured.json", kept)
+    folder = results / f"pages-{preset}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "measured.json", kept)
     return kept
 
 

@@ -211,7 +211,7 @@ def state(group: Group) -> str:
     if missing and group.all:
         lines.append(f"Not finished: {'; '.join(missing)}.")
     if group.all:
-        cell, minutes = group.all[0], [cell["cpu_seconds"] / 60 for cell in group.all]
+        cell = group.all[0]
         counts = ", ".join(f"{n['all']:,} {split}" for split, n in cell["counts"].items())
         recipe = "; ".join(
             f"{r['steps']} steps of {r['samples_per_step']} conversations, learning rate "
@@ -219,13 +219,18 @@ def state(group: Group) -> str:
             for r in cell["recipe"]
         )
         software = ", ".join(f"{name} {version}" for name, version in cell["software"].items())
-        lines.append(
-            f"Training: {recipe}. Questions: {counts}. A cell took {min(minutes):.1f} to "
-            f"{max(minutes):.1f} minutes of CPU time ({software})."
-        )
+        lines.append(f"Training: {recipe}. Questions: {counts}. {software}. {_cost(group)}")
     if not group.measured:
         lines.append(f"Times and memory are not measured ({MISSING}).")
     return "\n".join(lines)
+
+
+def _cost(group: Group) -> str:
+    """Returns what cells took that were not interrupted."""
+    taken = [cell["cpu_seconds"] / 60 for cell in group.all if cell["cpu_seconds"]]
+    if not taken:
+        return ""
+    return f"A cell took {min(taken):.1f} to {max(taken):.1f} minutes of CPU time."
 
 
 def picture(group: Group, link: str) -> str:

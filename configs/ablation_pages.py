@@ -142,7 +142,7 @@ def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainC
             cooldown_ratio=0.3,
             b2=0.95,
             weight_decay=0.05,
-            warmup_steps=min(50, size.steps),
+            warmup_steps=min(50, size.steps // 4),
         ),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),
         steps=size.steps,
