@@ -16,7 +16,7 @@ from typing import Any
 
 from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text, read_json_file
+from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text
 from internvlx_jax.core.line_log import read_whole
 from internvlx_jax.core.paths import RemotePath
 from internvlx_jax.core.uploads import upload_folder
@@ -85,20 +85,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object; without the file, the object is empty.
-
-    Raises:
-        ConfigError: The file is not JSON, or holds no object.
-    """
-    if not path.is_file():
-        return {}
-    value = read_json_file(path, remedy="fetch it again")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; fetch it again")
-    return value
 
 
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
