@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import read_jsonl
 from internvlx_jax.evaluation.judge import PROMPTS, ask_until, fill
 from internvlx_jax.evaluation.prompts import ending
-from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import (
     Answered,
     Context,
