@@ -27,8 +27,7 @@ from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.name_table import NESTED
 from internvlx_jax.checkpoints.tensors import RenamedTensors, Tensors
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object
-from internvlx_jax.core.json_text import shown
+from internvlx_jax.core.json_text import read_json_object, shown
 from internvlx_jax.core.model_config import LoraConfig
 
 # Fields of adapter_config.json that change what an adapter computes.
@@ -244,7 +243,7 @@ def _full_names(
     known = set(weights.names())
     for part in PARTS:
         for adapter in adapter_table(table, part):
-            known.update(n for pair in adapter.pairs for entry in pair for n in entry.all_sources())
+            known.update(n for pair in adapter.pairs for entry in pair for n in entry.sources())
     prefixes = [*part_prefixes(layout).values(), ""]
     readings = [{name: prefix + name for name in short} for prefix in prefixes]
     readings.append({name: _unnested(name) for name in short})
@@ -353,7 +352,7 @@ def _coverage(folder: Path, lora: Lora, table: Sequence[Entry]) -> list[str]:
             name
             for adapter in adapter_table(table, lora.config.part)
             for a, _ in adapter.pairs
-            for name in a.all_sources()
+            for name in a.sources()
         }
     )
     if having == total:

@@ -23,8 +23,7 @@ import jax
 import numpy as np
 
 from internvlx_jax.checkpoints.hf_folder import HFFolder
-from internvlx_jax.checkpoints.hub import resolve
-from internvlx_jax.checkpoints.opening import open_checkpoint
+from internvlx_jax.checkpoints.opening import open_checkpoint, resolve
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
 from internvlx_jax.cli.console import CommandParser, run_command
 from internvlx_jax.convert.conversion_report import Report
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     # Conversion is work for the host, whatever accelerators are attached.
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Large parameters are written in eight parts (ParamsWriter).
+        # Large parameters are written in eight parts (write_params).
         jax.config.update("jax_num_cpu_devices", 8)
     command = {
         "import": run_import,

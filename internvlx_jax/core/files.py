@@ -22,7 +22,7 @@ from internvlx_jax.core.json_text import (
     complete_lines,
     decode_json,
     encode_text,
-    read_json_file,
+    read_json_object,
     shown,
 )
 from internvlx_jax.core.line_log import read_whole
@@ -126,20 +126,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object; without the file, the object is empty.
-
-    Raises:
-        ConfigError: The file is not JSON, or holds no object.
-    """
-    if not path.is_file():
-        return {}
-    value = read_json_file(path, remedy="fetch it again")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; fetch it again")
-    return value
 
 
 def read_run_settings(run: Path) -> dict[str, Any]:

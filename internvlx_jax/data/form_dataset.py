@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import new_folder, read_json_object, write_json
+from internvlx_jax.core.files import new_folder, write_json
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.ranges import COUNT, SEED, check_ranges
 from internvlx_jax.data.synthetic import chance
 from internvlx_jax.data.synthetic_forms import Form, make_form, questions

@@ -18,8 +18,7 @@ from typing import BinaryIO
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import shown
-from internvlx_jax.data.embedded import embedded_image, from_base64
-from internvlx_jax.data.images import ImageSource
+from internvlx_jax.data.images import ImageSource, embedded_image, from_base64
 from internvlx_jax.evaluation.cells import NAN, read_column
 from internvlx_jax.evaluation.questions import Question
 

@@ -20,8 +20,7 @@ from internvlx_jax.data.buckets import (
     smallest_bucket,
 )
 from internvlx_jax.data.packing import best_fit
-from internvlx_jax.data.plan import Plan
-from internvlx_jax.data.streams import EntryStream, PackedStream
+from internvlx_jax.data.plan import EntryStream, PackedStream, Plan
 from internvlx_jax.data.tiles import tile_count
 
 TOKENS = 8192

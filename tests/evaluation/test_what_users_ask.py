@@ -11,10 +11,10 @@ from PIL import Image
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.data.images import ImageBytes
-from internvlx_jax.evaluation.prediction_shards import Parts, read_objects, write_rows
-from internvlx_jax.evaluation.questions import read_questions
-from internvlx_jax.evaluation.records import Row, Summary
+from internvlx_jax.evaluation.records import Row, Summary, read_objects, write_rows
 from internvlx_jax.evaluation.selection import select
+from internvlx_jax.evaluation.sources import read_questions
+from internvlx_jax.evaluation.task_run import Parts
 from internvlx_jax.evaluation.tsv import read_cells, read_tsv
 from internvlx_jax.inference.batch_generator import BatchGenerator
 
