@@ -14,7 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.data.templates import TEMPLATES, Turn, prompt_text
 from internvlx_jax.data.tokenizer_files import token_text
 
@@ -58,9 +58,11 @@ def find_chat_template(folder: Path, *, images: bool = True) -> FoundTemplate | 
     source, file = _read_source(folder)
     if source is None:
         return None
-    config = read_json_object(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path)
     names = {
-        name: token_text(config.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token")
+        name: token_text(config.get(name), path, name) or ""
+        for name in ("bos_token", "eos_token", "pad_token")
     }
     probe = _Probe(source, file, names)
     probe.expect(_SYSTEM, prompt_text(TEMPLATES["internvl_hf"], _TURNS, system=_SYSTEM))

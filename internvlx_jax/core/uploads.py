@@ -48,10 +48,15 @@ def upload_folder(local: Path, remote: RemotePath) -> None:
 
 def copy_tree(source: Path, target: Path) -> None:
     """Copies the files of a folder, which may be one of an object store, into a local folder."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            relative = path.relative_to(source).as_posix()
-            copy_file(path, target / relative)
+
+    def copy(path: Path) -> None:
+        copy_file(path, target / path.relative_to(source).as_posix())
+
+    # What an object store lists are its objects; a disk also lists folders.
+    paths = [path for path in source.rglob("*") if is_remote(path) or path.is_file()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(copy, paths):
+            pass
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
-from internvlx_jax.core.json_text import shown
+from internvlx_jax.core.json_text import read_json_object, shown
 from internvlx_jax.core.uploads import local_folder
 
 # What `find_tokenizer` opens, the first of them that a folder has.
@@ -102,6 +101,18 @@ def check_id(path: Path, text: str, id: Any) -> int:
     return id
 
 
-def token_text(value: Any) -> str | None:
-    """Returns the text of a token that a config gives as a string, an object, or null."""
-    return value.get("content") if isinstance(value, Mapping) else value
+def token_text(value: Any, path: Path, field: str) -> str | None:
+    """Returns the text of a token that a config gives as a string, an object, or null.
+
+    Args:
+        value: what the config gives.
+        path: the file, for messages.
+        field: its name there.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f'{path}: "{field}" is {shown(value)}, expected a text; fetch it again')
+    return text

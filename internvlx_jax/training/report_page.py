@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.core.files import read_json_lines, write_text
+from internvlx_jax.core.files import read_json_lines, read_run_settings, write_text
 from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_class, read_metrics
+from internvlx_jax.training.store_costs import NAMES, costs
 
 # Panels: title, unit, metrics; one without any of its metrics is left out.
 PANELS = (
@@ -50,11 +51,7 @@ def write_page(run: Path) -> Path:
         ConfigError: matplotlib is missing, or a file cannot be read.
     """
     series = read_metrics(run / "metrics.jsonl")
-    settings = (
-        json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if (run / "config.json").exists()
-        else {}
-    )
+    settings = read_run_settings(run)
     bad_steps = read_json_lines(run / "bad_steps.jsonl", "step", "kind", "samples")
     starts = read_json_lines(run / "starts.jsonl", "step", "time")
     bad_samples = [
@@ -94,6 +91,7 @@ def write_page(run: Path) -> Path:
                 for bucket in (starts[-1].get("buckets", []) if starts else [])
             ),
         ),
+        *_store_costs(series, starts, settings),
         f"<h2>Bad steps: {len(bad_steps)}</h2>",
         _table(
             ("step", "kind", "loss", "gradient norm", "bucket", "samples"),
@@ -133,6 +131,21 @@ def write_page(run: Path) -> Path:
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n",
     )
     return out
+
+
+def _store_costs(
+    series: Mapping[str, Series], starts: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[str]:
+    """Returns a table of what the run costs in an object store; nothing if it uses none."""
+    save_every = settings.get("train", {}).get("save_every", 1)
+    if not (found := costs(series, starts, save_every)):
+        return []
+    head = ("per", *(name.removeprefix("store_").replace("_", " ") for name in NAMES))
+    rows = (
+        (what.replace("_", ", "), *(values[name] for name in NAMES))
+        for what, values in found.items()
+    )
+    return ["<h2>Object store</h2>", _table(head, rows)]
 
 
 def _curves(series: Mapping[str, Series]) -> str:
