@@ -28,8 +28,8 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.data.batch import Row
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.inference.decoding import TokenDecoder, settled
-from internvlx_jax.inference.prompts import PromptBuilder
+from internvlx_jax.inference.batch_generator import AnswerReader, settled
+from internvlx_jax.inference.batches import PromptBuilder
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request
 from internvlx_jax.inference.serving_buckets import ServingBuckets
 from internvlx_jax.models.generation import row_keys
@@ -163,7 +163,7 @@ class Engine:
         self.buckets = ServingBuckets.of(processor, model.config.decoder.rope, capacity, max_tiles)
         self.slots, self.most_waiting = slots, waiting
         self.prompts = PromptBuilder(processor, model.config.decoder.rope)
-        self.reader = TokenDecoder(processor.tokenizer, processor.template)
+        self.reader = AnswerReader(processor.tokenizer, processor.template)
         vocabulary = self.reader.vocabulary
         empty = functools.partial(empty_slots, slots=slots, capacity=self.buckets.capacity)
         # Fixed, so that the state looks the same to every program, whichever made it.
@@ -179,9 +179,8 @@ class Engine:
         self._pending = 0  # tickets that have no slot yet
         self._changed = threading.Condition()
         self._closing = False
-        self._counts = dict.fromkeys(
-            ("answered", "cancelled", "failed", "prompt_tokens", "new_tokens"), 0
-        )
+        names = ("answered", "cancelled", "failed", "prompt_tokens", "new_tokens")
+        self._counts: dict[str, int] = {name: 0 for name in names}
         self._compiles = 0
         self._readers = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="prompt")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -271,7 +270,7 @@ class Engine:
                 **self._counts,
             )
 
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+    def _hear(self, event: str, *_: Any, **__: Any) -> None:
         """Counts what is compiled in the engine's thread."""
         if event == COMPILE_EVENT and threading.current_thread() is self._thread:
             self._compiles += 1
@@ -400,7 +399,7 @@ class Engine:
 
 def _how(
     slot: int, limit: int, sampling: Sampling, seed: int, number: int
-) -> tuple[np.ndarray, np.ndarray, RowSampling]:
+) -> tuple[np.int32, np.int32, RowSampling]:
     """Returns what `admit` wants to know about one request, as arrays."""
     rows = RowSampling(
         temperature=np.array([sampling.temperature], np.float32),

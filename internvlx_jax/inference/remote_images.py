@@ -12,8 +12,7 @@ import urllib.parse
 from pathlib import Path
 
 from internvlx_jax.core.errors import SampleError
-from internvlx_jax.data.embedded import embedded_image
-from internvlx_jax.data.images import ImageBytes
+from internvlx_jax.data.images import ImageBytes, embedded_image
 from internvlx_jax.inference.server_requests import RequestError
 
 MOST_REDIRECTS = 3

@@ -13,7 +13,7 @@ from internvlx_jax.data.batch import Row
 from internvlx_jax.data.buckets import LENGTH_STEP, Bucket, round_up
 from internvlx_jax.data.images import check_pixels, image_size
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.inference.prompts import PromptBuilder, located
+from internvlx_jax.inference.batches import PromptBuilder, count_tiles, located
 from internvlx_jax.inference.requests import GenerationSpec, Request
 
 MOST_CAPACITY = 8192
@@ -124,7 +124,7 @@ class ServingBuckets:
             for images in request.images_per_turn:
                 for image in images:
                     check_pixels(image_size(image), self.max_pixels, image)
-            tiles = sum(sum(spec.tiler.counts(images)) for images in request.images_per_turn)
+            tiles = sum(sum(count_tiles(spec.tiler, images)) for images in request.images_per_turn)
             if tiles > self.max_tiles:
                 raise SampleError(
                     "too_long",

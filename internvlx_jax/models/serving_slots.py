@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.inputs import Array, Inputs
 from internvlx_jax.models.decoder import KeyValues
 from internvlx_jax.models.generation import (
     Cache,
@@ -41,11 +41,11 @@ class RowSampling(NamedTuple):
         keys: key[N], randomness of the whole answer.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    repetition_penalty: jax.Array
-    keys: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    repetition_penalty: Array
+    keys: Array
 
 
 class Slots(NamedTuple):
