@@ -225,17 +225,16 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['clients']} | {row['per_second']} | {row['ratio']} | "
             f"{row['tokens_per_second']} | {row['first_token_p50']} / {row['first_token_p95']} |"
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"One at a time from Python: {report['alone_per_second']} questions/s, before and after.",
-            f"Ready after {report['ready_cold_seconds']} s without, {report['ready_warm_seconds']} s "
-            "with programs in the cache.",
-            f"Answers equal to those of Python: {report['equal_answers']} of {report['questions']}; "
-            f"programs compiled after the start: {report['compiles_after_start']:g}.",
-        ]
-    )
+    before, after = report["alone_per_second"]
+    cold, warm = report["ready_cold_seconds"], report["ready_warm_seconds"]
+    lines += [
+        "",
+        f"One at a time from Python: {before} questions/s before, {after} after.",
+        f"Ready after {cold} s, and {warm} s with programs in the cache.",
+        f"Answers equal to those of Python: {report['equal_answers']} of {report['questions']}.",
+        f"Programs compiled after the start: {report['compiles_after_start']:g}.",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
