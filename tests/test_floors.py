@@ -160,3 +160,36 @@ def test_flags_of_a_job_load_no_jax():
         "distributed.add_flags(argparse.ArgumentParser())"
     )
     assert "jax" not in loaded
+
+
+WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import internvlx_jax
+for module in pkgutil.walk_packages(internvlx_jax.__path__, "internvlx_jax."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError:
+            print(module.name)
+"""
+OPTIONAL = (
+    "aiohttp", "av", "gcsfs", "gguf", "huggingface_hub", "latex2sympy2_extended", "matplotlib",
+    "openpyxl", "pyarrow", "s3fs", "starlette", "tensorboardX", "torch", "transformers", "uvicorn",
+)  # fmt: skip
+
+
+def test_no_extra_is_needed_to_import_the_package():
+    """But for the modules that are an extra's own, which others import where they need them."""
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *OPTIONAL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "internvlx_jax.inference.server",
+        "internvlx_jax.training.event_files",
+    ]

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.monitoring
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
-from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import LineLog
-from internvlx_jax.core.paths import is_remote
-from internvlx_jax.core.uploads import copy_file
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep, StepCounts
 from internvlx_jax.models.flops import train_flops
@@ -34,13 +29,17 @@ from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics
 from internvlx_jax.training.store_costs import OTHERS
 
+if TYPE_CHECKING:
+    from internvlx_jax.training.event_files import EventFiles
+
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 CLOCKS = ("train_s", "compile_s", "checkpoint_s", "evaluation_s")
 
 
 class MetricsWriter:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard.
+    """Appends to RUN/metrics.jsonl and, with the extra `tensorboard`, to RUN/tensorboard.
 
     Lines of steps after `start_step` are dropped first, so that a resumed run has each step once,
     however often it was run.
@@ -57,7 +56,7 @@ class MetricsWriter:
             for row in read_json_lines(run / "metrics.jsonl", "step")
             if any(name.startswith("eval/") for name in row)
         }
-        self._tensorboard = EventFiles(run / "tensorboard", purge_step=first)
+        self._events = _event_files(run / "tensorboard", purge_step=first)
 
     def has_scores(self, step: int) -> bool:
         """Returns whether the file has scores of this step from an earlier start."""
@@ -65,75 +64,28 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._log.append([json.dumps({"step": step, **values}).encode() + b"\n"])
-        self._tensorboard.write(step, values)
+        if self._events is not None:
+            self._events.write(step, values)
 
     def flush(self) -> None:
         """Brings everything into an object store; on a disk it is there already."""
         self._log.flush()
-        self._tensorboard.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         self._log.close()
-        self._tensorboard.close()
+        if self._events is not None:
+            self._events.close()
 
 
-class EventFiles:
-    """Writes TensorBoard event files.
+def _event_files(folder: Path, purge_step: int) -> EventFiles | None:
+    if find_spec("tensorboardX") is None:
+        logger.info("no TensorBoard files; for them pip install 'internvlx-jax[tensorboard]'")
+        return None
+    from internvlx_jax.training.event_files import EventFiles
 
-    Events are appended to files, so those of a folder in an object store are written on the disk,
-    and each is sent when it is flushed, which begins a new one. They are written here and not in
-    the thread of tensorboardX, whose errors would be lost: after one, its queue fills up and the
-    run hangs.
-    """
-
-    def __init__(self, folder: Path, purge_step: int):
-        self._folder = folder
-        self._purge_step: int | None = purge_step
-        self._scratch = (
-            tempfile.TemporaryDirectory(prefix="internvlx-") if is_remote(folder) else None
-        )
-        self._writer: EventsWriter | None = None
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        with named_on_error(self._folder):
-            if self._writer is None:
-                self._writer = self._begun()
-            for name, value in values.items():
-                self._add(self._writer, step, summary=scalar(name, value))
-            self._writer.flush()
-
-    def _begun(self) -> EventsWriter:
-        """Begins a file; viewers forget what earlier files hold from `purge_step` on."""
-        here = Path(self._scratch.name) if self._scratch else self._folder
-        here.mkdir(parents=True, exist_ok=True)
-        writer = EventsWriter(str(here / "events"))
-        if self._purge_step is not None:
-            begun = SessionLog(status=SessionLog.START)
-            self._add(writer, self._purge_step, file_version="brain.Event:2")
-            self._add(writer, self._purge_step, session_log=begun)
-            self._purge_step = None
-        return writer
-
-    def _add(self, writer: EventsWriter, step: int, **content: Any) -> None:
-        writer.write_event(Event(step=step, wall_time=time.time(), **content))
-
-    def flush(self) -> None:
-        """Sends the file of an object store."""
-        if self._scratch is None or self._writer is None:
-            return
-        self._writer.close()
-        self._writer = None
-        for path in Path(self._scratch.name).iterdir():
-            copy_file(path, self._folder / path.name)
-            path.unlink()
-
-    def close(self) -> None:
-        self.flush()
-        if self._writer is not None:
-            with named_on_error(self._folder):
-                self._writer.close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+    return EventFiles(folder, purge_step)
 
 
 class Throughput:

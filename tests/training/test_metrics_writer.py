@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from internvlx_jax.data.pipeline import StepCounts
 from internvlx_jax.training import metrics
+from internvlx_jax.training.event_files import EventFiles
 from internvlx_jax.training.metrics import (
     MetricsWriter,
     Throughput,
@@ -94,13 +96,25 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     assert values == [(1, "loss", 0.1), (2, "loss", 0.2)]
 
 
+def test_without_tensorboard_the_numbers_are_written_all_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with caplog.at_level("INFO", logger="internvlx_jax"):
+        writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 2.0})
+    writer.flush()
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
+    assert not (tmp_path / "tensorboard").exists()
+    assert "pip install 'internvlx-jax[tensorboard]'" in caplog.text
+
+
 def test_a_full_disk_is_named_where_tensorboard_meets_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    files = metrics.EventFiles(tmp_path / "tensorboard", 0)
+    files = EventFiles(tmp_path / "tensorboard", 0)
     files.write(1, {"loss": 1.0})
-    monkeypatch.setattr(metrics.EventsWriter, "flush", full)
+    monkeypatch.setattr(EventsWriter, "flush", full)
     with pytest.raises(OSError, match="No space left on device, .* free: .*tensorboard"):
         files.write(2, {"loss": 1.0})
     monkeypatch.undo()

@@ -88,7 +88,7 @@ def arithmetic(text: str, names: Mapping[str, Any] = MappingProxyType({})) -> An
             tree = ast.parse(text.lstrip(" \t"), mode="eval")
             if not all(_allowed(node) for node in ast.walk(tree)):
                 return None
-            known = {"__builtins__": {}} | _FUNCTIONS
+            known: dict[str, Any] = {"__builtins__": {}, **_FUNCTIONS}
             return eval(compile(tree, "<answer>", "eval"), known, dict(names))
     except _NO_VALUE:
         return None
