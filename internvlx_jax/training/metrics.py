@@ -18,7 +18,10 @@ import jax.monitoring
 import numpy as np
 from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
+    Event,  # pyright: ignore[reportAttributeAccessIssue] (made when it is imported)
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from tensorboardX.summary import scalar
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
