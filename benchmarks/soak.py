@@ -25,7 +25,6 @@ FOLDER gets report.json, report.txt and logs/. The exit status is 1 if a check o
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import os
@@ -35,7 +34,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # this checkout, whateve
 
 import soak_checks  # noqa: E402
 import soak_world as world  # noqa: E402
+from soak_checks import Start  # noqa: E402
 
 from internvlx_jax.checkpoints.run_format import finished_steps  # noqa: E402
 from internvlx_jax.core.line_log import read_whole  # noqa: E402
@@ -58,44 +57,8 @@ SAVE_EVERY, STEPS = 20, 1_000_000
 PATIENCE = 400.0  # seconds until something that has to happen must have happened
 GRACE = 240.0  # until the others have noticed that one has ended: jax waits 100 s for a heartbeat
 LONG_SHARE = 0.25  # of the time, in which nothing happens
-PREEMPTED, INTERRUPTED = 75, 130
+PREEMPTED = 75
 UNFINISHED = "*orbax-checkpoint-tmp*"
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Holds what happened to one start.
-
-    Attributes:
-        number: Position, which its logs are named by.
-        kind: What it met.
-        moment: When: `start`, `step` or `save`.
-        layout: Processes, and devices of each.
-        workers: Data workers of each process.
-        slow: Shares of requests that the object store answered badly.
-        first, last: Newest complete step before and after.
-        logged: Newest step in metrics.jsonl.
-        codes: Exit status of each process.
-        surprise: What should not have happened; empty otherwise.
-        orphans: Processes that it left behind.
-        reached: Seconds until its moment.
-        readings: Resident memory of each process.
-    """
-
-    number: int
-    kind: str
-    moment: str
-    layout: tuple[int, int]
-    workers: int
-    slow: dict[str, float]
-    first: int
-    last: int
-    logged: int
-    codes: list[int]
-    surprise: str
-    orphans: int
-    reached: float
-    readings: list[world.Reading]
 
 
 class Soak:
@@ -122,23 +85,6 @@ class Soak:
 
     # --- processes --------------------------------------------------------------------------------
 
-    def _environment(self, devices: int) -> dict[str, str]:
-        return {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            **os.environ,
-            **(self.store.environment if self.store else {}),
-            "SOAK_OF": str(self.folder),
-            "PYTHONPATH": str(ROOT),
-            "TMPDIR": str(self.scratch),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_OPTIMIZATION_LEVEL": "O0",
-            "NPROC": "16",
-            # Compiles in a fifth of the time; what is computed is as exact.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-
     def begin(
         self, run: Path, layout: tuple[int, int], name: str, *flags: str
     ) -> list[subprocess.Popen]:
@@ -148,14 +94,14 @@ class Soak:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         several = ["--coordinator", f"localhost:{port}", "--num_processes", str(processes)]
-        begun = []
+        begun, environment = [], world.environment(self.folder, self.store, devices)
         for process in range(processes):
             peers = [*several, "--process_id", str(process)] if processes > 1 else []
             with (self.logs / f"{name}-{process}.log").open("w") as log:
                 begun.append(subprocess.Popen(
                     [sys.executable, ROOT / "train.py", "--config", self.configs[run], *peers,
                      *flags],
-                    env=self._environment(devices), stdout=log, stderr=log))  # fmt: skip
+                    env=environment, stdout=log, stderr=log))  # fmt: skip
         return begun
 
     def check_data(self, name: str) -> int:
@@ -164,7 +110,11 @@ class Soak:
             command = [sys.executable, "-m", "internvlx_jax", "data", "check", self.pages.meta]
             command += ["--config", self.configs[self.run], "--out", self.folder / "check"]
             return subprocess.run(
-                command, env=self._environment(1), stdout=log, stderr=log, cwd=ROOT
+                command,
+                env=world.environment(self.folder, self.store, 1),
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
             ).returncode
 
     def complete(self) -> int:
@@ -300,7 +250,8 @@ class Soak:
 
     def _held_out(self, processes: Sequence[subprocess.Popen], moment: str) -> str:
         self.pages.replace("val")
-        target = (self.logged() // (10 * SAVE_EVERY) + 1) * 10 * SAVE_EVERY + 1
+        every = 2 * SAVE_EVERY  # steps between two validations
+        target = (self.logged() // every + 1) * every + 1
         waited = self._wait(processes, lambda: self.logged() >= target, 0.05)
         return waited or self._terminate(processes, moment)
 
@@ -386,7 +337,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.only is not None and not set(args.only.split(",")) <= set(KINDS):
         parser.error(f"--only {args.only}: choose from {', '.join(dict.fromkeys(KINDS))}")
-    if not args.own_namespace and _may_mount():
+    if not args.own_namespace and world.may_mount():
         # A mount of this program ends with it, whatever ends it.
         command = [*world.own_namespace(), sys.executable, __file__, "--own_namespace"]
         os.execvp(command[0], [*command, *sys.argv[1:]])
@@ -408,16 +359,6 @@ def main() -> int:
     (folder / "report.txt").write_text(text)
     print(text)
     return 0 if report["passed"] else 1
-
-
-def _may_mount() -> bool:
-    """Returns whether a small disk can be mounted in a namespace of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [*world.own_namespace(), *world.mount_command(Path(scratch))]
-        try:
-            return subprocess.run(command, capture_output=True).returncode == 0
-        except OSError:
-            return False
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,15 +15,52 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
 
 from kill_run import SAME, content, logged  # noqa: E402
+from soak_world import Reading  # noqa: E402
 
 if TYPE_CHECKING:
-    from soak import Soak, Start
+    from soak import Soak
 
 KILLED, ABORTED, TERMINATED, REFUSED, PREEMPTED, INTERRUPTED = -9, -6, -15, 1, 75, 130
 # While it starts, a signal ends a process in the way of the system, and its peers notice.
 STARTING = {TERMINATED, INTERRUPTED, PREEMPTED, REFUSED, ABORTED}
 WARM_UP_SHARE = 0.1  # of the time in which a start trains, before its memory is looked at
 GROWTH_MB, GROWTH_SHARE = 16.0, 0.05  # of memory, that is noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Holds what happened to one start.
+
+    Attributes:
+        number: Position, which its logs are named by.
+        kind: What it met.
+        moment: When: `start`, `step` or `save`.
+        layout: Processes, and devices of each.
+        workers: Data workers of each process.
+        slow: Shares of requests that the object store answered badly.
+        first, last: Newest complete step before and after.
+        logged: Newest step in metrics.jsonl.
+        codes: Exit status of each process.
+        surprise: What should not have happened; empty otherwise.
+        orphans: Processes that it left behind.
+        reached: Seconds until its moment.
+        readings: Resident memory of each process.
+    """
+
+    number: int
+    kind: str
+    moment: str
+    layout: tuple[int, int]
+    workers: int
+    slow: dict[str, float]
+    first: int
+    last: int
+    logged: int
+    codes: list[int]
+    surprise: str
+    orphans: int
+    reached: float
+    readings: list[Reading]
 
 
 def unexpected(kind: str, moment: str, codes: Sequence[int]) -> str:

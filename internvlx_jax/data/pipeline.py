@@ -11,7 +11,7 @@ import contextlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -380,7 +380,7 @@ class Loader:
         """Returns the position before `step` as the JSON object that checkpoints hold."""
         return self.position(step).to_json()
 
-    def steps(self, start: int, stop: int) -> Iterator[LoadedStep]:
+    def steps(self, start: int, stop: int) -> Generator[LoadedStep, None, None]:
         """Yields the steps start .. stop - 1 of the run, loaded ahead of their use.
 
         Threads load them, or `data.num_workers` processes, which end with the iterator. Faults are

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 
@@ -165,8 +166,9 @@ def _run_steps(
     config, throughput, metrics = session.run.config, session.throughput, session.metrics
     in_flight: deque[jax.Array] = deque()
     throughput.start()
-    with Preemption() as preemption:
-        for done, loaded, batch in _batches(session.run, throughput, first, last):
+    batches = _batches(session.run, throughput, first, last)
+    with Preemption() as preemption, contextlib.closing(batches):
+        for done, loaded, batch in batches:
             profiler.before(done)
             # The batch is on the devices already; anything else that goes there is a mistake.
             with jax.transfer_guard_host_to_device("disallow"):
@@ -203,17 +205,17 @@ def _run_steps(
 
 def _batches(
     run: Run, throughput: Throughput, first: int, last: int
-) -> Iterator[tuple[int, LoadedStep, Batch]]:
+) -> Generator[tuple[int, LoadedStep, Batch], None, None]:
     """Yields (step from 1, step on the host, batch on the devices), one batch ahead of its use."""
-    waiting = None
-    steps = throughput.waited(run.loader.steps(first, last))
-    for step, loaded in enumerate(steps, start=first + 1):
-        coming = (step, loaded, to_devices(loaded, run.mesh))
+    waiting, steps = None, run.loader.steps(first, last)
+    with contextlib.closing(steps):  # a run that stops early ends its workers
+        for step, loaded in enumerate(throughput.waited(steps), start=first + 1):
+            coming = (step, loaded, to_devices(loaded, run.mesh))
+            if waiting is not None:
+                yield waiting
+            waiting = coming
         if waiting is not None:
             yield waiting
-        waiting = coming
-    if waiting is not None:
-        yield waiting
 
 
 def _compile(run: Run, throughput: Throughput) -> dict[Bucket, jax.stages.Compiled]:
