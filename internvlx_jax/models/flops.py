@@ -60,10 +60,9 @@ def slot_flops(config: ModelConfig) -> tuple[float, float, float]:
         FLOPs of a token slot (with LVTC, of the long layout), of a slot of the short layout (0
         without LVTC), and of a tile slot.
     """
-    none, one = dict(tiles=0, lengths=[0], short_lengths=[0]), [1]
-    token = forward_flops(config, **none | {"lengths": one})
-    short = forward_flops(config, **none | {"short_lengths": one})
-    tile = forward_flops(config, **none | {"tiles": 1})
+    token = forward_flops(config, tiles=0, lengths=[1], short_lengths=[0])
+    short = forward_flops(config, tiles=0, lengths=[0], short_lengths=[1])
+    tile = forward_flops(config, tiles=1, lengths=[0], short_lengths=[0])
     return token.total, short.total, tile.total
 
 
