@@ -58,7 +58,8 @@ class Handler(RequestHandler):
         answer, self.wfile = self.wfile.getvalue(), socket
         if fault == "cut":
             head, gap, body = answer.partition(b"\r\n\r\n")
-            answer = head + gap + body[: len(body) // 2]
+            # Of an answer without a body nothing comes at all.
+            answer = head + gap + body[: len(body) // 2] if body else b""
         self.wfile.write(answer)
         self.close_connection = True
 

@@ -143,7 +143,7 @@ class _Weights:
         self._dtypes = {
             name: source.dtype(entry.target) if dtype == "keep" else np.dtype(NUMPY_DTYPES[dtype])
             for entry in table
-            for name in entry.all_sources()
+            for name in entry.sources()
         }
         shapes = tensor_shapes(table, {entry.target: source.shape(entry.target) for entry in table})
         self.plan = {name: (shape, self._dtypes[name]) for name, shape in shapes.items()}

@@ -16,12 +16,12 @@ from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import decode_json, shorten
 from internvlx_jax.data.buckets import Capacity, SlotCosts
+from internvlx_jax.data.conversations import KNOWN_FIELDS
 from internvlx_jax.data.faults import Fault
 from internvlx_jax.data.fit import CHANGES
 from internvlx_jax.data.pipeline import Loader
+from internvlx_jax.data.plan import Sample
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.record_forms import KNOWN_FIELDS
-from internvlx_jax.data.streams import Sample
 
 LENGTH_BIN = 128  # tokens, of the length histogram
 SHOWN = 10  # bad samples of a dataset that the table shows; check.json has all of them

@@ -21,10 +21,16 @@ from internvlx_jax.data.buckets import (
     trim_buckets,
 )
 from internvlx_jax.data.meta import DatasetEntry
-from internvlx_jax.data.plan import Plan, digest
+from internvlx_jax.data.plan import (
+    EntryStream,
+    PackedStream,
+    Plan,
+    RowStream,
+    digest,
+    generator_probe,
+)
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import Source
-from internvlx_jax.data.streams import EntryStream, PackedStream, RowStream, generator_probe
 from internvlx_jax.data.table import SampleTable, mixture_rates
 
 POSITION_VERSION = 2

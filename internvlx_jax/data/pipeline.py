@@ -19,21 +19,20 @@ import numpy as np
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.data.batch import Batch, Row, join_rows
+from internvlx_jax.data.batch import Batch, Row, collate, join_rows
 from internvlx_jax.data.buckets import Bucket, Capacity, SlotCosts
 from internvlx_jax.data.faults import Fault, FaultCounts, replacements
 from internvlx_jax.data.index import load_index
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.order import Position, make_order
-from internvlx_jax.data.plan import PlannedStep, digest
+from internvlx_jax.data.plan import PlannedStep, Sample, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
 from internvlx_jax.data.sources import Source, open_source, origin_of
-from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
-_REPLACE = 4  # first word of the seeds, beside those of streams.py, plan.py and table.py
+_REPLACE = 4  # first word of the seeds, beside those of plan.py and table.py
 
 
 class StepCounts(NamedTuple):
@@ -232,13 +231,24 @@ class Loader:
                 for place in range(len(planned.rows[number]))
             ]
             samples = [sample for sample in found if sample is not None]
-            rows.append(join_rows([sample.row for sample in samples]) if samples else None)
+            if len(samples) > 1:
+                rows.append(join_rows([sample.row for sample in samples]))
+            else:
+                rows.append(samples[0].row if samples else None)
             names += [sample.name for sample in samples]
-        numbers = planned.samples
+        processor, numbers = self.processors[0], planned.samples
+        batch = collate(
+            rows,
+            planned.bucket,
+            tile_size=processor.tiles.tile_size,
+            tokens_per_tile=processor.tokens_per_tile,
+            pad_id=processor.tokenizer.pad_id,
+            lvtc=processor.lvtc,
+        )
         shapes = np.stack([self.table.length[numbers], self.table.tiles[numbers]], axis=1)
         return LoadedStep(
             planned.bucket,
-            self.processors[0].collate(rows, planned.bucket),
+            batch,
             tuple(names),
             self.counts(planned),
             shapes,

@@ -24,8 +24,7 @@ from internvlx_jax.data.buckets import (
     trim_buckets,
 )
 from internvlx_jax.data.packing import best_fit, fill_rows
-from internvlx_jax.data.plan import Plan
-from internvlx_jax.data.streams import EntryStream, PackedStream
+from internvlx_jax.data.plan import EntryStream, PackedStream, Plan
 from internvlx_jax.data.tiles import tile_count
 from internvlx_jax.models.flops import slot_flops
 
