@@ -55,6 +55,7 @@ GENERATED = (
     # Files of a checkpoint folder.
     "chat_template.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

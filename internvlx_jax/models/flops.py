@@ -60,13 +60,10 @@ def slot_flops(config: ModelConfig) -> tuple[float, float, float]:
         FLOPs of a token slot (with LVTC, of the long layout), of a slot of the short layout (0
         without LVTC), and of a tile slot.
     """
-
-    def flops(tiles: int = 0, length: int = 0, short_length: int = 0) -> float:
-        return forward_flops(
-            config, tiles=tiles, lengths=[length], short_lengths=[short_length]
-        ).total
-
-    return flops(length=1), flops(short_length=1), flops(tiles=1)
+    token = forward_flops(config, tiles=0, lengths=[1], short_lengths=[0])
+    short = forward_flops(config, tiles=0, lengths=[0], short_lengths=[1])
+    tile = forward_flops(config, tiles=1, lengths=[0], short_lengths=[0])
+    return token.total, short.total, tile.total
 
 
 def train_flops(

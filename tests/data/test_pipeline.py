@@ -584,7 +584,7 @@ def test_data_modules_import_no_jax():
     """All but read_ahead.py and what imports it: grain imports jax by itself."""
     modules = (
         "batch, buckets, conversations, encode, faults, fit, images, index, meta, order, packing, "
-        "plan, processor, reader, sources, storage, streams, synthetic, table, templates, tiles, "
+        "plan, processor, reader, sources, storage, synthetic, table, templates, tiles, "
         "tokenizer, video"
     )
     code = (
