@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -40,7 +41,8 @@ def keep_compiled() -> Path | None:
     Raises:
         ConfigError: INTERNVLX_COMPILE_CACHE is a URL that cannot be used.
     """
-    config, stated = jax.config, os.environ.get(VARIABLE)
+    config: Any = jax.config  # makes its settings at run time
+    stated = os.environ.get(VARIABLE)
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     if stated == OFF:

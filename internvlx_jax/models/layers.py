@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,6 @@ def param(
     return nnx.Param(init.draw(rngs.params(), shape, dtype), axes=axes, init=init.name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes float32 einsum(spec, x, kernel) of 16-bit arrays in the way that is fast on a CPU.
 
@@ -105,6 +104,11 @@ def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
         spec: Names the dims of x, kernel and result, each letter at least twice.
         x, kernel: In the same dtype.
     """
+    return cast(jax.Array, _product(spec, x, kernel))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     (of_x, of_kernel), output = spec.split("->")[0].split(","), spec.split("->")[1]
     rows, inside = ("".join(c for c in of_x if (c in output) == kept) for kept in (True, False))
     outside = "".join(c for c in of_kernel if c in output)
@@ -135,7 +139,7 @@ def _product_backward(spec: str, kept: tuple[jax.Array, jax.Array], dy: jax.Arra
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-product.defvjp(lambda spec, x, kernel: (product(spec, x, kernel), (x, kernel)), _product_backward)
+_product.defvjp(lambda spec, x, kernel: (product(spec, x, kernel), (x, kernel)), _product_backward)
 
 
 class Linear(nnx.Module):
