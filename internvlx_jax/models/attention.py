@@ -134,7 +134,7 @@ def attend_cached(
         new: Keys and values [B, S, K, H] of the queries' own slots.
         q_segments: int32[B, S].
         kv_segments: int32[B, Z].
-        start: Slot of the first query, an int32 scalar.
+        start: Slot of the first query, an int32 scalar; or int32[B], that of each row.
         window: Slots that a query sees, its own included. None is all before it.
 
     Returns:
@@ -143,6 +143,7 @@ def attend_cached(
     (old_k, old_v), (new_k, new_v) = cached, new
     slots = jnp.arange(q.shape[1])[:, None]
     key_slots = jnp.arange(old_k.shape[1])
+    start = start.reshape(-1, 1, 1)
     before, own = key_slots < start, jnp.arange(q.shape[1]) <= slots
     if window is not None:
         before = before & (key_slots > start + slots - window)

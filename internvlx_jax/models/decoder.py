@@ -69,6 +69,7 @@ class KVCacheView(NamedTuple):
             [B, Z, K, H] for each, where the layers are separate.
         segments: int32[B, Z].
         start: int32 scalar, cache slot of the first query; slots from there on are not read.
+            int32[B] where each row has its own.
     """
 
     kv: KeyValues | tuple[KeyValues, ...]
