@@ -25,8 +25,8 @@ HAS    := $(VENV)/.has
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu bench-peers lint check format docs docs-serve \
-        install clean
+.PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu bench-peers lint check format docs \
+        docs-serve install clean
 
 install: $(HAS)-test
 

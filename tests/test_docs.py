@@ -239,7 +239,7 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {span.split()[1] for doc in DOCS for span in spans(doc) if span.startswith("make ")}
     assert (
-        named == {"demo", "test", "test-gpu", "test-torch", "test-real", "bench-gpu"}
+        named == {"demo", "test", "test-gpu", "test-torch", "test-real", "bench-gpu", "bench-peers"}
         and named <= targets
     )
 

@@ -41,7 +41,7 @@ def keep_compiled() -> Path | None:
     Raises:
         ConfigError: INTERNVLX_COMPILE_CACHE is a URL that cannot be used.
     """
-    config: Any = jax.config  # whose fields are not declared
+    config: Any = jax.config  # makes its settings at run time
     stated = os.environ.get(VARIABLE)
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None

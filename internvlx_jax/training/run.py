@@ -105,6 +105,8 @@ def open_run(config: TrainConfig) -> Run:
         prepare_stage(folder, stage)
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
+    warn_of_slow_dtype(config, mesh)
+
     source = None if config.init_from is None else open_checkpoint(config.init_from)
     model = config.model
     if source is not None:
@@ -137,6 +139,15 @@ def open_run(config: TrainConfig) -> Run:
         steps,
         setup,
     )
+
+
+def warn_of_slow_dtype(config: TrainConfig, mesh: Mesh) -> None:
+    """Says that a CPU may train faster in float32, where a config asks for bfloat16."""
+    if config.compute.dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
+        logger.warning(
+            "compute.dtype is bfloat16, in which a CPU is slow in backward passes; "
+            "compute.dtype=float32 may train faster"
+        )
 
 
 def first_state(
