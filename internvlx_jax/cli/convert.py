@@ -25,7 +25,7 @@ import numpy as np
 from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.opening import open_checkpoint, resolve
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
-from internvlx_jax.cli.console import run_command
+from internvlx_jax.cli.console import CommandParser, run_command
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
@@ -49,7 +49,7 @@ from internvlx_jax.inference.loading import load_pretrained
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="internvlx convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

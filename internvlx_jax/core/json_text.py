@@ -131,6 +131,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"{where}: {error}; correct the line") from None
             yield from elements
             return
+        if number == 1 and isinstance(value, list):  # the same on one line
+            yield from _array(path) or ()
+            return
         yield where, value
 
 

@@ -39,6 +39,12 @@ _REFUSED = {
     "rejected": "pairs of preferences are not trained on",
     "kto_tag": "preferences are not trained on",
 }
+# Fields that name a picture elsewhere. Here it would be left out without a word.
+_PICTURES = tuple(
+    f"{name}{end}"
+    for name in ("image_path", "img_path", "image_file", "image_url", "img")
+    for end in ("", "s")
+)
 # Other spellings of a conversation, which are named where there is no conversation.
 _OTHER_FORMS = ("query", "response", "history", "instruction", "input", "output", "prompt", "text")
 _VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
@@ -292,6 +298,8 @@ def _internvl_form(record: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, reason in _REFUSED.items():
         if record.get(name) not in (None, "", [], {}, "[]"):
             raise _malformed(f'"{name}" is set, but {reason}')
+    if lost := lost_picture(record):
+        raise _malformed(lost)
     fields = dict(record)
     _rename(fields, "images", "image")
     _rename(fields, "videos", "video")
@@ -307,6 +315,17 @@ def _internvl_form(record: Mapping[str, Any]) -> Mapping[str, Any]:
         fields["video"] = videos[0] if videos else None
     _take_messages(fields)
     return fields
+
+
+def lost_picture(record: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a record whose only picture is in a field that is not read.
+
+    A record with a picture in a field that is read may hold its address in other fields, too.
+    """
+    if any(record.get(name) for name in ("image", "images", "video", "videos")):
+        return None
+    found = next((name for name in _PICTURES if record.get(name)), None)
+    return found and f'"{found}" is set, but pictures are read from "image"; rename it'
 
 
 def _malformed(problem: str) -> SampleError:

@@ -155,7 +155,7 @@ def check_pixels(size: tuple[int, int], max_pixels: int, source: ImageSource) ->
 
 
 def _name(source: ImageSource) -> str:
-    return "the encoded image" if isinstance(source, bytes) else shorten(str(source), 1000)
+    return "the encoded image" if isinstance(source, bytes) else shorten(str(source), 300)
 
 
 def _decode(

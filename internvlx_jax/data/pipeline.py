@@ -20,7 +20,7 @@ import numpy as np
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.batch import Batch, Row, collate, join_rows
-from internvlx_jax.data.buckets import Bucket, Capacity
+from internvlx_jax.data.buckets import Bucket, Capacity, SlotCosts
 from internvlx_jax.data.faults import Fault, FaultCounts, replacements
 from internvlx_jax.data.index import load_index
 from internvlx_jax.data.meta import DatasetEntry, read_meta
@@ -88,6 +88,7 @@ class Loader:
         process_index: which share of the rows of a step is read here.
         process_count: number of shares.
         epochs: number of epochs after which the plan ends; None: it never ends.
+        costs: work of the model's slots, which decides the buckets of a new run.
         state: what `state` returned before, for a resumed run.
         progress: whether to show the making of a size index.
         refresh: whether images that a size index knows are looked at again; None: unless the run is
@@ -118,6 +119,7 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         epochs: int | None = None,
+        costs: SlotCosts = SlotCosts(),
         state: Mapping[str, Any] | None = None,
         progress: bool = False,
         refresh: bool | None = None,
@@ -168,9 +170,11 @@ class Loader:
             row_quantum=row_quantum,
             seed=seed,
             epochs=epochs,
+            costs=costs,
             state=state or {},
         )
         self.plan, self.code, self.parts = order.plan, order.code, order.parts
+        self.costs = order.costs
         self.plan_hash = digest(self.parts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -369,6 +373,7 @@ class Loader:
             step,
             self.row_quantum,
             self.plan.streams[0].before(epoch) if self._packed else None,
+            self.costs,
         )
 
     def state(self, step: int) -> dict[str, Any]:

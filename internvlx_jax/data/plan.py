@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from internvlx_jax.data.buckets import Bucket
-from internvlx_jax.data.packing import best_fit
+from internvlx_jax.data.packing import best_fit, fill_rows
 
 # First words of the seeds, so that no two kinds of draws share a generator.
 _CYCLE, _EPOCH, _STEPS = 0, 1, 2
@@ -149,7 +149,9 @@ class PackedStream:
         tiles: int64[samples], tiles of every sample of the table.
         lengths: int64[samples], tokens of every sample of the table.
         bucket: shape of the rows.
-        open_rows: rows among which best fit chooses.
+        open_rows: samples among which a row chooses; with `earlier`, rows among which a sample
+            does.
+        earlier: pack by best fit, as runs do that began with an earlier version.
         saved_per_tile: see `smallest_bucket`; rows then also fit the short layout.
         known: an epoch and the rows before it, from which a resumed run counts on.
     """
@@ -162,10 +164,12 @@ class PackedStream:
         *,
         bucket: Bucket,
         open_rows: int,
+        earlier: bool = False,
         saved_per_tile: int = 0,
         known: tuple[int, int] = (0, 0),
     ):
-        self.entries, self.bucket, self.open_rows = entries, bucket, open_rows
+        self.entries, self.bucket = entries, bucket
+        self.open_rows, self.earlier = open_rows, earlier
         self.tiles, self.lengths, self.saved_per_tile = tiles, lengths, saved_per_tile
         self._before = {0: 0} | dict([known])
         self._packed: dict[int, Rows] = {}
@@ -196,13 +200,24 @@ class PackedStream:
     def _pack(self, epoch: int) -> Rows:
         entries = self.entries.rows(epoch)
         tiles, lengths = self.tiles[entries.sample], self.lengths[entries.sample]
-        also = [(tiles, self.bucket.tiles)]
-        if self.saved_per_tile:
-            also.append((lengths - tiles * self.saved_per_tile, self.bucket.short_length))
-        row = best_fit(lengths, self.bucket.length, also=also, open_rows=self.open_rows)
+        row = self._row_of_each(tiles, lengths)
         order = np.argsort(row, kind="stable")
         start = np.concatenate([[0], np.cumsum(np.bincount(row))])
         return Rows(entries.sample[order], entries.cycle[order], start)
+
+    def _row_of_each(self, tiles: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        if not self.earlier:
+            return fill_rows(
+                lengths,
+                tiles,
+                self.bucket,
+                waiting=self.open_rows,
+                saved_per_tile=self.saved_per_tile,
+            )
+        also = [(tiles, self.bucket.tiles)]
+        if self.saved_per_tile:
+            also.append((lengths - tiles * self.saved_per_tile, self.bucket.short_length))
+        return best_fit(lengths, self.bucket.length, also=also, open_rows=self.open_rows)
 
 
 def generator(*seed: int) -> np.random.Generator:

@@ -47,6 +47,8 @@ class Record:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Returns whether a JSON value is one of a field with this type."""
+    if hint is Any:
+        return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
@@ -60,7 +62,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(_fits(each, inner[1]) for each in value.values())
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return isinstance(value, hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import invalid_text, read_jsonl, shown
+from internvlx_jax.data.conversations import lost_picture
 from internvlx_jax.data.images import ImageBytes, ImageSource, embedded_image
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
@@ -316,6 +317,8 @@ def _file_question(fields: Any, where: str, root: Path, index: int) -> Question:
     answers = answer if isinstance(answer, list) else [answer]
     if fields.get("image") and fields.get("images"):
         raise ConfigError(f'{where}: "image" and "images" are both set; keep one')
+    if lost := lost_picture(fields):
+        raise ConfigError(f"{where}: {lost}")
     image = fields.get("image") or fields.get("images") or []
     images = image if isinstance(image, list) else [image]
     texts = [text, *answers, *images]
@@ -324,7 +327,7 @@ def _file_question(fields: Any, where: str, root: Path, index: int) -> Question:
             f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts'
         )
     id = fields.get("question_id", index)
-    if not isinstance(id, (str, int)):
+    if not isinstance(id, (str, int)) or isinstance(id, bool):
         raise ConfigError(
             f'{where}: "question_id" must be a text or a whole number, got {shown(id)}'
         )

@@ -8,6 +8,7 @@ tokens of a row depend on its prompt and its key alone, not on its neighbors or 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +19,7 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.models.decoder import KeyValues, KVCacheView, TokenLayout
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.layers import gather, separate_layers
+from internvlx_jax.models.layers import gather, move_bits, separate_layers
 
 
 class LayerRangeCache(NamedTuple):
@@ -126,8 +127,11 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
         )
 
         def write(old: jax.Array, fresh: jax.Array, slot: jax.Array = slot) -> jax.Array:
+            update = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=old.ndim - 3
+            )
             fresh = fresh.astype(old.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=old.ndim - 3)
+            return move_bits(update, old, fresh) if model.decoder.turned else update(old, fresh)
 
         new = new if isinstance(kv, KeyValues) or new is None else tuple(new)
         ranges.append(LayerRangeCache(jax.tree.map(write, kv, new), segments, slot + 1))

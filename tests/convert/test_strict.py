@@ -319,6 +319,7 @@ def test_hf_configs_that_cannot_be_read(tmp_path, make_checkpoint, refused, chan
         )
         == 0
     )
+    (tmp_path / "hf" / "chat_template.jinja").unlink()  # or it would say the template
     edit_config(tmp_path / "hf", change)
     assert message in refused(source=tmp_path / "hf")
 
