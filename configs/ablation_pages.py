@@ -148,7 +148,7 @@ def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainC
         steps=size.steps,
         seed=seed,
         log_every=max(1, size.steps // 20),
-        eval_every=max(1, size.steps // 5),
+        eval_every=size.steps // 5 or size.steps,
         save_every=max(1, size.steps // 3),
         keep_last=1,
     )
