@@ -68,10 +68,18 @@ class Piece:
     Attributes:
         text: what was written since the last piece; joined they are the answer's text.
         answer: the whole answer, with the last piece.
+        fault: whether the engine failed at this request; then it is the last piece, without an
+            answer.
     """
 
     text: str
     answer: Answer | None = None
+    fault: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request ends here."""
+        return self.fault or self.answer is not None
 
 
 @dataclasses.dataclass(eq=False)
@@ -238,7 +246,7 @@ class Engine:
                 some.acquire()
                 piece = arrived.popleft()
                 yield piece
-                if piece.answer is not None:
+                if piece.is_last:
                     return
         finally:
             self.cancel(ticket)
@@ -282,21 +290,21 @@ class Engine:
                     self.prompts, ticket.request, ticket.spec
                 )
         except SampleError as error:
-            self._end_unread(ticket, error)
+            self._end_unread(ticket, Piece("", Answer.failed(error)))
         except Exception:
             log.exception("a request could not be read")
-            self._end_unread(ticket, _internal_error())
+            self._end_unread(ticket, Piece("", fault=True))
         else:
             with self._changed:
                 self._ready.append(ticket)
                 self._changed.notify()
 
-    def _end_unread(self, ticket: Ticket, error: SampleError) -> None:
+    def _end_unread(self, ticket: Ticket, piece: Piece) -> None:
         with self._changed:
             self._pending -= 1
             self._counts["failed"] += 1
             self._changed.notify()
-        ticket.deliver(Piece("", Answer.failed(error)))
+        ticket.deliver(piece)
 
     def _run(self) -> None:
         while True:
@@ -394,7 +402,7 @@ class Engine:
             self._counts["failed"] += len(lost)
         self._state = self._empty(self.model)
         for ticket in lost:
-            ticket.deliver(Piece("", Answer.failed(_internal_error())))
+            ticket.deliver(Piece("", fault=True))
 
 
 def _how(
@@ -412,7 +420,3 @@ def _how(
 
 
 _keys = jax.jit(row_keys)
-
-
-def _internal_error() -> SampleError:
-    return SampleError("internal", "the server failed at this request.", "Send it again.")

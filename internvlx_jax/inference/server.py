@@ -336,12 +336,11 @@ class _Pieces:
             piece = arrival.result()
         finally:
             arrival.cancel()
+        if piece.fault:
+            raise RequestError("the server failed at this request; send it again", status=500)
         if piece.answer is not None and piece.answer.error is not None:
             error = piece.answer.error
-            internal = error.reason == "internal"
-            raise RequestError(
-                str(error), "messages", status=500 if internal else 400, code=error.reason
-            )
+            raise RequestError(str(error), "messages", code=error.reason)
         return piece
 
     def cancel(self) -> None:

@@ -184,8 +184,9 @@ def test_a_fault_ends_its_requests_only(model, monkeypatch):
 
     broken._cache_size = decode._cache_size
     monkeypatch.setattr(engine, "_decode", broken)
-    text, answer = ask(engine, "First?", [], {"max_new_tokens": 5})
-    assert "the server failed at this request" in str(answer.error)
+    spec = make_spec(engine.prompts.processor.tiles, max_new_tokens=5)
+    *_, last = engine.answer(make_request("First?"), spec)
+    assert last.fault and last.answer is None and engine.state().failed == 1
     assert ask(engine, "Second?", [], {"max_new_tokens": 5})[0] == model.generate(
         "Second?", max_new_tokens=5
     )
