@@ -56,7 +56,7 @@ class Order:
 
     Attributes:
         plan: the steps.
-        code: int64[samples], number of each sample's bucket.
+        code: int32[samples], number of each sample's bucket.
         parts: digest of each kind of setting that decides the plan.
     """
 
@@ -110,10 +110,10 @@ def make_order(
 def _make_buckets(
     config: DataConfig, table: SampleTable, saved_per_tile: int
 ) -> tuple[list[Bucket], np.ndarray]:
-    """Returns the buckets, and int64[samples]: the number of each sample's bucket."""
+    """Returns the buckets, and int32[samples]: the number of each sample's bucket."""
     if config.batch_mode == "pack":
         bucket = _packed_bucket(config, table, saved_per_tile)
-        return [bucket], np.zeros(len(table.length), np.int64)
+        return [bucket], np.zeros(len(table.length), np.int32)
     return assign_buckets(
         table.tiles, table.length, config.max_executables, config.length_step, saved_per_tile
     )
