@@ -11,7 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from internvlx_jax.core.data_config import CacheConfig, DataConfig
+from internvlx_jax.core.data_config import CacheConfig, DataConfig, FaultConfig
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.json_text import BOM
 from internvlx_jax.core.tile_config import TileConfig
@@ -31,7 +31,13 @@ from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
-CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=512, index_workers=1)
+CONFIG = DataConfig(
+    meta="",
+    max_length=256,
+    tokens_per_step=512,
+    index_workers=1,
+    faults=FaultConfig(max_share=0.5),
+)
 
 
 @pytest.fixture(scope="module")

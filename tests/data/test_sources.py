@@ -162,7 +162,7 @@ def test_array_record_files_behind_gs_are_read_by_range(as_files, processor, tmp
     assert remote.record(3) == RECORDS[3]
     gcs.faults()
     remote.record(0)
-    assert gcs.faults()["GET"] <= 1
+    assert gcs.faults()["GET"] <= 2  # the reader of its file may have to be opened
     (tmp_path / "meta.json").write_text(json.dumps({"d": {"array_record": "s3://b/part-*"}}))
     with pytest.raises(ConfigError, match='"array_record" must be local files or gs://'):
         read_meta(tmp_path / "meta.json")
