@@ -21,7 +21,7 @@ from tqdm import tqdm
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.paths import RemotePath
 from internvlx_jax.data.size_index import SizeIndex
-from internvlx_jax.data.workers import available_cores, end_with_parent
+from internvlx_jax.data.workers import available_cores, end_with_parent, without_main
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +131,11 @@ class IndexParts:
         spawn = multiprocessing.get_context("spawn")  # never by fork: threads and devices are here
         try:
             with ProcessPoolExecutor(workers, spawn, _start, (self._builder,)) as pool:
-                tasks = {
-                    pool.submit(_make_here, self._positions(number), self._path(number)): number
-                    for number in numbers
-                }
+                with without_main():
+                    tasks = {
+                        pool.submit(_make_here, self._positions(number), self._path(number)): number
+                        for number in numbers
+                    }
                 try:
                     for task in as_completed(tasks):
                         yield tasks[task], task.result()

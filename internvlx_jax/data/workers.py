@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
+from collections.abc import Iterator
 
 
 def end_with_parent() -> None:
@@ -19,6 +23,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Keeps processes that are spawned in the block from running the main program's file again.
+
+    They need nothing of it, and a script without `if __name__ == "__main__"` would start over.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def available_cores() -> int:
