@@ -30,7 +30,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from object_stores import folder, gcs, gcs_server  # noqa: F401 (fixtures)
+from object_stores import folder, gcs, gcs_server, s3_folder, s3_server  # noqa: F401 (fixtures)
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

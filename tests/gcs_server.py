@@ -3,9 +3,9 @@
     python tests/gcs_server.py
 
 It prints its port. The emulator ignores `ifGenerationMatch`, on which locks and checkpoints rely;
-here it is checked. Buckets named `forbidden` and `expired` answer 403 and 401. What PUT
-/_faults sets is injected: shares of 503s, of bodies that are cut, of stalls. GET /_faults counts
-the requests, and those with a fault.
+here it is checked. It forgets complete uploads, whose answers are kept here. Buckets named
+`forbidden` and `expired` answer 403 and 401. What PUT /_faults sets is injected: shares of 503s, of
+bodies that are cut, of stalls. GET /_faults counts the requests, and those with a fault.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ REFUSING = {"forbidden": 403, "expired": 401}
 ALONE = threading.RLock()
 FAULTS: dict[str, float] = {}
 COUNTS: Counter[str] = Counter()
+UPLOADS: dict[str, bytes] = {}  # complete resumable ones, and what was answered
 RANDOM = random.Random(0)
 
 
@@ -54,7 +55,7 @@ class Handler(RequestHandler):
                 self._read_body()
                 self._error(refusal)
             else:
-                Router(self).handle(method)
+                self._handle(method, url)
         answer, self.wfile = self.wfile.getvalue(), socket
         if method == "GET" and (wanted := self.headers.get("Range")):
             answer = ranged(answer, wanted)
@@ -64,6 +65,21 @@ class Handler(RequestHandler):
         with contextlib.suppress(ConnectionError):  # a client may have read enough
             self.wfile.write(answer)
         self.close_connection = True
+
+    def _handle(self, method: str, url) -> None:
+        """Lets the emulator answer; an upload that is complete is answered as before.
+
+        The emulator has forgotten it, and says 404 to a client that did not get the first answer.
+        """
+        upload = parse_qs(url.query).get("upload_id", [""])[0]
+        if upload in UPLOADS:
+            self._read_body()
+            self.wfile.write(UPLOADS[upload])
+            return
+        Router(self).handle(method)
+        answer = self.wfile.getvalue()
+        if upload and answer.split(b" ", 2)[1] == b"200":
+            UPLOADS[upload] = answer
 
     def _fault(self) -> str:
         with ALONE:

@@ -58,9 +58,11 @@ def find_chat_template(folder: Path, *, images: bool = True) -> FoundTemplate | 
     source, file = _read_source(folder)
     if source is None:
         return None
-    config = read_json_object(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path)
     names = {
-        name: token_text(config.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token")
+        name: token_text(config.get(name), path, name) or ""
+        for name in ("bos_token", "eos_token", "pad_token")
     }
     probe = _Probe(source, file, names)
     probe.expect(_SYSTEM, prompt_text(TEMPLATES["internvl_hf"], _TURNS, system=_SYSTEM))

@@ -15,6 +15,7 @@ import numpy as np
 
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.extras import require
+from internvlx_jax.core.json_text import shorten, shown
 
 # general.architecture -> class of transformers.
 ARCHITECTURES_OF_GGUF: Mapping[str, str] = {
@@ -73,7 +74,7 @@ class GgufFile:
         self.path = path
         reader = self._open(path)
         self.fields = {
-            name: field.contents()
+            name: self._content(name, field)
             for name, field in reader.fields.items()
             if name.startswith(("general.", "tokenizer.")) or not _is_array(field)
         }
@@ -97,6 +98,16 @@ class GgufFile:
             raise ConfigError(
                 f"{path}: not a readable GGUF file, or one with a quantization that the installed "
                 f"gguf package does not know ({error}). Fetch the file again, or update gguf"
+            ) from error
+
+    def _content(self, name: str, field: Any) -> Any:
+        """Returns the value of a field. Raises ConfigError for one that is damaged."""
+        try:
+            return field.contents()
+        except (ValueError, IndexError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+            raise ConfigError(
+                f"{self.path}: the field {shown(name)} cannot be read ({shorten(str(error))}); "
+                "fetch the file again"
             ) from error
 
     def _check_architecture(self) -> str:

@@ -28,8 +28,8 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.remote import explained
-from internvlx_jax.core.uploads import copy_tree
+from internvlx_jax.core.remote import explained, protocol_of
+from internvlx_jax.core.uploads import copy_tree, local_folder
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.lora import is_adapter
@@ -79,7 +79,10 @@ class RunFolder:
         self.step = _find_step(self.run, None if path == self.run else path)
         self.path = self.run / "checkpoints" / str(self.step)
         with explained(self.path):
-            stored = ocp.checkpointables_metadata(str(self.path))
+            # orbax reads arrays from gs:// and from disks only.
+            remote = protocol_of(self.path) == "s3"
+            self._stored = str(local_folder(self.path) if remote else self.path)
+            stored = ocp.checkpointables_metadata(self._stored)
         self._items: Mapping[str, Any] = stored.metadata
         self._item = "params" if "params" in self._items else "state"
         self.shapes: Mapping[str, Any] = self._items[self._item]
@@ -118,7 +121,7 @@ class RunFolder:
             assert isinstance(sharding, NamedSharding)  # load is given a mesh
             whole = replicated(sharding.mesh)
             leaves[path] = jax.ShapeDtypeStruct(self.shape(path), np.float32, sharding=whole)
-        params = ocp.load_checkpointables(str(self.path), {self._item: leaves})[self._item]
+        params = ocp.load_checkpointables(self._stored, {self._item: leaves})[self._item]
         params |= self._load_averages(params)
         if not merged:
             return params
@@ -179,7 +182,7 @@ class RunFolder:
         if not wanted:
             return {}
         with _partial_loading():
-            loaded = ocp.load_checkpointables(str(self.path), {item: wanted})[item]
+            loaded = ocp.load_checkpointables(self._stored, {item: wanted})[item]
         return {path: loaded[names[path]] for path in leaves if path in names}
 
     def read(self, path: str) -> np.ndarray:
@@ -231,7 +234,7 @@ class RunFolder:
         free_cycles(sum(shards))
         try:
             with _partial_loading(max(*shards, run_format.GROUP_BYTES) + 1):
-                loaded = ocp.load_checkpointables(str(self.path), {self._item: leaves})[self._item]
+                loaded = ocp.load_checkpointables(self._stored, {self._item: leaves})[self._item]
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 self.path, [f"{', '.join(paths)} cannot be read ({error}); restore the folder"]
@@ -313,7 +316,7 @@ def _custom_metadata(stored: ocp.CheckpointMetadata) -> dict[str, Any]:
 
 def _find_step(run: Path, wanted: Path | None) -> int:
     """Returns the step named by `wanted`, or the newest. Raises FileNotFoundError."""
-    steps = finished_steps(run)
+    steps = on_first_process(lambda: finished_steps(run))
     if not steps:
         raise FileNotFoundError(
             f"{run / 'checkpoints'} holds no finished checkpoint; let the run reach its first save "

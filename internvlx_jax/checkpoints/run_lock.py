@@ -54,7 +54,11 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
-        on_first_process(self._acquire)
+        try:
+            on_first_process(self._acquire)
+        except BaseException:
+            self._leave_no_folder()
+            raise
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -63,7 +67,11 @@ class RunLock:
             self._thread.join()
         if self._seen is not None and not self._lost:
             self._file.remove(self._seen)
-        if self._new:  # a run that could not start leaves no folder behind
+        self._leave_no_folder()
+
+    def _leave_no_folder(self) -> None:
+        """Removes the folder of a run that could not start, unless something is in it."""
+        if self._new:
             with contextlib.suppress(OSError):
                 self._run.rmdir()
 

@@ -26,16 +26,20 @@ from internvlx_jax.checkpoints.run_format import (
     split_average,
 )
 from internvlx_jax.checkpoints.run_lock import LOCK
+from internvlx_jax.checkpoints.staging import IDENTITY
 from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import read_json_file
+from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.overrides import with_defaults
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.remote import explained
+from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import spread
 
-# Settings that earlier versions did not have, with what they were there.
-LATER_FIELDS = {"model.decoder.qk_norm": False}
+CONFIGS = {"train": TrainConfig, "model": ModelConfig}  # what config.json of a run holds
 
 # Settings that a resumed run may change: none of them alters what is computed.
 MAY_CHANGE = {
@@ -45,6 +49,7 @@ MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
+    "train.local_checkpoint_dir",
     "train.compute.remat",
     "train.data.num_workers",
     "train.data.val_meta",
@@ -61,6 +66,12 @@ REMOVALS = 20  # tries to remove what a failed save has left
 # pays for large arrays only.
 SHARED_WRITING = ocp.Context()
 SHARED_WRITING.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+
+# Without a bound, orbax writes the arrays of an item in one transaction. That fails in an object
+# store when the answer to its last request gets lost: sent again, it meets its own result. Single
+# writes are tried again as often as they have to be. No checkpoint is as large as this bound.
+WRITING_TO_STORES = ocp.Context(SHARED_WRITING)
+WRITING_TO_STORES.memory.write_concurrent_bytes = 2**50
 
 
 class CheckpointWriter:
@@ -81,7 +92,7 @@ class CheckpointWriter:
             self._checkpointer = ocp.training.Checkpointer(
                 str(run / "checkpoints"),
                 cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
-                context=SHARED_WRITING,
+                context=WRITING_TO_STORES if is_remote(run) else SHARED_WRITING,
                 save_decision_policy=every,
                 preservation_policy=newest,
             )
@@ -205,7 +216,7 @@ class CheckpointWriter:
             for problem in mismatches(name, stored.metadata[name], leaves)
         ]
         saved = stored.custom_metadata
-        problems += _changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
+        problems += changed_data(saved.get("data") if isinstance(saved, dict) else None, data)
         if problems:
             raise CheckpointError(str(self._checkpointer.directory / str(step)), problems)
         with explained(self._run):
@@ -215,8 +226,13 @@ class CheckpointWriter:
         return loaded["params"], join_average(state, loaded["ema"]) if separate else state
 
 
-def _changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
-    """Describes the parts of the data that changed since `saved`, empty if its order can go on."""
+def changed_data(saved: Any, now: Mapping[str, Any]) -> list[str]:
+    """Describes the parts of the data that changed since `saved`, empty if its order can go on.
+
+    Args:
+        saved: the position in the data that a checkpoint has stored; None without one.
+        now: the position that the data pipeline would go on from.
+    """
     saved = saved or {}  # an imported checkpoint has no position in any data
     if saved.get("plan_hash") == now["plan_hash"]:
         return []
@@ -297,7 +313,9 @@ class ParamsWriter:
         free_cycles(nbytes)
 
 
-def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
+def check_run_folder(
+    run: Path, settings: Mapping[str, Any], checkpoints: Path | None = None
+) -> bool:
     """Checks that a run can start or go on in a folder; writes nothing.
 
     Every process calls it, so that all refuse together.
@@ -305,6 +323,7 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
     Args:
         run: the folder, which may not exist yet.
         settings: resolved configs of this start, as `write_run_folder` saves them.
+        checkpoints: the folder with checkpoints/STEP, if it is another one.
 
     Returns:
         Whether there is a step to resume from.
@@ -313,17 +332,17 @@ def check_run_folder(run: Path, settings: Mapping[str, Any]) -> bool:
         ConfigError: the folder holds something else, or a run with other settings; the message
             lists every setting that differs.
     """
-    resuming = on_first_process(lambda: bool(finished_steps(run)))
+    resuming = on_first_process(lambda: bool(finished_steps(checkpoints or run)))
     saved = run / "config.json"
     if saved.exists():
         stored = read_json_file(saved, remedy="restore the file, or choose another output_dir")
-        differences = _differences(stored, settings)
+        differences = _differences(_filled(stored), _filled(settings))
         if differences:
             raise ConfigError(
                 f"output_dir {run} holds a run with other settings (saved -> now); continue with "
                 "the saved ones or choose another output_dir:\n  " + "\n  ".join(differences)
             )
-    elif run.exists() and any(path.name != LOCK for path in run.iterdir()):
+    elif run.exists() and any(path.name not in (LOCK, IDENTITY) for path in run.iterdir()):
         raise ConfigError(
             f"output_dir {run} is not empty and holds no run (no config.json); choose another "
             "folder"
@@ -345,10 +364,10 @@ def write_run_folder(
     multihost_utils.sync_global_devices("run folder checked")
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", settings)  # first: it makes the folder one of a run
         tokenizer.save(run / "tokenizer")
         if source is not None:
             source.write_side_files(run / "source")
-        write_json(run / "config.json", settings)
 
 
 def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
@@ -360,13 +379,18 @@ def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
         return [
             line
             for name in sorted(saved.keys() | now.keys())
-            for line in _differences(
-                saved.get(name, _before(prefix + name)), now.get(name), prefix + name
-            )
+            for line in _differences(saved.get(name), now.get(name), prefix + name)
         ]
     return [] if saved == now else [f"{path}: {saved!r} -> {now!r}"]
 
 
-def _before(path: str) -> Any:
-    """Returns what a setting was in versions that did not have it; None if unknown."""
-    return next((value for end, value in LATER_FIELDS.items() if path.endswith(end)), None)
+def _filled(settings: Any) -> Any:
+    """Returns settings with fields that their version did not have yet, at their defaults."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        name: with_defaults(CONFIGS[name], part)
+        if name in CONFIGS and isinstance(part, Mapping)
+        else part
+        for name, part in settings.items()
+    }

@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
 def _score(args: Mapping[str, Any]) -> list[Summary]:
     """Runs the job of the flags; this is where jax is loaded."""
     from internvlx_jax.evaluation import job
+    from internvlx_jax.training.peers import ending_together
 
     flags = {field.name: f"judge_{field.name}" for field in dataclasses.fields(JudgeConfig)}
     judge = JudgeConfig(**_take(args, JudgeConfig, **flags))
@@ -167,7 +168,8 @@ def _score(args: Mapping[str, Any]) -> list[Summary]:
         judge=judge,
         mesh=MeshConfig(**axes),
     )
-    return job.run(config)
+    with ending_together():
+        return job.run(config)
 
 
 def _take(args: Mapping[str, Any], cls: Any, **renamed: str) -> dict[str, Any]:

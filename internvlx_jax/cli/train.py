@@ -27,6 +27,7 @@ from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.training import distributed
 from internvlx_jax.training.bad_steps import NonFiniteError
 from internvlx_jax.training.loop import train
+from internvlx_jax.training.peers import ending_together
 from internvlx_jax.training.preemption import EXIT_STATUS, Preempted
 from internvlx_jax.training.profiler import Window
 
@@ -77,7 +78,8 @@ def _run(config: TrainConfig, args: argparse.Namespace) -> None:
     profile = args.profile and Window.parse(args.profile)
     configure_logging(distributed.start_from(args))
     if not args.dry_run:
-        train(config, stop_after=args.stop_after, profile=profile, benchmarks=InLoop)
+        with ending_together(Preempted):
+            train(config, stop_after=args.stop_after, profile=profile, benchmarks=InLoop)
         return
     where, reports, mesh = dry_run(config)
     print(table(reports, where, mesh))

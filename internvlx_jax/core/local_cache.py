@@ -1,6 +1,6 @@
 """Copies of remote files on the local disk, keyed by generation, below a size limit.
 
-(design: platform.md 9)
+(design: platform.md 10)
 
 All processes of a host may use one folder. A file appears by a rename; the bytes in use are counted
 under a lock, and counted before they are written, so that the limit holds at every moment. What was

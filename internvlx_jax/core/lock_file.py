@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.paths import RemotePath
 from internvlx_jax.core.remote import read_version, remove_version, write_version
 
@@ -48,12 +49,18 @@ class LocalLockFile:
         Raises:
             TakenError: The content is another one.
         """
-        with self._open(create=seen is None) as number:
+        with named_on_error(self._path), self._open(create=seen is None) as number:
             if _content(number) != (seen or ""):
                 raise TakenError
-            os.ftruncate(number, 0)
-            os.pwrite(number, text.encode(), 0)
-            os.fsync(number)
+            try:
+                # Over what is there, so that a full disk leaves the old content, not none.
+                os.pwrite(number, text.encode(), 0)
+                os.ftruncate(number, len(text.encode()))
+                os.fsync(number)
+            except OSError:
+                if seen is None:
+                    self._path.unlink(missing_ok=True)
+                raise
         return text
 
     def remove(self, seen: str) -> None:

@@ -148,6 +148,37 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     return _build(cls, values, path)
 
 
+def with_defaults(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the fields that stored ones lack, at their defaults: an earlier version had fewer.
+
+    Args:
+        cls: The dataclass that `data` are fields of.
+        data: What `to_dict` gave, of any version; unknown fields are kept.
+    """
+    filled, hints = dict(data), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in data:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if default is not dataclasses.MISSING:
+                filled[field.name] = to_dict(default)
+            continue
+        inner, value = _required(hints[field.name]), data[field.name]
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            filled[field.name] = with_defaults(typing.cast(type, inner), value)
+        elif typing.get_origin(inner) is tuple and isinstance(value, (list, tuple)):
+            item = typing.get_args(inner)[0]
+            if dataclasses.is_dataclass(item):
+                filled[field.name] = [
+                    with_defaults(typing.cast(type, item), each)
+                    if isinstance(each, Mapping)
+                    else each
+                    for each in value
+                ]
+    return filled
+
+
 def _set(cls: type, data: dict[str, Any], keys: list[str], text: str, full: str) -> None:
     hints = typing.get_type_hints(cls)
     key, *rest = keys

@@ -7,6 +7,7 @@ nothing, one exists while an object is in it, and an object appears as a whole w
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import io
 import os
@@ -194,4 +195,5 @@ class RemotePath(gpath.PosixGPath):
         """Removes all objects below this name."""
         with explained(self, "removed"):
             for name in self._client.find(str(self)):
-                self._client.rm_file(f"{protocol_of(str(self))}://{name}")
+                with contextlib.suppress(FileNotFoundError):  # a removal whose answer got lost
+                    self._client.rm_file(f"{protocol_of(str(self))}://{name}")

@@ -27,10 +27,10 @@ from internvlx_jax.core.extras import require
 # One kind of client everywhere, whether TensorFlow is installed or not.
 os.environ.setdefault("EPATH_USE_TF", "false")
 # They log tracebacks of what is raised and explained below anyway.
-for name in ("gcsfs", "google.auth._default"):
+for name in ("fsspec", "gcsfs", "google.auth._default"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-REQUEST_SECONDS = 60  # a request that takes longer is sent again
+SILENT_SECONDS = 60  # after which a request is sent again
 PROBE_SECONDS = 20  # until a folder that does not answer is an error
 RETRIED = (408, 429, 500, 502, 503, 504)
 
@@ -103,7 +103,14 @@ def _configure(*protocols: str, **options: Any) -> None:
         if "use_listings_cache" not in settings:
             settings |= {"use_listings_cache": False, **options}
             if protocol in ("gcs", "gs"):
-                settings.setdefault("requests_timeout", REQUEST_SECONDS)
+                settings.setdefault("requests_timeout", _patience())
+
+
+def _patience() -> Any:
+    """Returns time limits whose errors gcsfs tries again, unlike that of a whole request."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
 
 
 def _trace() -> Any:
@@ -305,7 +312,10 @@ def write_version(path: str | os.PathLike, content: bytes, seen: str | None) -> 
         except FileExistsError:
             return None
         except Exception as error:
-            if "precondition" in str(error).lower() or "412" in str(error):
+            # s3fs says "pre-conditions", and what it comes from "PreconditionFailed" or
+            # "ConditionalRequestConflict".
+            said = f"{error} {error.__cause__}".lower().replace("-", "")
+            if any(word in said for word in ("precondition", "conditionalrequest", "412")):
                 return None
             raise
 

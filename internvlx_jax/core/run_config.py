@@ -247,6 +247,10 @@ class TrainConfig:
             data.val_meta.
         log_every, eval_every, save_every: In steps.
         keep_last: Checkpoints kept besides the one being written.
+        local_checkpoint_dir: Folder on the local disk into which checkpoints are written first; in
+            the background they are copied to output_dir, which is behind gs:// or s3://. All
+            processes have to see the same folder. None writes them to output_dir directly, which
+            s3:// does not allow.
     """
 
     output_dir: str
@@ -267,6 +271,7 @@ class TrainConfig:
     eval_every: int = 200
     save_every: int = 200
     keep_last: int = 2
+    local_checkpoint_dir: str | None = None
 
     @property
     def micro_batch(self) -> int | None:

@@ -75,10 +75,15 @@ def sent_ahead(remote: Path) -> Iterator[Callable[[Path], None] | None]:
 
 def copy_tree(source: Path, target: Path) -> None:
     """Copies the files of a folder, which may be one of an object store, into a local folder."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            relative = path.relative_to(source).as_posix()
-            copy_file(path, target / relative)
+
+    def copy(path: Path) -> None:
+        copy_file(path, target / path.relative_to(source).as_posix())
+
+    # What an object store lists are its objects; a disk also lists folders.
+    paths = [path for path in source.rglob("*") if is_remote(path) or path.is_file()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(copy, paths):
+            pass
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -95,9 +100,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Returns the local folder for copies of remote files: INTERNVLX_CACHE, or one in ~/.cache."""
-    stated = os.environ.get("INTERNVLX_CACHE")
-    return Path(stated) if stated else Path.home() / ".cache" / "internvlx_jax"
+    """Returns the local folder for what can be made again, such as copies of remote files.
+
+    INTERNVLX_CACHE names it; else it is one in XDG_CACHE_HOME, which is ~/.cache if unset.
+    """
+    stated, caches = os.environ.get("INTERNVLX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if stated:
+        return Path(stated)
+    return (Path(caches) if caches else Path.home() / ".cache") / "internvlx_jax"
 
 
 def local_folder(

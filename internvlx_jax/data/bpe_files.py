@@ -16,8 +16,9 @@ import tokenizers
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import shown, text_lines
 from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
-from internvlx_jax.data.tokenizer_files import added_entries, added_ids, token_text
+from internvlx_jax.data.tokenizer_files import added_entries, added_ids, check_id, token_text
 
 # Classes of transformers whose vocabulary and merges are read -> how they cut plain text.
 _PRETOKENIZER_OF = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
@@ -77,23 +78,24 @@ def read_bpe_files(path: Path) -> BpeFiles:
         ConfigError: a file is damaged, is no byte-level BPE tokenizer, or contradicts another.
     """
     folder = path.parent
-    config = read_json_object(folder / "tokenizer_config.json")
-    special_map = read_json_object(folder / "special_tokens_map.json")
+    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, special_map = read_json_object(config_path), read_json_object(map_path)
     names = {
-        name: token_text(config.get(f"{name}_token"))
-        or token_text(special_map.get(f"{name}_token"))
+        name: token_text(config.get(f"{name}_token"), config_path, f"{name}_token")
+        or token_text(special_map.get(f"{name}_token"), map_path, f"{name}_token")
         for name in ("bos", "eos", "pad")
     }
     if path.name == "vocab.json":
         model, listed = read_json_object(path), []
+        _check_vocabulary(path, model)
         tokens = _added_tokens(folder, path, model, listed, config)
         fast = _read_older(path, model, tokens, config)
     else:
         fast = read_json_object(path)
         _expect_byte_level(path, fast)
-        tokens = _added_tokens(
-            folder, path, fast["model"]["vocab"], fast.get("added_tokens") or [], config
-        )
+        listed = fast.get("added_tokens") or []
+        _check_added(path, listed)
+        tokens = _added_tokens(folder, path, fast["model"]["vocab"], listed, config)
     return BpeFiles(path, fast, config, tokens, names)
 
 
@@ -101,8 +103,11 @@ def _expect_byte_level(path: Path, fast: Mapping[str, Any]) -> None:
     """Raises ConfigError where tokenizer.json holds another kind of tokenizer."""
     model = fast.get("model")
     model = model if isinstance(model, Mapping) else {}
-    steps = fast.get("pre_tokenizer") or {}
-    kinds = {step.get("type") for step in (steps, *steps.get("pretokenizers", ()))}
+    steps = fast.get("pre_tokenizer")
+    steps = steps if isinstance(steps, Mapping) else {}
+    parts = steps.get("pretokenizers")
+    parts = parts if isinstance(parts, list) else []
+    kinds = [step.get("type") for step in (steps, *parts) if isinstance(step, Mapping)]
     if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds:
         raise ConfigError(
             f"{path}: model.type is {model.get('type')!r}, pre_tokenizer is {steps.get('type')!r}; "
@@ -111,6 +116,24 @@ def _expect_byte_level(path: Path, fast: Mapping[str, Any]) -> None:
         )
     if not isinstance(model.get("vocab"), Mapping) or not isinstance(model.get("merges"), list):
         raise ConfigError(f"{path}: model.vocab or model.merges is missing. Fetch it again.")
+    _check_vocabulary(path, model["vocab"])
+
+
+def _check_vocabulary(path: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Raises ConfigError for the first piece whose id is none."""
+    for piece, id in vocabulary.items():
+        check_id(path, piece, id)
+
+
+def _check_added(path: Path, listed: Any) -> None:
+    """Raises ConfigError for the first entry of `added_tokens` that is none."""
+    for number, entry in enumerate(listed if isinstance(listed, list) else [None]):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise ConfigError(
+                f'{path}: added_tokens[{number}] is {shown(entry)}, expected an object with "id" '
+                'and "content". Fetch it again.'
+            )
+        check_id(path, entry["content"], entry.get("id"))
 
 
 def _read_older(
@@ -134,13 +157,13 @@ def _read_older(
             "or its tokenizer.json."
         )
     merges, made = [], set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line or (number == 1 and line.startswith("#version")):
+    for number, line in text_lines(file):
+        if number == 1 and line.startswith("#version"):
             continue
-        pair = tuple(line.rstrip("\r").split(" "))
+        pair = tuple(line.split(" "))
         if len(pair) != 2 or not all(pair):
             raise ConfigError(
-                f"{file} line {number}: {line!r} is no pair of pieces. The file is cut off or "
+                f"{file} line {number}: {shown(line)} is no pair of pieces. The file is cut off or "
                 "damaged; fetch it again."
             )
         _check_pair(f"{file} line {number}", pair, vocabulary)
@@ -150,8 +173,8 @@ def _read_older(
     if unmade:
         raise ConfigError(
             f"{file} makes {len(made):,} pieces, but {path} has {len(unmade):,} more that no merge "
-            f"makes, such as {unmade[0]!r}. The file is cut off or of another checkpoint; fetch "
-            "both again."
+            f"makes, such as {shown(unmade[0])}. The file is cut off or of another checkpoint; "
+            "fetch both again."
         )
     return byte_level_bpe(
         vocabulary,
@@ -165,10 +188,11 @@ def _read_older(
 def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
     """Raises ConfigError for the first merge that the vocabulary does not have."""
     for number, merge in enumerate(model["merges"]):
-        pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-        if len(pair) != 2:
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge or ())
+        if len(pair) != 2 or not all(isinstance(piece, str) for piece in pair):
             raise ConfigError(
-                f"{path}: model.merges[{number}] {merge!r} is no pair of pieces. Fetch it again."
+                f"{path}: model.merges[{number}] {shown(merge)} is no pair of pieces. Fetch it "
+                "again."
             )
         _check_pair(f"{path}: model.merges[{number}]", pair, model["vocab"])
 
@@ -177,8 +201,9 @@ def _check_pair(where: str, pair: tuple[str, ...], vocabulary: Mapping[str, int]
     for piece in (*pair, "".join(pair)):
         if piece not in vocabulary:
             raise ConfigError(
-                f"{where}: {' '.join(pair)!r} needs the piece {piece!r}, which the vocabulary does "
-                "not have. Merges and vocabulary are of different checkpoints; fetch both again."
+                f"{where}: {shown(' '.join(pair))} needs the piece {shown(piece)}, which the "
+                "vocabulary does not have. Merges and vocabulary are of different checkpoints; "
+                "fetch both again."
             )
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import new_folder, read_json_object, write_json
+from internvlx_jax.core.ranges import COUNT, SEED, check_ranges
 from internvlx_jax.data.synthetic import chance
 from internvlx_jax.data.synthetic_forms import Form, make_form, questions
 from internvlx_jax.data.synthetic_pages import TILE
@@ -61,13 +62,9 @@ class FormConfig:
     controls: int = 120
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} must be 0 to 2**32 - 1")
-        for name in ("train", "val", "test", "controls"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, seed=SEED, train=COUNT, val=COUNT, test=COUNT, controls=COUNT)
         if self.controls > self.test:
-            raise ConfigError(f"controls={self.controls} must be at most test={self.test}")
+            raise ConfigError(f"controls is {self.controls}, it must be at most test, {self.test}")
 
 
 def generate_forms(folder: str | os.PathLike[str], config: FormConfig) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class Loader:
         epochs: number of epochs after which the plan ends; None: it never ends.
         state: what `state` returned before, for a resumed run.
         progress: whether to show the making of a size index.
-        refresh: whether images that a size index knows are looked at again; a resumed run (`state`)
-            keeps the index that it began with.
+        refresh: whether images that a size index knows are looked at again; None: unless the run is
+            resumed (`state`), which keeps the index that it began with.
 
     Attributes:
         entries, sources, processors, indexes: one per dataset.
@@ -127,7 +127,7 @@ class Loader:
         epochs: int | None = None,
         state: Mapping[str, Any] | None = None,
         progress: bool = False,
-        refresh: bool = True,
+        refresh: bool | None = None,
     ):
         if row_quantum % process_count:
             raise ConfigError(
@@ -149,7 +149,7 @@ class Loader:
                 config,
                 capacity,
                 progress=progress,
-                refresh=refresh and not state,
+                refresh=not state if refresh is None else refresh,
             )
             for source, entry, processor in zip(
                 self.sources, self.entries, self.processors, strict=True

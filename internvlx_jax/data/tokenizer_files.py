@@ -102,6 +102,18 @@ def check_id(path: Path, text: str, id: Any) -> int:
     return id
 
 
-def token_text(value: Any) -> str | None:
-    """Returns the text of a token that a config gives as a string, an object, or null."""
-    return value.get("content") if isinstance(value, Mapping) else value
+def token_text(value: Any, path: Path, field: str) -> str | None:
+    """Returns the text of a token that a config gives as a string, an object, or null.
+
+    Args:
+        value: what the config gives.
+        path: the file, for messages.
+        field: its name there.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f'{path}: "{field}" is {shown(value)}, expected a text; fetch it again')
+    return text

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
+from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.evaluation.bootstrap import RESAMPLES, Interval, bootstrap_mean
 from internvlx_jax.evaluation.prediction_shards import read_rows
 from internvlx_jax.evaluation.records import Row, Summary
@@ -68,7 +68,7 @@ class Scored:
     def judge(self) -> str | None:
         """The model that judged, or None."""
         judge = self.summary.judge
-        return judge if judge is None or isinstance(judge, str) else str(judge["model"])
+        return judge if judge is None or isinstance(judge, str) else str(judge.get("model"))
 
     def units(self) -> dict[Key, float] | None:
         """Maps each question that has a score to it; None where the task has no score.
@@ -257,10 +257,7 @@ def _read(folder: Path) -> Iterator[Scored]:
             f"{folder} {problem}; give the --out_dir of a finished internvlx eval"
         )
     for path in summaries:
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); run --rescore again") from None
+        stored = read_json_file(path, remedy="run --rescore again")
         summary = Summary.from_json(stored, str(path))
         rows: dict[Key, Row] = {}
         seen: Counter[str] = Counter()

@@ -17,12 +17,13 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation.records import TrainingStep
-from internvlx_jax.evaluation.selection import Decoding, generation_spec, select
+from internvlx_jax.evaluation.selection import Decoding, TaskSpec, generation_spec, select
 from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.models.params import AbstractModel, unflatten
 
 ROWS = 16
+HELD_OUT = ("loss", "exact")  # eval/NAME of data.val_meta
 
 
 class InLoop:
@@ -68,7 +69,7 @@ class InLoop:
             self.generator.use(model)
         scores = {}
         for spec, generation, settings in self.tasks:
-            name = spec.task.name
+            name = _label(spec)
             stepped = dataclasses.replace(settings, parameters=TrainingStep(step=step))
             folder = self.folder / f"step-{step}" / name
             task_run = TaskRun(spec, folder, f"step-{step}", stepped.to_json())
@@ -78,3 +79,9 @@ class InLoop:
                 if score is not None:
                     scores[f"eval/{name}"] = score
         return scores
+
+
+def _label(spec: TaskSpec) -> str:
+    """Returns NAME of eval/NAME and of the folder: a question file may be called as a score is."""
+    name = spec.task.name
+    return f"{name}.data" if name in HELD_OUT else name

@@ -7,7 +7,6 @@ file (--data) in OUT_DIR itself; `task_run` lists them.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.tile_config import TileConfig
@@ -199,7 +199,7 @@ def _read_summary(predictions: Path) -> Summary:
         raise FileNotFoundError(
             f"{path} does not exist; --rescore needs it beside predictions.jsonl"
         )
-    return Summary.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    return Summary.from_json(read_json_file(path, remedy="run eval.py again"), str(path))
 
 
 def _selection(

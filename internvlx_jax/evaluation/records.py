@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.json_text import shown
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.inference.requests import Answer
@@ -28,12 +30,39 @@ class Record:
         """Reads a JSON object; fields that the record does not have are left out.
 
         Raises:
-            ConfigError: a field is missing; the message begins with `where`.
+            ConfigError: a field is missing or has another type; the message begins with `where`.
         """
+        if not isinstance(stored, Mapping):
+            raise ConfigError(f"{where}: {shown(stored)} is no JSON object; run eval.py again")
         names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] (subclasses are dataclasses)
         if missing := sorted(set(names) - stored.keys()):
             raise ConfigError(f"{where}: no {', '.join(missing)}; run eval.py again")
+        hints = get_type_hints(cls)
+        for name in names:
+            if not _fits(stored[name], hints[name]):
+                raise ConfigError(
+                    f"{where}: {name} is {shown(stored[name])}, which eval.py does not write; run "
+                    "it again"
+                )
         return cls(**{name: stored[name] for name in names})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a JSON value is one of a field with this type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(_fits(each, inner[1]) for each in value.values())
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

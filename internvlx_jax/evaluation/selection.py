@@ -126,7 +126,11 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
         for task in find_tasks(selection.tasks, selection.suite)
     ]
     if selection.data is not None and selection.metric is not None:
-        task = question_file_task(selection, as_path(selection.data), selection.metric)
+        path = as_path(selection.data)
+        task = question_file_task(selection, path, selection.metric)
+        if task.name in {each.name for each, _, _ in chosen}:
+            # pope.jsonl beside the benchmark pope: no other file or score may be taken for its own
+            task = dataclasses.replace(task, name=path.name)
         chosen.append((task, *find_protocol(task, GENERIC)))
     chosen = _asked(chosen, selection)
     missing = [

@@ -16,6 +16,7 @@ from internvlx_jax.checkpoints.transfer import transfer
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.models.compile_cache import keep_compiled
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.models.sharding import activation_shardings, make_mesh
@@ -75,6 +76,7 @@ def load_opened(
     lvtc: LvtcConfig | None = None,
 ) -> Pretrained:
     """Reads an open checkpoint; arguments, result and errors are those of `load_pretrained`."""
+    keep_compiled()
     config = source.config if lvtc is None else dataclasses.replace(source.config, lvtc=lvtc)
     abstract = abstract_model(
         config,

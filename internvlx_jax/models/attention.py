@@ -83,7 +83,8 @@ def attend(
     if visible is not True:
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return rearrange(jnp.einsum("bkjsz,bzkh->bskjh", weights, v), "b s k j h -> b s (k j) h")
+    out = jnp.einsum("bkjsz,bzkh->bskjh", weights, v, preferred_element_type=jnp.float32)
+    return rearrange(out.astype(q.dtype), "b s k j h -> b s (k j) h")
 
 
 def attend_cached(
@@ -396,6 +397,11 @@ class SelfAttention:
         A program is compiled for the devices of the mesh, whether or not they are attached.
         """
         return None if self.rows is None else _mesh(self.rows).devices.flat[0].platform
+
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh; without one that of this process."""
+        return self._platform() or jax.default_backend()
 
     def _dividing(self, k: jax.Array) -> NamedSharding:
         """Returns `heads` where it divides the key heads evenly, else `rows`."""

@@ -23,10 +23,12 @@ from internvlx_jax.core.model_config import DecoderConfig, LoraConfig
 from internvlx_jax.models.attention import DEFAULT_ATTENTION, SelfAttention, attend_cached
 from internvlx_jax.models.layer_ranges import run_range
 from internvlx_jax.models.layers import (
+    Linear,
     RMSNorm,
     constant,
     normal,
     param,
+    product,
     rematerialize,
     split_key,
     stack_layers,
@@ -181,7 +183,15 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token embedding, stacked blocks, final norm and output head."""
+    """Token embedding, stacked blocks, final norm and output head.
+
+    Attributes:
+        on_cpu: See layers.Linear.
+        head_turned: Whether the output head is [W, D], as `turn` leaves it.
+    """
+
+    on_cpu = False
+    head_turned = False
 
     def __init__(
         self,
@@ -275,10 +285,20 @@ class Decoder(nnx.Module):
             rematerialize(body, remat), x, layers, inputs, (layout, tables), start, stop, keep_kv
         )
 
+    def turn(self) -> None:
+        """Stores all kernels with their outputs first, see layers.Linear; for inference only."""
+        for _, module in nnx.iter_modules(self.layers):
+            if isinstance(module, Linear):
+                module.turn()
+        if self.head is not None:
+            self.head, self.head_turned = nnx.Param(self.head[...].T), True
+
     @property
     def head_kernel(self) -> jax.Array:
         """The output head, [D, W]; the embedding's transpose where they are tied."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+        if self.head is None:
+            return self.embedding[...].T
+        return self.head[...].T if self.head_turned else self.head[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Computes float32[..., W] from hidden states after the last block, [..., D].
@@ -287,10 +307,8 @@ class Decoder(nnx.Module):
         tie decides which token greedy decoding takes.
         """
         with jax.named_scope("head"):
-            x = self.norm(x)
-            return jnp.einsum(
-                "...d,dw->...w",
-                x,
-                self.head_kernel.astype(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            x, head = self.norm(x), self.head_kernel.astype(x.dtype)
+            if self.on_cpu and x.dtype.itemsize == 2:
+                flat = product("nd,dw->nw", x.reshape(-1, x.shape[-1]), head)
+                return flat.reshape(*x.shape[:-1], -1)
+            return jnp.einsum("...d,dw->...w", x, head, preferred_element_type=jnp.float32)

@@ -24,7 +24,7 @@ from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.tile_config import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
 from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
-from internvlx_jax.models.layers import insert_visual_tokens, split_key
+from internvlx_jax.models.layers import Linear, insert_visual_tokens, split_key
 from internvlx_jax.models.lora import by_part
 from internvlx_jax.models.loss import LossShardings, token_losses
 from internvlx_jax.models.lvtc import Lvtc
@@ -106,6 +106,9 @@ class InternVLX(nnx.Module):
         self.projector = None if released is None else make_projector(config, released, **kwargs)
         self.lvtc = None if config.lvtc is None else Lvtc(config, **kwargs)
         self.decoder = Decoder(config.decoder, lora=adapters.get("decoder"), **kwargs)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, (Linear, Decoder)):
+                module.on_cpu = self.attention.platform == "cpu"
 
     def encode_tiles(self, tiles: jax.Array) -> jax.Array:
         """Makes the visual tokens of decoder layer 0.

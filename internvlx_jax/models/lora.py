@@ -80,7 +80,7 @@ class LoraLinear(Linear):
         parts = []
         for end, _ in self.pieces:
             a, b = (getattr(self, f"lora_{side}{end}")[...].astype(x.dtype) for side in "ab")
-            parts.append(jnp.einsum(from_rank, jnp.einsum(to_rank, x, a), b))
+            parts.append(self.multiply(from_rank, self.multiply(to_rank, x, a), b))
         y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=self.output.index("j"))
         return y * jnp.asarray(self.scale, y.dtype)
 

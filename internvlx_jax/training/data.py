@@ -75,15 +75,20 @@ def open_loaders(
             "fewer devices, or begin the run with a larger data.row_quantum"
         )
 
-    def open_both() -> tuple[Loader, Loader | None]:
-        return _open_both(config, model, tokenizer, mesh, position, row_quantum, shards)
+    def open_both(refresh: bool) -> tuple[Loader, Loader | None]:
+        return _open_both(config, model, tokenizer, mesh, position, row_quantum, shards, refresh)
 
     _make_indexes_together(config, model, tokenizer)
+    opened = None
     try:
-        opened = open_both() if jax.process_index() == 0 else None
+        if jax.process_index() == 0:
+            opened = open_both(refresh=position is None)
+            # Another run, or `data check`, may have measured images that were replaced for a while.
+            if position is not None and opened[0].plan_hash != position.get("plan_hash"):
+                opened = open_both(refresh=True)
     finally:
         multihost_utils.sync_global_devices("index made")
-    loaders = opened or open_both()
+    loaders = opened or open_both(refresh=False)
     # Each process plans for itself. Different plans would end in a hang or, worse, in other steps.
     plans = np.array([int(loader.plan_hash[:7], 16) for loader in loaders if loader], np.int32)
     if (multihost_utils.process_allgather(plans) != plans).any():
@@ -129,6 +134,7 @@ def _open_both(
     position: Mapping[str, Any] | None,
     row_quantum: int,
     shards: int,
+    refresh: bool,
 ) -> tuple[Loader, Loader | None]:
     data = config.data
     processor = Processor.for_model(
@@ -140,7 +146,7 @@ def _open_both(
         process_count=count,
         progress=jax.process_index() == 0,
         # The others find what process 0 has measured. A run that goes on keeps what it began with.
-        refresh=jax.process_index() == 0 and position is None,
+        refresh=refresh,
     )
     training = Loader(
         data.meta,

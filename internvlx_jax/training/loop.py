@@ -12,17 +12,20 @@ import jax
 from internvlx_jax.checkpoints.run_lock import RunLock
 from internvlx_jax.checkpoints.run_writer import (
     CheckpointWriter,
+    changed_data,
     check_run_folder,
     write_run_folder,
 )
+from internvlx_jax.checkpoints.staging import CheckpointCopies
 from internvlx_jax.core.disk import check_space, check_writable
-from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import is_remote
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
+from internvlx_jax.models.compile_cache import keep_compiled
 from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_steps
 from internvlx_jax.training.metrics import Throughput
@@ -66,6 +69,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after is {stop_after}, it must be at least 1")
     check_benchmarks(config, benchmarks)
+    keep_compiled()
     with RunLock(run_folder(config)) as lock:
         run = open_run(config)
         validation = Validation(run, benchmarks)
@@ -73,16 +77,19 @@ def train(
         throughput = Throughput(run.saved.get("clocks"))
         # The folder is written after compilation, so that a run that does not fit its devices
         # leaves none behind, and can be tried again with other settings.
-        resuming = check_run_folder(run.folder, run.settings)
+        resuming = check_run_folder(run.folder, run.settings, run.checkpoints)
         _check_folder(run)
+        if resuming:
+            _check_data(run)
         executables = _compile(run, throughput)
 
-        with _opened(run) as checkpoints:
+        copies = CheckpointCopies(run.stage, run.folder, config.keep_last)
+        with copies, _opened(run) as checkpoints:
             first, state = first_state(run, checkpoints, resuming=resuming)
             last = run.steps if stop_after is None else min(run.steps, first + stop_after)
             with MetricsLogger(run, throughput, first, executables=len(executables)) as metrics:
                 session = _Session(
-                    run, executables, validation, throughput, checkpoints, metrics, lock
+                    run, executables, validation, throughput, checkpoints, copies, metrics, lock
                 )
                 record_start(run, first)
                 if validation.is_due(first, run.steps) and not metrics.has_scores(first):
@@ -96,12 +103,18 @@ def train(
 
 def _check_folder(run: Run) -> None:
     """Refuses an output_dir that cannot be written to, or has no room for one checkpoint."""
-    if is_remote(run.folder):
-        return  # the lock that was taken there shows that it can be written to
-    check_writable(run.folder, "output_dir")
+    if not is_remote(run.folder):  # the lock that is in an object store shows it there
+        check_writable(run.folder, "output_dir")
     arrays = jax.tree.leaves(run.setup.state)
     nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
-    check_space(run.folder, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
+    check_space(run.checkpoints, SMALLEST_SHARE * nbytes, "one checkpoint of this run")
+
+
+def _check_data(run: Run) -> None:
+    """Refuses data that have changed since the newest checkpoint, before anything is compiled."""
+    problems = changed_data(run.saved.get("data"), run.loader.state(0))
+    if problems:
+        raise CheckpointError(str(run.folder), problems)
 
 
 def _opened(run: Run) -> CheckpointWriter:
@@ -109,7 +122,7 @@ def _opened(run: Run) -> CheckpointWriter:
     write_run_folder(run.folder, run.settings, run.tokenizer, run.source)
     for loader in filter(None, (run.loader, run.validation)):
         loader.list_bad_samples(run.folder / QUARANTINE.format(jax.process_index()))
-    return CheckpointWriter(run.folder, run.config.keep_last)
+    return CheckpointWriter(run.checkpoints, run.config.keep_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +134,7 @@ class _Session:
     validation: Validation
     throughput: Throughput
     checkpoints: CheckpointWriter
+    copies: CheckpointCopies
     metrics: MetricsLogger
     lock: RunLock
 
@@ -165,6 +179,7 @@ def _run_steps(
             throughput.wait(in_flight, leave=IN_FLIGHT)
             profiler.after(done, step_metrics.loss)
             session.checkpoints.check()
+            session.copies.check()
             preempted = preemption.reached(done)
             saves = done % config.save_every == 0 or done == last or preempted
             ending = None

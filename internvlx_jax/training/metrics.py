@@ -17,9 +17,12 @@ import jax
 import jax.monitoring
 import numpy as np
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.core.paths import is_remote
@@ -29,6 +32,7 @@ from internvlx_jax.data.pipeline import LoadedStep, StepCounts
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.training.setup import Setup
 from internvlx_jax.training.step import Metrics
+from internvlx_jax.training.store_costs import OTHERS
 
 T = TypeVar("T")
 
@@ -76,8 +80,10 @@ class MetricsWriter:
 class EventFiles:
     """Writes TensorBoard event files.
 
-    tensorboardX appends to files, so those of a folder in an object store are written on the disk,
-    and each is sent when it is flushed, which begins a new one.
+    Events are appended to files, so those of a folder in an object store are written on the disk,
+    and each is sent when it is flushed, which begins a new one. They are written here and not in
+    the thread of tensorboardX, whose errors would be lost: after one, its queue fills up and the
+    run hangs.
     """
 
     def __init__(self, folder: Path, purge_step: int):
@@ -86,16 +92,30 @@ class EventFiles:
         self._scratch = (
             tempfile.TemporaryDirectory(prefix="internvlx-") if is_remote(folder) else None
         )
-        self._writer: SummaryWriter | None = None
+        self._writer: EventsWriter | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            here = self._scratch.name if self._scratch else str(self._folder)
-            self._writer = SummaryWriter(here, purge_step=self._purge_step)
+        with named_on_error(self._folder):
+            if self._writer is None:
+                self._writer = self._begun()
+            for name, value in values.items():
+                self._add(self._writer, step, summary=scalar(name, value))
+            self._writer.flush()
+
+    def _begun(self) -> EventsWriter:
+        """Begins a file; viewers forget what earlier files hold from `purge_step` on."""
+        here = Path(self._scratch.name) if self._scratch else self._folder
+        here.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(here / "events"))
+        if self._purge_step is not None:
+            begun = SessionLog(status=SessionLog.START)
+            self._add(writer, self._purge_step, file_version="brain.Event:2")
+            self._add(writer, self._purge_step, session_log=begun)
             self._purge_step = None
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        return writer
+
+    def _add(self, writer: EventsWriter, step: int, **content: Any) -> None:
+        writer.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def flush(self) -> None:
         """Sends the file of an object store."""
@@ -110,7 +130,8 @@ class EventFiles:
     def close(self) -> None:
         self.flush()
         if self._writer is not None:
-            self._writer.close()
+            with named_on_error(self._folder):
+                self._writer.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -239,6 +260,16 @@ def over_processes(
     )
     largest = dict(zip(values, np.max(every, axis=0).tolist(), strict=True))
     return largest, np.sum(counts, axis=0)
+
+
+def with_others(counts: Mapping[str, int]) -> dict[str, float]:
+    """Returns the counts of process 0 and, if there are others, the largest of theirs."""
+    if jax.process_count() == 1:
+        return dict(counts)
+    every = multihost_utils.process_allgather(np.array(list(counts.values()), np.float32))
+    first, others = every[0].tolist(), every[1:].max(axis=0).tolist()
+    largest = {name + OTHERS: value for name, value in zip(counts, others, strict=True)}
+    return dict(zip(counts, first, strict=True)) | largest
 
 
 def window_means(window: Sequence[Metrics], datasets: Sequence[str]) -> dict[str, float]:

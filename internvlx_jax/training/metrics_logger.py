@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import LineLog
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import LoadedStep
 from internvlx_jax.training.bad_steps import KINDS, BadSteps, NonFiniteError
@@ -31,10 +33,12 @@ from internvlx_jax.training.metrics import (
     peak_flops,
     progress_line,
     window_means,
+    with_others,
 )
 from internvlx_jax.training.optimizer import group_rate
 from internvlx_jax.training.run import Run
 from internvlx_jax.training.step import Metrics
+from internvlx_jax.training.store_costs import StoreMeter, totals
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +88,19 @@ class MetricsLogger:
         self._utilization = Utilization(run.setup, peak)
         self._datasets = [entry.name for entry in run.loader.entries]
         self._window: list[tuple[int, Bucket, Metrics]] = []
+        self._in_store = is_remote(run.folder)
+        self._store = StoreMeter()
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> MetricsLogger:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._writer:
-            self._writer.close()
-        self._bad_steps.flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # On a full disk, the error that ends the run says more than those of its last lines.
+        with contextlib.suppress(*(() if kind is None else (OSError,))):
+            if self._writer:
+                self._writer.close()
+            self._bad_steps.flush()
 
     def flush(self) -> None:
         """Brings what an object store has not got yet there; called before a checkpoint."""
@@ -147,6 +155,8 @@ class MetricsLogger:
         if images.any():
             names = ("image_cache_hits", "images_fetched", "images_fetched_mib")
             values |= dict(zip(names, images.ravel().tolist(), strict=False))
+        if self._in_store:
+            values |= with_others(self._store.take())
         logger.info(progress_line(step, self._run.steps, values))
         self.record(step, values)
         try:
@@ -171,6 +181,7 @@ def record_start(run: Run, step: int) -> None:
         run: The run.
         step: Steps that are done.
     """
+    costs = with_others(totals()) if is_remote(run.folder) else {}
     if jax.process_index() != 0:
         return
     start = {
@@ -186,6 +197,7 @@ def record_start(run: Run, step: int) -> None:
         ],
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git": _git_state(),
+        **costs,
     }
     log = LineLog(run.folder / STARTS)
     log.append([json.dumps(start).encode() + b"\n"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from internvlx_jax.core.files import read_json_lines, write_text
 from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_class, read_metrics
+from internvlx_jax.training.store_costs import NAMES, costs
 
 # Panels: title, unit, metrics; one without any of its metrics is left out.
 PANELS = (
@@ -94,6 +95,7 @@ def write_page(run: Path) -> Path:
                 for bucket in (starts[-1].get("buckets", []) if starts else [])
             ),
         ),
+        *_store_costs(series, starts, settings),
         f"<h2>Bad steps: {len(bad_steps)}</h2>",
         _table(
             ("step", "kind", "loss", "gradient norm", "bucket", "samples"),
@@ -133,6 +135,21 @@ def write_page(run: Path) -> Path:
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n",
     )
     return out
+
+
+def _store_costs(
+    series: Mapping[str, Series], starts: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[str]:
+    """Returns a table of what the run costs in an object store; nothing if it uses none."""
+    save_every = settings.get("train", {}).get("save_every", 1)
+    if not (found := costs(series, starts, save_every)):
+        return []
+    head = ("per", *(name.removeprefix("store_").replace("_", " ") for name in NAMES))
+    rows = (
+        (what.replace("_", ", "), *(values[name] for name in NAMES))
+        for what, values in found.items()
+    )
+    return ["<h2>Object store</h2>", _table(head, rows)]
 
 
 def _curves(series: Mapping[str, Series]) -> str:

@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.checkpoints.run_folder import saved_metadata
 from internvlx_jax.checkpoints.run_writer import CheckpointWriter
+from internvlx_jax.checkpoints.staging import prepare_stage, stage_of
 from internvlx_jax.checkpoints.transfer import check_same_model, transfer
-from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.remote import protocol_of
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.pipeline import Loader
@@ -45,6 +44,7 @@ class Run:
     Attributes:
         config: The run's config.
         folder: Its run folder, an absolute path.
+        stage: Local folder into which its checkpoints are written first, if any.
         mesh: Its devices.
         source: The checkpoint of `config.init_from`, if any.
         model: The model, from the config or else from `source`.
@@ -58,6 +58,7 @@ class Run:
 
     config: TrainConfig
     folder: Path
+    stage: Path | None
     mesh: Mesh
     source: Any
     model: ModelConfig
@@ -67,6 +68,11 @@ class Run:
     validation: Loader | None
     steps: int
     setup: Setup
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder that the run saves to and goes on from, by checkpoints/STEP."""
+        return self.stage or self.folder
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,13 +86,9 @@ def run_folder(config: TrainConfig) -> Path:
     Raises:
         ConfigError: Checkpoints cannot be kept there.
     """
-    folder = as_path(config.output_dir)
-    if protocol_of(folder) == "s3":  # orbax writes arrays to gs:// and to disks only
-        raise ConfigError(
-            f"output_dir {folder}: checkpoints cannot be kept in s3://; use gs:// or a disk that "
-            "all hosts share"
-        )
-    return folder.absolute()
+    folder = as_path(config.output_dir).absolute()
+    stage_of(folder, config.local_checkpoint_dir)
+    return folder
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -98,6 +100,9 @@ def open_run(config: TrainConfig) -> Run:
             newest checkpoint.
     """
     folder = run_folder(config)
+    stage = stage_of(folder, config.local_checkpoint_dir)
+    if stage is not None:
+        prepare_stage(folder, stage)
     mesh = make_mesh(config.mesh, rows=config.micro_batch)
 
     source = None if config.init_from is None else open_checkpoint(config.init_from)
@@ -109,7 +114,7 @@ def open_run(config: TrainConfig) -> Run:
             check_same_model(model, source.config, source.path)
     assert model is not None  # a TrainConfig has a model or a checkpoint
 
-    tokenizer, saved = open_tokenizer(config, source, model), saved_metadata(folder)
+    tokenizer, saved = open_tokenizer(config, source, model), saved_metadata(stage or folder)
     loader, validation = open_loaders(config, model, tokenizer, mesh, saved.get("data"))
     steps = config.steps or loader.plan.total
     assert steps is not None  # the plan is endless only where config.steps is set
@@ -119,7 +124,18 @@ def open_run(config: TrainConfig) -> Run:
     setup = prepare(config, model, mesh, steps, len(loader.entries))
     logger.info(describe(setup.partition))
     return Run(
-        config, folder, mesh, source, model, tokenizer, saved, loader, validation, steps, setup
+        config,
+        folder,
+        stage,
+        mesh,
+        source,
+        model,
+        tokenizer,
+        saved,
+        loader,
+        validation,
+        steps,
+        setup,
     )
 
 

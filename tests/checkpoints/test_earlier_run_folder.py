@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from internvlx_jax.checkpoints.run_writer import check_run_folder
 from internvlx_jax.cli import evaluate, train
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.overrides import load_config_file, override, to_dict
 
 CONFIG = """
 import json
@@ -72,3 +75,24 @@ def evaluate_run(checkpoint, out, *flags):
     lines = (Path(out) / "predictions.jsonl").read_text().splitlines()
     score = json.loads((Path(out) / "summary.json").read_text())["score"]
     return {"score": score, "raw": [json.loads(line)["raw"] for line in lines]}
+
+
+def test_a_setting_that_an_earlier_version_lacked_counts_as_its_default(tmp_path):
+    config = load_config_file("configs/demo.py")
+    config = override(config, ["lora=[{'part': 'decoder', 'rank': 4, 'alpha': 8.0}]"])
+    now = {"train": to_dict(config), "model": to_dict(config.model)}
+    stored = json.loads(json.dumps(now))
+    del stored["model"]["decoder"]["qk_norm"], stored["train"]["model"]["decoder"]["qk_norm"]
+    del stored["train"]["optimizer"]["clip_norm"], stored["train"]["data"]["video"]
+    del stored["train"]["lora"][0]["use_rslora"], stored["train"]["freeze"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert check_run_folder(tmp_path, now) is False
+    for setting in ("model.decoder.qk_norm=true", "optimizer.clip_norm=2.0", "freeze.vit=true"):
+        changed = override(config, [setting])
+        again = {"train": to_dict(changed), "model": to_dict(changed.model)}
+        with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: .* -> "):
+            check_run_folder(tmp_path, again)
+    del stored["train"]["optimizer"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="optimizer.learning_rate: .* -> 0.0015"):
+        check_run_folder(tmp_path, now)

@@ -1,5 +1,6 @@
 """One run at a time in a run folder, and locks that a killed run leaves behind (training.md 10)."""
 
+import errno
 import json
 import os
 import signal
@@ -111,3 +112,26 @@ def test_of_many_that_start_together_one_gets_the_lock(tmp_path):
     assert file.read() is not None
     file.remove(won[0])
     assert file.read() is None
+
+
+def test_a_full_disk_takes_no_lock_from_its_owner(tmp_path, monkeypatch):
+    """Neither is its content lost, nor does one that could not be written stay."""
+    write = os.pwrite
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunLock(tmp_path / "run", beat=0.01) as lock:
+        before = (tmp_path / "run" / LOCK).read_text()
+        monkeypatch.setattr(os, "pwrite", full)
+        time.sleep(0.1)
+        lock.check()
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["token"] in before
+        monkeypatch.setattr(os, "pwrite", write)
+        time.sleep(0.1)
+        lock.check()
+    assert not (tmp_path / "run").exists(), "it was made for the lock"
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device, .* free: .*new/lock.json"):
+        RunLock(tmp_path / "new").__enter__()
+    assert not (tmp_path / "new").exists()

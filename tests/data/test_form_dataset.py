@@ -53,7 +53,7 @@ def test_splits_share_no_form(dataset):
 def test_another_dataset_is_refused(dataset):
     with pytest.raises(ConfigError, match="choose another folder"):
         generate_forms(dataset[0], FormConfig(seed=6))
-    with pytest.raises(ConfigError, match="controls=9 must be at most test=8"):
+    with pytest.raises(ConfigError, match="controls is 9, it must be at most test, 8"):
         FormConfig(test=8, controls=9)
 
 

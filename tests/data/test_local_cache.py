@@ -1,5 +1,5 @@
 """Copies of remote files on the local disk: by generation, below a limit, shared by processes, and
-without a trace in the batches (design: platform.md 9, data.md 17).
+without a trace in the batches (design: platform.md 10, data.md 17).
 """
 
 import dataclasses

@@ -10,23 +10,6 @@ from PIL import Image
 OPTIONS = {"A": "a red car", "B": "blue bus", "C": "tree", "D": "none of these"}
 RED, BLUE = (220, 40, 40), (30, 60, 210)
 FRAMES = 24  # of the video files, first half red and second half blue
-# Columns that VLMEvalKit's evaluate() reads of the benchmarks with images inside their TSV files.
-CHOICE = ["answer", "A", "B"]
-READ = {
-    "mmbench_v11_dev_en": CHOICE,
-    "mmbench_v11_dev_cn": CHOICE,
-    "mmstar": [*CHOICE, "category"],
-    "seed2plus": [*CHOICE, "category"],
-    "ai2d_no_mask": CHOICE,
-    "blink": [*CHOICE, "category"],
-    "muirbench": CHOICE,
-    "mmmu_pro_standard": [*CHOICE, "category"],
-    "mmmu_pro_vision": [*CHOICE, "category"],
-    "ocrbench": ["answer", "category"],
-    "chartqapro": ["answer", "question_type", "year"],
-    "mathvision": ["answer", "choices", "category"],
-    "mathverse": ["answer", "question_for_eval", "metadata"],
-}
 SPLITS = ("RefCOCO val", "RefCOCO test A", "RefCOCO+ val", "RefCOCOg test")
 
 

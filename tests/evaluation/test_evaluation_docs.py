@@ -1,10 +1,12 @@
 """docs/evaluation.md: its flags, names and examples are real."""
 
+import fnmatch
 import re
 import shlex
 
 import pytest
 from mini_data import ROOT
+from published_columns import NEEDED
 
 from internvlx_jax.cli.chat import main as chat
 from internvlx_jax.cli.evaluate import parser
@@ -43,6 +45,19 @@ def test_deviations_are_listed():
     assert re.findall(
         r"^\| `(\w+)` \| \w+", TEXT.partition("## Deviations")[2], re.MULTILINE
     ) == list(COMPAT)
+
+
+def test_columns_of_every_tsv_file_are_listed():
+    rows = re.findall(r"^\| ([^|]*[A-Z][^|]*) \| ([^|]*) \|$", TEXT, re.MULTILINE)
+    for dataset, needed in NEEDED.items():
+        file = re.sub(r"_\d+frame$", "", dataset)
+        listed = [
+            row
+            for files, row in rows
+            if any(fnmatch.fnmatchcase(file, n) for n in files.split(", "))
+        ]
+        columns = {"index", "image", "question", *re.findall(r"`([\w-]+)`", " ".join(listed))}
+        assert listed and not {*needed} - columns, file
 
 
 def test_files_exist():

@@ -14,7 +14,8 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.overrides import from_dict, to_dict
 from internvlx_jax.core.run_config import ComputeConfig, TrainConfig
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER, SyntheticConfig, generate
-from internvlx_jax.evaluation.in_loop import InLoop
+from internvlx_jax.evaluation.in_loop import InLoop, _label
+from internvlx_jax.evaluation.selection import select
 from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training import run
 from internvlx_jax.training.loop import train
@@ -89,3 +90,26 @@ def test_tasks_are_scored_while_training(
     ):
         here = tmp_path / "run" / "evaluation" / "step-2" / task / "predictions.jsonl"
         assert here.read_bytes() == (folder / "predictions.jsonl").read_bytes()
+
+
+def test_a_question_file_named_as_a_benchmark_keeps_its_own_score(pages, data_root, tmp_path):
+    """Scores and files go by names, of which a question file may have any."""
+    line = (pages / FILES["val_vqa"]).read_text().splitlines()[0]
+    asked = {}
+    for name in ("mme.jsonl", "loss.jsonl", "exact.jsonl", "own.jsonl"):
+        (tmp_path / name).write_text(line + "\n")
+        selection = EvaluationConfig(
+            tasks="mme", data_root=str(data_root), data=str(tmp_path / name),
+            image_root=str(pages / "synthetic_pages"), metric="exact",
+        )  # fmt: skip
+        asked[name] = [_label(spec) for spec in select(selection)]
+    assert asked == {
+        "mme.jsonl": ["mme", "mme.jsonl"],
+        "loss.jsonl": ["mme", "loss.data"],
+        "exact.jsonl": ["mme", "exact.data"],
+        "own.jsonl": ["mme", "own"],
+    }
+    alone = EvaluationConfig(
+        data=str(tmp_path / "mme.jsonl"), image_root=str(pages / "synthetic_pages"), metric="exact"
+    )
+    assert [spec.task.name for spec in select(alone)] == ["mme"]

@@ -25,7 +25,8 @@ from internvlx_jax.evaluation.judge import (
 def server():
     """Starts an endpoint that answers from `replies` in turn, then "1".
 
-    A reply is a text, a number as status, or raw bytes.
+    A reply is a text, a number as status, or raw bytes. `meeting` lets it answer only when so many
+    requests are under way, and `most` is how many there were.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,6 +35,12 @@ def server():
             with lock:
                 server.asked.append((self.path, self.headers.get("Authorization"), body))
                 reply = server.replies.pop(0) if server.replies else "1"
+                server.running += 1
+                server.most = max(server.most, server.running)
+            if server.meeting is not None:
+                server.meeting.wait(60)
+            with lock:
+                server.running -= 1
             status = reply if isinstance(reply, int) else 200
             content = None if reply == "refuse" else reply
             chat = {"choices": [{"message": {"content": content}}]}
@@ -49,6 +56,7 @@ def server():
     lock = threading.Lock()
     server = ThreadingHTTPServer(("localhost", 0), Handler)
     server.asked, server.replies = [], []
+    server.running, server.most, server.meeting = 0, 0, None
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -128,6 +136,14 @@ def test_what_came_before_a_failure_stays(server, judge):
         judge(workers=1).ask([JudgeRequest("q1"), JudgeRequest("q2")])
     server.replies = ["b"]
     assert judge().ask([JudgeRequest("q1"), JudgeRequest("q2")]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_requests_run_at_a_time(server, judge, workers):
+    """`--judge_concurrency`: so many requests are under way at once, and never more."""
+    server.meeting = threading.Barrier(workers)
+    replies = judge(workers=workers).ask([JudgeRequest(f"q{i}") for i in range(2 * workers)])
+    assert len(replies) == 2 * workers and server.most == workers
 
 
 def test_no_server(tmp_path):

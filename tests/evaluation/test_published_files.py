@@ -1,72 +1,73 @@
-"""From TSV files with the published columns to the files that VLMEvalKit scores.
+"""From files with the published columns to the files that VLMEvalKit scores, for every task.
 
-(design: evaluation.md 5, 7, 8) Columns are those that VLMEvalKit e8e78f05 reads.
+(design: evaluation.md 5, 7, 8) The tests are over all tasks and protocols of the registry, so a new
+benchmark is tested here as soon as its columns are in `published_columns`, and fails without them.
 """
 
 import csv
 import dataclasses
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import mini_benchmarks
 import openpyxl
 import pytest
 from mini_data import read_rows
+from published_columns import NEEDED, TABLE
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.evaluation.job import rescore
 from internvlx_jax.evaluation.job_config import JudgeConfig
-from internvlx_jax.evaluation.judge import RequestBudget
+from internvlx_jax.evaluation.judge import EndpointJudge, RequestBudget
 from internvlx_jax.evaluation.prediction_shards import read_rows as stored_rows
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
-from internvlx_jax.evaluation.submissions import vlmevalkit_rows
+from internvlx_jax.evaluation.sources import Roots
 from internvlx_jax.evaluation.task_run import TaskRun, make_judge
-from internvlx_jax.evaluation.tasks import SUITES, TASKS
+from internvlx_jax.evaluation.tasks import PROTOCOLS, TASKS
 
-# What VLMEvalKit's evaluate() reads of MODEL_DATASET.xlsx, besides index, question and prediction.
-CHOICE = ["answer", "A", "B"]
-READ = {
-    "textvqa_val": ["answer"],
-    "docvqa_val": ["answer"],
-    "infovqa_val": ["answer"],
-    "gqa_testdev": ["answer"],
-    "vizwiz_val": ["answers"],
-    "chartqa_human": ["answer", "split"],
-    "mmbench_dev_en": CHOICE,
-    "ai2d_test": CHOICE,
-    "scienceqa": CHOICE,
-    "realworldqa": CHOICE,
-    "seed": CHOICE,
-    "mmmu_val": [*CHOICE, "category", "split"],
-    "mme": ["answer", "category", "image_path"],
-    "pope": ["answer", "category"],
-    "hallusionbench": ["answer", "category", "l2-category"],
-    "mathvista": [
-        *("answer", "question_type", "answer_type", "choices", "answer_option", "task", "skills"),
-    ],
-    "mmvet": ["answer", "category"],
-    "llavabench": ["gpt4_ans", "caption", "category"],
-}
-READ |= mini_benchmarks.READ
 PROTOCOL = "vlmevalkit"
+# Every task under every protocol, and those with a TSV file of VLMEvalKit.
+ALL = [(protocol, name) for name, task in TASKS.items() for protocol in task.protocols]
+OF_VLMEVALKIT = [
+    name
+    for protocol, name in ALL
+    if protocol == PROTOCOL and TASKS[name].protocols[PROTOCOL].dataset
+]
+# Test splits, whose references only a server has.
+SERVER = {"vqav2_testdev", "vizwiz_test", "docvqa_test", "infovqa_test"} | {
+    name for name in TASKS if name.startswith("mmbench") and "_test_" in name
+}
+JUDGED = {
+    name for name in TASKS if name.startswith(("mmvet", "llavabench", "mathv"))
+}  # scored by a judge in any case
+# Beginnings of judge prompts, and replies that can be read; "A" otherwise.
+REPLIES = {
+    "\nCompare the ground truth": "0.5",
+    "[Context]": "8 4",
+    "\nPlease read": "3",
+    "Please read": "3",
+    "\nI am providing": "12",
+    "\nBelow are two answers": "1",
+}
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """Starts a judge that fails twice and then answers every prompt in its own way."""
+    """Starts a judge that answers in its own way; "m" fails twice for every prompt first."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                server.asked += 1
-                status = 503 if server.asked <= server.failures else 200
             prompt = body["messages"][-1]["content"]
-            starts = {"\nCompare": "0.5", "[Context]": "8 4", "\nPlease read": "3"}
-            reply = next((starts[text] for text in starts if prompt.startswith(text)), "A")
+            with lock:
+                asked = (body["model"], prompt, body["temperature"])
+                server.tries[asked] += 1
+                failing = {1: 503, 2: 429} if body["model"] == "m" else {}
+                status = failing.get(server.tries[asked], 200)
+            reply = next((REPLIES[text] for text in REPLIES if prompt.startswith(text)), "A")
             reply = "Yes" if "The options are only Yes / No" in prompt else reply
             data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
             self.send_response(status)
@@ -79,10 +80,12 @@ def endpoint():
 
     lock = threading.Lock()
     server = ThreadingHTTPServer(("localhost", 0), Handler)
-    server.asked, server.failures = 0, 2
+    server.tries = Counter()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EndpointJudge.__init__.__kwdefaults__, "pause", 0.001)
+        yield server
     server.shutdown()
     thread.join()
     server.server_close()
@@ -90,36 +93,44 @@ def endpoint():
 
 @pytest.fixture(scope="module")
 def judged(endpoint, data_root, configure, run_on, tmp_path_factory):
-    """All benchmarks of VLMEvalKit, answered and judged -> (folder, summaries by task)."""
-    out = tmp_path_factory.mktemp("published") / "out"
-    config = configure(
-        out,
-        tasks=",".join([*READ, "chartqa_aug", "okvqa_val"]),
-        protocol=PROTOCOL,
-        data_root=str(data_root),
-        max_new_tokens=4,
-        batch_size=8,
-        dynamic=False,
-        judge=JudgeConfig(url=f"http://localhost:{endpoint.server_port}", model="m"),
-    )
-    return out / "run", {summary.task: summary for summary in run_on(config)}
+    """All tasks under all protocols, answered and judged -> (folder, summary) by both names."""
+    results = {}
+    for protocol in PROTOCOLS:
+        out = tmp_path_factory.mktemp("published") / "out"
+        config = configure(
+            out,
+            tasks=",".join(name for each, name in ALL if each == protocol),
+            protocol=protocol,
+            data_root=str(data_root),
+            max_new_tokens=4,
+            batch_size=8,
+            dynamic=False,
+            judge=JudgeConfig(url=f"http://localhost:{endpoint.server_port}", model="m"),
+        )
+        results |= {(protocol, each.task): (out / "run", each) for each in run_on(config)}
+    return results
+
+
+def read_cells(path):
+    """The rows of a TSV file."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def table(path):
     """The rows of PATH.xlsx, or of PATH.tsv where an answer does not fit into xlsx."""
-    if path.with_suffix(".tsv").is_file():
-        with path.with_suffix(".tsv").open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t"))
-    sheet = openpyxl.load_workbook(path.with_suffix(".xlsx")).active
+    xlsx, tsv = (path.with_name(path.name + ending) for ending in (".xlsx", ".tsv"))
+    if tsv.is_file():
+        return read_cells(tsv)
+    sheet = openpyxl.load_workbook(xlsx).active
     header, *rows = sheet.iter_rows(values_only=True)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def dropped(data_root, tmp_path, dataset, column):
     """Copies a TSV file without one of its columns."""
-    csv.field_size_limit(2**31 - 1)
-    with (data_root / "tsv" / f"{dataset}.tsv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    rows = read_cells(data_root / "tsv" / f"{dataset}.tsv")
     (tmp_path / "tsv").mkdir(exist_ok=True)
     target = tmp_path / "tsv" / f"{dataset}.tsv"
     with target.open("w", encoding="utf-8", newline="") as file:
@@ -129,13 +140,27 @@ def dropped(data_root, tmp_path, dataset, column):
         writer.writerows(rows)
 
 
-@pytest.mark.parametrize("task", READ)
+def test_the_columns_of_every_dataset_are_known():
+    """What a table has to hold is known for every dataset that a task writes a table for."""
+    datasets = {TASKS[name].protocols[protocol].dataset for protocol, name in ALL}
+    assert datasets - {""} == TABLE.keys()
+
+
+@pytest.mark.parametrize("task", OF_VLMEVALKIT)
 def test_the_first_missing_column_is_named_before_a_model_is_loaded(task, data_root, tmp_path):
-    dataset = TASKS[task].protocols[PROTOCOL].dataset
-    for column in READ[task]:
-        dropped(data_root, tmp_path, dataset, column)
-        with pytest.raises(ConfigError, match=f"{dataset}.tsv line 1: no column {column}, which"):
-            select(EvaluationConfig(tasks=task, protocol=PROTOCOL, tsv_root=str(tmp_path / "tsv")))
+    spec = TASKS[task].protocols[PROTOCOL]
+    (path,) = spec.source.files(Roots(data_root, data_root / "tsv"))
+    for column in ("index", *NEEDED[spec.dataset]):
+        dropped(data_root, tmp_path, path.stem, column)
+        with pytest.raises(ConfigError, match=f"{path.stem}.tsv line 1: no column {column}\\b"):
+            select(
+                EvaluationConfig(
+                    tasks=task,
+                    protocol=PROTOCOL,
+                    data_root=str(data_root),
+                    tsv_root=str(tmp_path / "tsv"),
+                )
+            )
 
 
 def test_an_answer_column_without_answers_is_an_error(data_root, tmp_path):
@@ -160,51 +185,40 @@ def test_an_index_without_a_figure_is_an_error(data_root, tmp_path):
         select(EvaluationConfig(tasks="hallusionbench", tsv_root=str(tmp_path / "tsv")))
 
 
-@pytest.mark.parametrize("task", READ)
-def test_every_task_is_judged_and_written_for_vlmevalkit(task, judged, data_root):
-    folder, summaries = judged
-    summary = summaries[task]
-    assert summary.score is not None and summary.errors == 0
-    dataset = TASKS[task].protocols[PROTOCOL].dataset
-    place = folder if task == "chartqa_human" else folder / task
-    rows = table(place / f"run_{dataset}.xlsx")
-    assert {"index", "question", "prediction", *READ[task]} <= rows[0].keys()
-    with (data_root / "tsv" / f"{dataset}.tsv").open(encoding="utf-8", newline="") as file:
-        source = [row["index"] for row in csv.DictReader(file, delimiter="\t")]
-    assert [str(row["index"]) for row in rows] == source, "complete, or run.py --mode eval skips it"
+@pytest.mark.parametrize("protocol, task", ALL)
+def test_every_task_goes_from_its_data_to_the_file_of_vlmevalkit(protocol, task, judged, data_root):
+    folder, summary = judged[protocol, task]
+    spec = TASKS[task].protocols[protocol]
+    assert (summary.task, summary.protocol) == (task, protocol)
+    assert summary.errors == 0 and (summary.score is None) == (task in SERVER)
+    assert summary.judge != "pending" and (task not in JUDGED or summary.judge["model"] == "m")
+    place = (folder if spec.joined else folder / task) / f"run_{spec.dataset}"
+    if not spec.dataset:
+        assert not [*(folder / task).glob("run_*.xlsx"), *(folder / task).glob("run_*.tsv")]
+        return
+    rows = table(place)
+    assert {"index", "prediction", *TABLE[spec.dataset]} <= rows[0].keys()
+    if protocol == PROTOCOL:
+        (path,) = spec.source.files(Roots(data_root, data_root / "tsv"))
+        source = [row["index"] for row in read_cells(path)]
+        assert len(rows) == len(source), "complete, or run.py --mode eval skips it"
+        if task != "refcoco_all":  # VLMEvalKit puts the split in front of the index
+            assert [str(row["index"]) for row in rows] == source
+    answers = {row.get("answer") for row in rows}
+    assert task not in ("pope", "mme", "hallusionbench") or answers == {"Yes", "No"}
+
+
+def test_every_prompt_of_the_judge_failed_twice(judged, endpoint):
+    tries = [count for (model, *_), count in endpoint.tries.items() if model == "m"]
+    assert len(tries) > 50 and min(tries) >= 3
 
 
 def test_judged_scores(judged):
-    _, summaries = judged
-    assert summaries["mmvet"].score == 50 and summaries["llavabench"].score == 50
-    assert summaries["mmvet"].judge["model"] == "m"
-    assert summaries["mmmu_val"].samples == 3, "the development split is answered as well"
-
-
-def test_datasets_that_vlmevalkit_does_not_have_get_no_table(judged):
-    folder, _ = judged
-    assert not list((folder / "okvqa_val").glob("*.xlsx"))
-    without = {"okvqa_val", "vqav2_val", "vqav2_testdev"}
-    for name, task in TASKS.items():
-        if name in without:
-            assert all(not spec.dataset for spec in task.protocols.values())
-    assert not TASKS["ai2d_test"].protocols["internvl"].dataset
-    assert not TASKS["mmmu_val"].protocols["internvl"].dataset
-
-
-@pytest.mark.parametrize("task", [name for name in READ if "internvl" in TASKS[name].protocols])
-def test_tables_of_internvl_have_what_vlmevalkit_reads(task, data_root):
-    """Where VLMEvalKit would not recognize the questions there is no table."""
-    (spec,) = select(EvaluationConfig(tasks=task, protocol="internvl", data_root=str(data_root)))
-    if task in ("ai2d_test", "scienceqa", "seed") or task.startswith("mmmu"):
-        assert not spec.protocol_spec.dataset
-        return
-    texts = ["x"] * len(spec.questions)
-    rows = vlmevalkit_rows(spec.questions, texts, spec.protocol_spec.table)
-    assert {"index", "question", "prediction", *READ[task]} - {"split"} <= rows[0].keys()
-    assert all(row[name] != "" for row in rows for name in READ[task][:1])
-    if task in ("pope", "mme"):
-        assert {row["answer"] for row in rows} == {"Yes", "No"}
+    scores = {key: summary.score for key, (_, summary) in judged.items()}
+    assert scores[PROTOCOL, "mmvet"] == scores[PROTOCOL, "llavabench"] == 50
+    assert scores["internvl", "mmvet"] == scores["internvl", "llavabench"] == 50
+    assert {scores[PROTOCOL, name] for name in TASKS if name.startswith("mathverse")} == {100}
+    assert judged[PROTOCOL, "mmmu_val"][1].samples == 3, "the development split is answered too"
 
 
 # --- nothing is lost ------------------------------------------------------------------------------
@@ -219,7 +233,8 @@ def answered(judged, data_root, tmp_path):
         if scorer is not None:
             changed = dataclasses.replace(spec.protocol_spec, score=scorer)
             spec = dataclasses.replace(spec, protocol_spec=changed)
-        rows = {row.index: row for row in stored_rows(judged[0] / task / "predictions.jsonl")}
+        folder, _ = judged[PROTOCOL, task]
+        rows = {row.index: row for row in stored_rows(folder / task / "predictions.jsonl")}
         settings = {"protocol": PROTOCOL, "task": task, "limit": None}
         return TaskRun(spec, tmp_path / task, "run", settings, rows)
 
@@ -300,8 +315,3 @@ def test_judge_settings_are_checked():
             JudgeConfig(url="u", model="m", **{name: 0})
     with pytest.raises(ConfigError, match="judge_budget is -1"):
         JudgeConfig(budget=-1)
-
-
-def test_every_benchmark_of_the_suite_is_in_here():
-    own = {*READ} - {*mini_benchmarks.READ}
-    assert own | {"chartqa_aug", "okvqa_val", "vqav2_val"} == {*SUITES["x20"]}

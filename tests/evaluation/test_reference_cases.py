@@ -218,6 +218,15 @@ def test_full_stops_in_gqa(text, internvl, vlmevalkit):
         ("textvqa_val", str(["none"] * 10), "NULL", 0),
         ("docvqa_val", "['n/a']", "N/A", 0),  # its distance is 2 of 3
         ("docvqa_val", "['none']", "None", 0.5),
+        ("docvqa_val", "['none']", "none", 1),
+        ("docvqa_val", "['na']", "NaN", 2 / 3),
+        ("docvqa_val", "['n/a']", "<NA>", 0),
+        ("docvqa_val", "['#n/a']", "#N/A", 0),
+        ("docvqa_val", "['nan', 'n/a']", "n/a", 1),
+        ("docvqa_val", "n/a", "NULL", 1),  # the answer is missing as well
+        ("infovqa_val", "['n/a']", "NA", 0),
+        ("infovqa_val", "['not']", "", 0),
+        ("infovqa_val", "['man']", "null", 2 / 3),
         ("infovqa_val", "['null']", "null", 0),
         ("gqa_testdev", "none", "None", 0),
         ("gqa_testdev", "None", "None", 1),

@@ -85,20 +85,6 @@ def test_every_task_runs_under_its_own_protocol(all_tasks, data_root):
     )
 
 
-def test_every_other_protocol_runs(settings, configure, run_on, tmp_path):
-    names = [name for name, task in TASKS.items() if len(task.protocols) > 1]
-    for protocol in ("vlmevalkit", "internvl"):
-        tasks = [name for name in names if TASKS[name].default_protocol != protocol]
-        summaries = run_on(
-            configure(
-                tmp_path / protocol, **settings | dict(tasks=",".join(tasks), protocol=protocol)
-            )
-        )
-        assert [(summary.task, summary.protocol, summary.errors) for summary in summaries] == [
-            (name, protocol, 0) for name in tasks
-        ]
-
-
 def test_the_minimum_of_new_tokens_is_that_of_the_protocol(all_tasks):
     _, summaries = all_tasks
     minimum = {summary.task: summary.settings["min_new_tokens"] for summary in summaries}

@@ -2,6 +2,8 @@
 
 import sys
 
+import aiohttp
+import fsspec
 import pytest
 
 from internvlx_jax.core.errors import ConfigError
@@ -50,8 +52,9 @@ def test_what_is_asked_is_counted(folder, gcs):
     assert TRAFFIC.requests > before[0] and TRAFFIC.sent - before[1] >= 10_000
 
 
-def test_conditional_writes(folder):
-    path = f"{folder}/lock.json"
+@pytest.mark.parametrize("kind", ["folder", "s3_folder"])
+def test_conditional_writes(request, kind):
+    path = f"{request.getfixturevalue(kind)}/lock.json"
     assert read_version(path) is None
     first = write_version(path, b"1", None)
     assert first and write_version(path, b"2", None) is None
@@ -95,3 +98,16 @@ def test_unknown_protocols_and_missing_extras_are_one_line(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ConfigError, match=rf"needs {module}, .*internvlx-jax\[{extra}\]"):
             as_path(url)
+
+
+def test_silence_is_tried_again(folder, gcs, monkeypatch):
+    """A connection on which nothing comes is given up, and the request sent again."""
+    as_path(f"{folder}/x").write_text("here")
+    patience = aiohttp.ClientTimeout(total=None, sock_read=0.3)
+    for name in ("gs", "gcs"):
+        monkeypatch.setitem(fsspec.config.conf[name], "requests_timeout", patience)
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    gcs.faults(stall=0.5, seconds=1)
+    failed = TRAFFIC.failed
+    assert [as_path(f"{folder}/x").read_text() for _ in range(4)] == ["here"] * 4
+    assert TRAFFIC.failed > failed

@@ -7,14 +7,20 @@ The tests of runs share its functions. As a program it is a test that is too lon
 It trains a tiny model on generated texts twice: once undisturbed, and once killed (SIGKILL) again
 and again, at moments drawn with --seed: while it starts, at a step, and inside a save (as soon as
 orbax's temporary folder appears). Every start is the same command, on 2 processes x 4 simulated CPU
-devices. It prints one line per kill and one JSON object. The exit status is 1 if parameters,
-optimizer state or metrics differ in a single bit, or if fewer than two kills of ten were inside a
-save.
+devices, or one with 8. It prints one line per kill and one JSON object. The exit status is 1 if
+parameters, optimizer state or metrics differ in a single bit, if a start went on from a step that
+was not complete, if something is left beside the checkpoints, or if fewer than two kills of ten
+were inside a save.
+
+--faults puts the killed run behind gs://, on a server of this machine which answers 5 % of the
+requests with 503, cuts 2 % of the answers and delays 2 % by a second. --stage writes its
+checkpoints to a local folder first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -67,6 +73,21 @@ def plan_kills(kills: int, steps: int, save_every: int, generator: random.Random
 
 def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[subprocess.Popen]:
     """Starts `train.py` with this config in several processes."""
+    command = ["train.py", "--config", str(config), *flags]
+    return launch(command, devices, processes, cache=config.parent / "cache")
+
+
+def launch(
+    command: Sequence[str], devices: int, processes: int, *, cache: Path
+) -> list[subprocess.Popen]:
+    """Starts a program of this checkout in several processes.
+
+    Args:
+        command: the program and its flags, without those of a job of several processes.
+        devices: simulated devices of each process.
+        processes: how many.
+        cache: folder of compiled programs.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -77,23 +98,13 @@ def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[s
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
         + f" --xla_force_host_platform_device_count={devices}",
     }
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.parent / "cache"))
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    program, *flags = command
+    job = ["--coordinator", f"localhost:{port}", "--num_processes", str(processes)]
     return [
         subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "train.py",
-                "--config",
-                config,
-                "--coordinator",
-                f"localhost:{port}",
-                "--num_processes",
-                str(processes),
-                "--process_id",
-                str(process),
-                *flags,
-            ],
+            [sys.executable, ROOT / program, *flags, *job, "--process_id", str(process)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -135,9 +146,14 @@ def logged(run: Path) -> list[dict]:
 
 def starts(run: Path) -> int:
     """Returns how often the loop of a run has begun."""
+    return len(_start_lines(run))
+
+
+def _start_lines(run: Path) -> list[bytes]:
+    from internvlx_jax.core.json_text import complete_lines
     from internvlx_jax.core.line_log import read_whole
 
-    return read_whole(run / "starts.jsonl").count(b"\n")
+    return complete_lines(read_whole(run / "starts.jsonl"))
 
 
 def kill_at(
@@ -203,7 +219,11 @@ def content(run: Path, step: int) -> dict[str, dict]:
     import jax
     import orbax.checkpoint.experimental.v1 as ocp
 
+    from internvlx_jax.core.uploads import local_folder
+
     path = run / "checkpoints" / str(step)
+    if str(path).startswith("s3://"):
+        path = local_folder(path)
     path = str(path)  # orbax has its own paths of objects
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     shapes = ocp.checkpointables_metadata(path).metadata
@@ -240,23 +260,29 @@ def run_and_kill(
     generator: random.Random,
     devices: int,
     undisturbed: Path,
+    processes: int = 2,
 ) -> dict:
     """Runs `config` through all kills to its end, and compares it with the run `undisturbed`."""
+    from internvlx_jax.checkpoints.run_format import finished_steps
     from internvlx_jax.core.paths import as_path
 
     run, file = as_path(config.output_dir), write_config(config, folder)
     happened = []
     for kill in kills:
-        happened.append(kill_at(run, kill, start(file, devices), generator))
+        begun = start(file, devices, processes=processes)
+        happened.append(kill_at(run, kill, begun, generator))
         print(json.dumps(happened[-1]), flush=True)
-    codes, outputs = finish(start(file, devices))
+    codes, outputs = finish(start(file, devices, processes=processes))
     if any(codes):
         raise RuntimeError("\n".join(outputs))
+    steps = [path.name for path in _steps(run)]
     return {
         "kills": happened,
         "inside_a_save": sum(kill["inside_a_save"] for kill in happened),
         "starts": starts(run),
+        "begun_at": [json.loads(line)["step"] for line in _start_lines(run)],
         "differences": differences(undisturbed, run, config.steps),
+        "leftovers": sorted({*steps} - {str(step) for step in finished_steps(run)}),
     }
 
 
@@ -271,23 +297,51 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save_every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--faults", action="store_true", help="in a bucket that has faults")
+    parser.add_argument("--stage", action="store_true", help="by way of a local folder")
     args = parser.parse_args()
     folder = args.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.perf_counter()
     config = tiny_config(folder, args.steps, args.save_every)
-    codes, outputs = finish(start(write_config(config, folder), 4))
+    devices = 8 // args.processes
+    straight = start(write_config(config, folder), devices, processes=args.processes)
+    codes, outputs = finish(straight)
     if any(codes):
         print("\n".join(outputs), file=sys.stderr)
         return 1
     generator = random.Random(args.seed)
     kills = plan_kills(args.kills, args.steps, args.save_every, generator)
-    killed = dataclasses.replace(config, output_dir=str(folder / "killed"))
-    result = run_and_kill(killed, folder, kills, generator, 4, folder / "straight")
+    with bucket_with_faults() if args.faults else contextlib.nullcontext() as bucket:
+        killed = dataclasses.replace(
+            config,
+            output_dir=f"{bucket or folder}/killed",
+            local_checkpoint_dir=str(folder / "stage") if args.stage else None,
+        )
+        undisturbed = folder / "straight"
+        result = run_and_kill(
+            killed, folder, kills, generator, devices, undisturbed, args.processes
+        )
     result["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(result, indent=2))
-    return 1 if result["differences"] or result["inside_a_save"] < args.kills // 5 else 0
+    partial = {*result["begun_at"]} - {0, *(kill["saved"] for kill in result["kills"])}
+    bad = result["differences"] or result["leftovers"] or partial
+    return 1 if bad or result["inside_a_save"] < args.kills // 5 else 0
+
+
+@contextlib.contextmanager
+def bucket_with_faults():
+    """Gives a bucket of a server that has faults; counts them to stdout at the end."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from object_stores import FAULTS, running_gcs
+
+    with running_gcs() as server:
+        os.environ.update(server.environment)
+        server.faults(**FAULTS)
+        yield "gs://bucket"
+        print(json.dumps(server.faults()), flush=True)
 
 
 def tiny_config(folder: Path, steps: int, save_every: int):

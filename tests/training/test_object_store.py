@@ -3,15 +3,31 @@
 import dataclasses
 import json
 import random
+import shutil
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from kill_run import Kill, differences, finish, run_and_kill, start, tiny_config, write_config
+from kill_run import (
+    Kill,
+    differences,
+    finish,
+    kill_at,
+    launch,
+    run_and_kill,
+    start,
+    tiny_config,
+    write_config,
+)
+from object_stores import FAULTS
 
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.run_format import finished_steps
 from internvlx_jax.cli import convert, evaluate, report
+from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import read_whole
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.uploads import MARKER, upload_folder
@@ -34,9 +50,10 @@ def nowhere(tmp_path, monkeypatch):
     assert list(cwd.rglob("*")) == []
 
 
-@pytest.fixture
-def uploaded(folder, pages):
-    """The generated pages and the tokenizer in the bucket."""
+@pytest.fixture(params=["gs", "s3"])
+def uploaded(request, pages):
+    """The generated pages and the tokenizer in a bucket of each kind."""
+    folder = request.getfixturevalue({"gs": "folder", "s3": "s3_folder"}[request.param])
     upload_folder(pages, as_path(f"{folder}/data"))
     upload_folder(TOKENIZER_FOLDER, as_path(f"{folder}/tokenizer"))
     return folder
@@ -57,6 +74,8 @@ def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
     """Train in two starts, evaluate, export, import and report, each from and to the bucket."""
     folder = uploaded
     config = on_store(run_in(tmp_path, steps=4, save_every=2, eval_every=2), folder)
+    if folder.startswith("s3"):  # orbax cannot write there
+        config = dataclasses.replace(config, local_checkpoint_dir=str(tmp_path / "stage"))
     straight = dataclasses.replace(config, output_dir=f"{folder}/straight")
     whole = train(straight)
     train(config, stop_after=2)
@@ -77,6 +96,12 @@ def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
     assert {path.name for path in out.iterdir()} >= {"predictions.jsonl", "summary.json"}
     assert json.loads((out / "summary.json").read_text())["samples"] == 2
     assert not (out / "parts").exists()
+    if folder.startswith("gs"):
+        command[command.index("--out_dir") + 1] = f"{folder}/eval_by_two"
+        codes, outputs = finish(launch(["eval.py", *command], 4, 2, cache=tmp_path / "compiled"))
+        assert codes == [0, 0], "\n".join(outputs)
+        two = as_path(f"{folder}/eval_by_two")
+        assert (two / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
 
     layout = ["--layout", "internvl-x", "--dtype", "keep"]
     exported, imported = f"{folder}/hf", f"{folder}/imported"
@@ -88,7 +113,9 @@ def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
     ):
         assert ours.tobytes() == theirs.tobytes(), path
     assert report.main([config.output_dir]) == 0
-    assert (run / "report.html").is_file() and (run / "curves.png").stat().st_size > 1000
+    assert (run / "curves.png").stat().st_size > 1000
+    page = (run / "report.html").read_text()
+    assert "<h2>Object store</h2>" in page or folder.startswith("s3")  # counted for gs:// only
 
 
 def test_a_step_without_its_marker_is_no_step(folder, tmp_path, nowhere):
@@ -109,24 +136,68 @@ def test_a_step_without_its_marker_is_no_step(folder, tmp_path, nowhere):
 
 
 @pytest.fixture
-def two(folder, tmp_path, nowhere):
-    """A run of two processes with its data in the bucket, and an undisturbed one on the disk."""
+def two(tmp_path, nowhere):
+    """two(folder): a run of two processes in that bucket, and an undisturbed one on the disk."""
     config = tiny_config(tmp_path, STEPS, SAVE_EVERY)
     codes, outputs = finish(start(write_config(config, tmp_path), 4))
     assert codes == [0, 0], "\n".join(outputs)
-    (as_path(folder) / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
-    meta = {"texts": {"root": folder, "annotation": f"{folder}/texts.jsonl"}}
-    (as_path(folder) / "meta.json").write_text(json.dumps(meta))
-    data = dataclasses.replace(config.data, meta=f"{folder}/meta.json")
-    return dataclasses.replace(config, data=data, output_dir=f"{folder}/killed"), config
+
+    def in_bucket(folder):
+        (as_path(folder) / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+        meta = {"texts": {"root": folder, "annotation": f"{folder}/texts.jsonl"}}
+        (as_path(folder) / "meta.json").write_text(json.dumps(meta))
+        data = dataclasses.replace(config.data, meta=f"{folder}/meta.json")
+        return dataclasses.replace(config, data=data, output_dir=f"{folder}/killed")
+
+    return in_bucket, Path(config.output_dir)
 
 
-def test_two_processes_are_killed_inside_a_save(two, tmp_path):
-    config, straight = two
+def test_two_processes_are_killed_inside_a_save(two, gcs, folder, tmp_path):
+    """Some requests fail, some answers are cut, and some are late."""
+    in_bucket, straight = two
+    config = in_bucket(folder)
+    gcs.faults(**FAULTS)
     kills = [Kill("save", 4), Kill("step", 6)]
-    result = run_and_kill(config, tmp_path, kills, random.Random(0), 4, Path(straight.output_dir))
-    assert result["differences"] == []
+    result = run_and_kill(config, tmp_path, kills, random.Random(0), 4, straight)
+    assert result["differences"] == [] and result["leftovers"] == []
     assert result["kills"][0]["inside_a_save"] and result["kills"][0]["saved"] == 0, result
+    assert {*result["begun_at"]} <= {0, *(kill["saved"] for kill in result["kills"])}
+    assert {"unavailable", "cut"} <= gcs.faults().keys()
+    export = ["export", "--from", config.output_dir, "--to", f"{folder}/hf"]
+    assert convert.main([*export, "--layout", "internvl-x", "--dtype", "keep"]) == 0
+    assert convert.main(["import", "--from", f"{folder}/hf", "--to", f"{folder}/imported"]) == 0
+    assert report.main([config.output_dir]) == 0
+    rows = read_json_lines(as_path(config.output_dir) / "starts.jsonl", "store_requests_others")
+    assert rows and all(row["store_requests"] > row["store_requests_others"] > 0 for row in rows)
+
+
+def test_two_processes_are_killed_while_a_checkpoint_is_copied(two, s3_folder, tmp_path):
+    """They go on from the copy on the disk, and without it from the one in the bucket."""
+    in_bucket, straight = two
+    stage = tmp_path / "stage"
+    config = dataclasses.replace(in_bucket(s3_folder), local_checkpoint_dir=str(stage))
+    file = write_config(config, tmp_path)
+    run = as_path(config.output_dir)
+    happened = kill_at(run, Kill("save", 4), start(file, 4), random.Random(0))
+    assert happened["inside_a_save"] and happened["saved"] == 0, happened
+    codes, outputs = finish(start(file, 4, "--stop_after", "2"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "going on from checkpoint 4 of" in outputs[0] and finished_steps(run) == [4, 6]
+    shutil.rmtree(stage)  # as on another machine
+    codes, outputs = finish(start(file, 4))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "fetched checkpoint 6 of" in outputs[0] and finished_steps(run) == [6, 8]
+    assert differences(straight, run, STEPS) == []
+
+
+@pytest.fixture(scope="module")
+def start_seconds(tmp_path_factory):
+    """What two processes take that are refused before they look at a bucket."""
+    folder = tmp_path_factory.mktemp("refused")
+    begun = time.monotonic()
+    file = write_config(tiny_config(folder, STEPS, SAVE_EVERY), folder)
+    finish(start(file, 1, "--set", "output_dir=gss://bucket/run"))
+    return time.monotonic() - begun
 
 
 @pytest.mark.parametrize(
@@ -135,19 +206,65 @@ def test_two_processes_are_killed_inside_a_save(two, tmp_path):
         ("gs://forbidden/run", "permission denied"),
         ("gs://absent/run", "there is no bucket gs://absent"),
         ("gs://expired/run", "the credentials are not valid or have expired"),
-        ("s3://bucket/run", "checkpoints cannot be kept in s3://"),
+        ("gs://bucket/run", "needs gcsfs, which is not installed; pip install"),
+        ("s3://bucket/run", "cannot be written to s3:// directly; set local_checkpoint_dir"),
         ("gss://bucket/run", "gss:// cannot be used here; use gs://, s3:// or a local path"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_in_each_process(gcs, tmp_path, nowhere, output_dir, words):
+def test_what_cannot_be_used_is_one_line_in_each_process(
+    gcs, tmp_path, nowhere, monkeypatch, start_seconds, output_dir, words
+):
     config = tiny_config(tmp_path, STEPS, SAVE_EVERY)
     file = write_config(dataclasses.replace(config, output_dir=str(tmp_path / "x")), tmp_path)
+    if "gcsfs" in words:  # as if it were not there
+        (tmp_path / "gcsfs.py").write_text("raise ModuleNotFoundError(name='gcsfs')")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    begun = time.monotonic()
     codes, outputs = finish(start(file, 1, "--set", f"output_dir={output_dir}"), timeout=120)
     assert codes == [1, 1]
+    assert time.monotonic() - begun < start_seconds + 30
     for output in outputs:
         lines = [line for line in output.splitlines() if "Gloo" not in line]
         assert lines[-1].startswith("error: ") and words in lines[-1], output
+        assert len([line for line in lines if "error" in line]) == 1
         assert "Traceback" not in output
+
+
+PEERS = """import sys, time, jax
+from internvlx_jax.cli.console import run_command
+from internvlx_jax.training.peers import ending_together
+
+process = int(sys.argv[2])
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, process)
+jax.devices()
+
+def work():
+    with ending_together():
+        if process == int(sys.argv[3]):
+            raise OSError("the disk of this host has failed")
+        time.sleep(300)  # as in a collective
+
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_no_process_waits_for_one_that_has_failed(tmp_path, failing):
+    """The others end, too, each with one line, before jax would miss it."""
+    (tmp_path / "work.py").write_text(PEERS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(tmp_path / "work.py"), port]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(n), str(failing)], **pipes) for n in (0, 1)]
+    codes, outputs = finish(processes, timeout=90)
+    assert codes == [1, 1], outputs
+    said = [[line for line in text.splitlines() if "error:" in line] for text in outputs]
+    assert said[failing] == ["error: the disk of this host has failed"]
+    assert said[1 - failing] == [
+        f"error: stopped because of process {failing}: OSError: the disk of this host has failed"
+    ]
 
 
 def test_a_run_in_a_bucket_is_locked(folder, tmp_path, nowhere):

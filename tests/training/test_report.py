@@ -10,6 +10,7 @@ from PIL import Image
 from internvlx_jax.cli.report import main
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.training.report import CHANCE, VALIDATION, draw_curves, read_metrics
+from internvlx_jax.training.store_costs import NAMES, costs
 
 TRAINING = [
     {"step": step, "loss": 2.0 - step / 100, "learning_rate": 1e-3} for step in (20, 40, 60)
@@ -79,3 +80,15 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
     assert main([str(run)]) == 1
     assert "pip install 'internvlx-jax[report]'" in capsys.readouterr().err
     assert not (run / "curves.png").exists()
+
+
+def test_costs_in_an_object_store_are_told_apart():
+    """A step costs the median of the windows; what is above it is of the checkpoints."""
+    series = {name: ([2, 4, 6, 8, 10, 12], [2, 2, 12, 2, 2, 14]) for name in NAMES}
+    starts = [dict.fromkeys(NAMES, 30), {"step": 4}, dict.fromkeys(NAMES, 10)]
+    found = costs(series, starts, save_every=6)
+    assert found.keys() == {"step", "checkpoint", "start"}
+    assert found["step"] == dict.fromkeys(NAMES, 1)
+    assert found["checkpoint"] == dict.fromkeys(NAMES, 11)
+    assert found["start"] == dict.fromkeys(NAMES, 20)
+    assert costs({}, starts, save_every=4) == {}

@@ -107,6 +107,31 @@ def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
             )
 
 
+def test_ctrl_c_in_the_terminal_of_both_saves_one_step(straight, request):
+    """A terminal sends SIGINT to every process; they agree on a step as with one SIGTERM."""
+    # A shell lets its background jobs ignore Ctrl-C, and their children inherit it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    config, _ = straight
+    told = beside(config, "interrupted")
+    run = Path(told.output_dir)
+    processes = start(write_config(told, run.parent), 4)
+    try:
+        kill_after = time.monotonic() + 300
+        while not logged(run) and time.monotonic() < kill_after and processes[1].poll() is None:
+            time.sleep(0.01)
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+    finally:
+        codes, outputs = finish(processes)
+    assert codes == [EXIT_STATUS] * 2, "\n".join(outputs)
+    saved = RunFolder(run).step
+    for output in outputs:
+        assert f"stopped by Ctrl-C: saved at step {saved}" in output and "Traceback" not in output
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == str(saved)
+    assert not (run / "lock.json").exists()
+
+
 def test_a_missing_process_is_named(straight):
     config, _ = straight
     file = write_config(config, Path(config.output_dir).parent)

@@ -1,7 +1,8 @@
 """Whether two answers state the same value, as plain arithmetic or as LaTeX.
 
-(design: evaluation.md 6: MathVision) VLMEvalKit evaluates both as Python code; here only numbers,
-operators and comparisons are evaluated, since predictions are texts of a model.
+(design: evaluation.md 15) VLMEvalKit evaluates both as Python code; here only numbers, operators,
+comparisons, conditions and a few functions of numbers are evaluated, since predictions are texts of
+a model.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ CLOSE = 1e-6
 _LONGEST = 500  # characters of a text that is parsed
 _LARGEST_POWER = 1000  # of an exponent; the reference stops after 30 seconds
 _STEEP = (ast.Pow, ast.LShift)  # powers of powers would take all memory
+# Functions of numbers that neither take long nor reach anything else.
+_FUNCTIONS: Mapping[str, Any] = MappingProxyType(
+    {each.__name__: each for each in (abs, bool, complex, float, int, max, min, round)}
+)
 _NODES = (
     ast.Expression,
+    ast.IfExp,
     ast.BinOp,
     ast.UnaryOp,
     ast.BoolOp,
@@ -82,7 +88,8 @@ def arithmetic(text: str, names: Mapping[str, Any] = MappingProxyType({})) -> An
             tree = ast.parse(text.lstrip(" \t"), mode="eval")
             if not all(_allowed(node) for node in ast.walk(tree)):
                 return None
-            return eval(compile(tree, "<answer>", "eval"), {"__builtins__": {}}, dict(names))
+            known = {"__builtins__": {}} | _FUNCTIONS
+            return eval(compile(tree, "<answer>", "eval"), known, dict(names))
     except _NO_VALUE:
         return None
 
@@ -105,6 +112,8 @@ def _allowed(node: ast.AST) -> bool:
         small = isinstance(node.right, ast.Constant) and isinstance(node.right.value, (int, float))
         nested = any(isinstance(each, _STEEP) for each in ast.walk(node.left))
         return small and not nested and abs(node.right.value) <= _LARGEST_POWER  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
     return isinstance(node, _NODES)
 
 

@@ -34,6 +34,7 @@ def _task(name: str, title: str, split: str) -> Task:
                 max_new_tokens=100,
                 dataset="ChartQA_TEST",
                 compat=("relaxed_swap",),
+                table=lambda question: {"split": split},
                 joined=True,
             ),
             "vlmevalkit": vlmevalkit(

@@ -1,4 +1,4 @@
-"""A compile cache behind gs://, as a user of jax sets it (design: platform.md 8)."""
+"""A compile cache behind gs://, as a user of jax sets it (design: platform.md 9)."""
 
 import os
 import subprocess
