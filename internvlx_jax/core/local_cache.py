@@ -80,7 +80,8 @@ class LocalCache:
         try:
             self._write(path, version, content)
         except OSError as error:
-            _warn_once(f"{self.folder} cannot be written to, so images are not kept: {error}")
+            reason = error.strerror or error
+            _warn_once(f"{self.folder} cannot be written to ({reason}), so images are not kept")
         return content, False
 
     def local_copy(self, url: str) -> Path:
