@@ -8,10 +8,8 @@ rows.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,23 +17,22 @@ import numpy as np
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.core.local_cache import LocalCache
 from internvlx_jax.data.batch import Batch, Row, join_rows
 from internvlx_jax.data.buckets import Bucket, Capacity
 from internvlx_jax.data.faults import Fault, FaultCounts, replacements
 from internvlx_jax.data.image_fetcher import NOTHING, Ahead, Fetched, open_cache
-from internvlx_jax.data.index import load_index, make_index_parts
-from internvlx_jax.data.meta import DatasetEntry, read_meta
+from internvlx_jax.data.index import load_index
+from internvlx_jax.data.meta import read_meta
+from internvlx_jax.data.opening_sources import open_sources, sample_capacity
 from internvlx_jax.data.order import Position, make_order
 from internvlx_jax.data.plan import PlannedStep, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
-from internvlx_jax.data.sources import Source, open_source, origin_of
+from internvlx_jax.data.sources import origin_of
 from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
-FETCHED_TOGETHER = 8  # annotations
 _REPLACE = 4  # first word of the seeds, beside those of streams.py, plan.py and table.py
 
 
@@ -408,58 +405,3 @@ class Loader:
                 self.faults.add(loaded.read, loaded.faults)
                 self.fetched += loaded.fetched
                 yield loaded
-
-
-def sample_capacity(config: DataConfig) -> Capacity:
-    """Returns the bounds under which samples are encoded."""
-    return Capacity(config.max_length, config.pack.tiles if config.batch_mode == "pack" else None)
-
-
-def open_sources(entries: Sequence[DatasetEntry], cache: LocalCache) -> list[Source]:
-    """Opens the source of each entry; annotations behind URLs are fetched side by side."""
-    with ThreadPoolExecutor(FETCHED_TOGETHER) as pool:
-        return list(pool.map(lambda entry: _open(entry, cache), entries))
-
-
-def make_share_of_indexes(
-    meta: str,
-    config: DataConfig,
-    processor: Processor,
-    *,
-    process: int,
-    processes: int,
-    progress: bool = False,
-) -> None:
-    """Makes one process's parts of the large size indexes that are missing.
-
-    All processes call it before one of them opens the `Loader` that joins the parts.
-
-    Args:
-        meta, config, processor, progress: see `Loader`.
-        process: number of this process.
-        processes: number of processes that share the work.
-    """
-    entries = read_meta(meta)
-    for entry, source in zip(entries, open_sources(entries, open_cache(config.cache)), strict=True):
-        make_index_parts(
-            source,
-            entry,
-            processor.for_dataset(entry),
-            config,
-            sample_capacity(config),
-            process=process,
-            processes=processes,
-            progress=progress,
-        )
-
-
-def _open(entry: DatasetEntry, cache: LocalCache) -> Source:
-    source = open_source(entry, cache)
-    if entry.length not in (None, len(source)):
-        warnings.warn(
-            f"{source.path} has {len(source)} samples, but the meta file gives dataset "
-            f'"{entry.name}" the "length" {entry.length}. The real number is used; correct the '
-            "field.",
-            stacklevel=2,
-        )
-    return source

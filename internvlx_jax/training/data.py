@@ -15,7 +15,8 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
-from internvlx_jax.data.pipeline import LoadedStep, Loader, make_share_of_indexes
+from internvlx_jax.data.opening_sources import make_share_of_indexes
+from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.sharding import batch_sharding, data_parallel_size, row_share

@@ -22,7 +22,8 @@ from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.index_parts import IndexParts
 from internvlx_jax.data.meta import read_meta
-from internvlx_jax.data.pipeline import Loader, make_share_of_indexes
+from internvlx_jax.data.opening_sources import make_share_of_indexes
+from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.record_places import PLACE, scan_array, scan_lines
 from internvlx_jax.data.size_index import COLUMNS
