@@ -309,7 +309,7 @@ def sha256(file: Path) -> str:
 def _remote_sha256(file: RemotePath) -> str:
     digest, size = hashlib.sha256(), file.stat().st_size
     for start in range(0, size, _HASHED):
-        digest.update(read_range(file, start, min(start + _HASHED, size)))
+        digest.update(read_range(file, start, min(start + _HASHED, size)).data)
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from internvlx_jax.checkpoints.lora_files import write_adapters
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
-from internvlx_jax.checkpoints.safetensors_writer import MAX_SHARD_BYTES, Plan, SafetensorsWriter
+from internvlx_jax.checkpoints.safetensors_writer import Plan, SafetensorsWriter
 from internvlx_jax.checkpoints.side_files import OTHER_FILES, TOKENIZER_FILES, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
     NUMPY_DTYPES,
@@ -91,7 +91,7 @@ def export_checkpoint(
         nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in weights.plan.values())
         check_space(out, nbytes, "the checkpoint")
         plan = weights.plan if send is None else weights.plan_as_read()
-        writer = SafetensorsWriter(folder, plan, max_bytes=MAX_SHARD_BYTES, send=send)
+        writer = SafetensorsWriter(folder, plan, send=send)
         for path, name, rows, piece in weights.pieces(report):
             writer.write(name, piece, rows)
             report.count(path, piece)

@@ -195,7 +195,7 @@ class _RecordsOfFile:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        if self._places is None:
+        if self._kept is not None:
             self._places = map_places(self._kept)
 
     @property

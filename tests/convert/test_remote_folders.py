@@ -2,6 +2,7 @@
 (design: checkpoints.md 6, platform.md 8).
 """
 
+import functools
 import json
 import tracemalloc
 
@@ -13,6 +14,7 @@ from internvlx_jax.checkpoints import safetensors_folder
 from internvlx_jax.checkpoints.hf_folder import HFFolder
 from internvlx_jax.checkpoints.hub import resolve
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
+from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from internvlx_jax.cli import convert
 from internvlx_jax.convert import export_hf
 from internvlx_jax.convert.export_hf import export_checkpoint
@@ -58,7 +60,8 @@ def tensors(folder) -> dict[str, bytes]:
 def test_an_export_is_sent_shard_by_shard(checkpoint, folder, scratch, tmp_path, monkeypatch):
     source, nbytes = checkpoint
     shard = nbytes // 12
-    monkeypatch.setattr(export_hf, "MAX_SHARD_BYTES", shard)
+    small = functools.partial(SafetensorsWriter, max_bytes=shard)
+    monkeypatch.setattr(export_hf, "SafetensorsWriter", small)
     options = dict(layout="internvl-x", dtype="keep", verify=True)
     local = export_checkpoint(source, tmp_path / "local", **options)
     remote = as_path(f"{folder}/hf")
