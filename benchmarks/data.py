@@ -22,14 +22,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.data_config import DataConfig, ImageConfig
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.data.check import check
+from internvlx_jax.data.check import CheckReport, check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import get_template
@@ -97,23 +96,23 @@ def padding() -> None:
                 print(padding_row(rule, max_num, report))
 
 
-def padding_row(rule: str, max_num: int, report: dict[str, Any]) -> str:
+def padding_row(rule: str, max_num: int, report: CheckReport) -> str:
     """Returns one line of the table from a report of `data check`."""
-    found = report["datasets"]["sizes"]
-    bucket, pack = report["padding"]["bucket"], report["padding"]["pack"]
-    tiles = sum(int(tiles) * count for tiles, count in found["tiles"].items())
+    found = report.datasets["sizes"]
+    bucket, pack = report.padding["bucket"], report.padding["pack"]
+    tiles = sum(int(tiles) * count for tiles, count in found.tiles.items())
     cells = (
         f"`{rule}`",
         max_num,
-        f"{tiles / found['samples']:.2f}",
-        f"{found['tokens']['mean']:.0f}",
-        f"{found['off']['tile_share_saved']:.1%}",
-        f"{found['off']['token_share_saved']:.1%}",
-        f"{bucket['padded_tokens']:.1%}",
-        f"{bucket['padded_tiles']:.1%}",
-        bucket["executables"],
-        f"{pack['padded_tokens']:.1%}",
-        f"{pack['padded_tiles']:.1%}",
+        f"{tiles / found.samples:.2f}",
+        f"{found.tokens.mean:.0f}",
+        f"{found.off.tile_share_saved:.1%}",
+        f"{found.off.token_share_saved:.1%}",
+        f"{bucket.padded_tokens:.1%}",
+        f"{bucket.padded_tiles:.1%}",
+        bucket.executables,
+        f"{pack.padded_tokens:.1%}",
+        f"{pack.padded_tiles:.1%}",
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from internvlx_jax.core.chips import CHIPS, DEVICE_KINDS
-from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.files import write_json
 from internvlx_jax.core.inputs import IGNORED
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import (
     DecoderConfig,
     ModelConfig,

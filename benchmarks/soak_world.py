@@ -79,8 +79,9 @@ class Disk:
     def fill(self, leave: int) -> None:
         """Takes all of the free space but `leave` bytes."""
         free = shutil.disk_usage(self.folder).free
-        with self._ballast.open("ab") as file, contextlib.suppress(OSError):
-            file.write(b"\0" * max(0, free - leave))
+        with contextlib.suppress(OSError), self._ballast.open("ab", buffering=0) as file:
+            while (left := free - leave) > 0:
+                free -= file.write(b"\0" * min(left, 2**20))
 
     def empty(self) -> None:
         self._ballast.unlink(missing_ok=True)

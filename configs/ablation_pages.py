@@ -72,6 +72,7 @@ VARIANTS: dict[str, Variant] = {
 }
 BASELINE = "internvl"
 CORE = ("internvl", "mlp1-16", "pvtc-16", "x", "pvtc-4")  # the rows of --quick
+SEEDS = (0, 1, 2)
 
 
 class Preset(NamedTuple):
@@ -84,7 +85,7 @@ class Preset(NamedTuple):
         learning_rate: The highest.
         forms: Forms for training, validation, test and controls.
         dtype: Of the activations.
-        attention: Backend.
+        buckets: Shapes of a batch, at most; each is compiled.
     """
 
     width: int
@@ -98,6 +99,7 @@ class Preset(NamedTuple):
     learning_rate: float
     forms: tuple[int, int, int, int]
     dtype: Literal["bfloat16", "float32"] = "float32"
+    buckets: int = 2
 
     @property
     def expand_layer(self) -> int:
@@ -106,8 +108,8 @@ class Preset(NamedTuple):
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(32, 3, 32, 32, 1, 32, 3, 4, 1e-3, (8, 4, 4, 2)),
-    "cpu": Preset(128, 6, 384, 128, 4, 384, 450, 16, 1.5e-3, (7200, 100, 480, 120)),
+    "tiny": Preset(32, 3, 32, 32, 1, 32, 3, 4, 1e-3, (8, 2, 2, 1), buckets=1),
+    "cpu": Preset(96, 6, 256, 96, 4, 256, 2000, 8, 2e-3, (8000, 60, 600, 150)),
     "gpu": Preset(256, 12, 768, 256, 6, 768, 6000, 64, 6e-4, (96000, 500, 1000, 250), "bfloat16"),
 }
 
@@ -130,10 +132,17 @@ def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainC
             length_step=32,
             batch_mode="samples",
             samples_per_step=size.samples,
-            max_executables=2,
+            max_executables=size.buckets,
         ),
+        # A model from scratch first learns what answers look like, and finds fields in the image
+        # only after hundreds of steps. The rate stays high until then, whenever that is.
         optimizer=OptimizerConfig(
-            learning_rate=size.learning_rate, b2=0.95, weight_decay=0.05, warmup_ratio=0.05
+            learning_rate=size.learning_rate,
+            schedule="wsd",
+            cooldown_ratio=0.3,
+            b2=0.95,
+            weight_decay=0.05,
+            warmup_steps=min(50, size.steps // 4),
         ),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),
         steps=size.steps,
@@ -167,7 +176,7 @@ def _model(variant: Variant, size: Preset) -> ModelConfig:
             kv_heads=size.width // 32,
             head_dim=32,
             mlp_width=size.mlp,
-            initializer_range=0.08,
+            initializer_range=0.1,
             rope=RopeConfig(theta=1e4, max_positions=2048),
         ),
         lvtc=None if variant.lvtc is None else _lvtc(side, size, **variant.lvtc),

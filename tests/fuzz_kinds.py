@@ -16,11 +16,13 @@ from internvlx_jax.cli import main
 from internvlx_jax.cli.console import run_command
 from internvlx_jax.convert.part_sources import open_decoder
 from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.files import read_run_settings
 from internvlx_jax.data.faults import read_quarantine
 from internvlx_jax.data.form_dataset import FormConfig, generate_forms
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.evaluation.prediction_shards import Parts, read_rows
+from internvlx_jax.evaluation.records import read_rows
 from internvlx_jax.evaluation.selection import select
+from internvlx_jax.evaluation.task_run import Parts
 from internvlx_jax.evaluation.tsv import read_tsv
 from internvlx_jax.training.bad_steps import read_bad_steps
 from internvlx_jax.training.metrics_logger import read_starts
@@ -262,6 +264,9 @@ RUN_FILES = {
 
 
 def run_files(rng, folder):
+    if rng.random() < 0.1:
+        (folder / "config.json").write_bytes(mutated(rng, {"train": {"steps": 1}, "model": {}}))
+        return run_command(lambda: read_run_settings(folder) and None)
     if rng.random() < 0.2:
         (folder / "config.json").write_bytes(mutated(rng, {"train": {"steps": 1}, "model": {}}))
         settings = {"train": {"steps": 1}, "model": {}}

@@ -127,6 +127,32 @@ def test_config_files_load_neither_jax_nor_the_evaluator():
     assert not {"jax", "flax", "grain", "pyarrow"} & loaded
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --help",
+        "train --no_such_flag",
+        "chat --help",
+        "compile --help",
+        "replay --help",
+        "eval --help",
+        "eval --list",
+        "--help",
+    ],
+)
+def test_help_and_lists_load_nothing_that_computes(command):
+    """Nor what reads data: they answer at once."""
+    loaded = loaded_after(
+        "import contextlib, os, sys\n"
+        "from internvlx_jax.cli import main\n"
+        "with open(os.devnull, 'w') as sink, contextlib.suppress(SystemExit):\n"
+        "    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):\n"
+        f"        main({command.split()!r})"
+    )
+    heavy = {"jax", "flax", "optax", "orbax", "grain", "tokenizers", "sentencepiece", "pyarrow"}
+    assert not heavy & loaded
+
+
 def test_flags_of_a_job_load_no_jax():
     loaded = loaded_after(
         "import argparse\n"

@@ -85,7 +85,7 @@ def try_one(number: int, folder: Path, pictures: Path) -> None:
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_input_is_used_or_refused_in_one_line(chunk, pictures, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_command, "train", lambda config, **_: None)
+    monkeypatch.setattr("internvlx_jax.training.loop.train", lambda config, **_: None)
     monkeypatch.setattr(train_command.distributed, "start_from", lambda args: 0)
     monkeypatch.setattr(sys, "argv", ["internvlx"])
     failed = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -322,17 +322,3 @@ def part_prefixes(layout: str) -> Mapping[ModelPart, str]:
         "vision": "vision_tower." if layout == "hf" else "vision_model.",
         "decoder": "language_model.",
     }
-
-
-def in_place_names(names: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """Yields (plain name, stored name, whether it is an adapter's).
-
-    The names are those of a checkpoint that was trained with LoRA in place, or of any other.
-    """
-    for name in names:
-        plain = name.replace(".base_model.model.", ".", 1)
-        if ".lora_" in plain:
-            plain = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", plain)
-            yield plain, name, True
-        else:
-            yield re.sub(r"\.base_layer\.(weight|bias)$", r".\1", plain), name, False

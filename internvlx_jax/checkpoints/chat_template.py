@@ -14,7 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.data.templates import TEMPLATES, Turn, prompt_text
 from internvlx_jax.data.tokenizer_files import token_text
 

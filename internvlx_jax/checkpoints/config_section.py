@@ -12,6 +12,7 @@ from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.json_text import shown
+from internvlx_jax.core.ranges import LARGEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,21 @@ class Section:
             raise self.wrong(field, "an object with the fields of that part")
         return Section(value, self.name(field) + ".")
 
-    def integer(self, field: str, default: int | None = None, *, least: int | None = None) -> int:
+    def integer(
+        self,
+        field: str,
+        default: int | None = None,
+        *,
+        least: int | None = None,
+        most: float = LARGEST,
+    ) -> int:
         """Returns a whole number.
 
         Args:
             field: Its name.
             default: For null and for a missing field; None makes both an error.
             least: The smallest value that is accepted.
+            most: The largest one.
 
         Raises:
             ConfigError: The field is missing, or no such number.
@@ -68,6 +77,8 @@ class Section:
             raise self.wrong(field, "a whole number")
         if least is not None and value < least:
             raise self.wrong(field, f"a whole number from {least} up")
+        if value > most:
+            raise self.wrong(field, f"a whole number up to {most:.0f}")
         return value
 
     def number(self, field: str, default: float, *, above: float | None = None) -> float:

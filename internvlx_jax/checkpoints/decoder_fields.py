@@ -11,6 +11,7 @@ from typing import Any
 from internvlx_jax.checkpoints.config_section import Section
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import DecoderConfig, DecoderFamily, RopeConfig
+from internvlx_jax.core.ranges import LARGEST, LAYERS
 
 ARCHITECTURES: Mapping[str, DecoderFamily] = {
     "InternLM2ForCausalLM": "internlm2",
@@ -80,8 +81,8 @@ def read_decoder(
     family = decoder_family(config)
     default = _INTERNLM2_SIZES if family == "internlm2" else {}
 
-    def size(field: str) -> int:
-        return config.integer(field, default.get(field), least=1)
+    def size(field: str, most: float = LARGEST) -> int:
+        return config.integer(field, default.get(field), least=1, most=most)
 
     _refuse_variants(config, family)
     heads = size("num_attention_heads")
@@ -93,7 +94,7 @@ def read_decoder(
         family=family,
         vocab_size=size("vocab_size"),
         width=size("hidden_size"),
-        layers=size("num_hidden_layers"),
+        layers=size("num_hidden_layers", LAYERS.high),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(config, family, size("hidden_size"), heads),

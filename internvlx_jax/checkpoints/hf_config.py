@@ -25,6 +25,7 @@ from internvlx_jax.core.model_config import (
     VisionConfig,
 )
 from internvlx_jax.core.overrides import from_dict
+from internvlx_jax.core.ranges import LAYERS
 from internvlx_jax.core.tile_config import TileConfig
 
 # Fields of internvl_chat that transformers' config does not have; our hf exports carry them, too.
@@ -122,9 +123,12 @@ def model_config(
     )
     vision = _vision(vision_fields, top)
     decoder = read_decoder(llm, tensors, tied_above=top.flag("tie_word_embeddings", False))
+    ratio = top.number("downsample_ratio", 0.5, above=0)
+    if not (1 / ratio).is_integer() or (side := int(1 / ratio)) & (side - 1):
+        raise top.wrong("downsample_ratio", "1, 1/2, 1/4, ...")
     projector = ProjectorConfig(
         kind=kind,
-        downsample_ratio=top.number("downsample_ratio", 0.5, above=0),
+        downsample_ratio=ratio,
         pixel_shuffle=top.choice("ps_version", ("v1", "v2"), "v1"),
     )
     lvtc = top.get("lvtc")
@@ -288,7 +292,7 @@ def _vision(config: Section, top: Section) -> VisionConfig:
     config.check_divides("num_attention_heads", heads, "hidden_size", width)
     return VisionConfig(
         width=width,
-        layers=config.integer("num_hidden_layers", 48, least=1),
+        layers=config.integer("num_hidden_layers", 48, least=1, most=LAYERS.high),
         heads=heads,
         mlp_width=config.integer("intermediate_size", 12800, least=1),
         image_size=size,
@@ -299,8 +303,16 @@ def _vision(config: Section, top: Section) -> VisionConfig:
         qk_norm=config.flag("qk_normalization", True),
         layer_scale_init=config.number("initializer_factor", 0.1),
         drop_path=config.number("drop_path_rate", 0.0),
-        select_layer=top.integer("select_layer", -1),
+        select_layer=_select_layer(top, config),
     )
+
+
+def _select_layer(top: Section, vision: Section) -> int:
+    layers = vision.integer("num_hidden_layers", 48)
+    value = top.integer("select_layer", -1)
+    if not -layers - 1 <= value <= layers:
+        raise top.wrong("select_layer", f"a layer of the tower, from {-layers - 1} to {layers}")
+    return value
 
 
 def _prompt(config: Section, llm: Section, kind: str, image_size: int) -> PromptConfig:

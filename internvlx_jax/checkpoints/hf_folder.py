@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from internvlx_jax.checkpoints.adapters import (
     AdapterTensors,
     Lora,
     find_adapters,
-    in_place_names,
     part_prefixes,
 )
 from internvlx_jax.checkpoints.hf_config import model_config
@@ -28,7 +28,7 @@ from internvlx_jax.checkpoints.tensors import ChangedTensors, RenamedTensors, Te
 from internvlx_jax.checkpoints.torch_bin import BinFolder
 from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchCheckpoint
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.uploads import local_folder
@@ -110,6 +110,7 @@ class HFFolder(TorchCheckpoint):
             stored,
             layout,
             config,
+            table,
             weights,
             [folder],
             allowed=allowed,
@@ -203,7 +204,7 @@ def has_safetensors(path: Path, stem: str) -> bool:
 
 def _plain_names(
     config: Mapping[str, Any], folder: SafetensorsFolder | BinFolder
-) -> tuple[RenamedTensors, RenamedTensors]:
+) -> tuple[Tensors, RenamedTensors]:
     """Returns (base weights, adapters) without what nested spellings and peft add to the names."""
     stored: dict[str, str] = {}
     for name in folder.names():
@@ -220,10 +221,26 @@ def _plain_names(
                 ],
             )
         stored[plain] = name
-    names = list(in_place_names(list(stored)))
+    names = list(_in_place_names(list(stored)))
+    if all(plain == stored[name] and not is_adapter for plain, name, is_adapter in names):
+        return folder, RenamedTensors({})
     weights = {plain: (folder, stored[name]) for plain, name, is_adapter in names if not is_adapter}
     adapters = {plain: (folder, stored[name]) for plain, name, is_adapter in names if is_adapter}
     return RenamedTensors(weights), RenamedTensors(adapters)
+
+
+def _in_place_names(names: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """Yields (plain name, stored name, whether it is an adapter's).
+
+    The names are those of a checkpoint that was trained with LoRA in place, or of any other.
+    """
+    for name in names:
+        plain = name.replace(".base_model.model.", ".", 1)
+        if ".lora_" in plain:
+            plain = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", plain)
+            yield plain, name, True
+        else:
+            yield re.sub(r"\.base_layer\.(weight|bias)$", r".\1", plain), name, False
 
 
 def _in_place(

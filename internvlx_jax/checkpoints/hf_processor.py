@@ -13,7 +13,7 @@ from typing import Any
 
 from internvlx_jax.checkpoints.chat_template import find_chat_template
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.tile_config import NORMALIZATIONS
 
 _BICUBIC = 3  # the number that Pillow gives it

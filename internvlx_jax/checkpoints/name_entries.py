@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from einops import rearrange
 
-from internvlx_jax.core.model_config import DecoderConfig
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -48,13 +46,10 @@ class Entry:
     sizes: tuple[int, ...] = ()
     layers: int | None = None
 
-    def sources(self, layer: int) -> list[str]:
-        """Returns the name of each part's tensor in one layer."""
-        return [part.source.format(l=layer) for part in self.parts]
-
-    def all_sources(self) -> list[str]:
-        """Returns the names of the tensors of all layers."""
-        return [name for layer in range(self.layers or 1) for name in self.sources(layer)]
+    def sources(self, layer: int | None = None) -> list[str]:
+        """Returns the name of each part's tensor in one layer, or in all of them one by one."""
+        layers = range(self.layers or 1) if layer is None else (layer,)
+        return [part.source.format(l=each) for each in layers for part in self.parts]
 
     def to_target(self, tensors: Sequence[np.ndarray], index: tuple[slice, ...] = ()) -> np.ndarray:
         """Turns the tensors of one layer into the parameter, or its slice of the stack.
@@ -97,51 +92,6 @@ class Entry:
 
     def _starts(self) -> list[int]:
         return [sum(self.sizes[:n]) for n in range(len(self.sizes))]
-
-
-class Table:
-    """Entries that share a source prefix, a target prefix and a stack length."""
-
-    def __init__(self, source: str, target: str, layers: int | None):
-        self.source, self.target, self.layers = source, target, layers
-        self.entries: list[Entry] = []
-
-    def add(self, source: str, target: str, pattern: str, **dims: int) -> None:
-        """Adds a parameter that is made of one tensor."""
-        self.add_parts([Part(source, pattern)], target, 0, (), **dims)
-
-    def add_parts(
-        self, parts: list[Part], target: str, axis: int, sizes: tuple[int, ...], **dims: int
-    ) -> None:
-        """Adds a parameter that is made of several tensors, or of rows of one."""
-        named = tuple(dataclasses.replace(part, source=self.source + part.source) for part in parts)
-        self.entries.append(Entry(self.target + target, named, dims, axis, sizes, self.layers))
-
-    def packed_qkv(self, parts: list[Part], kind: str, decoder: DecoderConfig) -> None:
-        """Adds separate queries, keys and values as the packed `attn.qkv`; kind: kernel or bias."""
-        width, back = (" d", "d ") if kind == "kernel" else ("", "")
-        patterns = (f"(k j h){width} -> {back}k j h", *[f"(k h){width} -> {back}k 1 h"] * 2)
-        named = [
-            dataclasses.replace(part, pattern=pattern)
-            for part, pattern in zip(parts, patterns, strict=True)
-        ]
-        self.add_parts(
-            named,
-            f"attn.qkv.{kind}",
-            2 if kind == "kernel" else 1,
-            (decoder.group, 1, 1),
-            k=decoder.kv_heads,
-            j=decoder.group,
-            h=decoder.head_dim,
-        )
-
-    def linear(self, source: str, target: str) -> None:
-        """Adds the kernel of a linear map, which PyTorch stores as [out, in]."""
-        self.add(f"{source}.weight", f"{target}.kernel", "o i -> i o")
-
-    def norm(self, source: str, target: str) -> None:
-        """Adds the weight of a norm."""
-        self.add(f"{source}.weight", f"{target}.weight", "v -> v")
 
 
 def tensor_shapes(

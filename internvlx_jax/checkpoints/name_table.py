@@ -7,11 +7,12 @@ Read forwards it imports, read backwards it exports. Every transform is an einop
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
-from internvlx_jax.checkpoints.name_entries import Entry, Part, Table
+from internvlx_jax.checkpoints.name_entries import Entry, Part
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
 from internvlx_jax.core.projector_sites import RELEASED, projector_sites, released_site
 from internvlx_jax.models.projectors import NUM_HEADS
 
@@ -70,17 +71,62 @@ def name_table(config: ModelConfig, layout: str | None = None) -> list[Entry]:
     return [*_tower(config), *decoder, *projector, *_lvtc(config)]
 
 
+class _Table:
+    """Entries that share a source prefix, a target prefix and a stack length."""
+
+    def __init__(self, source: str, target: str, layers: int | None):
+        self.source, self.target, self.layers = source, target, layers
+        self.entries: list[Entry] = []
+
+    def add(self, source: str, target: str, pattern: str, **dims: int) -> None:
+        """Adds a parameter that is made of one tensor."""
+        self.add_parts([Part(source, pattern)], target, 0, (), **dims)
+
+    def add_parts(
+        self, parts: list[Part], target: str, axis: int, sizes: tuple[int, ...], **dims: int
+    ) -> None:
+        """Adds a parameter that is made of several tensors, or of rows of one."""
+        named = tuple(dataclasses.replace(part, source=self.source + part.source) for part in parts)
+        self.entries.append(Entry(self.target + target, named, dims, axis, sizes, self.layers))
+
+    def packed_qkv(self, parts: list[Part], kind: str, decoder: DecoderConfig) -> None:
+        """Adds separate queries, keys and values as the packed `attn.qkv`; kind: kernel or bias."""
+        width, back = (" d", "d ") if kind == "kernel" else ("", "")
+        patterns = (f"(k j h){width} -> {back}k j h", *[f"(k h){width} -> {back}k 1 h"] * 2)
+        named = [
+            dataclasses.replace(part, pattern=pattern)
+            for part, pattern in zip(parts, patterns, strict=True)
+        ]
+        self.add_parts(
+            named,
+            f"attn.qkv.{kind}",
+            2 if kind == "kernel" else 1,
+            (decoder.group, 1, 1),
+            k=decoder.kv_heads,
+            j=decoder.group,
+            h=decoder.head_dim,
+        )
+
+    def linear(self, source: str, target: str) -> None:
+        """Adds the kernel of a linear map, which PyTorch stores as [out, in]."""
+        self.add(f"{source}.weight", f"{target}.kernel", "o i -> i o")
+
+    def norm(self, source: str, target: str) -> None:
+        """Adds the weight of a norm."""
+        self.add(f"{source}.weight", f"{target}.weight", "v -> v")
+
+
 def _tower(config: ModelConfig) -> list[Entry]:
     vision = config.vision
     qkv = dict(a=3, n=vision.heads, h=vision.head_dim)
     patch = dict(c=3, y=vision.patch_size, x=vision.patch_size)
-    table = Table("vision_model.embeddings.", "vision.", None)
+    table = _Table("vision_model.embeddings.", "vision.", None)
     table.add("class_embedding", "class_embedding", "1 1 v -> v")
     table.add("position_embedding", "position_embedding", "1 p v -> p v")
     table.add("patch_embedding.weight", "patch_embed.kernel", "v c y x -> (c y x) v", **patch)
     table.add("patch_embedding.bias", "patch_embed.bias", "v -> v")
 
-    layer = Table("vision_model.encoder.layers.{l}.", "vision.layers.", vision.layers)
+    layer = _Table("vision_model.encoder.layers.{l}.", "vision.layers.", vision.layers)
     layer.add("ls1", "ls1", "v -> v")
     layer.add("ls2", "ls2", "v -> v")
     layer.add("attn.qkv.weight", "attn.qkv.kernel", "(a n h) v -> v a n h", **qkv)
@@ -112,7 +158,7 @@ def _hf_tower(config: ModelConfig) -> list[Entry]:
     vision = config.vision
     heads = dict(n=vision.heads, h=vision.head_dim)
     patch = dict(c=3, y=vision.patch_size, x=vision.patch_size)
-    table = Table("vision_tower.embeddings.", "vision.", None)
+    table = _Table("vision_tower.embeddings.", "vision.", None)
     table.add("cls_token", "class_embedding", "1 1 v -> v")
     table.add("position_embeddings", "position_embedding", "1 p v -> p v")
     table.add(
@@ -120,7 +166,7 @@ def _hf_tower(config: ModelConfig) -> list[Entry]:
     )
     table.add("patch_embeddings.projection.bias", "patch_embed.bias", "v -> v")
 
-    layer = Table("vision_tower.encoder.layer.{l}.", "vision.layers.", vision.layers)
+    layer = _Table("vision_tower.encoder.layer.{l}.", "vision.layers.", vision.layers)
     layer.add("lambda_1", "ls1", "v -> v")
     layer.add("lambda_2", "ls2", "v -> v")
     names = [f"attention.{name}_proj" for name in "qkv"]
@@ -156,7 +202,7 @@ def _hf_tower(config: ModelConfig) -> list[Entry]:
 
 def _pvtc(config: ModelConfig, source: str, target: str, grid: int) -> list[Entry]:
     heads = dict(n=NUM_HEADS, h=config.decoder.width // NUM_HEADS)
-    table = Table(source, target, None)
+    table = _Table(source, target, None)
     table.add("cls_scale", "cls_scale", "1 a b d -> (a b) d", a=grid, b=grid)
     for source, target in (
         ("mlp1", "local_query"),
@@ -193,7 +239,7 @@ def _hf_projector() -> list[Entry]:
 
 
 def _two_layer(prefix: str, norm: str, *linears: str) -> list[Entry]:
-    table = Table(prefix, "projector.", None)
+    table = _Table(prefix, "projector.", None)
     table.norm(norm, "norm")
     table.add(f"{norm}.bias", "norm.bias", "v -> v")
     for source, target in zip(linears, ("fc1", "fc2"), strict=True):
@@ -218,13 +264,13 @@ def _lvtc(config: ModelConfig) -> list[Entry]:
         if site.kind == "pvtc":
             entries.extend(_pvtc(config, prefix, target, site.grid))
             continue
-        table = Table(prefix, target, None)
+        table = _Table(prefix, target, None)
         table.norm("norm", "norm")
         table.linear("fc1", "fc1")
         table.linear("fc2", "fc2")
         entries.extend(table.entries)
     if lvtc.gate is not None:
-        gates = Table("lvtc.", "lvtc.", None)
+        gates = _Table("lvtc.", "lvtc.", None)
         for name in ("high", *(f"inject_{layer}" for layer in lvtc.inject_layers)):
             gates.add(f"{name}.gate", f"{name}.gate", " -> ")
         entries.extend(gates.entries)
@@ -234,9 +280,9 @@ def _lvtc(config: ModelConfig) -> list[Entry]:
 def _internlm2(config: ModelConfig) -> list[Entry]:
     decoder = config.decoder
     packed = dict(k=decoder.kv_heads, j=decoder.group + 2, h=decoder.head_dim)
-    table = Table("language_model.model.", "decoder.", None)
+    table = _Table("language_model.model.", "decoder.", None)
     table.add("tok_embeddings.weight", "embedding", "w d -> w d")
-    layer = Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
+    layer = _Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
     layer.add("attention.wqkv.weight", "attn.qkv.kernel", "(k j h) d -> d k j h", **packed)
     if decoder.qkv_bias:
         layer.add("attention.wqkv.bias", "attn.qkv.bias", "(k j h) -> k j h", **packed)
@@ -253,7 +299,7 @@ def _internlm2(config: ModelConfig) -> list[Entry]:
         layer.linear(f"feed_forward.{source}", f"mlp.{target}")
     layer.norm("attention_norm", "attn_norm")
     layer.norm("ffn_norm", "mlp_norm")
-    tail = Table("language_model.", "decoder.", None)
+    tail = _Table("language_model.", "decoder.", None)
     tail.norm("model.norm", "norm")
     if not decoder.tie_embeddings:
         tail.add("output.weight", "head", "w d -> d w")
@@ -267,7 +313,7 @@ def _llama(config: ModelConfig) -> list[Entry]:
     """
     decoder = config.decoder
     names = [f"self_attn.{name}_proj" for name in "qkv"]
-    layer = Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
+    layer = _Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
     layer.packed_qkv([Part(f"{n}.weight", "") for n in names], "kernel", decoder)
     if decoder.qkv_bias:
         layer.packed_qkv([Part(f"{n}.bias", "") for n in names], "bias", decoder)
@@ -296,7 +342,7 @@ def _phi3(config: ModelConfig) -> list[Entry]:
         decoder.kv_heads * decoder.head_dim,
         decoder.mlp_width,
     )
-    layer = Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
+    layer = _Table("language_model.model.layers.{l}.", "decoder.layers.", decoder.layers)
     rows = ((0, q), (q, q + kv), (q + kv, q + 2 * kv))
     layer.packed_qkv([Part("self_attn.qkv_proj.weight", "", r) for r in rows], "kernel", decoder)
     layer.add(
@@ -314,13 +360,13 @@ def _phi3(config: ModelConfig) -> list[Entry]:
     return _llama_frame(config, layer)
 
 
-def _llama_frame(config: ModelConfig, layer: Table) -> list[Entry]:
+def _llama_frame(config: ModelConfig, layer: _Table) -> list[Entry]:
     """Puts embedding, norms and output, as Llama, Qwen and Phi-3 name them, around the layers."""
-    table = Table("language_model.model.", "decoder.", None)
+    table = _Table("language_model.model.", "decoder.", None)
     table.add("embed_tokens.weight", "embedding", "w d -> w d")
     layer.norm("input_layernorm", "attn_norm")
     layer.norm("post_attention_layernorm", "mlp_norm")
-    tail = Table("language_model.", "decoder.", None)
+    tail = _Table("language_model.", "decoder.", None)
     tail.norm("model.norm", "norm")
     if not config.decoder.tie_embeddings:
         tail.add("lm_head.weight", "head", "w d -> d w")

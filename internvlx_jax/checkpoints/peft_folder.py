@@ -7,6 +7,7 @@ of several ranks, and with whole modules that were trained beside them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,21 @@ from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.name_table import NESTED
 from internvlx_jax.checkpoints.tensors import RenamedTensors, Tensors
 from internvlx_jax.core.errors import CheckpointError, ConfigError
-from internvlx_jax.core.files import read_json_object
+from internvlx_jax.core.json_text import read_json_object, shown
 from internvlx_jax.core.model_config import LoraConfig
 
 # Fields of adapter_config.json that change what an adapter computes.
-REFUSED = ("use_dora", "lora_bias", "use_qalora", "target_parameters", "alora_invocation_tokens")
+REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+)
+# Ways to start that move a part of the base weights into the adapter.
+MOVING = ("pissa", "olora", "corda", "loftq")
 _ROOT = "base_model.model."
 
 
@@ -111,7 +122,51 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: fan_in_fan_out = true is not supported: the linear maps here are [out, in]"
         )
+    start = stored.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(MOVING):
+        raise ConfigError(
+            f"{file}: init_lora_weights = {start!r} begins with other base weights than the "
+            "checkpoint's; merge the adapter with peft, or let peft convert it"
+        )
+    _check_types(file, stored)
     return stored
+
+
+def _check_types(file: Path, stored: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a field that decides the result and is of another kind."""
+    for name, least in (("r", 1), ("lora_alpha", 0)):
+        value = _number(file, stored, name)
+        if not math.isfinite(value) or value < least or (name == "lora_alpha" and value == 0):
+            raise ConfigError(f"{file}: {name} is {value}, it must be a number above 0")
+    if stored.get("use_rslora") not in (None, True, False):
+        raise ConfigError(f"{file}: use_rslora is {shown(stored['use_rslora'])}, expected a flag")
+    saved = stored.get("modules_to_save")
+    if saved is not None and not _is_texts(saved):
+        raise ConfigError(
+            f"{file}: modules_to_save is {shown(saved)}, expected a list of names; correct it"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = stored.get(field) or {}
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{file}: {field} is {shown(patterns)}, expected an object")
+        for pattern, value in patterns.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not value > 0 or (field == "rank_pattern" and value != int(value)):
+                raise ConfigError(
+                    f"{file}: {field} gives {shown(pattern)} {shown(value)}, expected a number "
+                    "above 0"
+                )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"{file}: {field} has {shown(pattern)}, which is no regular expression "
+                    f"({error}); correct it"
+                ) from None
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def read_peft_folder(
@@ -188,7 +243,7 @@ def _full_names(
     known = set(weights.names())
     for part in PARTS:
         for adapter in adapter_table(table, part):
-            known.update(n for pair in adapter.pairs for entry in pair for n in entry.all_sources())
+            known.update(n for pair in adapter.pairs for entry in pair for n in entry.sources())
     prefixes = [*part_prefixes(layout).values(), ""]
     readings = [{name: prefix + name for name in short} for prefix in prefixes]
     readings.append({name: _unnested(name) for name in short})
@@ -297,7 +352,7 @@ def _coverage(folder: Path, lora: Lora, table: Sequence[Entry]) -> list[str]:
             name
             for adapter in adapter_table(table, lora.config.part)
             for a, _ in adapter.pairs
-            for name in a.all_sources()
+            for name in a.sources()
         }
     )
     if having == total:

@@ -47,7 +47,7 @@ def saved_metadata(run: Path) -> dict[str, Any]:
         return {}
     newest = run / "checkpoints" / str(steps[-1])
     with explained(newest):
-        return _custom_metadata(ocp.checkpointables_metadata(str(newest)))
+        return _custom_metadata(ocp.checkpointables_metadata(_readable(newest)))
 
 
 class RunFolder:
@@ -79,9 +79,7 @@ class RunFolder:
         self.step = _find_step(self.run, None if path == self.run else path)
         self.path = self.run / "checkpoints" / str(self.step)
         with explained(self.path):
-            # orbax reads arrays from gs:// and from disks only.
-            remote = protocol_of(self.path) == "s3"
-            self._stored = str(local_folder(self.path) if remote else self.path)
+            self._stored = _readable(self.path)
             stored = ocp.checkpointables_metadata(self._stored)
         self._items: Mapping[str, Any] = stored.metadata
         self._item = "params" if "params" in self._items else "state"
@@ -306,6 +304,11 @@ class RunFolder:
         """Loads the run's tokenizer; None where an imported checkpoint had none."""
         folder = self.run / "tokenizer"
         return Tokenizer.load(folder) if has_tokenizer(folder) else None
+
+
+def _readable(step: Path) -> str:
+    """Returns where orbax can read a step; one in s3:// is fetched to the disk."""
+    return str(local_folder(step) if protocol_of(step) == "s3" else step)
 
 
 def _custom_metadata(stored: ocp.CheckpointMetadata) -> dict[str, Any]:

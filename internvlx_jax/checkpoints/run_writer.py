@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -256,15 +256,31 @@ def _remove(folder: Path, pattern: str) -> None:
         time.sleep(0.1)
 
 
-class ParamsWriter:
+def write_params(
+    path: Path, metadata: Mapping[str, Any], params: Iterable[tuple[str, np.ndarray]]
+) -> None:
     """Writes one step of parameters, a few at a time, so that they are never in memory together.
 
     The memory needed beside the parameter in hand is small where the process has several CPU
     devices: orbax copies an array as it writes, at most `write_concurrent_bytes` at once, counted
     in shards.
 
-    The step becomes visible with `finish`, and not without it.
+    The step becomes visible after the last parameter; where `params` raises, it does not.
+
+    Args:
+        path: folder of the step.
+        metadata: is stored beside the arrays.
+        params: (dotted path, values in the dtype to store), which must not change afterwards.
     """
+    writer = ParamsWriter(path, metadata)
+    for name, array in params:
+        writer.add(name, array)
+        del array  # or it would stay in memory beside the next one
+    writer.finish()
+
+
+class ParamsWriter:
+    """Collects parameters into groups, and writes a group at a time; see `write_params`."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]):
         self._path, self._metadata = path, dict(metadata)

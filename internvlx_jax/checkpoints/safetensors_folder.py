@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from internvlx_jax.core.byte_ranges import read_part, read_range
 from internvlx_jax.core.errors import CheckpointError
+from internvlx_jax.core.json_text import decode_text, shown
 from internvlx_jax.core.paths import RemotePath, as_path
 
 FLOAT_TYPES = {
@@ -273,18 +274,27 @@ def read_remote_header(file: RemotePath) -> tuple[_Header, int]:
 def read_index(index: Path) -> tuple[dict[str, str], int | None]:
     """Returns weight_map and total_size of an index file. Raises CheckpointError."""
     try:
-        value = json.loads(index.read_text(), object_pairs_hook=_Header)
-        weight_map, total = value["weight_map"], value.get("metadata", {}).get("total_size")
-        twice = weight_map.twice
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        value = json.loads(decode_text(index.read_bytes()), object_pairs_hook=_Header)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            index, [f"not a safetensors index ({error!r}); expected an object with weight_map"]
+            index, [f"not a safetensors index ({error}); copy it again"]
         ) from error
-    if twice:
+    weight_map = value.get("weight_map") if isinstance(value, _Header) else None
+    if not isinstance(weight_map, _Header):
+        found = shown(value if weight_map is None else weight_map)
         raise CheckpointError(
-            index, [f"weight_map lists tensor {tensor} twice" for tensor in twice]
+            index, [f"not a safetensors index ({found}); expected an object with weight_map"]
         )
-    return weight_map, total
+    problems = [f"weight_map lists tensor {tensor} twice" for tensor in weight_map.twice]
+    problems += [
+        f"weight_map places {shown(tensor)} in {shown(name)}, which is no file name; copy it again"
+        for tensor, name in weight_map.items()
+        if not isinstance(name, str) or Path(name).name != name
+    ]
+    if problems:
+        raise CheckpointError(index, problems[:20])
+    metadata = value.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def read_sums(file: Path) -> dict[str, str]:

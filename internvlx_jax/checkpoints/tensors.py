@@ -159,17 +159,6 @@ def count_not_finite(array: np.ndarray) -> int:
     return int(array.size - np.count_nonzero(np.isfinite(array)))
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an empty array that jax takes without a copy.
-
-    On CPU, jax copies arrays that do not begin at a multiple of 64 bytes.
-    """
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
 def changed_by_cast(values: np.ndarray, cast: np.ndarray) -> int:
     """Counts the values that a cast has changed.
 

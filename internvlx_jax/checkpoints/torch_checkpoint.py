@@ -18,13 +18,12 @@ from jax.sharding import Sharding
 
 from internvlx_jax.checkpoints.adapters import Adapter, Lora
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
-from internvlx_jax.checkpoints.name_table import IGNORED_SOURCES, name_table
+from internvlx_jax.checkpoints.name_table import IGNORED_SOURCES
 from internvlx_jax.checkpoints.safetensors_folder import FLOAT_TYPES
 from internvlx_jax.checkpoints.side_files import copy_side_files, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
     HostArray,
     Tensors,
-    aligned_empty,
     changed_by_cast,
     copy_strided,
     count_not_finite,
@@ -78,6 +77,7 @@ class TorchCheckpoint:
         fields: the parsed config.json.
         layout: internvl-x, internvl or hf.
         config: the model.
+        table: the name table of `config` and `layout`.
         tensors: base weights, under the names of `layout`.
         allowed: what may differ between the tensors and the model.
         lora: adapters that are merged into the weights as they are read.
@@ -91,6 +91,7 @@ class TorchCheckpoint:
         fields: Mapping[str, Any],
         layout: str,
         config: ModelConfig,
+        table: Sequence[Entry],
         tensors: Tensors,
         folders: Sequence[WeightFiles],
         *,
@@ -99,14 +100,21 @@ class TorchCheckpoint:
         notes: Sequence[str] = (),
     ):
         self.path, self.fields, self.layout, self.config = path, fields, layout, config
-        self.tensors, self.allowed, self._folders = tensors, allowed, folders
+        self.table, self.tensors, self.allowed, self._folders = table, tensors, allowed, folders
         self.lora = tuple(lora)
         self.notes = [*(note for folder in folders for note in folder.notes), *notes]
         self.rounded: dict[str, int] = {}
         self._not_finite: dict[str, int] = {}
-        self.table = name_table(config, layout)
-        self.entries = {entry.target: entry for entry in self.table}
-        self._adapters: dict[str, tuple[Lora, Adapter]] = {
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entry of each parameter, by dotted path."""
+        return {entry.target: entry for entry in self.table}
+
+    @functools.cached_property
+    def _adapters(self) -> dict[str, tuple[Lora, Adapter]]:
+        """The adapters that are merged, by the path of the parameter that they change."""
+        return {
             adapter.base.target: (lora, adapter) for lora in self.lora for adapter in lora.adapters
         }
 
@@ -167,12 +175,12 @@ class TorchCheckpoint:
         index = index or ()
         if entry.layers is None:
             array = self._read_layer(entry, 0, index)
-            result = aligned_empty(array.shape, dtype)
+            result = _aligned_empty(array.shape, dtype)
             self._fill(entry, 0, result, array)
             return result
         layers = range(entry.layers)[index[0]] if index else range(entry.layers)
         first = self._read_layer(entry, layers[0], index[1:])
-        stack = aligned_empty((len(layers), *first.shape), dtype)
+        stack = _aligned_empty((len(layers), *first.shape), dtype)
         for n, layer in enumerate(layers):
             array = first if n == 0 else self._read_layer(entry, layer, index[1:])
             self._fill(entry, layer, stack[n], array)
@@ -202,7 +210,7 @@ class TorchCheckpoint:
 
     def dtype(self, path: str) -> np.dtype:
         """Returns the smallest dtype that holds all tensors of a parameter exactly."""
-        kinds = {FLOAT_TYPES[self.tensors.dtype(name)] for name in self.entries[path].all_sources()}
+        kinds = {FLOAT_TYPES[self.tensors.dtype(name)] for name in self.entries[path].sources()}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -222,14 +230,14 @@ class TorchCheckpoint:
         problems = [f"--ignore_source {pattern!r} matches no tensor" for pattern in unmatched]
         stored = {name for name in names if name not in ignored and not IGNORED_SOURCES.match(name)}
         absent = {name for name in wanted if name not in stored}
-        missing = [entry.target for entry in self.table if absent.issuperset(entry.all_sources())]
+        missing = [entry.target for entry in self.table if absent.issuperset(entry.sources())]
         fresh, unmatched = _matching(self.allowed.init_missing, missing)
         problems += [
             f"--init_missing {pattern!r} matches no parameter that the checkpoint lacks"
             for pattern in unmatched
         ]
         fillable = {
-            name for entry in self.table if entry.target in fresh for name in entry.all_sources()
+            name for entry in self.table if entry.target in fresh for name in entry.sources()
         }
         problems += [
             f"missing tensor {name} {list(wanted[name])}{self._remedy(name)}"
@@ -347,3 +355,14 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> tuple[set[str], 
         if not found:
             unmatched.append(pattern)
     return matched, unmatched
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array that jax takes without a copy.
+
+    On CPU, jax copies arrays that do not begin at a multiple of 64 bytes.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -21,7 +21,6 @@ from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS
 from internvlx_jax.inference.chat import Chat
-from internvlx_jax.inference.vlm import load
 
 COMMANDS = ("/image", "/reset")
 HELP = (
@@ -69,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     images, checkpoint = options.pop("image"), options.pop("checkpoint")
 
     def talk() -> None:
+        from internvlx_jax.inference.vlm import load  # with jax, which --help does without
+
         model = load(checkpoint, dtype=options.pop("dtype"), ema=options.pop("ema"), batch_size=1)
         converse(model.chat(**options), images)
 

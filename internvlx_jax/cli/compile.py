@@ -11,9 +11,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import jax
-
-from internvlx_jax.aot.compile_report import check_fits, report_config, table
 from internvlx_jax.cli.console import (
     CommandParser,
     add_config_flags,
@@ -54,6 +51,10 @@ def _parser() -> CommandParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    import jax  # not for --help
+
+    from internvlx_jax.aot.compile_report import check_fits, report_config, table
+
     # Nothing is executed here, so no device should be taken from a job that uses it.
     jax.config.update("jax_platforms", "cpu")
     where, reports, mesh = report_config(args.config, args.settings, args.topology, args.tiles)

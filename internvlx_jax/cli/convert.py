@@ -23,10 +23,9 @@ import jax
 import numpy as np
 
 from internvlx_jax.checkpoints.hf_folder import HFFolder
-from internvlx_jax.checkpoints.hub import resolve
-from internvlx_jax.checkpoints.opening import open_checkpoint
+from internvlx_jax.checkpoints.opening import open_checkpoint, resolve
 from internvlx_jax.checkpoints.torch_checkpoint import Allowed
-from internvlx_jax.cli.console import run_command
+from internvlx_jax.cli.console import CommandParser, run_command
 from internvlx_jax.convert.conversion_report import Report
 from internvlx_jax.convert.export_hf import export_checkpoint
 from internvlx_jax.convert.import_hf import import_checkpoint
@@ -50,7 +49,7 @@ from internvlx_jax.inference.loading import load_pretrained
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="internvlx convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     # Conversion is work for the host, whatever accelerators are attached.
     jax.config.update("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Large parameters are written in eight parts (ParamsWriter).
+        # Large parameters are written in eight parts (write_params).
         jax.config.update("jax_num_cpu_devices", 8)
     command = {
         "import": run_import,

@@ -21,6 +21,7 @@ from internvlx_jax.core.overrides import load_config_file, override
 from internvlx_jax.core.ranges import COUNT, NUMBER, Range, whole_number
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES, TileConfig
+from internvlx_jax.data.buckets import SlotCosts
 from internvlx_jax.data.check import check, format_check
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -28,6 +29,7 @@ from internvlx_jax.data.sample_page import show
 from internvlx_jax.data.synthetic import add_flags, generate_by_flags
 from internvlx_jax.data.templates import TEMPLATES, get_template
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.models.flops import slot_flops
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,9 +102,14 @@ def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    config, processor = _settings(args)
+    config, processor, costs = _settings(args)
     report = check(
-        args.meta, config, processor, row_quantum=config.row_quantum or 1, decode=args.decode
+        args.meta,
+        config,
+        processor,
+        row_quantum=config.row_quantum or 1,
+        costs=costs,
+        decode=args.decode,
     )
     written = report.save(args.out)
     print(format_check(report))
@@ -110,21 +117,29 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    config, processor = _settings(args)
+    config, processor, costs = _settings(args)
     loader = Loader(
-        args.meta, config, processor, row_quantum=config.row_quantum or 1, seed=0, progress=True
+        args.meta,
+        config,
+        processor,
+        row_quantum=config.row_quantum or 1,
+        seed=0,
+        costs=costs,
+        progress=True,
     )
     print(show(loader, args.sample, args.out))
 
 
-def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:
-    """Returns the data settings, and how the model of the run config or the flags reads samples."""
+def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor, SlotCosts]:
+    """Returns the data settings, how the model of the run config or the flags reads samples, and
+    the work of its slots.
+    """
     if args.config is None:
         if args.tokenizer is None:
             raise ConfigError("give --tokenizer, or --config with a run config")
         config = override(DataConfig(meta=args.meta), args.settings)
         tiles = TileConfig(tile_size=args.tile_size, rule=args.tile_rule, max_num=args.max_num)
-        return config, Processor(
+        processor = Processor(
             Tokenizer.load(args.tokenizer),
             get_template(args.template),
             None,
@@ -133,12 +148,14 @@ def _settings(args: argparse.Namespace) -> tuple[DataConfig, Processor]:
             config.special_text,
             images=config.images,
         )
+        return config, processor, SlotCosts()
     run = load_config_file(args.config)
     config = override(run.data, args.settings)
     model, tokenizer = _model(args.config, run, args.tokenizer or config.tokenizer)
-    return config, Processor.for_model(
+    processor = Processor.for_model(
         model, tokenizer, special_text=config.special_text, images=config.images
     )
+    return config, processor, SlotCosts.of(*slot_flops(model))
 
 
 def _model(

@@ -12,7 +12,6 @@ import json
 
 from internvlx_jax.cli.console import CommandParser, configure_logging, run_command
 from internvlx_jax.core.ranges import COUNT, whole_number
-from internvlx_jax.training.replay import replay
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     configure_logging()
+    from internvlx_jax.training.replay import replay  # with jax, which --help does without
+
     return run_command(
         lambda: print(json.dumps(replay(args.run, args.step, args.settings), indent=2))
     )

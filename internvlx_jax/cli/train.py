@@ -6,14 +6,13 @@ The same command resumes a run. Exit status: 0 done, 1 wrong input or too many b
 flags, 75 stopped by SIGTERM or Ctrl-C with a checkpoint (run the same command again), 130 stopped
 by Ctrl-C outside the steps.
 """
+# What computes is imported once the flags are right: --help and wrong flags answer at once.
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from internvlx_jax.aot.compile_report import check_fits, table
-from internvlx_jax.aot.dry_run import dry_run
 from internvlx_jax.cli.console import (
     CommandParser,
     add_config_flags,
@@ -23,19 +22,15 @@ from internvlx_jax.cli.console import (
 from internvlx_jax.core.overrides import load_config_file, override
 from internvlx_jax.core.ranges import COUNT, whole_number
 from internvlx_jax.core.run_config import TrainConfig
-from internvlx_jax.evaluation.in_loop import InLoop
 from internvlx_jax.training import distributed
-from internvlx_jax.training.bad_steps import NonFiniteError
-from internvlx_jax.training.loop import train
-from internvlx_jax.training.peers import ending_together
-from internvlx_jax.training.preemption import EXIT_STATUS, Preempted
-from internvlx_jax.training.profiler import Window
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = _parser().parse_args(argv)
     configure_logging()
+    from internvlx_jax.training.bad_steps import NonFiniteError
+    from internvlx_jax.training.preemption import EXIT_STATUS, Preempted
 
     def run() -> int:
         try:
@@ -75,6 +70,14 @@ def _parser() -> CommandParser:
 
 
 def _run(config: TrainConfig, args: argparse.Namespace) -> None:
+    from internvlx_jax.aot.compile_report import check_fits, table
+    from internvlx_jax.aot.dry_run import dry_run
+    from internvlx_jax.evaluation.in_loop import InLoop
+    from internvlx_jax.training.loop import train
+    from internvlx_jax.training.peers import ending_together
+    from internvlx_jax.training.preemption import Preempted
+    from internvlx_jax.training.profiler import Window
+
     profile = args.profile and Window.parse(args.profile)
     configure_logging(distributed.start_from(args))
     if not args.dry_run:

@@ -18,6 +18,7 @@ from internvlx_jax.checkpoints.hf_config_write import (
     say_whether_tied,
     vit_config,
 )
+from internvlx_jax.checkpoints.hf_processor_write import write_processor
 from internvlx_jax.checkpoints.lora_files import write_adapters
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
@@ -101,6 +102,8 @@ def export_checkpoint(
             fields = _config_fields(source, config, layout, dtype, weights, image_token_id)
             fields = say_whether_tied(fields, config.decoder.tie_embeddings)
             report.notes += _side_files(source, folder, layout, fields)
+            if layout == "hf":
+                report.notes += write_processor(folder, config)
         elif layout == "vit":
             write_json(folder / "config.json", vit_config(config.vision, dtype=weights.dtype_name))
         if verify:
@@ -144,7 +147,7 @@ class _Weights:
         self._dtypes = {
             name: source.dtype(entry.target) if dtype == "keep" else np.dtype(NUMPY_DTYPES[dtype])
             for entry in table
-            for name in entry.all_sources()
+            for name in entry.sources()
         }
         shapes = tensor_shapes(table, {entry.target: source.shape(entry.target) for entry in table})
         self.plan = {name: (shape, self._dtypes[name]) for name, shape in shapes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from internvlx_jax.checkpoints.adapters import Lora
 from internvlx_jax.checkpoints.name_entries import Entry
 from internvlx_jax.checkpoints.run_folder import RunFolder
-from internvlx_jax.checkpoints.run_writer import ParamsWriter
+from internvlx_jax.checkpoints.run_writer import write_params
 from internvlx_jax.checkpoints.side_files import copy_tokenizer
 from internvlx_jax.checkpoints.tensors import NUMPY_DTYPES, Dtype, difference
 from internvlx_jax.checkpoints.torch_checkpoint import TorchCheckpoint
@@ -61,13 +61,8 @@ def import_checkpoint(
     metadata = {"model": to_dict(source.config), "lora": [to_dict(lora.config) for lora in kept]}
     check_space(out, _nbytes(source, abstract, fresh, dtype), "the checkpoint")
     with new_folder(out) as folder:
-        writer = ParamsWriter(folder.absolute() / "checkpoints" / "0", metadata)
-        _write_params(source, abstract, fresh, writer, dtype, report)
-        for lora in kept:
-            for entry in adapter_entries(lora):
-                writer.add(entry.target, _stack(lora, entry))
-        source.check_finite()
-        writer.finish()
+        params = _params(source, abstract, fresh, dtype, report, kept)
+        write_params(folder.absolute() / "checkpoints" / "0", metadata, params)
         if is_remote(out):  # there the marker makes a step complete, not its name
             (folder / "checkpoints" / "0" / MARKER).write_text("")
         report.rounded = {path: count for path, count in source.rounded.items() if count}
@@ -112,15 +107,19 @@ def _tokenizer_notes(folder: Path, config: ModelConfig) -> list[str]:
     return []
 
 
-def _write_params(
+def _params(
     source: TorchCheckpoint,
     abstract: AbstractModel,
     fresh: list[str],
-    writer: ParamsWriter,
     dtype: Dtype,
     report: Report,
-) -> None:
-    """Writes the parameters of the model in order, read or fresh, and counts them."""
+    kept: tuple[Lora, ...],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the parameters of the model in order, read or fresh, and counts them in the report.
+
+    Raises:
+        CheckpointError: some of them are not finite, once all are read.
+    """
     seed = source.allowed.seed
     wanted = None if dtype == "keep" else NUMPY_DTYPES[dtype]
     new: dict[str, Any] = {}
@@ -135,8 +134,12 @@ def _write_params(
         else:
             array = source.read(path, wanted)
         report.count(path, array)
-        writer.add(path, array)
+        yield path, array
         del array  # or it would stay in memory beside the next one
+    for lora in kept:
+        for entry in adapter_entries(lora):
+            yield entry.target, _stack(lora, entry)
+    source.check_finite()
 
 
 def adapter_entries(lora: Lora) -> list[Entry]:

@@ -125,7 +125,15 @@ class Parts(TorchCheckpoint):
             tensors, config, note = resized(tensors, table, config, image_size)
             notes.append(note)
         super().__init__(
-            decoder.folder, stored, layout, config, tensors, folders, allowed=allowed, notes=notes
+            decoder.folder,
+            stored,
+            layout,
+            config,
+            name_table(config, layout),
+            tensors,
+            folders,
+            allowed=allowed,
+            notes=notes,
         )
 
     def write_side_files(self, folder: Path) -> list[str]:

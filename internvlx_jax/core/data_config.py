@@ -17,9 +17,10 @@ class PackConfig:
     """Describes the rows of batch_mode `pack`, each `data.max_length` tokens long.
 
     Attributes:
-        tiles: Tile slots per row; None is 5 % more than the samples need on average, so that
+        tiles: Tile slots per row; None is 2 % more than the samples need on average, so that
             tokens are what fills a row.
-        open_rows: Rows that best fit chooses among; more of them fill better and mix less freely.
+        open_rows: Samples that a row chooses among; more of them mix less freely. Runs that began
+            with version 0.1.0 choose a row of so many for each sample.
     """
 
     tiles: int | None = None
@@ -134,7 +135,8 @@ class DataConfig:
             rows of `max_length` tokens.
         max_length: Token slots of the longest bucket, or of a packed row; with LVTC those of the
             long layout.
-        length_step: Lengths of buckets are multiples of it.
+        length_step: Samples whose lengths round up to the same multiple of it may share a bucket,
+            which is as long as its longest sample needs, to a multiple of 16.
         tokens_per_step: Token slots per step in `tokens` and `pack` mode.
         tiles_per_step: Bounds the tile slots per step in `tokens` mode; None is no bound.
         samples_per_step: Rows per step in `samples` mode.

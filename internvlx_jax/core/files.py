@@ -5,6 +5,8 @@ Reads JSON, and files that grow by lines. Paths may be those of objects (core/pa
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +18,13 @@ from typing import Any
 
 from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.json_text import complete_lines, decode_json, encode_text, read_json_file
+from internvlx_jax.core.json_text import (
+    complete_lines,
+    decode_json,
+    encode_text,
+    read_json_object,
+    shown,
+)
 from internvlx_jax.core.line_log import read_whole
 from internvlx_jax.core.paths import RemotePath
 from internvlx_jax.core.uploads import upload_folder
@@ -51,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     needs room for it in the folder of temporary files (TMPDIR).
 
     Raises:
-        FileExistsError: `path` exists and is no empty folder.
+        FileExistsError: `path` exists and is no empty folder, or another process is writing it.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; choose another folder, or remove it")
@@ -61,16 +69,49 @@ def new_folder(path: Path) -> Iterator[Path]:
             upload_folder(Path(scratch), path)
         return
     aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=True, exist_ok=True)
+    with _alone_in(aside, path):
+        try:
+            for left in aside.iterdir():  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            with named_on_error(path):
+                yield aside
+                if path.exists():
+                    path.rmdir()
+                aside.rename(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(aside: Path, path: Path) -> Iterator[None]:
+    """Holds the kernel's lock on a folder, which ends with the process.
+
+    Raises:
+        FileExistsError: another process has it.
+    """
+    taken = f"{path} is being written by another process; wait for it, or choose another folder"
     try:
-        with named_on_error(path):
-            yield aside
-            if path.exists():
-                path.rmdir()
-            aside.rename(path)
+        number = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise FileExistsError(taken) from None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _Taken from None
+        if not aside.exists() or not os.path.samestat(os.fstat(number), aside.stat()):
+            raise _Taken
+        yield
+    except _Taken:
+        raise FileExistsError(taken) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(number)
+
+
+class _Taken(Exception):
+    """The folder is another process's."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,18 +128,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object; without the file, the object is empty.
+def read_run_settings(run: Path) -> dict[str, Any]:
+    """Reads config.json of a run folder; without the file, the object is empty.
 
     Raises:
-        ConfigError: The file is not JSON, or holds no object.
+        ConfigError: The file is not JSON, or does not hold the fields of a run and its model.
     """
-    if not path.is_file():
-        return {}
-    value = read_json_file(path, remedy="fetch it again")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; fetch it again")
-    return value
+    path = run / "config.json"
+    settings = read_json_object(path)
+    for name in ("train", "model") if settings else ():
+        if not isinstance(settings.get(name), dict):
+            raise ConfigError(
+                f'{path}: "{name}" is {shown(settings.get(name))}, expected the settings of a run; '
+                "restore the file"
+            )
+    return settings
 
 
 def read_json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:

@@ -110,6 +110,42 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields ("FILE line N", JSON value) for each line that is not empty.
+
+    A file that is one JSON array gives ("FILE record N", element).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        try:
+            value = decode_json(line)
+        except ValueError as error:
+            elements = _array(path) if line.lstrip().startswith(b"[") else None
+            if number > 1 or elements is None:
+                raise ConfigError(f"{where}: {error}; correct the line") from None
+            yield from elements
+            return
+        if number == 1 and isinstance(value, list):  # the same on one line
+            yield from _array(path) or ()
+            return
+        yield where, value
+
+
+def _array(path: Path) -> list[tuple[str, Any]] | None:
+    """Returns the elements of a file that is one JSON array; None if it is not."""
+    try:
+        elements = decode_json(path.read_bytes())
+    except ValueError:
+        return None
+    return [(f"{path} record {number}", element) for number, element in enumerate(elements, 1)]
+
+
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (number from 1, text) of the lines of a text file that are not empty.
 
@@ -138,3 +174,17 @@ def read_json_file(path: Path, *, remedy: str) -> Any:
         return decode_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is {error}; {remedy}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object; without the file, the object is empty.
+
+    Raises:
+        ConfigError: the file is not JSON, or holds no object.
+    """
+    if not path.is_file():
+        return {}
+    value = read_json_file(path, remedy="fetch it again")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object; fetch it again")
+    return value

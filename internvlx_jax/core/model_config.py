@@ -7,7 +7,16 @@ import itertools
 from typing import Literal, get_args
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.ranges import COUNT, LARGEST, NUMBER, POSITIVE, RATE, Range, check_ranges
+from internvlx_jax.core.ranges import (
+    COUNT,
+    LARGEST,
+    LAYERS,
+    NUMBER,
+    POSITIVE,
+    RATE,
+    Range,
+    check_ranges,
+)
 from internvlx_jax.core.tile_config import TileConfig
 
 ANY = Range(-LARGEST)
@@ -53,7 +62,7 @@ class VisionConfig:
             self,
             "vision.",
             width=COUNT,
-            layers=COUNT,
+            layers=LAYERS,
             heads=COUNT,
             mlp_width=COUNT,
             image_size=COUNT,
@@ -284,7 +293,7 @@ class DecoderConfig:
             "decoder.",
             vocab_size=COUNT,
             width=COUNT,
-            layers=COUNT,
+            layers=LAYERS,
             heads=COUNT,
             kv_heads=COUNT,
             head_dim=COUNT,

@@ -44,6 +44,7 @@ class Range:
 
 COUNT = Range(1)  # at least 1
 NUMBER = Range(0)  # at least 0
+LAYERS = Range(1, 4096)  # each has parameters of its own, which are listed
 POSITIVE = Range(0, low_open=True)
 SHARE = Range(0, 1)
 RATE = Range(0, 1, high_open=True)  # of drop path, and of Adam's averages

@@ -13,6 +13,20 @@ from internvlx_jax.core.inputs import ShortLayout
 from internvlx_jax.core.model_config import LvtcConfig
 
 
+def layouts(
+    segment_ids: np.ndarray,
+    tile_start: np.ndarray,
+    tokens_per_tile: int,
+    short_length: int,
+    lvtc: LvtcConfig | None,
+) -> tuple[np.ndarray, ShortLayout | None]:
+    """Returns `feature_index` of the rows, and with LVTC their `short_layout`."""
+    index = feature_index(tile_start, segment_ids.shape[1], tokens_per_tile)
+    return index, None if lvtc is None else short_layout(
+        segment_ids, tile_start, short_length, lvtc
+    )
+
+
 def feature_index(tile_start: np.ndarray, length: int, tokens_per_tile: int) -> np.ndarray:
     """Returns, for each slot, the row's visual token that replaces its text embedding.
 

@@ -13,7 +13,7 @@ Many samples:
     record_places,
     opening_sources            where the records of large files lie; sources of a meta file
     index, index_parts, table  the shape of every sample, known without decoding a pixel
-    buckets, streams, packing,
+    buckets, packing,
     plan, order                which samples form which step
     image_fetcher              images behind URLs, asked for ahead
     reader, batch, faults      a planned sample -> a row, rows -> a batch, bad samples

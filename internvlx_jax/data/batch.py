@@ -9,7 +9,7 @@ import numpy as np
 
 from internvlx_jax.core.inputs import IGNORED, Inputs
 from internvlx_jax.core.model_config import LvtcConfig
-from internvlx_jax.core.token_layout import feature_index, short_layout
+from internvlx_jax.core.token_layout import layouts
 from internvlx_jax.data.buckets import Bucket
 
 
@@ -54,8 +54,6 @@ class Batch(NamedTuple):
 
 def join_rows(rows: Sequence[Row]) -> Row:
     """Returns one row whose segments are the given samples, tiles in the same order."""
-    if len(rows) == 1:
-        return rows[0]
     lengths = [len(row.tokens) for row in rows]
     offsets = np.cumsum([0, *lengths[:-1]])
     weights = [
@@ -120,15 +118,6 @@ def collate(
             first += length
         tiles[b, :t], tile_start[b, :t] = row.tiles, row.tile_start
     weights[labels == IGNORED] = 0
-    short = (
-        None if lvtc is None else short_layout(segment_ids, tile_start, bucket.short_length, lvtc)
-    )
-    inputs = Inputs(
-        tokens,
-        positions,
-        segment_ids,
-        tiles,
-        feature_index(tile_start, bucket.length, tokens_per_tile),
-        short,
-    )
+    index, short = layouts(segment_ids, tile_start, tokens_per_tile, bucket.short_length, lvtc)
+    inputs = Inputs(tokens, positions, segment_ids, tiles, index, short)
     return Batch(inputs, labels, weights, dataset)

@@ -15,8 +15,7 @@ from typing import Any
 import tokenizers
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
-from internvlx_jax.core.json_text import shown, text_lines
+from internvlx_jax.core.json_text import read_json_object, shown, text_lines
 from internvlx_jax.data.bpe_build import AddedToken, byte_level_bpe
 from internvlx_jax.data.tokenizer_files import added_entries, added_ids, check_id, token_text
 

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from internvlx_jax.core.errors import ConfigError
 
 LENGTH_STEP = 128
-# Token slots that cost as much as one tile slot: 724 GFLOP of the tower per tile against 3.4 GFLOP
-# per token at 2B.
-TILE_COST = 256
+# A bucket is as long as its longest sample, up to a multiple of this: what tensor cores like.
+ALIGNMENT = 16
 # One image of at most 12 tiles has 1, 3, 4, ..., 13 of them with its thumbnail.
-_COUNTED = 2**22  # values up to here are counted, larger ones are sorted
 TILE_BUCKETS = (0, 1, *range(3, 14), 16, 24)
+_COUNTED = 2**22  # values up to here are counted, larger ones are sorted
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotCosts:
+    """Says how much work the slots of a row are, in token slots.
+
+    Attributes:
+        tile: one tile slot. The default is that of the 2B model: 827 GFLOP of tower and projector
+            against 3.4 GFLOP per token.
+        short: one slot of the short layout of LVTC; a token slot is then one of the long layout.
+    """
+
+    tile: float = 243.2
+    short: float = 0.0
+
+    @classmethod
+    def of(cls, token: float, short: float, tile: float) -> SlotCosts:
+        """Returns the costs from the FLOPs of one slot of each kind.
+
+        A tenth of a token slot is near enough, and is written to checkpoints and read again as it
+        is.
+        """
+        return cls(round(tile / token, 1), round(short / token, 3))
+
+
+# Earlier versions planned with these, and with buckets of whole steps, whatever the model.
+EARLIER_COSTS = SlotCosts(tile=256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +86,9 @@ class Bucket:
     length: int
     short_length: int = 0
 
-    @property
-    def cost(self) -> int:
+    def work(self, costs: SlotCosts) -> float:
         """Returns the work of a row in token slots."""
-        return self.length + TILE_COST * self.tiles
+        return self.length + costs.short * self.short_length + costs.tile * self.tiles
 
     @property
     def capacity(self) -> Capacity:
@@ -152,6 +178,7 @@ def assign_buckets(
     max_executables: int,
     length_step: int = LENGTH_STEP,
     saved_per_tile: int = 0,
+    costs: SlotCosts = EARLIER_COSTS,
 ) -> tuple[list[Bucket], np.ndarray]:
     """Chooses the buckets of a dataset, and one of them for every sample.
 
@@ -163,6 +190,7 @@ def assign_buckets(
         max_executables: largest number of buckets; every one is a compiled step.
         length_step: see `smallest_bucket`.
         saved_per_tile: see `smallest_bucket`.
+        costs: what makes one union cheaper than another.
 
     Returns:
         The buckets in order, and int32[n]: the position among them of every sample's bucket.
@@ -179,7 +207,7 @@ def assign_buckets(
     counts: Counter[Bucket] = Counter()
     for bucket, count in zip(smallest, frequency.tolist(), strict=True):
         counts[bucket] += count
-    merged = _merge_rarest(counts, max_executables)
+    merged = _merge_rarest(counts, max_executables, costs)
     buckets = sorted(set(merged.values()))
     code = {bucket: buckets.index(union) for bucket, union in merged.items()}
     return buckets, np.array([code[bucket] for bucket in smallest], np.int32)[inverse]
@@ -197,7 +225,41 @@ def _distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values, position[numbers], frequency[values]
 
 
-def _merge_rarest(counts: Counter[Bucket], limit: int) -> dict[Bucket, Bucket]:
+def trim_buckets(
+    buckets: Sequence[Bucket],
+    code: np.ndarray,
+    tiles: np.ndarray,
+    lengths: np.ndarray,
+    saved_per_tile: int = 0,
+) -> list[Bucket]:
+    """Returns the buckets without the slots that none of their samples needs.
+
+    Args:
+        buckets: as `assign_buckets` chooses them.
+        code: int[n], number of each sample's bucket.
+        tiles, lengths: int[n], what each sample needs.
+        saved_per_tile: see `smallest_bucket`.
+    """
+
+    def most(need: np.ndarray) -> list[int]:
+        found = np.zeros(len(buckets), np.int64)
+        np.maximum.at(found, code, need)
+        return found.tolist()
+
+    short = lengths - tiles * saved_per_tile
+    return [
+        Bucket(
+            min(bucket.tiles, most_tiles),
+            min(bucket.length, round_up(longest, ALIGNMENT)),
+            min(bucket.short_length, round_up(longest_short, ALIGNMENT)),
+        )
+        for bucket, most_tiles, longest, longest_short in zip(
+            buckets, most(tiles), most(lengths), most(short), strict=True
+        )
+    ]
+
+
+def _merge_rarest(counts: Counter[Bucket], limit: int, costs: SlotCosts) -> dict[Bucket, Bucket]:
     """Returns for every bucket the union that it becomes a part of; `limit` unions remain."""
     rows = dict(counts)
     members = {bucket: [bucket] for bucket in rows}
@@ -205,9 +267,10 @@ def _merge_rarest(counts: Counter[Bucket], limit: int) -> dict[Bucket, Bucket]:
         rarest = min(rows, key=lambda bucket: (rows[bucket], bucket))
         rare = rows.pop(rarest)
 
-        def padding(other: Bucket) -> tuple[int, Bucket]:
-            cost = rarest.union(other).cost
-            return rare * (cost - rarest.cost) + rows[other] * (cost - other.cost), other
+        def padding(other: Bucket) -> tuple[float, Bucket]:
+            work = rarest.union(other).work(costs)
+            added = work - rarest.work(costs), work - other.work(costs)
+            return rare * added[0] + rows[other] * added[1], other
 
         partner = min(rows, key=padding)
         # The union is new or one of the two: merging with a third would have been cheaper.

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.json_text import decode_json, shorten
-from internvlx_jax.data.buckets import Capacity
+from internvlx_jax.data.buckets import Capacity, SlotCosts
+from internvlx_jax.data.conversations import KNOWN_FIELDS
 from internvlx_jax.data.faults import Fault
 from internvlx_jax.data.fit import CHANGES
 from internvlx_jax.data.pipeline import Loader
+from internvlx_jax.data.plan import Sample
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.data.record_forms import KNOWN_FIELDS
-from internvlx_jax.data.streams import Sample
 
 LENGTH_BIN = 128  # tokens, of the length histogram
 SHOWN = 10  # bad samples of a dataset that the table shows; check.json has all of them
@@ -138,6 +138,7 @@ def check(
     processor: Processor,
     *,
     row_quantum: int = 1,
+    costs: SlotCosts = SlotCosts(),
     decode: bool = False,
 ) -> CheckReport:
     """Examines the datasets of a meta file.
@@ -147,6 +148,7 @@ def check(
         config: settings of the pipeline; bad samples never end the check.
         processor: how the model reads samples.
         row_quantum: the rows of every step are a multiple of it.
+        costs: work of the model's slots.
         decode: whether every image is opened and decoded too, so that damaged ones are counted.
 
     Returns:
@@ -161,7 +163,14 @@ def check(
     def load(batch_mode: Any) -> Loader:
         settings = dataclasses.replace(config, batch_mode=batch_mode)
         return Loader(
-            meta, settings, processor, row_quantum=row_quantum, seed=0, epochs=1, progress=True
+            meta,
+            settings,
+            processor,
+            row_quantum=row_quantum,
+            seed=0,
+            epochs=1,
+            costs=costs,
+            progress=True,
         )
 
     packed = config.batch_mode == "pack"

@@ -1,4 +1,9 @@
-"""Sample records -> samples with checked roles and placeholders (design: data.md 2 and 3)."""
+"""Sample records -> samples with checked roles and placeholders (design: data.md 2 and 3).
+
+Besides InternVL's form these are read: ms-swift's `messages` with `images`, LLaMA-Factory's
+ShareGPT form with `images`, contents in parts as chat APIs have them. What has a meaning that this
+package does not give it is refused by name, never ignored.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,13 +12,41 @@ from typing import Any, cast
 from internvlx_jax.core.errors import SampleError, placeholder_mismatch
 from internvlx_jax.core.json_text import decode_json, invalid_text, shorten, shown
 from internvlx_jax.data import storage
-from internvlx_jax.data.embedded import embedded_image
-from internvlx_jax.data.record_forms import internvl_form, malformed
+from internvlx_jax.data.images import embedded_image, from_base64
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 
 Size = tuple[int, int]  # (width, height) in pixels
 Image = str | bytes  # a path or URL, or the encoded file itself
 
+_ROLES = {"user": "human", "assistant": "gpt"}
+
+# Fields that are read. Any other is listed by `check`.
+KNOWN_FIELDS = frozenset(
+    {
+        *("id", "length", "image", "images", "width", "height", "width_list", "height_list"),
+        *("video", "videos", "clip", "conversations", "messages", "system"),
+    }
+)
+# Fields whose meaning would be lost, and what to do about them.
+_REFUSED = {
+    "audios": "sound is not supported",
+    "audio": "sound is not supported",
+    "tools": "tool calls are not supported",
+    "objects": "boxes stand in the texts, as <ref>name</ref><box>[[x1, y1, x2, y2]]</box>",
+    "rejected_response": "pairs of preferences are not trained on",
+    "rejected_messages": "pairs of preferences are not trained on",
+    "chosen": "pairs of preferences are not trained on",
+    "rejected": "pairs of preferences are not trained on",
+    "kto_tag": "preferences are not trained on",
+}
+# Fields that name a picture elsewhere. Here it would be left out without a word.
+_PICTURES = tuple(
+    f"{name}{end}"
+    for name in ("image_path", "img_path", "image_file", "image_url", "img")
+    for end in ("", "s")
+)
+# Other spellings of a conversation, which are named where there is no conversation.
+_OTHER_FORMS = ("query", "response", "history", "instruction", "input", "output", "prompt", "text")
 _VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
 
 
@@ -79,19 +112,19 @@ def _parse(
         try:
             record = decode_json(record)
         except ValueError as error:
-            raise malformed(str(error)) from None
+            raise _malformed(str(error)) from None
     if not isinstance(record, Mapping):
-        raise malformed(f"not a JSON object, but {shown(record)}")
-    record = internvl_form(record)
+        raise _malformed(f"not a JSON object, but {shown(record)}")
+    record = _internvl_form(record)
     bad = invalid_text([record.get(name) for name in ("id", "image", "video", "conversations")])
     if bad is not None:
-        raise malformed(f"a text is not valid Unicode: {bad}")
+        raise _malformed(f"a text is not valid Unicode: {bad}")
     images, sizes = _images(record, root)
     video = _video(record, root)
     system, turns = _conversation(record)
     if video is not None:
         if images:
-            raise malformed('a sample has "image" or "video", not both')
+            raise _malformed('a sample has "image" or "video", not both')
         turns = _place_video(turns)
     else:
         single = len(images) == 1 and isinstance(record["image"], Image)
@@ -120,7 +153,7 @@ def _images(
     else:
         paths, widths, heights = image, record.get("width_list"), record.get("height_list")
     if not _is_paths(paths):
-        raise malformed(f'"image" must be a path or a list of paths, got {shown(image)}')
+        raise _malformed(f'"image" must be a path or a list of paths, got {shown(image)}')
     return _joined(paths, root), _sizes(widths, heights, len(paths))
 
 
@@ -133,7 +166,7 @@ def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | No
     elif _is_paths(video):
         frames = video
     else:
-        raise malformed(f'"video" must be a folder or a list of frames, got {shown(video)}')
+        raise _malformed(f'"video" must be a folder or a list of frames, got {shown(video)}')
     if any(isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES) for frame in frames):
         raise SampleError(
             "missing_decoder",
@@ -204,7 +237,7 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str | None, list[Turn]]:
         and isinstance(turn.get("value"), str)
         for turn in turns
     ):
-        raise malformed('"conversations" must be a list of {"from": ..., "value": ...} with texts')
+        raise _malformed('"conversations" must be a list of {"from": ..., "value": ...} with texts')
     turns = [(turn["from"], turn["value"]) for turn in turns]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
     if turns and turns[0][0] == "gpt":
@@ -251,3 +284,135 @@ def _place_video(turns: list[Turn]) -> list[Turn]:
             'Correct the turns; without any "<video>" it is put in front.',
         )
     return turns
+
+
+# --- records as other tools write them ------------------------------------------------------------
+
+
+def _internvl_form(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the record with `image`, `video` and `conversations`.
+
+    Raises:
+        SampleError: "json": two fields say the same thing, or one has a meaning that would be lost.
+    """
+    for name, reason in _REFUSED.items():
+        if record.get(name) not in (None, "", [], {}, "[]"):
+            raise _malformed(f'"{name}" is set, but {reason}')
+    if lost := lost_picture(record):
+        raise _malformed(lost)
+    fields = dict(record)
+    _rename(fields, "images", "image")
+    _rename(fields, "videos", "video")
+    image = fields.get("image")
+    if isinstance(image, list):
+        fields["image"] = [_unwrapped(item) for item in image]
+    elif isinstance(image, dict):
+        fields["image"] = _unwrapped(image)
+    videos = fields.get("video")
+    if "videos" in record and isinstance(videos, list):
+        if len(videos) > 1:
+            raise _malformed('"videos" holds several videos; one sample may have one')
+        fields["video"] = videos[0] if videos else None
+    _take_messages(fields)
+    return fields
+
+
+def lost_picture(record: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with a record whose only picture is in a field that is not read.
+
+    A record with a picture in a field that is read may hold its address in other fields, too.
+    """
+    if any(record.get(name) for name in ("image", "images", "video", "videos")):
+        return None
+    found = next((name for name in _PICTURES if record.get(name)), None)
+    return found and f'"{found}" is set, but pictures are read from "image"; rename it'
+
+
+def _malformed(problem: str) -> SampleError:
+    """Returns the error of a line whose content is wrong."""
+    return SampleError("json", f"{problem}.", "Correct the line, or leave it out.")
+
+
+def _rename(fields: dict[str, Any], other: str, name: str) -> None:
+    """Moves the field `other` to `name`, in place."""
+    value = fields.pop(other, None)
+    if value in (None, "", []):
+        return
+    if fields.get(name) not in (None, "", []) and fields[name] != value:
+        raise _malformed(f'"{name}" and "{other}" are both set; keep one')
+    fields[name] = value
+
+
+def _unwrapped(item: Any) -> Any:
+    """Returns the path or the bytes of {"path": ..., "bytes": ...}, any other item as it is."""
+    if not isinstance(item, Mapping):
+        return item
+    data = item.get("bytes")
+    if isinstance(data, str) and data:
+        try:
+            return from_base64(data)
+        except ValueError as error:
+            raise _malformed(f'"bytes" of an image is not base64 ({error})') from None
+    given = [each for each in (data, item.get("path"), item.get("url")) if each]
+    if not given:
+        raise _malformed(f'an image is {shown(dict(item))}; it needs "path", "url" or "bytes"')
+    return given[0]
+
+
+def _take_messages(fields: dict[str, Any]) -> None:
+    """Turns `messages` and `system` into `conversations`, in place."""
+    if fields.get("messages") and fields.get("conversations"):
+        raise _malformed('"messages" and "conversations" are both set; keep one')
+    messages = fields.pop("messages", None) or fields.get("conversations")
+    if messages is None:
+        found = [name for name in _OTHER_FORMS if name in fields]
+        if found:
+            raise _malformed(
+                f'no "conversations" or "messages", but {", ".join(found)}, which is the form of '
+                "another kind of data; write human and gpt turns"
+            )
+        return
+    if not isinstance(messages, list):
+        return  # the check of the turns names it
+    parts: list[Any] = []
+    turns = [_turn(message, parts) for message in messages]
+    if parts:
+        if fields.get("image"):
+            raise _malformed('images stand both in the turns and in "image" or "images"; keep one')
+        fields["image"] = parts
+    system = fields.pop("system", None)
+    if system is not None and system != "":
+        if turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
+            raise _malformed('"system" is set, and the first turn is from system, too; keep one')
+        turns.insert(0, {"from": "system", "value": system})
+    fields["conversations"] = turns
+
+
+def _turn(message: Any, images: list[Any]) -> Any:
+    """Returns {"from", "value"} of a message; images among its parts are appended to `images`."""
+    if not isinstance(message, dict):
+        return message
+    role = message.get("from", message.get("role"))
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if role == "gpt" and message.get("loss") is not None and not message["loss"]:
+        raise _malformed('an answer has "loss": false, but every answer is trained on')
+    if message.get("tool_calls"):
+        raise _malformed("a message has tool_calls, which are not supported")
+    value = message.get("value", message.get("content"))
+    if isinstance(value, list):
+        value = "".join(_part(part, images) for part in value)
+    return {"from": role, "value": value}
+
+
+def _part(part: Any, images: list[Any]) -> str:
+    """Returns the text of one part of a message; an image is its placeholder."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        if IMAGE_PLACEHOLDER in part["text"]:
+            raise _malformed(f'a part of type text holds "{IMAGE_PLACEHOLDER}"; leave it out')
+        return part["text"]
+    if kind in ("image", "image_url"):
+        value = part.get(kind)
+        images.append(_unwrapped(value))
+        return f"{IMAGE_PLACEHOLDER}\n"
+    raise _malformed(f"a part of a message is {shown(part)}; parts are of type text or image")

@@ -12,9 +12,10 @@ from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.inputs import IGNORED
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample, Size
-from internvlx_jax.data.encode import Encoded
+from internvlx_jax.data.encode import Encoded, encode_sample
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.data.tiles import per_image_limit, tile_counts
 
 # What fit_sample may have done; where several were needed, the last one.
 CHANGES = ("", "fewer_tiles", "dropped_turns", "cut_answer")
@@ -53,9 +54,9 @@ def fit_sample(
     Raises:
         SampleError: "too_long" when nothing helps; the message names the line.
     """
-    limit = processor.image_limit(len(sizes))
-    tiles = processor.tiles_per_image(sizes, limit)
-    encoded = processor.encode(sample, tiles)
+    limit = per_image_limit(processor.tiles.max_num, len(sizes))
+    tiles = tile_counts(processor.tiles, sizes, limit)
+    encoded = encode(processor, sample, tiles)
     length, count = len(encoded.tokens), sum(tiles)
     if capacity.fits(length, count):
         return Fitted(encoded, tiles, limit, "")
@@ -63,7 +64,7 @@ def fit_sample(
     limit, tiles = _fewer_tiles(
         processor, sizes, capacity, text=length - count * processor.tokens_per_tile
     )
-    fitted = Fitted(processor.encode(sample, tiles), tiles, limit, "fewer_tiles")
+    fitted = Fitted(encode(processor, sample, tiles), tiles, limit, "fewer_tiles")
     fitted = _drop_turns(processor, sample, fitted, capacity)
     if _holds(capacity, fitted):
         return fitted
@@ -71,6 +72,27 @@ def fit_sample(
     if cut is None or not capacity.fits(0, sum(fitted.tiles)):
         raise _too_long(processor, sample, length, count, capacity)
     return fitted._replace(encoded=cut, change="cut_answer")
+
+
+def encode(processor: Processor, sample: ChatSample, tiles_per_image: Sequence[int]) -> Encoded:
+    """Returns tokens and labels of a sample, whatever their number.
+
+    Raises:
+        SampleError: names file and line.
+    """
+    system = processor.system_message if sample.system is None else sample.system
+    try:
+        return encode_sample(
+            sample.turns,
+            system=system,
+            template=processor.template,
+            tokenizer=processor.tokenizer,
+            tiles_per_image=tiles_per_image,
+            tokens_per_tile=processor.tokens_per_tile,
+            special_text=processor.special_text,
+        )
+    except SampleError as error:
+        raise error.at(sample.where) from None
 
 
 def _holds(capacity: Capacity, fitted: Fitted) -> bool:
@@ -81,9 +103,9 @@ def _fewer_tiles(
     processor: Processor, sizes: Sequence[Size], capacity: Capacity, *, text: int
 ) -> tuple[int, tuple[int, ...]]:
     """Returns the largest grid with which the sample fits, at least 1, and the tiles per image."""
-    limit = processor.image_limit(len(sizes))
+    limit = per_image_limit(processor.tiles.max_num, len(sizes))
     while True:
-        tiles = processor.tiles_per_image(sizes, limit)
+        tiles = tile_counts(processor.tiles, sizes, limit)
         count = sum(tiles)
         if limit <= 1 or capacity.fits(text + count * processor.tokens_per_tile, count):
             return limit, tiles
@@ -102,7 +124,7 @@ def _drop_turns(
         if fitted.tiles and not kept:
             break  # without an image it would become a text sample, whose "<image>" is text
         try:
-            encoded = processor.encode(dataclasses.replace(sample, turns=turns), kept)
+            encoded = encode(processor, dataclasses.replace(sample, turns=turns), kept)
         except SampleError:
             break  # nothing supervised would be left
         fitted = Fitted(encoded, kept, fitted.limit, "dropped_turns")

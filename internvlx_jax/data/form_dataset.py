@@ -9,7 +9,7 @@
     OUT/forms/images/train|val|test|blank|downsized/   PNG files
 
 Form i of a split depends on (seed, split, i) only, so that splits share no form and a longer split
-begins with the shorter one. A small copy fits into one tile of TILE px.
+begins with the shorter one. A small copy has a quarter of the width and height.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import new_folder, read_json_object, write_json
+from internvlx_jax.core.files import new_folder, write_json
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.ranges import COUNT, SEED, check_ranges
 from internvlx_jax.data.synthetic import chance
 from internvlx_jax.data.synthetic_forms import Form, make_form, questions
-from internvlx_jax.data.synthetic_pages import TILE
 
 __all__ = ["CONTROLS", "FILES", "FormConfig", "generate_forms"]
 
-VERSION = 1  # raise it with every change that alters a form or a question
+VERSION = 4  # raise it with every change that alters a form or a question
 FOLDER = "forms"
 SUMMARY = "forms.json"
 SPLITS = ("train", "val", "test")
@@ -58,8 +58,8 @@ class FormConfig:
     seed: int = 0
     train: int = 8000
     val: int = 100
-    test: int = 480
-    controls: int = 120
+    test: int = 600
+    controls: int = 150
 
     def __post_init__(self):
         check_ranges(self, seed=SEED, train=COUNT, val=COUNT, test=COUNT, controls=COUNT)
@@ -166,12 +166,10 @@ def _chat(id: str, image: str, form: Form, asked: list[tuple[str, str, str]]) ->
 
 
 def _write_controls(root: Path, name: str, image: Image.Image) -> None:
-    """Writes a blank page of the same size, and a copy that fits into one tile."""
+    """Writes a blank page of the same size, and a copy of a quarter of the sides."""
     blank = Image.new("RGB", image.size, "white")
     blank.save(root / name.replace("/test/", "/blank/"), compress_level=1)
-    scale = TILE / max(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    small = image.resize(size, Image.Resampling.BICUBIC)
+    small = image.resize((image.width // 4, image.height // 4), Image.Resampling.BICUBIC)
     small.save(root / name.replace("/test/", "/downsized/"), compress_level=1)
 
 

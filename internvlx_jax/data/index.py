@@ -42,6 +42,7 @@ from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.size_index import COLUMNS, SizeIndex
 from internvlx_jax.data.sources import Source, cache_name, read_sample
 from internvlx_jax.data.stamps import MISSING, NONE, stamp_of
+from internvlx_jax.data.tiles import tile_counts
 from internvlx_jax.data.video import frame_separator, list_frames, with_frames
 
 logger = logging.getLogger(__name__)
@@ -367,14 +368,14 @@ class _Builder:
             fitting = int((tokens <= capacity.length - len(encoded.tokens)).sum())
             most = len(tokens) if capacity.tiles is None else capacity.tiles
             frames = min(frames, fitting, most)
-        off = dataclasses.replace(processor, tiles=dataclasses.replace(processor.tiles, rule="off"))
+        off = dataclasses.replace(processor.tiles, rule="off")
         return {
             "change": CHANGES.index(change),
             "tiles": sum(tiles),
             "length": len(encoded.tokens),
             "supervised": supervised_tokens(encoded.labels),
             "images": len(tiles),
-            "off_tiles": sum(off.tiles_per_image(sizes)),
+            "off_tiles": sum(tile_counts(off, sizes)),
             "frames": frames,
         }
 

@@ -90,6 +90,12 @@ def read_meta(path: str | os.PathLike) -> list[DatasetEntry]:
         )
     if not meta:
         raise ConfigError(f'{path}: names no datasets; add {{"name": {{"annotation": ...}}}}.')
+    for name in meta:
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(
+                f"{path}: a dataset is called {shown(name)}; logs and messages need a printable "
+                "name. Rename it."
+            )
     folder = os.path.dirname(path)
     return [
         _entry(folder, f'{path} dataset "{name}"', name, fields) for name, fields in meta.items()

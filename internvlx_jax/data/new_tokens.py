@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object, write_json
+from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.data.bpe_build import AddedToken
 from internvlx_jax.data.bpe_files import read_bpe_files
 from internvlx_jax.data.sentencepiece_files import open_model

@@ -17,23 +17,22 @@ import numpy as np
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.data.batch import Batch, Row, join_rows
-from internvlx_jax.data.buckets import Bucket, Capacity
+from internvlx_jax.data.batch import Batch, Row, collate, join_rows
+from internvlx_jax.data.buckets import Bucket, Capacity, SlotCosts
 from internvlx_jax.data.faults import Fault, FaultCounts, replacements
 from internvlx_jax.data.image_fetcher import NOTHING, Ahead, Fetched, open_cache
 from internvlx_jax.data.index import load_index
 from internvlx_jax.data.meta import read_meta
 from internvlx_jax.data.opening_sources import open_sources, sample_capacity
 from internvlx_jax.data.order import Position, make_order
-from internvlx_jax.data.plan import PlannedStep, digest
+from internvlx_jax.data.plan import PlannedStep, Sample, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
 from internvlx_jax.data.sources import origin_of
-from internvlx_jax.data.streams import Sample
 from internvlx_jax.data.table import make_table
 
-_REPLACE = 4  # first word of the seeds, beside those of streams.py, plan.py and table.py
+_REPLACE = 4  # first word of the seeds, beside those of plan.py and table.py
 
 
 class StepCounts(NamedTuple):
@@ -91,6 +90,7 @@ class Loader:
         process_index: which share of the rows of a step is read here.
         process_count: number of shares.
         epochs: number of epochs after which the plan ends; None: it never ends.
+        costs: work of the model's slots, which decides the buckets of a new run.
         state: what `state` returned before, for a resumed run.
         progress: whether to show the making of a size index.
         refresh: whether images that a size index knows are looked at again; None: unless the run is
@@ -122,6 +122,7 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         epochs: int | None = None,
+        costs: SlotCosts = SlotCosts(),
         state: Mapping[str, Any] | None = None,
         progress: bool = False,
         refresh: bool | None = None,
@@ -174,9 +175,11 @@ class Loader:
             row_quantum=row_quantum,
             seed=seed,
             epochs=epochs,
+            costs=costs,
             state=state or {},
         )
         self.plan, self.code, self.parts = order.plan, order.code, order.parts
+        self.costs = order.costs
         self.plan_hash = digest(self.parts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,13 +237,24 @@ class Loader:
                 for place in range(len(planned.rows[number]))
             ]
             samples = [sample for sample in found if sample is not None]
-            rows.append(join_rows([sample.row for sample in samples]) if samples else None)
+            if len(samples) > 1:
+                rows.append(join_rows([sample.row for sample in samples]))
+            else:
+                rows.append(samples[0].row if samples else None)
             names += [sample.name for sample in samples]
-        numbers = planned.samples
+        processor, numbers = self.processors[0], planned.samples
+        batch = collate(
+            rows,
+            planned.bucket,
+            tile_size=processor.tiles.tile_size,
+            tokens_per_tile=processor.tokens_per_tile,
+            pad_id=processor.tokenizer.pad_id,
+            lvtc=processor.lvtc,
+        )
         shapes = np.stack([self.table.length[numbers], self.table.tiles[numbers]], axis=1)
         return LoadedStep(
             planned.bucket,
-            self.processors[0].collate(rows, planned.bucket),
+            batch,
             tuple(names),
             self.counts(planned),
             shapes,
@@ -381,6 +395,7 @@ class Loader:
             step,
             self.row_quantum,
             self.plan.streams[0].before(epoch) if self._packed else None,
+            self.costs,
         )
 
     def state(self, step: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def read_ahead(
         stop: the step after the last one.
         num_workers: worker processes, which end with the iterator; 0 loads in threads.
     """
-    dataset = grain.MapDataset.source(_PlannedSteps(plan, start, stop)).map(load)
+    dataset = grain.MapDataset.range(start, stop).map(plan.step).map(load)
     threads = 1 if num_workers else min(PREFETCHED_STEPS, os.cpu_count() or 1)
     steps = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCHED_STEPS)
@@ -49,16 +49,3 @@ def read_ahead(
 def _start_worker(index: int, count: int) -> None:
     """Prepares a worker process of grain."""
     end_with_parent()
-
-
-class _PlannedSteps:
-    """Gives random access to the plan, the interface of grain's sources."""
-
-    def __init__(self, plan: Plan, start: int, stop: int):
-        self.plan, self.start, self.stop = plan, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> PlannedStep:
-        return self.plan.step(self.start + index)

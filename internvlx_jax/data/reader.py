@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.data_config import DataConfig, ImageConfig
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.local_cache import LocalCache
 from internvlx_jax.data.batch import Row
@@ -24,10 +24,11 @@ from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample
 from internvlx_jax.data.fit import Fitted, fit_sample, supervised_tokens
 from internvlx_jax.data.image_fetcher import NOTHING, Ahead, ImageFetcher, Place, may_have_urls
+from internvlx_jax.data.images import load_image
 from internvlx_jax.data.meta import DatasetEntry
-from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.processor import Processor, in_training
 from internvlx_jax.data.sources import ArrayRecords, Source, cache_name, read_sample
-from internvlx_jax.data.tiles import cut_tiles
+from internvlx_jax.data.tiles import cut_images
 from internvlx_jax.data.video import choose_frames, list_frames, with_frames
 
 JPEG_QUALITY = (75, 100)
@@ -110,21 +111,18 @@ class SampleReader:
         if sample.video is not None:
             sample, processor = self._with_frames(sample, tiles, generator), processor.for_frames()
         sample = dataclasses.replace(sample, images=self.images.opened(sample.images, ahead))
-        images = processor.decode(sample.images, sample.where)
+        images = _decode(sample, processor.images)
         fitted = fit_sample(processor, sample, [image.size for image in images], self.capacity)
         _check_fits(fitted, processor, sample, capacity, _remedy(sample, self.sources[dataset]))
         # Images of dropped turns have no entry in fitted.tiles.
-        cut = [
-            cut_tiles(image, processor.tiles, fitted.limit)
-            for image, _ in zip(images, fitted.tiles, strict=False)
-        ]
-        if entry.data_augment:
-            cut = [_reencode(tiles_of_image, generator) for tiles_of_image in cut]
+        cut = cut_images(images[: len(fitted.tiles)], processor.tiles, fitted.limit)
+        if entry.data_augment and len(cut):
+            cut = _reencode(cut, generator)
         row = Row(
             fitted.encoded.tokens,
             fitted.encoded.labels,
             fitted.encoded.tile_start,
-            processor.concatenate(cut),
+            cut,
             loss_weight=self._loss_weight(fitted.encoded.labels),
             dataset=dataset,
         )
@@ -158,6 +156,26 @@ class SampleReader:
         n = supervised_tokens(labels)
         weight = 1 / n if self.loss_reduction == "sample" else n**-0.5
         return np.full(len(labels), weight, np.float32)
+
+
+def _decode(sample: ChatSample, config: ImageConfig) -> list[Image.Image]:
+    """Returns each image decoded.
+
+    Raises:
+        SampleError: names file and line.
+    """
+    try:
+        return [
+            load_image(
+                image,
+                max_pixels=config.max_pixels,
+                apply_exif=config.exif == "apply",
+                use_truncated=config.truncated == "use",
+            )
+            for image in sample.images
+        ]
+    except SampleError as error:
+        raise in_training(error).at(sample.where) from None
 
 
 def _check_fits(

@@ -10,7 +10,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object, written_aside
+from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.data.tokenizer_files import PLAIN_FLAGS, added_entries, added_ids
 

@@ -17,7 +17,7 @@ from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import Source, origin_of
 
-_FRAMES = 3  # first word of the seeds, beside those of streams.py and plan.py
+_FRAMES = 3  # first word of the seeds, beside those of plan.py
 
 
 class SampleTable(NamedTuple):

@@ -5,6 +5,7 @@ Dims: n tiles of s x s pixels, the thumbnail (if any) last. A grid is (columns, 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from internvlx_jax.core.tile_config import NORMALIZATIONS, TileConfig
 
 def per_image_limit(max_num: int, n_images: int) -> int:
     """Returns the tile maximum for each of the n_images of a sample (design: data.md 8.6)."""
-    return max(1, max_num // n_images)
+    return max(1, max_num // max(1, n_images))
 
 
 def tile_limit(config: TileConfig, width: int, height: int, max_num: int | None = None) -> int:
@@ -72,6 +73,27 @@ def tile_count(config: TileConfig, width: int, height: int, max_num: int | None 
     """Returns the tiles of an image of width x height pixels, the thumbnail included."""
     grid = choose_grid(config, width, height, max_num)
     return grid[0] * grid[1] + _has_thumbnail(config, grid)
+
+
+def tile_counts(
+    config: TileConfig, sizes: Sequence[tuple[int, int]], max_num: int | None = None
+) -> tuple[int, ...]:
+    """Returns the tiles of each image of one sample, thumbnails included.
+
+    Args:
+        config: how the model's images are cut.
+        sizes: width and height of each image, in pixels.
+        max_num: largest grid of an image; None: that of `per_image_limit`.
+    """
+    limit = per_image_limit(config.max_num, len(sizes)) if max_num is None else max_num
+    return tuple(tile_count(config, width, height, limit) for width, height in sizes)
+
+
+def cut_images(images: Sequence[Image.Image], config: TileConfig, max_num: int) -> np.ndarray:
+    """Returns uint8[t, s, s, 3]: the tiles of all images of a sample, none for text."""
+    s = config.tile_size
+    tiles = [cut_tiles(image, config, max_num) for image in images]
+    return np.concatenate([np.zeros((0, s, s, 3), np.uint8), *tiles])
 
 
 def cut_tiles(image: Image.Image, config: TileConfig, max_num: int | None = None) -> np.ndarray:

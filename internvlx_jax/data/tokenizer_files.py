@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import read_json_object
-from internvlx_jax.core.json_text import shown
+from internvlx_jax.core.json_text import read_json_object, shown
 from internvlx_jax.core.uploads import local_folder
 
 # What `find_tokenizer` opens, the first of them that a folder has.

@@ -15,8 +15,7 @@ from pathlib import Path
 from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.evaluation.bootstrap import RESAMPLES, Interval, bootstrap_mean
-from internvlx_jax.evaluation.prediction_shards import read_rows
-from internvlx_jax.evaluation.records import Row, Summary
+from internvlx_jax.evaluation.records import Row, Summary, read_rows
 from internvlx_jax.evaluation.tasks import TASKS
 
 SCALES = (100.0, 1.0, 1000.0)  # from the score of a question to that of a benchmark

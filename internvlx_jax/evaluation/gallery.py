@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.data.images import load_image
-from internvlx_jax.evaluation.prediction_shards import read_objects
-from internvlx_jax.evaluation.records import Record
+from internvlx_jax.evaluation.records import Record, read_objects
 
 COLUMNS = 4
 MAX_PAGES = 4  # of one question; the others are left out

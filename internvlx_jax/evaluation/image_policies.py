@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from internvlx_jax.inference.tiling import ImagePolicy
+from internvlx_jax.inference.requests import ImagePolicy
 
 VLMEVALKIT_TILES = 64  # per question, over all of its images
 

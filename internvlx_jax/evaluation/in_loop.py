@@ -16,8 +16,8 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.evaluation.records import TrainingStep
-from internvlx_jax.evaluation.selection import Decoding, TaskSpec, generation_spec, select
+from internvlx_jax.evaluation.job import TrainingStep, generation_spec
+from internvlx_jax.evaluation.selection import Decoding, TaskSpec, select
 from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.models.params import AbstractModel, unflatten

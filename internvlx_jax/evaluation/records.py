@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.generation_config import Sampling
-from internvlx_jax.core.json_text import shown
-from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.inference.requests import Answer
+from internvlx_jax.core.files import written_aside
+from internvlx_jax.core.json_text import decode_json, encode_line, read_lines, shown
 
 
 class Record:
@@ -49,6 +47,8 @@ class Record:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Returns whether a JSON value is one of a field with this type."""
+    if hint is Any:
+        return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
@@ -62,7 +62,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(_fits(each, inner[1]) for each in value.values())
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return isinstance(value, hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,130 +99,6 @@ class Row(Record):
     score: float | None
     error: str | None
 
-    @classmethod
-    def unscored(cls, index: int, question: Question, answer: Answer) -> Row:
-        """Returns the row of an answer before it is scored."""
-        return cls(
-            index=index,
-            question_id=question.id,
-            prompt=question.prompt,
-            images=[str(image) for image in question.images],
-            tiles=answer.tiles,
-            prompt_tokens=answer.prompt_tokens,
-            new_tokens=answer.new_tokens,
-            finish=answer.finish,
-            raw=answer.text,
-            prediction=None,
-            answer=list(question.answers),
-            score=None,
-            error=None if answer.error is None else str(answer.error),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionFile(Record):
-    """A question file of the user, which takes the place of a benchmark.
-
-    Attributes:
-        data: path of the file.
-        metric: how its answers are scored.
-        image_root: folder of its image paths; None is that of the file.
-        prompt: how a question is asked, with {question} in it.
-    """
-
-    data: str
-    metric: str
-    image_root: str | None
-    prompt: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointIdentity(Record):
-    """The parameters of a stored checkpoint.
-
-    Attributes:
-        checkpoint: path or name, as given.
-        checkpoint_hash: hash of its files (`identity.checkpoint_hash`).
-        dtype: dtype in which they are used.
-        ema: whether the average of the trained parameters is used instead of them.
-    """
-
-    checkpoint: str
-    checkpoint_hash: str
-    dtype: str
-    ema: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON object, without `ema` where it is not used."""
-        fields = super().to_json()
-        if not self.ema:
-            del fields["ema"]
-        return fields
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingStep(Record):
-    """The parameters of a run in memory, after `step` updates."""
-
-    step: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
-    """Everything that decides the answers of a task; its hash guards a resumed job.
-
-    Attributes:
-        task, protocol: the benchmark and whose prompts it is asked with.
-        limit: number of questions asked; None for all.
-        tiles: how images are cut.
-        rgb: when images are converted to RGB ("first" or "after_tiling").
-        template, system_message: the conversation around a prompt.
-        max_new_tokens, min_new_tokens: bounds of the length of an answer.
-        sampling, seed, stop_strings: how tokens are chosen and what ends an answer.
-        data_sha256: hash of each data file.
-        question_file: the file of the user, None for a benchmark.
-        parameters: the parameters of the model; None while they are not known.
-        cot: whether the task was asked for a chain of thought.
-        frames: number of frames of a video; None for images, and for the task's own number.
-    """
-
-    task: str
-    protocol: str
-    limit: int | None
-    tiles: TileConfig
-    rgb: str
-    template: str
-    system_message: str | None
-    max_new_tokens: int
-    min_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stop_strings: tuple[str, ...]
-    data_sha256: Mapping[str, str]
-    question_file: QuestionFile | None = None
-    parameters: CheckpointIdentity | TrainingStep | None = None
-    cot: bool = False
-    frames: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns one flat JSON object; file and parameters add their fields at its end.
-
-        `cot` and `frames` are left out where they are not used.
-        """
-        fields = dict(vars(self)) | {
-            "tiles": dataclasses.asdict(self.tiles),
-            "sampling": dataclasses.asdict(self.sampling),
-            "stop_strings": list(self.stop_strings),
-            "data_sha256": dict(self.data_sha256),
-        }
-        parts = (fields.pop("question_file"), fields.pop("parameters"))
-        unused = [name for name in ("cot", "frames") if not fields[name]]
-        for name in unused:
-            del fields[name]
-        for part in parts:
-            fields |= part.to_json() if part is not None else {}
-        return fields
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary(Record):
@@ -241,7 +117,7 @@ class Summary(Record):
             none was asked.
         compat: deviations in force.
         files: further files in the folder of the task.
-        settings: `AnswerSettings` as JSON, kept as stored when a summary is read.
+        settings: `job.AnswerSettings` as JSON, kept as stored when a summary is read.
         settings_hash: hash of `settings`.
         versions: versions of the libraries.
     """
@@ -285,3 +161,43 @@ class RunInfo(Record):
     rows: int
     executables: int
     speed: Mapping[str, Any]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a predictions.jsonl, one row per line."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.writelines(encode_line(row.to_json()) for row in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a predictions.jsonl.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is no row; the message names it.
+    """
+    return [Row.from_json(stored, where) for where, stored in read_objects(path)]
+
+
+def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Reads the lines of a predictions.jsonl as ("FILE line N", JSON object).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line is no JSON object; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; give the predictions.jsonl of an eval.py run"
+        )
+    objects = []
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        try:
+            stored = decode_json(line)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}; run eval.py again") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{where}: not a JSON object; run eval.py again")
+        objects.append((where, stored))
+    return objects

@@ -1,36 +1,77 @@
-"""Which questions a job asks and how they are asked (design: evaluation.md 1, 2)."""
+"""Which questions a job asks, from which files (design: evaluation.md 1, 2, 8)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
-from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.ranges import SEED, check_ranges
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
-from internvlx_jax.evaluation.identity import file_hashes
 from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics import METRICS
-from internvlx_jax.evaluation.questions import Question, read_questions
-from internvlx_jax.evaluation.records import AnswerSettings, QuestionFile
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import COMPAT, Answered, Context, mean_of
-from internvlx_jax.evaluation.sources import Roots, Source
+from internvlx_jax.evaluation.sources import Roots, Source, read_questions
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
-from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_protocol, find_tasks
-from internvlx_jax.inference.requests import GenerationSpec
-from internvlx_jax.inference.tiling import Tiler
+from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_tasks
 
 GENERIC = "generic"  # protocol of a question file
 GENERIC_NEW_TOKENS = 100
 # These stand for the deviations of the reference, under which published numbers came about, and for
 # those of the InternVL-X release.
 ACCEPTANCE, RELEASE = "acceptance", "release"
+
+# First digits of the md5 of the published TSV files.
+TSV_MD5 = {
+    "MMBench_DEV_EN": "b6caf113",
+    "SEEDBench_IMG": "68017231",
+    "ScienceQA_TEST": "e42e9e00",
+    "AI2D_TEST": "0f593e0d",
+    "RealWorldQA": "4de008f5",
+    "MMMU_DEV_VAL": "585e8ad7",
+    "TextVQA_VAL": "b233b31f",
+    "DocVQA_VAL": "d5ee77e1",
+    "InfoVQA_VAL": "2342e9c2",
+    "ChartQA_TEST": "c902e0aa",
+    "GQA_TestDev_Balanced": "99b62f22",
+    "VizWiz": "fa4ac416",
+    "MathVista_MINI": "f199b98e",
+    "LLaVABench": "d382a093",
+    "MMVet": "748aa6d4",
+    "MME": "b36b43c3",
+    "HallusionBench": "0c23ac0d",
+    "POPE": "c12f5acb",
+    "MMBench_DEV_EN_V11": "30c05be8",
+    "MMBench_TEST_EN_V11": "8d1a704e",
+    "MMBench_DEV_CN_V11": "593f9b5f",
+    "MMBench_TEST_CN_V11": "156e6569",
+    "SEEDBench2_Plus": "e32d3216",
+    "AI2D_TEST_NO_MASK": "fd8f4636",
+    "MMStar": "e1ecd214",
+    "BLINK": "d5e8af14",
+    "MUIRBench": "2e5e6fd7",
+    "MMMU_Pro_10c": "22cee868",
+    "MMMU_Pro_V": "d01441a8",
+    "OCRBench": "e953d98a",
+    "MathVision": "93f6de14",
+    "MathVision_MINI": "060fe4fa",
+    "MathVerse_MINI": "5017caca",
+    "MathVerse_MINI_Vision_Only": "68a11d46",
+    "MathVerse_MINI_Vision_Dominant": "b8fb6385",
+    "MathVerse_MINI_Vision_Intensive": "01cbd35b",
+    "MathVerse_MINI_Text_Lite": "19e4b13b",
+    "MathVerse_MINI_Text_Dominant": "4f5cd2fa",
+    "ChartQAPro": "27653ea8",
+    "RefCOCO": "f50ca356",
+    "MVBench": "fd21d365",
+    "Video-MME": "85bdd91f",
+}
 
 
 def check_names(selection: EvaluationConfig) -> None:
@@ -121,17 +162,14 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     data = as_path(selection.data_root)
     tsv_root = as_path(selection.tsv_root) if selection.tsv_root else data / "tsv"
     roots = Roots(data, tsv_root, selection.frames)
-    chosen = [
-        (task, *find_protocol(task, selection.protocol))
-        for task in find_tasks(selection.tasks, selection.suite)
-    ]
+    chosen = find_tasks(selection.tasks, selection.suite, selection.protocol)
     if selection.data is not None and selection.metric is not None:
         path = as_path(selection.data)
         task = question_file_task(selection, path, selection.metric)
         if task.name in {each.name for each, _, _ in chosen}:
             # pope.jsonl beside the benchmark pope: no other file or score may be taken for its own
             task = dataclasses.replace(task, name=path.name)
-        chosen.append((task, *find_protocol(task, GENERIC)))
+        chosen.append((task, GENERIC, task.protocols[GENERIC]))
     chosen = _asked(chosen, selection)
     missing = [
         f"  {task.name} ({protocol}): {path}"
@@ -188,6 +226,7 @@ def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> 
         score=mean_of(METRICS[metric], scale=1),
         dataset=path.stem,
         max_new_tokens=GENERIC_NEW_TOKENS,
+        min_new_tokens=0,
     )
     title = f"{path.name}, {metric}"
     return Task(name=path.stem, title=title, samples=None, protocols={GENERIC: spec})
@@ -197,11 +236,19 @@ def _read(
     task: Task, protocol: str, spec: ProtocolSpec, roots: Roots, selection: EvaluationConfig
 ) -> TaskSpec:
     compat = compat_of(selection, spec)
-    questions = spec.source.read(dataclasses.replace(roots, compat=compat))
     files = spec.source.files(roots)
+    try:
+        questions = spec.source.read(dataclasses.replace(roots, compat=compat))
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{task.name}: {', '.join(map(str, files[:3]))} cannot be read "
+            f"({type(error).__name__}: {error}); download the published files again"
+        ) from error
     if not questions:
         raise ConfigError(f"{task.name}: no questions in {', '.join(map(str, files))}")
-    hashes, notes = file_hashes(files)
+    hashes, notes = _file_hashes(files)
     published = task.samples if spec.samples is None else spec.samples
     if selection.limit is None and published and published != len(questions):
         notes.append(f"{len(questions)} questions, the published set has {published}")
@@ -249,75 +296,24 @@ def _check_placeholders(question: Question) -> None:
         )
 
 
-def generation_spec(
-    spec: TaskSpec,
-    selection: EvaluationConfig,
-    model: ModelConfig,
-    tiles: TileConfig,
-    max_num: int | None,
-    decoding: Decoding,
-) -> tuple[GenerationSpec, AnswerSettings]:
-    """Returns how a model is asked the questions of a task, and the settings that record it.
+def _file_hashes(paths: Iterable[Path]) -> tuple[dict[str, str], list[str]]:
+    """Hashes data files.
 
-    Args:
-        spec: the task.
-        selection: what was selected.
-        model: the model.
-        tiles: how the model cuts images.
-        max_num: the user's own tile maximum; None if it is not set.
-        decoding: how tokens are chosen.
+    Returns:
+        (sha256 of each file by FOLDER/NAME, a note for each TSV that is not the published one).
     """
-    protocol_spec = spec.protocol_spec
-    baseline = model.projector.kind == "mlp1" and tiles.rule == "off"
-    if baseline and max_num is None and not spec.generic:
-        own = protocol_spec.baseline_tiles
-        most = spec.task.baseline_tiles if own is None else own
-        tiles = dataclasses.replace(tiles, max_num=most)
-    tiler = Tiler(
-        tiles,
-        protocol_spec.images(tiles.dynamic),
-        # Without a grid the references convert an image before they squash it into one tile.
-        "after_tiling" if "rgb_after_tiling" in spec.compat and tiles.dynamic else "first",
-    )
-    generation = GenerationSpec(
-        tiler=tiler,
-        max_new_tokens=selection.max_new_tokens or protocol_spec.max_new_tokens,
-        min_new_tokens=protocol_spec.min_new_tokens,
-        sampling=decoding.sampling,
-        seed=decoding.seed,
-        stop_strings=decoding.stop_strings,
-    )
-    return generation, _answer_settings(spec, selection, model, generation)
-
-
-def _answer_settings(
-    spec: TaskSpec, selection: EvaluationConfig, model: ModelConfig, generation: GenerationSpec
-) -> AnswerSettings:
-    return AnswerSettings(
-        task=spec.task.name,
-        protocol=spec.protocol,
-        limit=selection.limit,
-        tiles=generation.tiler.tiles,
-        rgb=generation.tiler.rgb,
-        template=model.prompt.template,
-        system_message=model.prompt.system_message,
-        max_new_tokens=generation.max_new_tokens,
-        min_new_tokens=generation.min_new_tokens,
-        sampling=generation.sampling,
-        seed=generation.seed,
-        stop_strings=generation.stop_strings,
-        data_sha256=spec.hashes,
-        question_file=_question_file(selection) if spec.generic else None,
-        cot=selection.cot and spec.protocol_spec.cot is not None,
-        frames=selection.frames if spec.protocol_spec.frames else None,
-    )
-
-
-def _question_file(selection: EvaluationConfig) -> QuestionFile:
-    assert selection.data is not None and selection.metric is not None
-    return QuestionFile(
-        data=selection.data,
-        metric=selection.metric,
-        image_root=selection.image_root,
-        prompt=selection.prompt,
-    )
+    hashes, notes = {}, []
+    for path in paths:
+        sha, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                sha.update(block)
+                md5.update(block)
+        hashes[f"{path.parent.name}/{path.name}"] = sha.hexdigest()
+        published = TSV_MD5.get(path.stem) if path.suffix == ".tsv" else None
+        if published and not md5.hexdigest().startswith(published):
+            notes.append(
+                f"{path.name} is not the published file (md5 {md5.hexdigest()[:8]}, "
+                f"expected {published})"
+            )
+    return hashes, notes

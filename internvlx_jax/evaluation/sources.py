@@ -1,4 +1,4 @@
-"""Reads the questions of benchmarks from InternVL's data folder and from TSV files.
+"""Reads questions: from InternVL's data folder, from TSV files, from question files of users.
 
 (design: evaluation.md 5)
 """
@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import json
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.data.images import ImageSource
-from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.json_text import invalid_text, read_jsonl, shown
+from internvlx_jax.data.conversations import lost_picture
+from internvlx_jax.data.images import ImageBytes, ImageSource, embedded_image
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
 
 Answers = Mapping[str, Sequence[str]]
 Finish = Callable[[Question], Question]
+# Fields of a line of a question file.
+_FIELDS = frozenset({"question", "answer", "image", "images", "question_id"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,14 +178,38 @@ def listed_cell(cell: str, where: str) -> tuple[str, ...]:
 def coco_answers(path: Path) -> Answers:
     """Reads answers in the COCO VQA layout: annotations[].question_id, answers[].answer."""
     return {
-        str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
+        str(required(row, "question_id", path)): [
+            required(answer, "answer", path) for answer in required(row, "answers", path)
+        ]
         for row in read_json(path, "annotations")
     }
 
 
 def docvqa_answers(path: Path) -> Answers:
     """Reads answers in the DocVQA layout: data[].questionId, answers."""
-    return {str(row["questionId"]): row["answers"] for row in read_json(path, "data")}
+    return {
+        str(required(row, "questionId", path)): required(row, "answers", path)
+        for row in read_json(path, "data")
+    }
+
+
+def required(row: Any, name: str, where: str | Path) -> Any:
+    """Returns a field of a record.
+
+    Args:
+        row: the record.
+        name: name of the field.
+        where: the file, and the line if there are lines, for the message.
+
+    Raises:
+        ConfigError: it has no such field.
+    """
+    try:
+        return row[name]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f'{where}: no field "{name}", which this benchmark needs; download the file again'
+        ) from None
 
 
 def read_json(path: Path, field: str | None = None) -> Any:
@@ -230,3 +261,89 @@ def _question(
         {},
         fields,
     )
+
+
+# --- question files -------------------------------------------------------------------------------
+
+
+def read_questions(
+    path: Path, image_root: Path | None = None, limit: int | None = None
+) -> list[Question]:
+    """Reads a question file.
+
+    Each line has `question`, `answer` (a text or a list of texts), and optionally `image` (a path,
+    an image in base64 or as a data: URL, or a list of them; `images` is the same) and
+    `question_id`. Other fields are a warning, once.
+
+    Args:
+        path: the file.
+        image_root: folder of the image paths; the folder of the file by default.
+        limit: read only the first lines.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ConfigError: a line cannot be used; the message names file, line and field.
+    """
+    root = path.parent if image_root is None else image_root
+    questions: dict[str | int, Question] = {}
+    unknown: Counter[str] = Counter()
+    for where, fields in itertools.islice(read_jsonl(path), limit):
+        if isinstance(fields, dict):
+            unknown.update(fields.keys() - _FIELDS)
+        question = _file_question(fields, where, root, len(questions))
+        if question.id in questions:
+            raise ConfigError(
+                f"{question.where}: question_id {question.id!r} is also in "
+                f"{questions[question.id].where}; give each question its own"
+            )
+        questions[question.id] = question
+    if not questions:
+        raise ConfigError(f"{path}: no questions in it")
+    if unknown:
+        listed = ", ".join(f"{shown(name)} ({n})" for name, n in sorted(unknown.items()))
+        warnings.warn(
+            f"{path}: fields that are not read, with the number of their questions: {listed}",
+            stacklevel=2,
+        )
+    return list(questions.values())
+
+
+def _file_question(fields: Any, where: str, root: Path, index: int) -> Question:
+    try:
+        text, answer = fields["question"], fields["answer"]
+    except (KeyError, TypeError):
+        found = f", found {', '.join(map(shown, fields))}" if isinstance(fields, dict) else ""
+        raise ConfigError(f'{where}: needs the fields "question" and "answer"{found}') from None
+    answers = answer if isinstance(answer, list) else [answer]
+    if fields.get("image") and fields.get("images"):
+        raise ConfigError(f'{where}: "image" and "images" are both set; keep one')
+    if lost := lost_picture(fields):
+        raise ConfigError(f"{where}: {lost}")
+    image = fields.get("image") or fields.get("images") or []
+    images = image if isinstance(image, list) else [image]
+    texts = [text, *answers, *images]
+    if not answers or not all(isinstance(item, str) for item in texts):
+        raise ConfigError(
+            f'{where}: "question" must be a text, "answer" and "image" a text or a list of texts'
+        )
+    id = fields.get("question_id", index)
+    if not isinstance(id, (str, int)) or isinstance(id, bool):
+        raise ConfigError(
+            f'{where}: "question_id" must be a text or a whole number, got {shown(id)}'
+        )
+    bad = invalid_text([*texts, str(id)])
+    if bad is not None:
+        raise ConfigError(f"{where}: a text is not valid Unicode: {bad}; correct the line")
+    sources = tuple(
+        _file_image(item, f"{where} image {i}", root) for i, item in enumerate(images, 1)
+    )
+    return Question(where, id, sources, text, tuple(answers))
+
+
+def _file_image(text: str, where: str, root: Path) -> ImageSource:
+    """Returns a path joined with the root, or the image that the text itself is."""
+    try:
+        data = embedded_image(text)
+    except SampleError as error:
+        raise ConfigError(f"{where}: {error.problem} {error.remedy}") from None
+    return str(root / text) if data is None else ImageBytes(where, data)

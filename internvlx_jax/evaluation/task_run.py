@@ -16,9 +16,12 @@ Files in the folder of a task:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,28 +32,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
-from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.json_text import decode_json, encode_line, shown
+from internvlx_jax.core.line_log import LineLog, read_whole, segments
+from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.cells import read_texts
-from internvlx_jax.evaluation.identity import settings_hash
-from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import (
-    EndpointJudge,
     Judge,
     JudgeError,
     NoJudge,
-    RequestBudget,
 )
-from internvlx_jax.evaluation.prediction_shards import Parts, read_rows, write_rows
-from internvlx_jax.evaluation.records import Row, Summary
+from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.records import Row, Summary, read_rows, write_rows
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, ScoringError
 from internvlx_jax.evaluation.selection import TaskSpec
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tables import write_table
-from internvlx_jax.evaluation.tasks import TASKS
 from internvlx_jax.inference.batch_generator import BatchGenerator
-from internvlx_jax.inference.requests import GenerationSpec
+from internvlx_jax.inference.requests import Answer, GenerationSpec
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +80,20 @@ class TaskRun:
         rows: Mapping[int, Row] | None = None,
     ):
         self.spec, self.folder, self.model_name, self.settings = spec, folder, model_name, settings
-        self.hash = settings_hash(settings)
-        self.parts = Parts(folder / "parts", self.hash)
         self.rows = dict(rows or {})
         self.seconds = 0.0
         self.gone: JudgeError | None = None
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits that identify the settings, whatever the order of their names."""
+        stored = json.dumps(self.settings, sort_keys=True, ensure_ascii=False).encode()
+        return hashlib.sha256(stored).hexdigest()[:16]
+
+    @property
+    def parts(self) -> Parts:
+        """The answers of a job that is not finished."""
+        return Parts(self.folder / "parts", self.hash)
 
     @property
     def complete(self) -> bool:
@@ -138,7 +148,7 @@ class TaskRun:
             for answers in generator.answer(requests, generation):
                 part.write(
                     [
-                        Row.unscored(number, questions[number], answers[number])
+                        unscored_row(number, questions[number], answers[number])
                         for number in sorted(answers)
                     ]
                 )
@@ -292,58 +302,114 @@ class TaskRun:
         )
 
 
-def make_judge(config: JudgeConfig, folder: Path, budget: RequestBudget | None = None) -> Judge:
-    """Returns the judge of a task.
-
-    Args:
-        config: the endpoint.
-        folder: folder of the task.
-        budget: what is left of the requests of the job; None starts with all of them.
-    """
-    if config.url is None or config.model is None:
-        return NoJudge()
-    return EndpointJudge(
-        config.url,
-        config.model,
-        as_path(config.cache) if config.cache else folder / "judge_cache",
-        workers=config.concurrency,
-        retries=config.retries,
-        budget=budget or RequestBudget(config.budget),
+def unscored_row(index: int, question: Question, answer: Answer) -> Row:
+    """Returns the row of an answer before it is scored."""
+    return Row(
+        index=index,
+        question_id=question.id,
+        prompt=question.prompt,
+        images=[str(image) for image in question.images],
+        tiles=answer.tiles,
+        prompt_tokens=answer.prompt_tokens,
+        new_tokens=answer.new_tokens,
+        finish=answer.finish,
+        raw=answer.text,
+        prediction=None,
+        answer=list(question.answers),
+        score=None,
+        error=None if answer.error is None else str(answer.error),
     )
 
 
-def write_joined(folder: Path, task_runs: Sequence[TaskRun]) -> list[Path]:
-    """Writes the table of each dataset that several tasks share, if all of them are answered.
+class Parts:
+    """The part files of one task; all of their rows belong to one settings hash.
 
-    Args:
-        folder: folder of the tables.
-        task_runs: tasks of a job.
-
-    Returns:
-        The files written.
+    Attributes:
+        folder: folder of the part files.
+        settings: the settings hash.
     """
-    written = []
-    for task_run in task_runs:
-        spec = task_run.spec
-        dataset = spec.protocol_spec.dataset
-        if spec.generic or not spec.protocol_spec.joined or not dataset:
-            continue
-        runs = [
-            run
-            for run in task_runs
-            if run.complete
-            and run.spec.protocol == spec.protocol
-            and run.spec.protocol_spec.dataset == dataset
-        ]
-        parts = [
-            task
-            for task in TASKS.values()
-            if spec.protocol in task.protocols and task.protocols[spec.protocol].dataset == dataset
-        ]
-        if runs[:1] == [task_run] and len(runs) == len(parts):
-            rows = [row for run in runs for row in run.table()]
-            if len({row["index"] for row in rows}) < len(rows):  # row numbers of separate files
-                rows = [row | {"index": i} for i, row in enumerate(rows)]
-            rows.sort(key=lambda row: row["index"] if isinstance(row["index"], int) else 0)
-            written.append(write_table(folder / f"{task_run.model_name}_{dataset}", rows))
-    return written
+
+    def __init__(self, folder: Path, settings: str):
+        self.folder, self.settings = folder, settings
+
+    def exist(self) -> bool:
+        """Whether there is any part file."""
+        return any(self.folder.glob("*.jsonl"))
+
+    def read(self) -> dict[int, Row]:
+        """Returns all finished rows by index; a line that an interruption cut off does not count.
+
+        Raises:
+            ConfigError: rows come from other settings, or two rows of one index differ.
+        """
+        rows: dict[int, Row] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for number, line in enumerate(read_whole(path).split(b"\n"), start=1):
+                try:
+                    stored = decode_json(line)
+                except ValueError:
+                    continue
+                where = f"{path} line {number}"
+                if not isinstance(stored, dict):
+                    raise ConfigError(f"{where}: not a JSON object; remove the line")
+                if stored.pop("settings", None) != self.settings:
+                    raise ConfigError(
+                        f"{where}: answered with other settings (checkpoint, data, prompts, tiles "
+                        "or decoding); use them again, another --out_dir, or remove this folder"
+                    )
+                row = Row.from_json(stored, where)
+                if not isinstance(row.index, int):
+                    raise ConfigError(f"{where}: index is {shown(row.index)}; remove the line")
+                if rows.setdefault(row.index, row) != row:
+                    raise ConfigError(
+                        f"{where}: index {row.index} has two different answers; remove "
+                        f"{self.folder}"
+                    )
+        return rows
+
+    def writer(self, name: str) -> PartWriter:
+        """Opens NAME.jsonl; rows are appended behind those of an earlier run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return PartWriter(self.folder / f"{name}.jsonl", self.settings)
+
+    def remove(self) -> None:
+        """Removes the part files and their folder."""
+        for path in self.folder.glob("*.jsonl"):
+            for segment in segments(path):
+                segment.unlink()
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir():
+            self.folder.rmdir()
+
+
+class PartWriter:
+    """A context manager whose `write` returns when the rows are on the disk."""
+
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings = path, settings
+
+    def __enter__(self) -> PartWriter:
+        self._log = LineLog(self.path) if is_remote(self.path) else None
+        if self._log is None:
+            self._file = self.path.open("ab")
+            # Ends a line that an interruption cut off.
+            self._file.write(b"\n" if self._file.tell() else b"")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._log is None:
+            self._file.close()
+        else:
+            self._log.close()
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Appends rows and waits until they are on the disk."""
+        lines = [encode_line({"settings": self.settings} | vars(row)) for row in rows]
+        if self._log is not None:
+            self._log.append(lines)
+            self._log.flush()
+            return
+        with named_on_error(self.path):
+            self._file.writelines(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())

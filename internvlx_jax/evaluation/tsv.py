@@ -11,13 +11,14 @@ import dataclasses
 import io
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.data.embedded import embedded_image, from_base64
-from internvlx_jax.data.images import ImageSource
+from internvlx_jax.core.json_text import shown
+from internvlx_jax.data.images import ImageSource, embedded_image, from_base64
 from internvlx_jax.evaluation.cells import NAN, read_column
 from internvlx_jax.evaluation.questions import Question
 
@@ -186,6 +187,15 @@ def _columns(
     return columns
 
 
+def _check_unique(path: Path, line: int, header: Sequence[str]) -> None:
+    """Raises ConfigError for a column of the name of another, which would hide it."""
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        raise ConfigError(
+            f"{path} line {line}: the column {shown(twice[0])} stands twice; rename one"
+        )
+
+
 def _header(
     path: Path,
     records: Iterator[tuple[int, list[str], int, int]],
@@ -195,6 +205,7 @@ def _header(
     """Returns the names of the columns, among which are those of `always` and `needs`."""
     line, names, _, _ = next(records, (1, [], 0, 0))
     header = [name.removeprefix("\ufeff") for name in names]
+    _check_unique(path, line, header)
     needed = [name for name in always if name not in header]
     if needed or not {"image", "image_path"} & set(header):
         raise ConfigError(
@@ -240,6 +251,7 @@ def read_cells(path: Path, needs: Sequence[str]) -> Iterator[tuple[str, dict[str
     records = _records(path)
     line, names, _, _ = next(records, (1, [], 0, 0))
     header = [name.removeprefix("\ufeff") for name in names]
+    _check_unique(path, line, header)
     if absent := [name for name in needs if name not in header]:
         raise ConfigError(
             f"{path} line {line}: no column {absent[0]}, which this benchmark needs; it needs "

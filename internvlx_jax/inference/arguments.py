@@ -13,8 +13,7 @@ from internvlx_jax.core.ranges import SEED
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.images import Images, image_sources
-from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
-from internvlx_jax.inference.tiling import Tiler
+from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler, Turn
 
 MAX_NEW_TOKENS = 1024
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))

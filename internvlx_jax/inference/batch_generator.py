@@ -6,33 +6,43 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.core.inputs import Inputs
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.data.batch import Row
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.inference.decoding import TokenDecoder, settled
-from internvlx_jax.inference.planning import BatchSizes, PlannedBatch, plan_batches
-from internvlx_jax.inference.prompts import PromptBuilder
+from internvlx_jax.data.templates import Template
+from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.inference.batches import (
+    BatchSizes,
+    LoadedBatch,
+    PlannedBatch,
+    PromptBuilder,
+    prepare_batches,
+)
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request
 from internvlx_jax.inference.speed import Speed
-from internvlx_jax.models.generation import Decoding, for_decoding
+from internvlx_jax.models.generation import (
+    Decoding,
+    Vocabulary,
+    advance,
+    for_decoding,
+    row_keys,
+    start,
+)
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.sharding import batch_sharding, data_parallel_size
 
-# Requests are planned this many at a time: their image headers are read and their prompts encoded
-# before the first of them is decoded.
-WINDOW = 4096
+SMALLEST_CAPACITY = 16
+# What the tokenizer writes for a character whose last bytes are still to come.
+UNFINISHED = "\ufffd"
 
 
 class BatchGenerator:
@@ -69,7 +79,11 @@ class BatchGenerator:
         self.mesh, self.rows = mesh, -(-batch_size // shards) * shards
         self.sizes = BatchSizes(self.rows, shards, fit_rows)
         self.prompts = PromptBuilder(processor, model.config.decoder.rope)
-        self.decoder = TokenDecoder(processor.tokenizer, processor.template)
+        self.reader = AnswerReader(processor.tokenizer, processor.template)
+        # Each combination of shapes and sampling compiles once.
+        static = ("sampling", "vocabulary")
+        self._run_start = jax.jit(start, static_argnames=("max_new_tokens", *static))
+        self._run_advance = jax.jit(advance, static_argnames=static, donate_argnames="state")
         self.speed = Speed()
         self._shapes: set[tuple[Bucket, int, int]] = set()
         self._decoder_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.decoder)))
@@ -84,6 +98,13 @@ class BatchGenerator:
         """Number of shapes (bucket, capacity, rows) that were run; each compiles once."""
         return len(self._shapes)
 
+    @property
+    def programs(self) -> int:
+        """Number of programs compiled so far."""
+        # jax has no public count of the programs of a jitted function.
+        programs = (self._run_start, self._run_advance)
+        return sum(p._cache_size() for p in programs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def answer(
         self, requests: Mapping[int, Request], spec: GenerationSpec
     ) -> Iterator[dict[int, Answer]]:
@@ -94,14 +115,11 @@ class BatchGenerator:
                 randomness of an answer.
             spec: how they are asked.
         """
-        numbers = sorted(requests)
-        for first in range(0, len(numbers), WINDOW):
-            window = {number: requests[number] for number in numbers[first : first + WINDOW]}
-            plan = plan_batches(window, spec, self.prompts, self.sizes)
-            if plan.failed:
-                yield {number: Answer.failed(error) for number, error in plan.failed.items()}
-            for loaded in self._load(window, plan.batches, spec):
-                yield self._generate(loaded, spec)
+        for batch in prepare_batches(requests, spec, self.prompts, self.sizes):
+            if isinstance(batch, LoadedBatch):
+                yield self._generate(batch, spec)
+            else:
+                yield {number: Answer.failed(error) for number, error in batch.items()}
 
     def stream(self, request: Request, spec: GenerationSpec, *, number: int = 0) -> Iterator[str]:
         """Yields pieces of one answer while it is written; joined they are the answer's text.
@@ -112,16 +130,16 @@ class BatchGenerator:
         """
         if self.processes > 1:
             raise ConfigError("an answer can be streamed in one process only; use answer()")
-        bucket = self.prompts.bucket(request, spec)
-        batch = PlannedBatch(bucket, (number,), self.sizes.of(1))
-        rows = [self.prompts.row(request, bucket, spec), *[None] * (batch.rows - 1)]
-        inputs = self.prompts.inputs(rows, bucket)
-        state = self._start(_Loaded(batch, (number,), {}, rows, inputs), spec)
+        batch = PlannedBatch(self.prompts.bucket(request, spec), (number,), self.sizes.of(1))
+        loaded = self.prompts.load(batch, {number: request}, spec)
+        for error in loaded.errors.values():
+            raise error
+        state = self._start(loaded, spec)
         shown = ""
         while True:
             step = int(state.step)
             ids = np.asarray(state.tokens)[0, :step].tolist()
-            text, stopped = self.decoder.read(ids, spec.stop_strings)
+            text, stopped = self.reader.read(ids, spec.stop_strings)
             ended, text = stopped or step >= spec.max_new_tokens, text.lstrip()
             text = text.rstrip() if ended else settled(text, spec.stop_strings)
             if text[len(shown) :]:
@@ -129,39 +147,10 @@ class BatchGenerator:
             if ended:
                 return
             shown = text
-            state = self.decoder.advance(self.model, state, step + 1, spec)
+            state = self._advance(state, step + 1, spec)
 
-    def _load(
-        self,
-        requests: Mapping[int, Request],
-        batches: Sequence[PlannedBatch],
-        spec: GenerationSpec,
-    ) -> Iterator[_Loaded]:
-        """Yields this process's rows of each batch; images are decoded ahead, in threads."""
-
-        def load(batch: PlannedBatch) -> _Loaded:
-            here = batch.rows // self.processes
-            first = jax.process_index() * here
-            numbers = batch.numbers[first : first + here]
-            rows: list[Row | None] = [None] * here
-            errors: dict[int, SampleError] = {}
-            for i, number in enumerate(numbers):
-                try:
-                    rows[i] = self.prompts.row(requests[number], batch.bucket, spec)
-                except SampleError as error:
-                    errors[number] = error
-            images = sum(len(turn) for n in numbers for turn in requests[n].images_per_turn)
-            inputs = self.prompts.inputs(rows, batch.bucket)
-            return _Loaded(batch, numbers, errors, rows, inputs, images)
-
-        threads = min(4, os.cpu_count() or 1)
-        return iter(
-            grain.MapDataset.source(batches)
-            .map(load)
-            .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-        )
-
-    def _start(self, loaded: _Loaded, spec: GenerationSpec) -> Decoding:
+    def _start(self, loaded: LoadedBatch, spec: GenerationSpec) -> Decoding:
+        """Runs the prompts of a batch and chooses the first token of each row."""
         numbers = np.zeros(len(loaded.rows), np.uint32)
         numbers[: len(loaded.numbers)] = loaded.numbers
         sharding = batch_sharding(self.mesh)
@@ -169,16 +158,46 @@ class BatchGenerator:
             lambda x: jax.make_array_from_process_local_data(sharding, x), (loaded.inputs, numbers)
         )
         bucket = loaded.batch.bucket
-        capacity = self.prompts.capacity(bucket, spec)
+        capacity = self._capacity(bucket, spec)
         self._shapes.add((bucket, capacity, loaded.batch.rows))
-        return self.decoder.start(self.model, inputs, numbers, spec, capacity=capacity)
+        return self._run_start(
+            self.model,
+            inputs,
+            row_keys(spec.seed, numbers),  # with the seed, the randomness of each row
+            spec.min_new_tokens,
+            max_new_tokens=capacity,
+            sampling=spec.sampling,
+            vocabulary=self.reader.vocabulary,
+        )
 
-    def _generate(self, loaded: _Loaded, spec: GenerationSpec) -> dict[int, Answer]:
-        compiled, begun = self.decoder.executables, time.perf_counter()
+    def _capacity(self, bucket: Bucket, spec: GenerationSpec) -> int:
+        """Returns the cache slots for new tokens: a power of two, so that specs share executables.
+
+        The decoder's positions bound it.
+        """
+        capacity = SMALLEST_CAPACITY
+        while capacity < spec.max_new_tokens:
+            capacity *= 2
+        rope = self.prompts.rope
+        return capacity if rope.allow_longer else min(capacity, rope.max_positions - bucket.length)
+
+    def _advance(self, state: Decoding, until: int, spec: GenerationSpec) -> Decoding:
+        """Goes on until `until` tokens are written or every row has stopped; consumes `state`."""
+        return self._run_advance(
+            self.model,
+            state,
+            until,
+            spec.min_new_tokens,
+            sampling=spec.sampling,
+            vocabulary=self.reader.vocabulary,
+        )
+
+    def _generate(self, loaded: LoadedBatch, spec: GenerationSpec) -> dict[int, Answer]:
+        compiled, begun = self.programs, time.perf_counter()
         state = self._start(loaded, spec)
         first_steps = int(state.step)
         prefilled = time.perf_counter()
-        state = self.decoder.advance(self.model, state, spec.max_new_tokens, spec)
+        state = self._advance(state, spec.max_new_tokens, spec)
         tokens = local_rows(state.tokens, len(loaded.rows))[:, : spec.max_new_tokens].tolist()
         steps = int(state.step)
         decoded = time.perf_counter()
@@ -189,7 +208,7 @@ class BatchGenerator:
             else self._read(row, ids, spec)
             for number, row, ids in zip(loaded.numbers, loaded.rows, tokens, strict=False)
         }
-        if self.decoder.executables > compiled:
+        if self.programs > compiled:
             costs: dict[str, float] = {"compile_seconds": decoded - begun}
         else:
             cache = jax.tree.leaves([layers.kv for layers in state.cache.ranges])
@@ -207,32 +226,62 @@ class BatchGenerator:
         return answers
 
     def _read(self, row: Row, ids: list[int], spec: GenerationSpec) -> Answer:
-        text, stopped = self.decoder.read(ids, spec.stop_strings)
-        stop = self.decoder.stop_id
+        text, stopped = self.reader.read(ids, spec.stop_strings)
+        stop = self.reader.stop_id
         new_tokens = ids.index(stop) + 1 if stop in ids else len(ids)
         finish = "stop" if stopped else "length"
         return Answer(text.strip(), len(row.tokens), len(row.tiles), new_tokens, finish)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """One batch on this process.
+class AnswerReader:
+    """Reads text from the token ids of an answer.
 
     Attributes:
-        batch: the plan of all processes.
-        numbers: requests of this process.
-        errors: requests that failed while they were read.
-        rows: None where there is no request, or none that can be read.
-        inputs: rows as arrays.
-        images: number of images in the requests.
+        tokenizer: of the model.
+        template: of the model; its stop token ends an answer.
     """
 
-    batch: PlannedBatch
-    numbers: tuple[int, ...]
-    errors: dict[int, SampleError]
-    rows: list[Row | None]
-    inputs: Inputs
-    images: int = 0
+    tokenizer: Tokenizer
+    template: Template
+
+    @property
+    def stop_id(self) -> int:
+        """Id of the stop token."""
+        return self.tokenizer.token_id(self.template.stop)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Ids that have a meaning while decoding."""
+        pad, bos = self.tokenizer.pad_id, self.tokenizer.bos_id
+        return Vocabulary(stop_ids=(self.stop_id,), pad_id=pad, bos_id=pad if bos is None else bos)
+
+    def read(self, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> tuple[str, bool]:
+        """Returns the text before the stop token and all stop strings, and whether one occurs."""
+        stopped = self.stop_id in ids
+        ids = ids[: ids.index(self.stop_id)] if stopped else ids
+        # The model may have more rows than the tokenizer has ids; those have no text.
+        text = self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size)
+        end = min([text.find(stop) for stop in stop_strings if stop in text], default=len(text))
+        return text[:end], stopped or end < len(text)
+
+
+def settled(text: str, stop_strings: Sequence[str] = ()) -> str:
+    """Returns the part of an unfinished answer that further tokens leave as it is.
+
+    Half a character, the beginning of a stop string and trailing white space may still change.
+    """
+    text = text.rstrip(UNFINISHED)
+    partial = max(
+        (
+            length
+            for stop in stop_strings
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ),
+        default=0,
+    )
+    return text[: len(text) - partial].rstrip()
 
 
 def local_rows(array: jax.Array, rows: int) -> np.ndarray:

@@ -13,8 +13,13 @@ from PIL import Image
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data import storage
-from internvlx_jax.data.embedded import embedded_image
-from internvlx_jax.data.images import ImageBytes, ImageSource, StoredImage, unreadable
+from internvlx_jax.data.images import (
+    ImageBytes,
+    ImageSource,
+    StoredImage,
+    embedded_image,
+    unreadable,
+)
 
 # A path or URL, an encoded file, an image stored in another file, a Pillow image, or pixels
 # uint8[H, W, 3].

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.images import ImageSource
-from internvlx_jax.inference.tiling import Tiler
+from internvlx_jax.data.tiles import per_image_limit
 
 Finish = Literal["stop", "length", "error"]
 
@@ -54,11 +56,47 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagePolicy:
+    """How the images of one turn share the tile maximum.
+
+    Attributes:
+        limits: maps (max_num, number of images) to the tile maximum of each image; images behind
+            the last limit are left out.
+        one_block: whether all tiles of all images stand in one image block of the prompt.
+        enlarge_first: factor by which the first image is enlarged (bilinear) before its grid is
+            chosen.
+    """
+
+    limits: Callable[[int, int], Sequence[int]]
+    one_block: bool = False
+    enlarge_first: int = 1
+
+
+EACH = ImagePolicy(limits=lambda most, images: [per_image_limit(most, images)] * images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiler:
+    """How the images of a request become tiles: one tile rule and one policy.
+
+    Attributes:
+        tiles: the tile rule.
+        policy: how several images share the tile maximum.
+        rgb: "first" converts an image before cutting. "after_tiling" converts tiles, as the release
+            does for some benchmarks, so that palette images are resized by nearest neighbor.
+    """
+
+    tiles: TileConfig
+    policy: ImagePolicy = EACH
+    rgb: Literal["first", "after_tiling"] = "first"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSpec:
     """How a set of requests is put to the model.
 
     Attributes:
-        tiler: cuts their images into tiles.
+        tiler: how their images become tiles.
         max_new_tokens: most tokens of an answer.
         min_new_tokens: number of tokens before the stop token is allowed.
         sampling: how a token is chosen.

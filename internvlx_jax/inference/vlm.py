@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from internvlx_jax.checkpoints.hub import resolve
+from internvlx_jax.checkpoints.opening import resolve
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.data.processor import Processor

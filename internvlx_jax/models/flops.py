@@ -53,6 +53,20 @@ def forward_flops(
     return _by_part(_stages(config, tiles, lengths, short_lengths), _Stage.forward)
 
 
+def slot_flops(config: ModelConfig) -> tuple[float, float, float]:
+    """Counts a forward pass of one slot of each kind, attention between slots left out.
+
+    Returns:
+        FLOPs of a token slot (with LVTC, of the long layout), of a slot of the short layout (0
+        without LVTC), and of a tile slot.
+    """
+    none, one = dict(tiles=0, lengths=[0], short_lengths=[0]), [1]
+    token = forward_flops(config, **none | {"lengths": one})
+    short = forward_flops(config, **none | {"short_lengths": one})
+    tile = forward_flops(config, **none | {"tiles": 1})
+    return token.total, short.total, tile.total
+
+
 def train_flops(
     config: ModelConfig,
     trained: Mapping[str, Sequence[int]],

@@ -248,7 +248,7 @@ class InternVLX(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns loss and hit of every slot; see loss.token_losses and `run`."""
-        hidden = self(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)
+        hidden, _ = self.run(inputs, drop_path_key=drop_path_key, dropout_key=dropout_key)
         shardings = None if self.shardings is None else self.shardings.loss
         return token_losses(self.decoder, hidden, labels, shardings)
 

@@ -15,10 +15,12 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
+from internvlx_jax.data.buckets import SlotCosts
 from internvlx_jax.data.opening_sources import make_share_of_indexes
 from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.models.flops import slot_flops
 from internvlx_jax.models.sharding import batch_sharding, data_parallel_size, row_share
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ def _open_both(
         progress=jax.process_index() == 0,
         # The others find what process 0 has measured. A run that goes on keeps what it began with.
         refresh=refresh,
+        costs=SlotCosts.of(*slot_flops(model)),
     )
     training = Loader(
         data.meta,

@@ -5,7 +5,6 @@ Shows which module, and which samples, make a step bad: `internvlx replay RUN_DI
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from flax import nnx
 from internvlx_jax.checkpoints.run_folder import RunFolder, saved_metadata
 from internvlx_jax.checkpoints.run_format import finished_steps
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.files import read_run_settings
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import from_dict, override
 from internvlx_jax.core.paths import as_path
@@ -49,11 +49,15 @@ def replay(run: str | Path, step: int, settings: list[str]) -> dict[str, Any]:
         ConfigError: The run has no such step, or no checkpoint.
     """
     run = as_path(run)
-    saved = json.loads((run / "config.json").read_text())
-    config, model = (
-        override(from_dict(TrainConfig, saved["train"]), settings),
-        from_dict(ModelConfig, saved["model"]),
-    )
+    saved = read_run_settings(run)
+    if not saved:
+        raise FileNotFoundError(f"{run / 'config.json'} does not exist; give the folder of a run")
+    try:
+        config = from_dict(TrainConfig, saved["train"])
+        model = from_dict(ModelConfig, saved["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{run / 'config.json'}: {error}") from error
+    config = override(config, settings)
     checkpoints = finished_steps(run)
     if not checkpoints:
         raise ConfigError(f"{run / 'checkpoints'} holds no finished checkpoint")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvlx_jax.core.files import read_json_lines, write_text
+from internvlx_jax.core.files import read_json_lines, read_run_settings, write_text
 from internvlx_jax.training.report import TRAIN, VALIDATION, Series, figure_class, read_metrics
 from internvlx_jax.training.store_costs import NAMES, costs
 
@@ -51,11 +51,7 @@ def write_page(run: Path) -> Path:
         ConfigError: matplotlib is missing, or a file cannot be read.
     """
     series = read_metrics(run / "metrics.jsonl")
-    settings = (
-        json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if (run / "config.json").exists()
-        else {}
-    )
+    settings = read_run_settings(run)
     bad_steps = read_json_lines(run / "bad_steps.jsonl", "step", "kind", "samples")
     starts = read_json_lines(run / "starts.jsonl", "step", "time")
     bad_samples = [

@@ -49,12 +49,15 @@ def dtype_of(name):
 def make_checkpoint(golden):
     """make(folder, family, projector, dtype): a checkpoint folder; returns its tensors."""
 
-    def make(folder, family="internlm2", projector="pvtc", dtype="float32", **changes):
+    def make(folder, family="internlm2", projector="pvtc", dtype="float32", tied=False, **changes):
         config = json.loads((golden / "internlm2" / "config.json").read_text())
         config["llm_config"] |= DECODERS[family] | {"num_hidden_layers": 2}
+        if tied:
+            config["llm_config"]["tie_word_embeddings"] = True
         config |= {"torch_dtype": dtype, "a_field_of_others": [1, {"x": None}], **changes}
         marker = "mlp1.0.weight" if projector == "mlp1" else "projector.cls_scale"
-        parsed = model_config(config, [marker, "language_model.lm_head.weight"])
+        heads = [] if tied else ["language_model.lm_head.weight"]
+        parsed = model_config(config, [marker, *heads])
         rng = np.random.default_rng(0)
         tensors = {
             name: np.asarray(rng.normal(0, 0.1, shape) + ("norm" in name), dtype_of(dtype))

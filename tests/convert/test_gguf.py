@@ -9,7 +9,13 @@ from internvlx_jax.cli.convert import main
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 
 
-def write(path, architecture="llama", tensors=("token_embd", "blk.0.attn_q"), **fields):
+def write(
+    path,
+    architecture="llama",
+    tensors=("token_embd", "blk.0.attn_q"),
+    dtype=np.float32,
+    **fields,
+):
     writer = gguf.GGUFWriter(path, architecture)
     sizes = {
         "block_count": 1,
@@ -23,7 +29,7 @@ def write(path, architecture="llama", tensors=("token_embd", "blk.0.attn_q"), **
             f"{architecture}.{name}", value
         )
     for n, name in enumerate(tensors):
-        writer.add_tensor(f"{name}.weight", np.arange(64, dtype=np.float32).reshape(8, 8) + n)
+        writer.add_tensor(f"{name}.weight", np.arange(64, dtype=dtype).reshape(8, 8) + dtype(n))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -70,6 +76,26 @@ def test_a_truncated_file(tmp_path, length, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "m.gguf" in error and "etch" in error
     assert "Traceback" not in error and not (tmp_path / "jax").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"architecture": "gemma"},
+            "general.architecture is 'gemma'; read are llama, qwen2, qwen3",
+        ),
+        ({"dtype": np.int8}, "quantization I8 of token_embd.weight and 1 more cannot be turned"),
+    ],
+)
+def test_an_import_writes_nothing(tmp_path, options, message, capsys):
+    """The command's one message has file, field and remedy, and no folder is left."""
+    path = write(tmp_path / "m.gguf", **options)
+    flags = ("--vit", "fresh-tiny", "--llm", str(path), "--to", str(tmp_path / "jax"))
+    assert main(["import", *flags]) == 1
+    error = capsys.readouterr().err
+    assert "m.gguf" in error and message in error and "se a" in error and "Traceback" not in error
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_a_quantization_that_is_not_known(tmp_path, monkeypatch):

@@ -34,6 +34,12 @@ PREPROCESSOR = {
     "rescale_factor": 0.00392156862745098,
     "do_rescale": True,
 }
+WRITTEN = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+)
 CONFIG = {"model_type": "internvl", "vision_config": {"image_size": [56, 56]}}
 
 
@@ -170,6 +176,10 @@ def test_import_needs_no_field(tmp_path, make_checkpoint, capsys):
     assert run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax") == 0
     hf = ("--layout", "hf", "--dtype", "keep", "--image_token_id", 7)
     assert run("export", "--from", tmp_path / "jax", "--to", tmp_path / "hf", *hf) == 0
+    out = capsys.readouterr().out
+    for name in WRITTEN:  # as if another program had made the folder
+        assert name in out
+        (tmp_path / "hf" / name).unlink()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for field in ("template", "use_thumbnail", "max_dynamic_patch", "min_dynamic_patch"):
         config.pop(field, None)
@@ -197,6 +207,36 @@ def test_import_needs_no_field(tmp_path, make_checkpoint, capsys):
     assert run("import", "--from", tmp_path / "hf", "--to", tmp_path / "bad") == 1
     assert "is not the ChatML" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
+
+
+def test_an_export_has_what_a_processor_reads(tmp_path, make_checkpoint, golden, capsys):
+    """What is written reads back as the model's prompt and tiling; the source's own files stay."""
+    prompt = {"template": "internvl2_5", "system_message": "It's {{ 1 }}\n\\n 图 😀"}
+    tiling = {"min_dynamic_patch": 2, "max_dynamic_patch": 5}
+    tiling |= {"dynamic_image_size": True, "use_thumbnail": True}
+    make_checkpoint(tmp_path / "source", "qwen3", "mlp1", **prompt, **tiling)
+    for file in (golden / "bpe" / "tokenizer").iterdir():
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    tokens = tmp_path / "source" / "tokenizer_config.json"
+    language_model = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    fields = json.loads(tokens.read_text()) | {"chat_template": language_model}
+    tokens.write_text(json.dumps(fields))
+    hf = ("--layout", "hf", "--dtype", "keep", "--image_token_id", 7)
+    out = tmp_path / "hf"
+    assert run("export", "--from", tmp_path / "source", "--to", out, *hf) == 0
+    assert f"wrote {', '.join(WRITTEN)}" in capsys.readouterr().out
+    found = read_side_fields(out, CONFIG)
+    assert found.fields == {**prompt, **tiling}
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    named = written.pop("extra_special_tokens")
+    assert written == fields and named["context_image_token"] == "<IMG_CONTEXT>"
+    assert json.loads((out / "processor_config.json").read_text())["image_seq_length"] == 4
+
+    (out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    assert run("export", "--from", out, "--to", tmp_path / "again", *hf) == 0
+    assert "for AutoProcessor" not in capsys.readouterr().out
+    for name in ("chat_template.jinja", "preprocessor_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 def run(*arguments):

@@ -195,8 +195,7 @@ def test_a_folder_that_is_there_is_kept(folder, tmp_path, capsys):
 
 def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsys):
     """--verify reads the files: a wrong value is an error, and the folder never appears."""
-    from internvlx_jax.checkpoints import safetensors_writer
-    from internvlx_jax.convert import import_hf as to_jax
+    from internvlx_jax.checkpoints import run_writer, safetensors_writer
 
     write = safetensors_writer.SafetensorsWriter.write
 
@@ -224,9 +223,9 @@ def test_a_damaged_write_is_found_by_verify(folder, tmp_path, monkeypatch, capsy
         and "projector.cls_scale: 128 values differ, first at [0, 0, 0, 0], by at most 1"
         in (capsys.readouterr().err)
     )
-    add = to_jax.ParamsWriter.add
+    add = run_writer.ParamsWriter.add
     monkeypatch.setattr(
-        to_jax.ParamsWriter,
+        run_writer.ParamsWriter,
         "add",
         lambda self, path, array: add(self, path, -array if path.endswith("cls_scale") else array),
     )
@@ -320,6 +319,7 @@ def test_hf_configs_that_cannot_be_read(tmp_path, make_checkpoint, refused, chan
         )
         == 0
     )
+    (tmp_path / "hf" / "chat_template.jinja").unlink()  # or it would say the template
     edit_config(tmp_path / "hf", change)
     assert message in refused(source=tmp_path / "hf")
 

@@ -17,7 +17,12 @@ if os.environ.get("REQUIRE_TORCH") != "1":
     pytest.importorskip("torch", reason="needs torch and transformers: make test-torch")
 
 import torch
-from transformers import AutoConfig, InternVLForConditionalGeneration, Phi3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    InternVLForConditionalGeneration,
+    Phi3ForCausalLM,
+)
 
 from internvlx_jax import load_pretrained
 from internvlx_jax.cli.convert import main
@@ -42,16 +47,19 @@ def ours(folder, tokens, pixels):
 
 
 @pytest.mark.parametrize(
-    "family, towers",
+    "family, tied, towers",
     [
-        ("llama", {}),
-        ("qwen2", {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}),
-        ("internlm2", {}),
+        ("llama", False, {}),
+        ("qwen2", False, {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}),
+        ("qwen2", True, {}),
+        ("qwen3", False, {}),
+        ("qwen3", True, {}),
+        ("internlm2", False, {}),
     ],
 )
-def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, family, towers):
+def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, family, tied, towers):
     vision = json.loads((golden / "internlm2" / "config.json").read_text())["vision_config"]
-    make_checkpoint(tmp_path / "source", family, "mlp1", vision_config=vision | towers)
+    make_checkpoint(tmp_path / "source", family, "mlp1", tied=tied, vision_config=vision | towers)
     run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax")
     run(
         "export",
@@ -71,6 +79,8 @@ def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, fam
         tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    head, rows = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is rows) == tied
 
     rng = np.random.default_rng(0)
     tokens = rng.integers(10, 200, (2, 12))
@@ -85,6 +95,53 @@ def test_transformers_loads_the_hf_export(tmp_path, make_checkpoint, golden, fam
         np.testing.assert_allclose(
             ours(tmp_path / folder, tokens, pixels), theirs, atol=ATOL, rtol=0, err_msg=folder
         )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_transformers_loads_the_decoder_of_the_internvl_export(
+    tmp_path, make_checkpoint, family, tied
+):
+    """The tower has no code in transformers; `llm_config` and its tensors are a model there."""
+    make_checkpoint(tmp_path / "source", family, "mlp1", tied=tied)
+    run("import", "--from", tmp_path / "source", "--to", tmp_path / "jax")
+    out, llm = tmp_path / "internvl", tmp_path / "llm"
+    options = ("--layout", "internvl", "--dtype", "float32", "--verify")
+    run("export", "--from", tmp_path / "jax", "--to", out, *options)
+    llm.mkdir()
+    config = json.loads((out / "config.json").read_text())["llm_config"]
+    assert config.get("tie_word_embeddings", False) == tied
+    (llm / "config.json").write_text(json.dumps(config))
+    tensors = load_file(out / "model.safetensors")
+    beginning = "language_model."
+    decoder = {
+        name.removeprefix(beginning): array
+        for name, array in tensors.items()
+        if name.startswith(beginning)
+    }
+    assert ("lm_head.weight" in decoder) != tied
+    save_file(decoder, llm / "model.safetensors", metadata={"format": "pt"})
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        llm, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert type(theirs).__name__ == {"qwen2": "Qwen2", "qwen3": "Qwen3"}[family] + "ForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 20))
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
+    assert np.abs(expected).max() > 0.5
+    for folder in (out, tmp_path / "jax"):
+        found = decoder_logits(load_pretrained(folder, dtype="float32").model.decoder, tokens)
+        np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0, err_msg=folder.name)
+
+
+def decoder_logits(decoder, tokens):
+    layout = TokenLayout(
+        np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
+    )
+    with jax.default_matmul_precision("highest"):
+        x = decoder.embed(tokens, np.float32)
+        return decoder.logits(jax.jit(Decoder.run_layers)(decoder, x, layout)[0])
 
 
 @pytest.mark.parametrize(
@@ -146,12 +203,9 @@ def test_phi3_decoder(tmp_path, make_checkpoint, length):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = np.random.default_rng(0).integers(0, 200, (2, length))
     decoder = load_pretrained(tmp_path / "source", dtype="float32").model.decoder
-    layout = TokenLayout(np.broadcast_to(np.arange(length), tokens.shape), np.ones_like(tokens))
-    with torch.no_grad(), jax.default_matmul_precision("highest"):
+    with torch.no_grad():
         expected = theirs.eval()(input_ids=torch.tensor(tokens), use_cache=False).logits.numpy()
-        x = decoder.embed(tokens, np.float32)
-        found = decoder.logits(jax.jit(Decoder.run_layers)(decoder, x, layout)[0])
-    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
+    np.testing.assert_allclose(decoder_logits(decoder, tokens), expected, atol=ATOL, rtol=0)
 
 
 def test_pickle_files(tmp_path, make_checkpoint, same_tensors):

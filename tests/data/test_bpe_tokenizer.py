@@ -376,3 +376,37 @@ def test_more_ids_than_rows(bpe):
     )
     with pytest.raises(ConfigError, match=message):
         bpe.check_rows(587)
+
+
+@pytest.mark.parametrize(
+    "file, field, value, message",
+    [
+        ("tokenizer_config.json", "eos_token", ["a"], '"eos_token" is .*expected a text'),
+        ("tokenizer_config.json", "pad_token", {"content": 3}, '"pad_token" is .*expected a text'),
+        ("tokenizer.json", "added_tokens", [3], r"added_tokens\[0\] is 3, expected an object"),
+        ("tokenizer.json", "added_tokens", [{"content": "a", "id": "1"}], "'a' has id '1'"),
+        ("tokenizer.json", "added_tokens", {"a": 1}, r"added_tokens\[0\] is None"),
+        ("tokenizer.json", "pre_tokenizer", ["ByteLevel"], "only byte-level BPE"),
+    ],
+)
+def test_fields_of_another_type_are_named(copy, file, field, value, message):
+    folder = copy("tokenizer")
+    change_json(folder / file, lambda content: content.update({field: value}))
+    with pytest.raises(ConfigError, match=f"{file}.*{message}"):
+        Tokenizer.load(folder)
+
+
+def test_damaged_vocabularies_and_merges_are_named(copy):
+    folder = copy("tokenizer")
+    change_json(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update(a="b"))
+    with pytest.raises(ConfigError, match="tokenizer.json: the token 'a' has id 'b'"):
+        Tokenizer.load(folder)
+    folder = copy("tokenizer_slow")
+    merges = folder / "merges.txt"
+    merges.write_bytes(merges.read_bytes() + b"\xff \xfe\n")
+    with pytest.raises(ConfigError, match=r"merges.txt line \d+: not UTF-8: byte 0 is 0xff"):
+        Tokenizer.load(folder)
+    merges.write_text("#version: 0.2\n" + "x" * 5000 + " y\n")
+    with pytest.raises(ConfigError, match="which the vocabulary does not have") as error:
+        Tokenizer.load(folder)
+    assert len(str(error.value)) < 700

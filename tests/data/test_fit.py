@@ -11,6 +11,7 @@ from internvlx_jax.data.fit import fit_sample
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
+from internvlx_jax.data.tiles import tile_counts
 from internvlx_jax.data.tokenizer import Tokenizer
 
 PER_TILE = 16
@@ -63,7 +64,7 @@ def test_first_tiles_are_fewer(processor, capacity):
     fitted = fit_sample(processor, chat, [(112, 168)], capacity)
     assert fitted.change == "fewer_tiles" and sum(fitted.tiles) < 7 and fitted.limit < 6
     assert len(fitted.encoded.tokens) <= capacity.length
-    larger = processor.tiles_per_image([(112, 168)], fitted.limit + 1)
+    larger = tile_counts(processor.tiles, [(112, 168)], fitted.limit + 1)
     text = len(fitted.encoded.tokens) - sum(fitted.tiles) * PER_TILE
     assert (
         sum(larger) > (capacity.tiles or 99) or text + sum(larger) * PER_TILE > capacity.length

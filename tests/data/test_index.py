@@ -15,6 +15,7 @@ from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import processor as processor_module
 from internvlx_jax.data.buckets import Capacity
+from internvlx_jax.data.fit import encode
 from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.meta import read_meta
@@ -117,7 +118,7 @@ def test_shapes_are_those_of_the_encoded_samples(data, processor):
     (entry,) = read_meta(data[0])
     for position, tiles in ((0, [4]), (1, [3]), (3, []), (5, [3, 3])):
         sample = read_sample(open_source(entry, CACHE), entry, position)
-        encoded = processor.encode(sample, tiles)
+        encoded = encode(processor, sample, tiles)
         assert found.length[position] == len(encoded.tokens)
         assert found.supervised[position] == (encoded.labels >= 0).sum() > 0
 

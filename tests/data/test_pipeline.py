@@ -18,7 +18,7 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.model_config import LvtcConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index
-from internvlx_jax.data.buckets import Capacity
+from internvlx_jax.data.buckets import Capacity, SlotCosts
 from internvlx_jax.data.images import load_image
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -602,6 +602,12 @@ PLAN_HASHES = {
     "samples": "69014e10e2be44c7",
     "pack": "64fb97fd5213aca0",
 }
+# And those of runs that begin now.
+NEW_PLAN_HASHES = {
+    "tokens": "81ae237b16b7ea0d",
+    "samples": "0f701c7f53ee418d",
+    "pack": "238d95f3184911fb",
+}
 
 
 @pytest.fixture
@@ -621,18 +627,45 @@ def fixed_meta(tmp_path):
     return meta
 
 
+@pytest.fixture
+def open_fixed(fixed_meta, processor, standin):
+    def make(batch_mode, **options):
+        config = dataclasses.replace(CONFIG, batch_mode=batch_mode, samples_per_step=4)
+        reader = dataclasses.replace(processor, tokenizer=standin)
+        return Loader(str(fixed_meta), config, reader, row_quantum=2, seed=0, **options)
+
+    return make
+
+
 @pytest.mark.parametrize("batch_mode", PLAN_HASHES)
-def test_the_plan_hash_is_that_of_earlier_versions(batch_mode, fixed_meta, processor, standin):
-    config = dataclasses.replace(CONFIG, batch_mode=batch_mode, samples_per_step=4)
-    processor = dataclasses.replace(processor, tokenizer=standin)
-    loader = Loader(str(fixed_meta), config, processor, row_quantum=2, seed=0)
+def test_a_run_of_an_earlier_version_keeps_its_plan(batch_mode, open_fixed):
+    """Its checkpoints say nothing about costs; those of its later steps still do not."""
+    earlier = {"version": 2, "plan_hash": PLAN_HASHES[batch_mode], "epoch": 0, "step": 3}
+    loader = open_fixed(batch_mode, state=earlier)
     assert loader.plan_hash == loader.state(3)["plan_hash"] == PLAN_HASHES[batch_mode]
+    assert "costs" not in loader.state(3)
+    again = open_fixed(batch_mode, state=json.loads(json.dumps(loader.state(5))))
+    assert again.plan_hash == PLAN_HASHES[batch_mode]
+
+
+@pytest.mark.parametrize("batch_mode", NEW_PLAN_HASHES)
+def test_the_plan_hash_stays(batch_mode, open_fixed):
+    """A run goes on with the costs that it began with, whatever they are by now."""
+    loader = open_fixed(batch_mode)
+    assert loader.plan_hash == loader.state(3)["plan_hash"] == NEW_PLAN_HASHES[batch_mode]
+    state = json.loads(json.dumps(loader.state(3)))
+    assert state["costs"] == {"tile": 243.2, "short": 0.0}
+    later = open_fixed(batch_mode, costs=SlotCosts(tile=9.0, short=0.5), state=state)
+    assert later.plan_hash == loader.plan_hash and later.costs == loader.costs
+    assert [later.plan.step(n).rows for n in range(4)] == [
+        loader.plan.step(n).rows for n in range(4)
+    ]
 
 
 def test_the_state_of_a_checkpoint_keeps_its_fields(make_loader):
     fields = ["version", "plan_hash", "parts", "epoch", "step", "row_quantum"]
-    assert list(make_loader().state(3)) == fields
-    assert list(make_loader(batch_mode="pack").state(3)) == [*fields, "rows_before"]
+    assert list(make_loader().state(3)) == [*fields, "costs"]
+    assert list(make_loader(batch_mode="pack").state(3)) == [*fields, "rows_before", "costs"]
 
 
 def test_the_name_of_an_index_is_that_of_earlier_versions(processor, make_loader):

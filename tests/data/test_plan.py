@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import itertools
 import pickle
 import tracemalloc
 from fractions import Fraction
@@ -10,19 +11,22 @@ import numpy as np
 import pytest
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.presets import internvlx_2b, internvlx_8b
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.buckets import (
     LENGTH_STEP,
     TILE_BUCKETS,
     BatchRule,
     Bucket,
+    SlotCosts,
     assign_buckets,
     smallest_bucket,
+    trim_buckets,
 )
-from internvlx_jax.data.packing import best_fit
-from internvlx_jax.data.plan import Plan
-from internvlx_jax.data.streams import EntryStream, PackedStream
+from internvlx_jax.data.packing import best_fit, fill_rows
+from internvlx_jax.data.plan import EntryStream, PackedStream, Plan
 from internvlx_jax.data.tiles import tile_count
+from internvlx_jax.models.flops import slot_flops
 
 TOKENS = 8192
 RULE = BatchRule(row_quantum=4, tokens=TOKENS)
@@ -285,6 +289,62 @@ def test_best_fit_against_a_plain_loop():
     assert rows.tolist() == expected
 
 
+def check_rows(rows, tiles, lengths, bucket, saved_per_tile=0):
+    """Every sample has a row, and every row fits; returns token and tile slots per row."""
+    tokens, slots = (np.bincount(rows, weights=need) for need in (lengths, tiles))
+    assert rows.min() == 0 and (np.bincount(rows) > 0).all()
+    assert (tokens <= bucket.length).all() and (slots <= bucket.tiles).all()
+    if saved_per_tile:
+        assert (tokens - saved_per_tile * slots <= bucket.short_length).all()
+    return tokens, slots
+
+
+@pytest.mark.parametrize("bucket", [Bucket(30, 1500, 900), Bucket(40, 40_000, 25_000)])
+@pytest.mark.parametrize("saved", [0, 10])
+def test_filled_rows_fit(bucket, saved):
+    for seed in range(4):
+        tiles, lengths = samples(seed, 300)
+        rows = fill_rows(lengths, tiles, bucket, waiting=16, saved_per_tile=saved)
+        check_rows(rows, tiles, lengths, bucket, saved)
+        # Of those that wait the oldest is always taken, so that nobody is overtaken by many.
+        first = [np.flatnonzero(rows == row)[0] for row in range(rows.max() + 1)]
+        assert first == sorted(first)
+
+
+def test_the_rest_of_a_row_is_the_best_choice():
+    """Against all subsets, after the samples that are taken as they come."""
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        lengths, tiles = draw.integers(5, 60, 10), draw.integers(0, 4, 10)
+        bucket, saved = Bucket(5, 100, 70), int(draw.integers(0, 2)) * 5
+        rows = fill_rows(lengths, tiles, bucket, waiting=10, saved_per_tile=saved)
+        chosen = set(np.flatnonzero(rows == 0).tolist())
+
+        def fits(some):
+            n, t = int(lengths[some].sum()), int(tiles[some].sum())
+            return n <= 100 and t <= 5 and (not saved or n - saved * t <= 70)
+
+        came = 1  # taken as they come: the first, and more while a quarter of the row stays
+        while fits(list(range(came + 1))) and 100 - lengths[: came + 1].sum() >= 25:
+            came += 1
+        assert set(range(came)) <= chosen
+        best = max(
+            int(lengths[:came].sum() + lengths[list(more)].sum())
+            for size in range(11 - came)
+            for more in itertools.combinations(range(came, 10), size)
+            if fits([*range(came), *more])
+        )
+        assert int(lengths[sorted(chosen)].sum()) == best
+
+
+def test_filled_rows_are_fuller():
+    tiles, lengths = samples(1, 3000)
+    bucket = Bucket(64, 4096)
+    fuller = fill_rows(lengths, tiles, bucket, waiting=64).max()
+    assert fuller < best_fit(lengths, 4096, also=[(tiles, 64)], open_rows=64).max()
+    assert lengths.sum() / (fuller + 1) / 4096 > 0.99
+
+
 # --- merging --------------------------------------------------------------------------------------
 
 
@@ -340,3 +400,66 @@ def test_photos_and_receipts_need_seven_tile_buckets(shared_data):
         assert all(buckets[b].tiles == count for b, count in zip(code, tiles)), (
             "no padded tile slot"
         )
+
+
+def real_mix(shared_data, rule="edge"):
+    """(tiles, tokens) of 1,626 real sizes, at most 6 tiles, with texts as long as the receipts'."""
+    with open(shared_data / "image_sizes.csv", newline="") as file:
+        sizes = [(int(row["width"]), int(row["height"])) for row in csv.DictReader(file)]
+    tiles = np.array([tile_count(TileConfig(rule=rule, max_num=6), *size) for size in sizes])
+    return tiles, tiles * 256 + np.random.default_rng(0).integers(139, 156, len(tiles))
+
+
+def test_padding_of_the_real_mix(shared_data):
+    """Five buckets pad at most 4 % of the tokens; packed rows 2 %, and 5 % of the tiles."""
+    tiles, lengths = real_mix(shared_data)
+    buckets, code = assign_buckets(tiles, lengths, 16, 64, costs=SlotCosts())
+    trimmed = trim_buckets(buckets, code, tiles, lengths)
+    assert len(set(trimmed)) == len(buckets) == 5
+    assert lengths.sum() / sum(trimmed[b].length for b in code) > 0.96
+    assert all(trimmed[b].tiles == count for b, count in zip(code, tiles))
+
+    order = np.random.default_rng(1).permutation(len(tiles))
+    tiles, lengths = tiles[order], lengths[order]
+    bucket = Bucket(-(-int(tiles.sum() * 1.02 * 8192) // int(lengths.sum())), 8192)
+    rows = fill_rows(lengths, tiles, bucket, waiting=64)
+    tokens, slots = check_rows(rows, tiles, lengths, bucket)
+    assert tokens.mean() / bucket.length > 0.98 and slots.mean() / bucket.tiles > 0.95
+
+
+def test_trimmed_buckets_hold_their_samples():
+    for saved in (0, 12):
+        tiles, lengths = samples(0)
+        buckets, code = assign_buckets(tiles, lengths, 6, saved_per_tile=saved, costs=SlotCosts())
+        trimmed = trim_buckets(buckets, code, tiles, lengths, saved)
+        for bucket, before, number in zip(trimmed, buckets, range(len(buckets))):
+            inside = code == number
+            assert bucket.tiles == tiles[inside].max() and bucket.length % 16 == 0
+            assert 0 <= bucket.length - lengths[inside].max() < 16
+            short = (lengths - saved * tiles)[inside].max()
+            assert not saved or 0 <= bucket.short_length - short < 16
+            assert bucket.length <= before.length and bucket.short_length <= before.short_length
+
+
+@pytest.mark.parametrize(
+    "model, tile, short",
+    [(internvlx_2b(), 243, 0.0), (internvlx_8b(), 76, 0.0), (internvlx_2b("fast"), 0, 0)],
+)
+def test_costs_are_those_of_the_model(model, tile, short):
+    costs = SlotCosts.of(*slot_flops(model))
+    if model.lvtc is None:
+        assert round(costs.tile) == tile and costs.short == short
+        return
+    plain = slot_flops(internvlx_2b())
+    token, shallow, _ = slot_flops(model)
+    assert token + shallow == pytest.approx(plain[0])  # 19 layers of 24, and 5 with the head
+    assert costs.short == pytest.approx(shallow / token, abs=1e-3) and costs.short > 1
+
+
+def test_costs_decide_what_merges():
+    tiles = np.array([0] * 20 + [4] * 9 + [3])
+    lengths = np.array([1100] * 20 + [100] * 9 + [1100])
+    # The sample of (3, 1152) makes nine rows longer, or twenty rows wider.
+    for cost, merged in ((1.0, Bucket(3, 1152)), (1000.0, Bucket(4, 1152))):
+        buckets, code = assign_buckets(tiles, lengths, 2, costs=SlotCosts(tile=cost))
+        assert buckets[code[-1]] == merged

@@ -527,3 +527,30 @@ def test_a_folder_that_is_missing_names_the_path_it_tried(tmp_path, load):
         load(meta)
     assert os.path.join("elsewhere", "a.png") in str(error.value)
     assert "No such file or directory" in str(error.value)
+
+
+def test_a_picture_in_a_field_that_is_not_read_is_a_bad_sample():
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A page."}]
+    record = {"image_path": "a.png", "conversations": talk}
+    arguments = {"dataset": "d", "line": 1, "where": "d line 1", "root": ""}
+    with pytest.raises(SampleError, match='"image_path" is set, but pictures are read from'):
+        parse_sample(record, **arguments)
+    shown = [{"from": "human", "value": "<image>\nWhat?"}, talk[1]]
+    sample = parse_sample(record | {"image": "b.png", "conversations": shown}, **arguments)
+    assert len(sample.images) == 1
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nerror: b", "a\u2028b", "\0"])
+def test_names_of_datasets_can_be_printed(name, tmp_path):
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({name: {"annotation": str(tmp_path / "d.jsonl")}}))
+    with pytest.raises(ConfigError, match=r"meta.json: a dataset is called '.*Rename it") as error:
+        read_meta(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_as_long_as_a_picture_is_not_repeated(tmp_path):
+    with pytest.raises(SampleError) as error:
+        load_image("x" * 100_000 + ".png")
+    assert len(str(error.value)) < 700

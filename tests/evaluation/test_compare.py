@@ -17,8 +17,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.evaluation.bootstrap import bootstrap_mean
 from internvlx_jax.evaluation.compare import compare
-from internvlx_jax.evaluation.prediction_shards import write_rows
-from internvlx_jax.evaluation.records import Row, Summary
+from internvlx_jax.evaluation.records import Row, Summary, write_rows
 
 QUESTIONS = 400
 

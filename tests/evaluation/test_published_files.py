@@ -18,14 +18,14 @@ from published_columns import NEEDED, TABLE
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.evaluation.job import rescore
+from internvlx_jax.evaluation.job import make_judge, rescore
 from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import EndpointJudge, RequestBudget
-from internvlx_jax.evaluation.prediction_shards import read_rows as stored_rows
+from internvlx_jax.evaluation.records import read_rows as stored_rows
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.sources import Roots
-from internvlx_jax.evaluation.task_run import TaskRun, make_judge
+from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.evaluation.tasks import PROTOCOLS, TASKS
 
 PROTOCOL = "vlmevalkit"

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.evaluation.questions import Question, read_questions
+from internvlx_jax.evaluation.questions import Question
+from internvlx_jax.evaluation.sources import read_questions
 
 ROW = {"question_id": 3, "image": "images/a.png", "question": "What?", "answer": "This"}
 

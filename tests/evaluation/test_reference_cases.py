@@ -21,16 +21,17 @@ from internvlx_jax.core.model_config import (
 )
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.cells import read_column, read_texts
+from internvlx_jax.evaluation.job import generation_spec
 from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.records import Row
 from internvlx_jax.evaluation.scoring import Answered, Context
-from internvlx_jax.evaluation.selection import Decoding, compat_of, generation_spec, select
+from internvlx_jax.evaluation.selection import Decoding, compat_of, select
 from internvlx_jax.evaluation.tables import fits_xlsx, write_tsv
-from internvlx_jax.evaluation.task_run import TaskRun
+from internvlx_jax.evaluation.task_run import TaskRun, unscored_row
 from internvlx_jax.evaluation.tasks import TASKS, llavabench, mathvista, mmbench, mme, mmmu
 from internvlx_jax.evaluation.tasks.mathvista import Key
+from internvlx_jax.inference.batches import count_tiles
 from internvlx_jax.inference.requests import Answer
 
 PETS = {"A": "ant", "B": "bee", "C": "cow", "D": "dog"}
@@ -66,7 +67,7 @@ def read_tsv(tmp_path, name, protocol, rows, dataset=None, **settings):
 def finished(selected, tmp_path, *texts):
     """Scores written answers as a job does, files included."""
     rows = {
-        i: Row.unscored(i, question, Answer(text, 1, 1, 1, "stop"))
+        i: unscored_row(i, question, Answer(text, 1, 1, 1, "stop"))
         for i, (question, text) in enumerate(zip(selected.questions, texts, strict=True))
     }
     return TaskRun(selected, tmp_path / "task", "m", {}, rows).finish()
@@ -344,8 +345,8 @@ def test_vlmevalkit_doubles_the_first_image_of_mmmu(tmp_path, side, tiles):
     assert generation.tiler.tiles.max_num == 12
     file = tmp_path / "square.png"
     Image.new("RGB", (side, side)).save(file)
-    assert generation.tiler.counts([str(file)]) == (tiles,)
-    assert generation.tiler.counts([str(file)] * 2)[1] == 1, "further images are not doubled"
+    assert count_tiles(generation.tiler, [str(file)]) == (tiles,)
+    assert count_tiles(generation.tiler, [str(file)] * 2)[1] == 1, "further images are not doubled"
 
 
 def test_internvl_strips_question_and_options_of_mmmu():

@@ -23,8 +23,7 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.run_config import MeshConfig
-from internvlx_jax.evaluation import job
-from internvlx_jax.evaluation import prediction_shards as parts
+from internvlx_jax.evaluation import job, records, task_run
 from internvlx_jax.evaluation.compare import compare
 from internvlx_jax.evaluation.compare_page import page
 from internvlx_jax.evaluation.job import rescore
@@ -155,7 +154,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
 ):
     """A job stops inside a task with half a line on the disk: finished answers are kept."""
     three = settings | dict(tasks="textvqa_val,mme,pope", batch_size=4)
-    write, written = parts.PartWriter.write, []
+    write, written = task_run.PartWriter.write, []
 
     def stops(self, rows):
         if len(written) == 3:
@@ -165,7 +164,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         write(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts.PartWriter, "write", stops)
+        patch.setattr(task_run.PartWriter, "write", stops)
         with pytest.raises(KeyboardInterrupt):
             run_on(configure(tmp_path / "out", **three))
     folder = tmp_path / "out" / MODEL
@@ -182,7 +181,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         write(self, rows)
 
     written.clear()
-    monkeypatch.setattr(parts.PartWriter, "write", records)
+    monkeypatch.setattr(task_run.PartWriter, "write", records)
     run_on(configure(tmp_path / "out", **three, resume=True))
     assert sum(map(len, written)) == 28 - 2 * 4 + 6, (
         "two batches of MME and all of TextVQA are kept"
@@ -221,10 +220,10 @@ def test_rescoring_gives_the_same_bytes(all_tasks, data_root):
 def test_rescoring_uses_other_deviations(settings, configure, run_on, data_root, tmp_path):
     run_on(configure(tmp_path / "out", **settings | dict(tasks="chartqa_human")))
     path = tmp_path / "out" / MODEL / "chartqa_human" / "predictions.jsonl"
-    rows = parts.read_rows(path)
+    rows = records.read_rows(path)
     # 9.5 is within 5 % of 10, but 10 is not within 5 % of 9.5.
     rows[0] = dataclasses.replace(rows[0], raw="9.5")
-    parts.write_rows(path, rows)
+    records.write_rows(path, rows)
     swapped = rescore(str(path), data_root=str(data_root))
     assert (swapped.score, swapped.compat) == (0, ["relaxed_swap"])
     plain = rescore(str(path), data_root=str(data_root), compat="none")
@@ -233,7 +232,7 @@ def test_rescoring_uses_other_deviations(settings, configure, run_on, data_root,
     again = rescore(str(path), data_root=str(data_root), compat="acceptance")
     assert (again.score, again.compat) == (0, ["relaxed_swap"])
     rows[0] = dataclasses.replace(rows[0], prompt="Another one?")
-    parts.write_rows(path, rows)
+    records.write_rows(path, rows)
     with pytest.raises(ConfigError, match="row 0 is not the question at .*test_human.jsonl line 1"):
         rescore(str(path), data_root=str(data_root))
 
@@ -296,8 +295,8 @@ def test_jobs_are_compared_with_images_of_every_layout(all_tasks, tmp_path):
     scored = [each.task for each in summaries if each.score is not None]
     for task in scored:
         path = other / task / "predictions.jsonl"
-        rows = parts.read_rows(path)
-        parts.write_rows(
+        rows = records.read_rows(path)
+        records.write_rows(
             path,
             [row if row.score is None else dataclasses.replace(row, score=9.0) for row in rows],
         )

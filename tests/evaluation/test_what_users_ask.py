@@ -11,11 +11,11 @@ from PIL import Image
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.data.images import ImageBytes
-from internvlx_jax.evaluation.prediction_shards import Parts, read_objects, write_rows
-from internvlx_jax.evaluation.questions import read_questions
-from internvlx_jax.evaluation.records import Row
+from internvlx_jax.evaluation.records import Row, Summary, read_objects, write_rows
 from internvlx_jax.evaluation.selection import select
-from internvlx_jax.evaluation.tsv import read_tsv
+from internvlx_jax.evaluation.sources import read_questions
+from internvlx_jax.evaluation.task_run import Parts
+from internvlx_jax.evaluation.tsv import read_cells, read_tsv
 from internvlx_jax.inference.batch_generator import BatchGenerator
 
 ROW = {"question": "What?", "answer": "x"}
@@ -166,3 +166,57 @@ def test_ctrl_c_keeps_the_answers(ask, command, checkpoint, tmp_path, monkeypatc
     status, out, error = command("--resume", **flags)
     assert status == 0, error
     assert len(read_objects(tmp_path / "out" / "predictions.jsonl")) == 12
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_of_questions_is_read(ask, indent):
+    path = ask()
+    path.write_text(json.dumps([ROW | {"question_id": "a"}, ROW], indent=indent))
+    assert [question.id for question in chosen(path)] == ["a", 1]
+
+
+@pytest.mark.parametrize("field", ["image_path", "img", "images_url", "image_urls"])
+def test_a_picture_in_a_field_that_is_not_read_is_refused(ask, field):
+    if field == "images_url":  # no spelling that is known
+        assert len(chosen(ask(ROW | {field: "a.png"}))) == 1
+        return
+    with pytest.raises(ConfigError, match=f'line 1: "{field}" is set, but pictures are read from'):
+        chosen(ask(ROW | {field: "a.png"}))
+    assert len(chosen(ask(ROW | {field: "a.png", "image": "b.png"}))) == 1
+    assert len(chosen(ask(ROW | {field: ""}))) == 1
+
+
+def test_true_is_no_id(ask):
+    with pytest.raises(ConfigError, match='"question_id" must be a text or a whole number'):
+        chosen(ask(ROW | {"question_id": True}))
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text("index\timage\tquestion\tquestion\n0\tAAAA\ta\tb\n")
+    with pytest.raises(ConfigError, match="t.tsv line 1: the column 'question' stands twice"):
+        list(read_tsv(path))
+    path.write_text("index\tquestion\tindex\n0\ta\t1\n")
+    with pytest.raises(ConfigError, match="the column 'index' stands twice"):
+        list(read_cells(path, ("question",)))
+
+
+SUMMARY = {
+    "task": "t", "title": "T", "protocol": "generic", "model": "m", "score": 1.0, "parts": {},
+    "samples": 1, "errors": 0, "stopped_by_length": 0, "notes": [], "judge": None, "compat": [],
+    "files": [], "settings": {}, "settings_hash": "0", "versions": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("model", ["m"]), ("score", "1"), ("score", True), ("samples", 1.5), ("notes", [1]),
+     ("judge", 3), ("settings", []), ("versions", {"jax": 1})],
+)  # fmt: skip
+def test_a_damaged_summary_names_its_field(field, value):
+    with pytest.raises(ConfigError, match=f"a/summary.json: {field} is "):
+        Summary.from_json(SUMMARY | {field: value}, "a/summary.json")
+    assert Summary.from_json(SUMMARY, "a/summary.json").score == 1.0
+    assert Summary.from_json(SUMMARY | {"score": 1, "judge": {"model": "j"}}, "a").score == 1
+    with pytest.raises(ConfigError, match="a/summary.json: 'text' is no JSON object"):
+        Summary.from_json("text", "a/summary.json")

@@ -9,7 +9,7 @@ import pytest
 from internvlx_jax.cli import chat as chat_command
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.encode import encode_prompt
-from internvlx_jax.inference.decoding import settled
+from internvlx_jax.inference.batch_generator import settled
 from internvlx_jax.inference.requests import Request
 
 NEW_TOKENS = 12

@@ -15,14 +15,15 @@ from PIL import Image
 
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.inference.batches import cut_images
 from internvlx_jax.inference.images import ImageBytes, image_sources
-from internvlx_jax.inference.tiling import Tiler
+from internvlx_jax.inference.requests import Tiler
 
 TILER = Tiler(TileConfig(tile_size=56, max_num=4))
 
 
 def cut(images, **options) -> list[np.ndarray]:
-    return TILER.cut(image_sources(images, **options), "here")
+    return cut_images(TILER, image_sources(images, **options), "here")
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import pytest
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.inference.decoding import UNFINISHED, TokenDecoder, settled
+from internvlx_jax.inference.batch_generator import UNFINISHED, AnswerReader, settled
 
 BPE_FOLDER = Path(__file__).parents[1] / "golden" / "bpe" / "tokenizer"
 TEXTS = ["图片里有什么？", "😀", "é", "👩‍👩‍👧", " a b", "\n", "naïve", "12.50", "𠀀", UNFINISHED]
 
 
 @pytest.fixture(scope="module", params=[BPE_FOLDER, TOKENIZER_FOLDER], ids=["bpe", "sentencepiece"])
-def decoder(request) -> TokenDecoder:
-    return TokenDecoder(Tokenizer.load(request.param), get_template("internvl2_5"))
+def decoder(request) -> AnswerReader:
+    return AnswerReader(Tokenizer.load(request.param), get_template("internvl2_5"))
 
 
 @pytest.fixture(scope="module")

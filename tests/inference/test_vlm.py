@@ -20,8 +20,8 @@ from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.evaluation import job
 from internvlx_jax.evaluation.job import EvalConfig
+from internvlx_jax.inference.batches import BatchSizes
 from internvlx_jax.inference.images import image_sources
-from internvlx_jax.inference.planning import BatchSizes
 from internvlx_jax.inference.requests import Request, Turn
 from internvlx_jax.inference.vlm import VLM
 from internvlx_jax.models.sharding import make_mesh
@@ -77,9 +77,9 @@ def test_a_stream_is_the_answer(model, pages, alone):
 
 def test_a_stream_and_a_single_answer_share_executables(model, pages):
     model.generate(PROMPTS[1], pages[1], **SHORT)
-    before = model._generator.decoder.executables
+    before = model._generator.programs
     list(model.stream(PROMPTS[1], pages[1], **SHORT))
-    assert model._generator.decoder.executables == before
+    assert model._generator.programs == before
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])

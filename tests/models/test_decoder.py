@@ -12,8 +12,7 @@ from flax import nnx
 from internvlx_jax.core.model_config import DecoderConfig, RopeConfig
 from internvlx_jax.models import attention
 from internvlx_jax.models.attention import SelfAttention, attend
-from internvlx_jax.models.decoder import Decoder, KeyValues, KVCacheView, TokenLayout
-from internvlx_jax.models.rope import rope_tables
+from internvlx_jax.models.decoder import Decoder, KeyValues, KVCacheView, TokenLayout, rope_tables
 
 ATOL = 1e-4
 

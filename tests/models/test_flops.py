@@ -137,14 +137,32 @@ def dot_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("lvtc", ["off", "paper_inject", "fast"])
-def test_every_matrix_product_is_counted(lvtc):
+@pytest.mark.parametrize(
+    "family, head_dim, lvtc",
+    [
+        ("internlm2", 8, "off"),
+        ("internlm2", 8, "paper_inject"),
+        ("internlm2", 8, "fast"),
+        ("qwen3", 24, "off"),  # heads x head_dim is three times the width
+        ("qwen3", 24, "paper_inject"),
+        ("qwen3", 24, "fast"),
+    ],
+)
+def test_every_matrix_product_is_counted(family, head_dim, lvtc):
     """Against a walk of the traced model.
 
     Only causal attention differs: XLA computes both halves.
     """
     decoder = DecoderConfig(
-        vocab_size=99, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=48
+        family=family,
+        vocab_size=99,
+        width=32,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=head_dim,
+        mlp_width=48,
+        qk_norm=family == "qwen3",
     )
     config = ModelConfig(
         vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=56),
@@ -163,7 +181,8 @@ def test_every_matrix_product_is_counted(lvtc):
 
     counted = dot_flops(jax.make_jaxpr(logits)(abstract.shapes, shapes).jaxpr)
     shallow = config.lvtc.expand_layer if config.lvtc else 0
-    causal_half = rows * 2 * 32 * (shallow * (length - saved) ** 2 + (4 - shallow) * length**2)
+    queries = decoder.heads * head_dim
+    causal_half = rows * 2 * queries * (shallow * (length - saved) ** 2 + (4 - shallow) * length**2)
     flops = forward_flops(
         config, tiles=rows * tiles, lengths=[length] * rows, short_lengths=[length - saved] * rows
     )

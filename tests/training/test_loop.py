@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from kill_run import finish, start, write_config
+from PIL import Image
 
 from internvlx_jax import load_pretrained
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.run_config import FreezeConfig, MeshConfig, OptimizerConfig
+from internvlx_jax.data.synthetic import FILES, SyntheticConfig, generate
 from internvlx_jax.models.params import flatten
+from internvlx_jax.training import loop
 from internvlx_jax.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -135,6 +138,39 @@ def test_changed_data_is_refused(tiny_run, pages):
             train(config)
     finally:
         annotation.write_text(lines)
+
+
+@pytest.mark.slow
+def test_images_that_were_replaced_for_a_while_do_not_end_a_run(tiny_run, tmp_path, monkeypatch):
+    """Another run measures the larger ones; once they are back, the first run goes on."""
+    folder = tmp_path / "own"
+    generate(folder, SyntheticConfig(train_samples=8, val_samples=2, text_share=0.0))
+    annotation = folder / "synthetic_pages" / "train.jsonl"
+    rows = [json.loads(line) for line in annotation.read_text().splitlines()]
+    sizes = {"width", "height", "width_list", "height_list"}
+    rows = [{name: row[name] for name in row.keys() - sizes} for row in rows]
+    annotation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(name):
+        made = tiny_run(name)
+        data = dataclasses.replace(made.data, meta=str(folder / FILES["meta_train"]))
+        return dataclasses.replace(made, data=data)
+
+    train(config("first"), stop_after=1)
+    images = sorted((annotation.parent / "images" / "train").iterdir())
+    before = {path: path.read_bytes() for path in images}
+    for path in images:
+        with Image.open(path) as image:
+            image.resize((4 * image.width, image.height)).save(path)
+    train(config("second"), stop_after=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_compile", lambda *_: pytest.fail("compiled before it was refused"))
+        with pytest.raises(CheckpointError, match="changed since this checkpoint"):
+            train(config("first"))
+    for path, content in before.items():
+        path.write_bytes(content)
+    train(config("first"), stop_after=1)
+    assert RunFolder(config("first").output_dir).step == 2
 
 
 def test_foreign_folder_is_refused(tiny_run, tmp_path):

@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard events, rates and the progress line (design: training.md 7)."""
 
+import errno
 import json
 from collections import deque
 from types import SimpleNamespace
@@ -91,6 +92,19 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
         ]
         data = data[16 + length :]
     assert values == [(1, "loss", 0.1), (2, "loss", 0.2)]
+
+
+def test_a_full_disk_is_named_where_tensorboard_meets_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = metrics.EventFiles(tmp_path / "tensorboard", 0)
+    files.write(1, {"loss": 1.0})
+    monkeypatch.setattr(metrics.EventsWriter, "flush", full)
+    with pytest.raises(OSError, match="No space left on device, .* free: .*tensorboard"):
+        files.write(2, {"loss": 1.0})
+    monkeypatch.undo()
+    files.close()
 
 
 @pytest.fixture

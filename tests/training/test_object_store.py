@@ -135,30 +135,33 @@ def test_a_step_without_its_marker_is_no_step(folder, tmp_path, nowhere):
     assert differences(Path(straight.output_dir), run, 8) == []
 
 
-@pytest.fixture
-def two(tmp_path, nowhere):
-    """two(folder): a run of two processes in that bucket, and an undisturbed one on the disk."""
-    config = tiny_config(tmp_path, STEPS, SAVE_EVERY)
-    codes, outputs = finish(start(write_config(config, tmp_path), 4))
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The config of an undisturbed run of two processes on the disk."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = tiny_config(folder, STEPS, SAVE_EVERY)
+    codes, outputs = finish(start(write_config(config, folder), 4))
     assert codes == [0, 0], "\n".join(outputs)
-
-    def in_bucket(folder):
-        (as_path(folder) / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
-        meta = {"texts": {"root": folder, "annotation": f"{folder}/texts.jsonl"}}
-        (as_path(folder) / "meta.json").write_text(json.dumps(meta))
-        data = dataclasses.replace(config.data, meta=f"{folder}/meta.json")
-        return dataclasses.replace(config, data=data, output_dir=f"{folder}/killed")
-
-    return in_bucket, Path(config.output_dir)
+    return config
 
 
-def test_two_processes_are_killed_inside_a_save(two, gcs, folder, tmp_path):
+def in_bucket(config, folder):
+    """Returns the config with data and run folder in a bucket."""
+    texts = Path(config.data.meta).with_name("texts.jsonl").read_bytes()
+    (as_path(folder) / "texts.jsonl").write_bytes(texts)
+    meta = {"texts": {"root": folder, "annotation": f"{folder}/texts.jsonl"}}
+    (as_path(folder) / "meta.json").write_text(json.dumps(meta))
+    data = dataclasses.replace(config.data, meta=f"{folder}/meta.json")
+    return dataclasses.replace(config, data=data, output_dir=f"{folder}/killed")
+
+
+def test_two_processes_are_killed_inside_a_save(straight, gcs, folder, tmp_path, nowhere):
     """Some requests fail, some answers are cut, and some are late."""
-    in_bucket, straight = two
-    config = in_bucket(folder)
+    config = in_bucket(straight, folder)
     gcs.faults(**FAULTS)
     kills = [Kill("save", 4), Kill("step", 6)]
-    result = run_and_kill(config, tmp_path, kills, random.Random(0), 4, straight)
+    undisturbed = Path(straight.output_dir)
+    result = run_and_kill(config, tmp_path, kills, random.Random(0), 4, undisturbed)
     assert result["differences"] == [] and result["leftovers"] == []
     assert result["kills"][0]["inside_a_save"] and result["kills"][0]["saved"] == 0, result
     assert {*result["begun_at"]} <= {0, *(kill["saved"] for kill in result["kills"])}
@@ -171,11 +174,12 @@ def test_two_processes_are_killed_inside_a_save(two, gcs, folder, tmp_path):
     assert rows and all(row["store_requests"] > row["store_requests_others"] > 0 for row in rows)
 
 
-def test_two_processes_are_killed_while_a_checkpoint_is_copied(two, s3_folder, tmp_path):
+def test_two_processes_are_killed_while_a_checkpoint_is_copied(
+    straight, s3_folder, tmp_path, nowhere
+):
     """They go on from the copy on the disk, and without it from the one in the bucket."""
-    in_bucket, straight = two
-    stage = tmp_path / "stage"
-    config = dataclasses.replace(in_bucket(s3_folder), local_checkpoint_dir=str(stage))
+    stage, bucket = tmp_path / "stage", in_bucket(straight, s3_folder)
+    config = dataclasses.replace(bucket, local_checkpoint_dir=str(stage))
     file = write_config(config, tmp_path)
     run = as_path(config.output_dir)
     happened = kill_at(run, Kill("save", 4), start(file, 4), random.Random(0))
@@ -187,7 +191,7 @@ def test_two_processes_are_killed_while_a_checkpoint_is_copied(two, s3_folder, t
     codes, outputs = finish(start(file, 4))
     assert codes == [0, 0], "\n".join(outputs)
     assert "fetched checkpoint 6 of" in outputs[0] and finished_steps(run) == [6, 8]
-    assert differences(straight, run, STEPS) == []
+    assert differences(Path(straight.output_dir), run, STEPS) == []
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,10 @@ def test_an_open_mesh_follows_devices_and_rows(devices, rows, slices, expected):
     assert tuple(sizes.values()) == expected
 
 
-def golden_batch(golden):
-    inputs = dict(np.load(golden / "internlm2" / "inputs.npz"))
-    source = HFFolder(golden / "internlm2")
+def golden_batch(golden, folder="internlm2"):
+    """A golden checkpoint, and its batch of eight rows."""
+    source = HFFolder(golden / folder)
+    inputs = dict(np.load(golden / folder.partition("/")[0] / "inputs.npz"))
     flags = inputs["image_flags"] == 1
     model_inputs = inputs_from_flat(
         source.config,
@@ -109,11 +110,13 @@ def golden_batch(golden):
     return source, jax.tree.map(lambda x: np.concatenate([x, x, x[:2]]), batch)
 
 
+@pytest.mark.parametrize("folder", ["internlm2", "qwen3/internvl"])
 @pytest.mark.parametrize(
     "mesh_config", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8, tensor=1)]
 )
-def test_one_device_equals_eight(golden, mesh_config):
-    source, batch = golden_batch(golden)
+def test_one_device_equals_eight(golden, mesh_config, folder):
+    source, batch = golden_batch(golden, folder)
+    assert source.config.decoder.qk_norm == folder.startswith("qwen3")
     abstract = abstract_model(source.config, dtype="float32")
 
     def run(mesh):

@@ -47,7 +47,6 @@ __all__ = [
     "TASKS",
     "ProtocolSpec",
     "Task",
-    "find_protocol",
     "find_tasks",
 ]
 
@@ -154,15 +153,19 @@ GROUPS = {
 }
 
 
-def find_tasks(names: str | None, suite: str | None) -> list[Task]:
-    """Finds tasks by name, each once.
+def find_tasks(
+    names: str | None, suite: str | None, protocol: str | None
+) -> list[tuple[Task, str, ProtocolSpec]]:
+    """Finds tasks by name, each once, as (task, protocol, the task under it).
 
     Args:
         names: names with commas between them.
         suite: name of a suite, whose tasks come after `names`.
+        protocol: name of the protocol; None takes the default of each task.
 
     Raises:
-        ConfigError: a name is unknown; the message has the nearest one.
+        ConfigError: a name is unknown, and the message has the nearest one; or a task is not
+            defined under the protocol.
     """
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if suite is not None:
@@ -177,19 +180,13 @@ def find_tasks(names: str | None, suite: str | None) -> list[Task]:
             raise ConfigError(
                 f'task "{name}" is unknown.{did_you_mean(name, TASKS)} --list shows all tasks.'
             )
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
-
-
-def find_protocol(task: Task, protocol: str | None) -> tuple[str, ProtocolSpec]:
-    """Returns a protocol of a task by name, its default without one.
-
-    Raises:
-        ConfigError: the task is not defined under this protocol.
-    """
-    protocol = protocol or task.default_protocol
-    if protocol not in task.protocols:
-        raise ConfigError(
-            f"task {task.name} is not defined under protocol {protocol}; "
-            f"it has {', '.join(task.protocols)}"
-        )
-    return protocol, task.protocols[protocol]
+    found = []
+    for task in (TASKS[name] for name in dict.fromkeys(wanted)):
+        chosen = protocol or task.default_protocol
+        if chosen not in task.protocols:
+            raise ConfigError(
+                f"task {task.name} is not defined under protocol {chosen}; "
+                f"it has {', '.join(task.protocols)}"
+            )
+        found.append((task, chosen, task.protocols[chosen]))
+    return found

@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import read_jsonl
 from internvlx_jax.evaluation.judge import PROMPTS, ask_until, fill
 from internvlx_jax.evaluation.prompts import ending
-from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import (
     Answered,
     Context,
@@ -20,7 +21,15 @@ from internvlx_jax.evaluation.scoring import (
     mean,
     pending,
 )
-from internvlx_jax.evaluation.sources import Roots, Source, image_name, image_path, jsonl, tsv
+from internvlx_jax.evaluation.sources import (
+    Roots,
+    Source,
+    image_name,
+    image_path,
+    jsonl,
+    required,
+    tsv,
+)
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 GRADES = tuple[float, float]  # of the reference and of the model, 1 to 10
@@ -32,19 +41,27 @@ CONTEXT, REFERENCE = f"{FOLDER}/context.jsonl", f"{FOLDER}/answers_gpt4.jsonl"
 
 
 def _read(roots: Roots) -> list[Question]:
-    captions = {row["image"]: row["caption"] for _, row in read_jsonl(roots.data / CONTEXT)}
+    captions = {
+        required(row, "image", where): required(row, "caption", where)
+        for where, row in read_jsonl(roots.data / CONTEXT)
+    }
     captions = {
         name: "\n".join(caption) if isinstance(caption, list) else caption
         for name, caption in captions.items()
     }
-    references = {row["question_id"]: row["text"] for _, row in read_jsonl(roots.data / REFERENCE)}
+    references = {
+        required(row, "question_id", where): required(row, "text", where)
+        for where, row in read_jsonl(roots.data / REFERENCE)
+    }
 
     def finish(question: Question) -> Question:
         name = image_name(question.images[0])
-        if name not in captions or question.id not in references:
+        required(question.fields, "category", question.where)
+        if name not in captions:
+            raise ConfigError(f"{question.where}: image {name} is not in {roots.data / CONTEXT}")
+        if question.id not in references:
             raise ConfigError(
-                f"{question.where}: no caption of {name} or no reference answer in "
-                f"{roots.data / FOLDER}"
+                f"{question.where}: question_id {question.id} is not in {roots.data / REFERENCE}"
             )
         return dataclasses.replace(
             question,

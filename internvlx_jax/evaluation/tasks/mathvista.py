@@ -207,9 +207,10 @@ def _read(roots: Roots) -> list[Question]:
                         },
                     )
                 )
-            except KeyError as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(
-                    f"{where}: no column {error}; this is not MathVista's testmini"
+                    f"{where}: this is not MathVista's testmini ({type(error).__name__}: {error}); "
+                    "download the file again"
                 ) from None
     return questions
 

@@ -96,17 +96,18 @@ def _read(roots: Roots) -> list[Question]:
                 images = tuple(
                     parquet.image(where, name, row[name]) for name in IMAGES if row.get(name)
                 )
-            except (KeyError, ValueError, SyntaxError) as error:
+                text, id, truth = row["question"].strip(), row["id"], entry["ground_truth"]
+            except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
                 raise ConfigError(
-                    f"{where}: not a question of MMMU ({type(error).__name__}: {error})"
+                    f"{where}: not a question of MMMU ({type(error).__name__}: {error}); download "
+                    "the file again"
                 ) from None
-            truth = entry["ground_truth"]
             questions.append(
                 Question(
                     where,
-                    row["id"],
+                    id,
                     images,
-                    row["question"].strip(),
+                    text,
                     tuple(map(str, truth if isinstance(truth, list) else [truth])),
                     options={chr(ord("A") + i): str(text).strip() for i, text in enumerate(texts)},
                     fields={"question_type": entry["question_type"], "subject": file.parent.name},

@@ -30,6 +30,7 @@ from internvlx_jax.evaluation.sources import (
     image_path,
     jsonl,
     read_json,
+    required,
     tsv,
 )
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
@@ -55,8 +56,9 @@ def _read(roots: Roots) -> list[Question]:
         return dataclasses.replace(
             question,
             images=images,
-            answers=(entry["answer"],),
-            fields=dict(question.fields) | {"category": ",".join(entry["capability"])},
+            answers=(required(entry, "answer", roots.data / KEY),),
+            fields=dict(question.fields)
+            | {"category": ",".join(required(entry, "capability", roots.data / KEY))},
         )
 
     return [finish(question) for question in QUESTIONS.read(roots)]

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import read_jsonl
 from internvlx_jax.evaluation.prompts import ending, plain
-from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import (
     Answered,
     Context,
@@ -20,7 +21,15 @@ from internvlx_jax.evaluation.scoring import (
     mean,
     yes_no_hits,
 )
-from internvlx_jax.evaluation.sources import Roots, Source, image_name, image_path, jsonl, tsv
+from internvlx_jax.evaluation.sources import (
+    Roots,
+    Source,
+    image_name,
+    image_path,
+    jsonl,
+    required,
+    tsv,
+)
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("pope/llava_pope_test.jsonl", text="text")
@@ -38,11 +47,12 @@ def _read(roots: Roots) -> list[Question]:
         images = tuple(
             image_path(f"pope/val2014/{image_name(path)}", roots) for path in question.images
         )
-        members[question.fields["category"]].append(dataclasses.replace(question, images=images))
+        category = required(question.fields, "category", question.where)
+        members[category].append(dataclasses.replace(question, images=images))
     questions = []
     for category in CATEGORIES:
         path = roots.data / _labels(category)
-        labels = [row["label"] for _, row in read_jsonl(path)]
+        labels = [required(row, "label", where) for where, row in read_jsonl(path)]
         if len(labels) != len(members[category]):
             raise ConfigError(
                 f"{path}: {len(labels)} labels, but {len(members[category])} questions of this "

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.json_text import read_jsonl
 from internvlx_jax.evaluation.metrics import boxes
 from internvlx_jax.evaluation.prompts import plain
-from internvlx_jax.evaluation.questions import Question, read_jsonl
+from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, by_group, hits, mean
 from internvlx_jax.evaluation.sources import Roots, Source, image_path, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit

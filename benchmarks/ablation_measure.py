@@ -1,0 +1,164 @@
+"""Times and memory of table A's rows, for benchmarks/ablation.py.
+
+Each row runs the steps that its training runs: every bucket of its plan, weighted by how often it
+occurs. All rows are timed in one process, in turn, round after round, so that a change in the
+machine's speed meets all of them; the best round counts. Times are ratios to the baseline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ablation_tables import open_table, pages_baseline
+from flax import nnx
+
+from internvlx_jax.core.files import write_json
+from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.buckets import Bucket
+from internvlx_jax.models.generation import prefill
+from internvlx_jax.models.params import init_params, unflatten
+from internvlx_jax.training.data import to_devices
+from internvlx_jax.training.executables import compile_train_step, peak_bytes
+from internvlx_jax.training.run import Run, open_run
+from internvlx_jax.training.step import TrainState
+
+STEPS = 200  # of the plan, to count how often each bucket occurs
+
+
+@dataclasses.dataclass
+class Job:
+    """Holds a compiled program of a row; running it may replace what it runs on.
+
+    Attributes:
+        row: Of the table.
+        share: How often its bucket occurs.
+        run: Runs it once and returns what to wait for.
+        peak: Bytes that it needs; None for prefill.
+        best: Seconds of the fastest round.
+    """
+
+    row: str
+    step: str
+    share: float
+    run: Callable[[], Any]
+    peak: int | None
+    best: float = float("inf")
+
+
+def measure(
+    preset: str, runs: Path, results: Path, *, variants: Sequence[str] | None, rounds: int
+) -> dict[str, Any]:
+    """Measures rows and keeps the result.
+
+    Args:
+        preset: Size of table A.
+        runs: Folder of data and run folders.
+        results: Folder of finished cells.
+        variants: Rows besides the baseline; None is all.
+        rounds: Rounds of timing; none measures memory only.
+
+    Returns:
+        What was kept.
+    """
+    table = open_table("pages", preset, runs)
+    table.prepare()
+    chosen = {pages_baseline(), *(variants or table.variants)}
+    measured = [row for row in table.variants if row in chosen]
+    jobs = []
+    for row in measured:
+        (stage,) = table.stages(table.cell(row, 0))
+        jobs += _jobs(row, stage.config)
+        print(f"{row}: compiled", flush=True)
+    for number in range(rounds):
+        for job in jobs:
+            started = time.perf_counter()
+            jax.block_until_ready(job.run())
+            job.best = min(job.best, time.perf_counter() - started)
+        print(f"round {number + 1} of {rounds}", flush=True)
+    rows = {row: _row(row, jobs, timed=rounds > 0) for row in measured}
+    kept = {
+        "baseline": pages_baseline(),
+        "rounds": rounds,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "software": {"jax": jax.__version__, "python": platform.python_version()},
+        "rows": rows,
+    }
+    folder = results / f"pages-{preset}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "measured.json", kept)
+    return kept
+
+
+def _row(row: str, jobs: list[Job], *, timed: bool) -> dict[str, float]:
+    peak = max(job.peak for job in jobs if job.row == row and job.peak is not None)
+    found = {"peak_mib": round(peak / 2**20, 1)}
+    if not timed:
+        return found
+
+    def seconds(row: str, step: str) -> float:
+        return sum(job.share * job.best for job in jobs if (job.row, job.step) == (row, step))
+
+    for step in ("train", "prefill"):
+        found[step] = round(seconds(row, step) / seconds(pages_baseline(), step), 4)
+    return found
+
+
+def _jobs(row: str, config: TrainConfig) -> list[Job]:
+    """Compiles train step and prefill of each bucket of a run."""
+    run = open_run(config)
+    planned = [run.loader.plan.step(number) for number in range(STEPS)]
+    counts = Counter(step.bucket for step in planned)
+    first = {step.bucket: step for step in reversed(planned)}
+    params = init_params(run.model, 0, shardings={**run.setup.shardings})
+    jobs = []
+    for bucket, count in counts.items():
+        batch = to_devices(run.loader.load(first[bucket]), run.mesh)
+        jobs += [
+            _train_job(row, run, bucket, count / STEPS, batch),
+            _prefill_job(row, run, count / STEPS, params, batch),
+        ]
+    return jobs
+
+
+def _train_job(row: str, run: Run, bucket: Bucket, share: float, batch: Any) -> Job:
+    rows = run.loader.plan.rows[run.loader.plan.buckets.index(bucket)]
+    program = compile_train_step(run.setup, bucket, rows)
+    state = _first_state(run)
+
+    def once() -> TrainState:
+        nonlocal state
+        state, _ = program(state, batch)
+        return state
+
+    return Job(row, "train", share, once, peak_bytes(program))
+
+
+def _prefill_job(row: str, run: Run, share: float, params: Any, batch: Any) -> Job:
+    graphdef = run.setup.abstract.graphdef
+
+    @jax.jit
+    def program(params: Any, inputs: Any) -> Any:
+        return prefill(nnx.merge(graphdef, unflatten(params)), inputs, 1)
+
+    jax.block_until_ready(program(params, batch.inputs))  # compiles
+    return Job(row, "prefill", share, lambda: program(params, batch.inputs), None)
+
+
+def _first_state(run: Run) -> TrainState:
+    """Makes the state before the first step, with fresh parameters."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.setup.state)
+    params = init_params(run.model, 0, shardings={**run.setup.shardings})
+    trainable, frozen = jax.device_put(
+        run.setup.partition.split(params), (places.trainable, places.frozen)
+    )
+    init = jax.jit(run.setup.optimizer.init, out_shardings=places.opt_state)
+    step = jax.device_put(np.int32(0), places.step)
+    return TrainState(trainable, frozen, init(trainable), step)

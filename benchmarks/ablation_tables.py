@@ -1,0 +1,229 @@
+"""The tables of benchmarks/ablation.py: their rows, data and questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ablation_cells import (
+    Asked,
+    Cell,
+    Stage,
+    finished,
+    merged_questions,
+    run_cell,
+    settings_hash,
+)
+from ablation_easyvqa import (
+    SPLITS,
+    decoder_file,
+    export_tower,
+    import_start,
+    package_folder,
+    write_easyvqa,
+)
+
+from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.core.overrides import load_config_file, override
+from internvlx_jax.core.run_config import TrainConfig
+from internvlx_jax.data.form_dataset import CONTROLS, FILES, FormConfig, generate_forms
+
+PAGES, EASYVQA = "configs/ablation_pages.py", "configs/ablation_easyvqa.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Holds the data of a table.
+
+    Attributes:
+        asked: Test questions and controls.
+        blind: Exact match of the best answerer that sees no image, by kind.
+    """
+
+    asked: Asked
+    blind: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Describes a table at one size.
+
+    Attributes:
+        name, preset: Of the table.
+        variants: All rows, in order.
+        core: Those of --quick.
+        seeds: Of each row.
+        stages: The runs of a cell, one after the other.
+        prepare: Makes the data, or finds them.
+        max_new_tokens: Longest answer.
+        batch_size: Rows of a batch of questions.
+    """
+
+    name: str
+    preset: str
+    variants: tuple[str, ...]
+    core: tuple[str, ...]
+    seeds: tuple[int, ...]
+    stages: Callable[[Cell], list[Stage]]
+    prepare: Callable[[], Prepared]
+    max_new_tokens: int
+    batch_size: int = 32
+
+    def cell(self, variant: str, seed: int) -> Cell:
+        """Names a cell of the table."""
+        return Cell(self.name, self.preset, variant, seed)
+
+    def finished(self, cell: Cell, results: Path) -> bool:
+        """Returns whether a cell is kept already; see ablation_cells.finished."""
+        return finished(cell, results, settings_hash(self.stages(cell)))
+
+    def run(self, cell: Cell, results: Path) -> dict[str, Any]:
+        """Runs a cell, keeps and returns it."""
+        data = self.prepare()
+        return run_cell(
+            cell,
+            self.stages(cell),
+            data.asked,
+            results=results,
+            blind=data.blind,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+
+def _known_preset(source: str, preset: str) -> dict[str, Any]:
+    """Runs a config file and returns what it defines."""
+    defined = runpy.run_path(source)
+    if preset not in defined["PRESETS"]:
+        raise ConfigError(f"preset {preset!r} is unknown; choose {', '.join(defined['PRESETS'])}")
+    return defined
+
+
+def pages(preset: str, runs: Path) -> Table:
+    """Returns table A."""
+    defined = _known_preset(PAGES, preset)
+    data = runs / "data" / f"pages-{preset}"
+
+    def stages(cell: Cell) -> list[Stage]:
+        source = f"{PAGES}:variant={cell.variant},seed={cell.seed},preset={preset}"
+        places = {
+            "output_dir": runs / cell.group / f"{cell.variant}-s{cell.seed}",
+            "data.meta": data / FILES["meta_train"],
+            "data.val_meta": data / FILES["meta_val"],
+            "data.index_dir": runs / "index",
+        }
+        return [Stage(_placed(source, places))]
+
+    return Table(
+        "pages",
+        preset,
+        tuple(defined["VARIANTS"]),
+        defined["CORE"],
+        defined["SEEDS"],
+        stages,
+        functools.partial(_forms, data, defined["PRESETS"][preset].forms),
+        max_new_tokens=5,
+    )
+
+
+def _forms(folder: Path, counts: tuple[int, int, int, int]) -> Prepared:
+    """Generates the forms, or finds them."""
+    summary = generate_forms(folder, FormConfig(0, *counts))
+    splits = {"test": FILES["test"], **{name: FILES[name] for name in CONTROLS}}
+    out = folder / "forms" / "asked.jsonl"
+    paths = {split: folder / path for split, path in splits.items()}
+    return Prepared(merged_questions(paths, "field", out), summary["chance"])
+
+
+def easyvqa(
+    preset: str, runs: Path, *, images: Path | None = None, llm: Path | None = None
+) -> Table:
+    """Returns table B.
+
+    Args:
+        preset: A size that its config file knows.
+        runs: Folder of data and run folders.
+        images: easy-VQA's folder `data`; None is that of the installed package.
+        llm: Folder or GGUF file of the decoder; None is that of the installed package.
+    """
+    defined = _known_preset(EASYVQA, preset)
+    data, group = runs / "data" / f"easyvqa-{preset}", runs / f"easyvqa-{preset}"
+
+    def stages(cell: Cell) -> list[Stage]:
+        kind, seed = defined["VARIANTS"][cell.variant].projector, cell.seed
+        tower_run, tower = group / f"tower-s{seed}", group / f"vit-s{seed}"
+        start = group / f"start-{kind}-s{seed}"
+        common = {
+            "data.meta": data / "meta_train.json",
+            "data.val_meta": data / "meta_val.json",
+            "data.index_dir": runs / "index",
+        }
+
+        def join() -> None:
+            export_tower(str(tower_run), tower)
+            file = llm or decoder_file()
+            import_start(tower, file, kind, start, seed, tiny=preset == "tiny")
+
+        source = f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}"
+        adapt = {"output_dir": group / f"{cell.variant}-s{seed}", "init_from": start}
+        return [
+            Stage(_placed(f"{source},stage=tower", common | {"output_dir": tower_run}), join),
+            Stage(_placed(f"{source},stage=adapt", common | adapt)),
+        ]
+
+    def prepare() -> Prepared:
+        source = images or package_folder("easy_vqa") / "data"
+        size = defined["PRESETS"][preset]
+        found = write_easyvqa(source, data, images=size.images, questions=size.questions)
+        paths = {split: data / path for split, path in SPLITS.items()}
+        return Prepared(merged_questions(paths, "kind", data / "asked.jsonl"), found["chance"])
+
+    return Table(
+        "easyvqa",
+        preset,
+        tuple(defined["VARIANTS"]),
+        defined["CORE"],
+        defined["SEEDS"],
+        stages,
+        prepare,
+        max_new_tokens=5,
+        batch_size=64,
+    )
+
+
+def _placed(source: str, places: Mapping[str, Path]) -> TrainConfig:
+    """Returns a config with its files elsewhere."""
+    return override(load_config_file(source), [f"{k}={v}" for k, v in places.items()])
+
+
+TABLES = {"pages": pages, "easyvqa": easyvqa}
+
+
+def open_table(name: str, preset: str, runs: Path, **places: Path | None) -> Table:
+    """Opens a table by its name.
+
+    Args:
+        name: `pages` or `easyvqa`.
+        preset: A size that its config file knows.
+        runs: Folder of data and run folders.
+        places: Where easy-VQA's files lie; see `easyvqa`.
+
+    Raises:
+        ConfigError: The preset is unknown.
+    """
+    return easyvqa(preset, runs, **places) if name == "easyvqa" else pages(preset, runs)
+
+
+def rows_of(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """Returns the rows of a table, those of its core, and the seeds of each."""
+    defined = runpy.run_path({"pages": PAGES, "easyvqa": EASYVQA}[name])
+    return tuple(defined["VARIANTS"]), defined["CORE"], defined["SEEDS"]
+
+
+def pages_baseline() -> str:
+    """Returns the row that table A compares times with."""
+    return runpy.run_path(PAGES)["BASELINE"]

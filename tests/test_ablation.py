@@ -1,0 +1,164 @@
+"""Rehearses both tables of the ablation at toy size, and checks the page against its cells."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from internvlx_jax.checkpoints.hf_config_write import chat_config
+from internvlx_jax.checkpoints.name_table import name_table
+from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
+from internvlx_jax.core.overrides import load_config_file
+from internvlx_jax.models.params import abstract_model
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = ("state", "main", "kinds", "pairs", "picture")
+TOKENIZER = ROOT / "internvlx_jax/data/assets/synthetic_tokenizer"
+
+
+# Compiles in a fraction of the time; nothing is timed here.
+FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+
+
+def ablation(*words, cwd=ROOT, status=0):
+    """Runs the program and returns what it printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "ablation.py"), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "NPROC": "16"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def write_decoder(folder):
+    """Writes a decoder as table B imports one, with random weights."""
+    model = load_config_file(
+        f"{ROOT}/configs/ablation_easyvqa.py:preset=tiny,stage=tower",
+    ).model
+    shapes = expected_tensors(name_table(model, "internvl"), abstract_model(model, dtype="float32"))
+    rng = np.random.default_rng(0)
+    prefix = "language_model."
+    tensors = {
+        name.removeprefix(prefix): rng.normal(0, 0.1, shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = chat_config(model, dtype="float32")["llm_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in TOKENIZER.iterdir():
+        shutil.copy(path, folder)
+
+
+def write_images(folder):
+    """Writes images and questions as easy-VQA has them."""
+    for split, count in (("train", 10), ("test", 5)):
+        (folder / split / "images").mkdir(parents=True)
+        asked = []
+        for number in range(count):
+            color = (255, 0, 0) if number % 2 else (0, 0, 255)
+            Image.new("RGB", (64, 64), color).save(folder / split / "images" / f"{number}.png")
+            name = "red" if number % 2 else "blue"
+            asked.append(["what color is the shape?", name, number])
+            asked.append(["is there a red shape?", "yes" if number % 2 else "no", number])
+        (folder / split / "questions.json").write_text(json.dumps(asked))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with two cells of each table."""
+    folder = tmp_path_factory.mktemp("ablation")
+    write_decoder(folder / "llm")
+    write_images(folder / "easy")
+    common = ("--preset", "tiny", "--in_process", "--seeds", "0")
+    common += ("--runs", folder / "runs", "--results", folder / "results")
+    pages = ablation("pages", *common, "--variants", "internvl,x")
+    sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
+    ablation("measure", *sized, "--variants", "x", "--rounds", 1)
+    places = ("--images", folder / "easy", "--llm", folder / "llm")
+    easy = ablation("easyvqa", *common, "--variants", "mlp1,x-fast", *places)
+    return folder, pages, easy
+
+
+@pytest.mark.slow
+def test_cells_hold_scores_controls_and_costs(finished):
+    folder, pages, easy = finished
+    assert "2 cells, 0 failed" in pages and "2 cells, 0 failed" in easy
+    cells = {
+        path.name: json.loads(path.read_text()) for path in (folder / "results").rglob("*-s0.json")
+    }
+    assert len(cells) == 4
+    for cell in cells.values():
+        assert set(cell["scores"]) == set(cell["counts"]) and cell["counts"]["test"]["all"] > 0
+        assert 0 <= cell["scores"]["test"]["all"] <= 1
+        for split, counts in cell["counts"].items():
+            assert sum(counts.values()) == 2 * counts["all"]
+            assert counts.keys() == cell["scores"][split].keys()
+        assert all(curve["loss"] for curve in cell["curves"])
+    assert set(cells["x-s0.json"]["scores"]) == {"test", "blank", "downsized"}
+    x, internvl = cells["x-s0.json"]["cost"], cells["internvl-s0.json"]["cost"]
+    # RVTC cuts fewer tiles; LVTC has a quarter of the tokens in the shallow layers.
+    assert x["tiles"] < internvl["tiles"] and x["deep"] == pytest.approx(16 * x["tiles"])
+    assert x["shallow"] == x["deep"] / 4 < x["tokens"] < x["deep"]
+    assert x["gflop"]["total"] < internvl["gflop"]["total"]
+    assert len(cells["x-fast-s0.json"]["recipe"]) == 2  # the tower, then the whole
+    assert set(cells["mlp1-s0.json"]["scores"]["test"]) == {"all", "open", "yes or no"}
+
+
+@pytest.mark.slow
+def test_finished_cells_are_left_alone_and_others_refused(finished):
+    folder = finished[0]
+    common = ("pages", "--preset", "tiny", "--in_process", "--seeds", "0", "--variants", "x")
+    common += ("--runs", folder / "runs", "--results", folder / "results")
+    path = folder / "results" / "pages-tiny" / "x-s0.json"
+    before = path.stat().st_mtime_ns
+    assert "finished already" in ablation(*common)
+    assert path.stat().st_mtime_ns == before
+    cell = json.loads(path.read_text())
+    path.write_text(json.dumps(cell | {"settings": "0" * 16}))
+    assert "was made with other settings" in ablation(*common, status=1)
+    path.write_text(json.dumps(cell))
+
+
+@pytest.mark.slow
+def test_page_and_picture_come_out_of_cells(finished, tmp_path):
+    """The tables of toy cells, put where the report looks for those of the CPU."""
+    folder = finished[0]
+    for table in ("pages", "easyvqa"):
+        shutil.copytree(folder / "results" / f"{table}-tiny", tmp_path / "r" / f"{table}-cpu")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "docs").mkdir()
+    names = [f"{t}-cpu-{n}" for t in ("pages", "easyvqa") for n in BLOCKS]
+    empty = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in names)
+    (tmp_path / "docs" / "evidence.md").write_text(empty)
+    assert "differs" in ablation("report", "--check", "--results", "r", cwd=tmp_path, status=1)
+    ablation("report", "--results", "r", cwd=tmp_path)
+    ablation("report", "--check", "--results", "r", cwd=tmp_path)
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "2 of 51 cells are finished" in page and "Not finished: `mlp1-4` s0, s1, s2" in page
+    path = tmp_path / "r" / "pages-cpu" / "x-s0.json"
+    cell = json.loads(path.read_text())
+    line = next(line for line in page.splitlines() if line.startswith("| `x` "))
+    assert f"| {100 * cell['scores']['test']['all']:.1f} | 1 |" in line
+    measured = json.loads((tmp_path / "r" / "pages-cpu" / "measured.json").read_text())["rows"]
+    assert measured["internvl"]["train"] == measured["internvl"]["prefill"] == 1
+    assert f"| {measured['x']['train']:.2f} | {measured['x']['prefill']:.2f} |" in line
+    assert "whole: InternVL-X against InternVL" in page
+    assert not (tmp_path / "docs" / "evidence.png").exists()  # rows of the core are missing
+    for row in ("mlp1-16", "pvtc-16", "pvtc-4"):
+        shutil.copy(path, path.with_name(f"{row}-s0.json"))
+    ablation("report", "--results", "r", cwd=tmp_path)
+    assert "(evidence.png)" in (tmp_path / "docs" / "evidence.md").read_text()
+    with Image.open(tmp_path / "docs" / "evidence.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_numbers_of_the_page_are_those_of_the_cells():
+    assert "the pages are what the cells make" in ablation("report", "--check")
