@@ -8,6 +8,7 @@
 #   test-real   a pretrained decoder out of a PyPI wheel: logits and answers
 #   test-gpu    attention kernels on an NVIDIA GPU against the plain formula
 #   bench-gpu   measured speed of training and generation on an NVIDIA GPU
+#   bench-peers the same shapes here and in PyTorch, into docs/performance.md
 #   lint        ruff: findings and format; `make format` fixes both
 #   check       lint, and types by pyright
 #   docs        the site, into site/; `make docs-serve` shows it while you write
@@ -24,7 +25,7 @@ HAS    := $(VENV)/.has
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
 export NPROC ?= 16
 
-.PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu lint check format docs docs-serve \
+.PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu bench-peers lint check format docs docs-serve \
         install clean
 
 install: $(HAS)-test
@@ -64,7 +65,8 @@ $(TORCH_VENV)/vision: $(TORCH_VENV)/.installed
 
 test-torch: $(TORCH_VENV)/.installed $(TORCH_VENV)/vision
 	REQUIRE_TORCH=1 $(TORCH_VENV)/bin/python -m pytest tests/convert/test_torch.py \
-	    tests/convert/test_torch_bpe.py tests/test_gpu_benchmark.py
+	    tests/convert/test_torch_bpe.py tests/test_gpu_benchmark.py \
+	    tests/test_peers_benchmark.py
 	REQUIRE_TORCHVISION=1 PYTHONPATH=$(TORCH_VENV)/vision $(TORCH_VENV)/bin/python -m pytest \
 	    tests/convert/test_torch_processor.py
 
@@ -81,6 +83,9 @@ test-gpu: $(HAS)-test+cuda
 
 bench-gpu: $(HAS)-test+cuda
 	$(RUN) benchmarks/gpu.py
+
+bench-peers: $(TORCH_VENV)/.installed
+	$(TORCH_VENV)/bin/python benchmarks/peers.py --write docs/performance.md
 
 lint: $(HAS)-dev
 	$(RUN) -m ruff check .

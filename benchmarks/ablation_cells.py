@@ -21,7 +21,8 @@ import jax
 import internvlx_jax
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.core.files import read_json_lines, read_json_object, write_json, write_text
+from internvlx_jax.core.files import read_json_lines, write_json, write_text
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.job import EvalConfig, run

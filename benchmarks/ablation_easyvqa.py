@@ -18,7 +18,8 @@ from PIL import Image
 
 from internvlx_jax.cli.convert import main as convert
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.files import new_folder, read_json_object, write_json, write_text
+from internvlx_jax.core.files import new_folder, write_json, write_text
+from internvlx_jax.core.json_text import read_json_object
 
 SIDE = 64  # px of an image
 SUMMARY = "easyvqa.json"

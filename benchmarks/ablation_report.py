@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from ablation_cells import Cell
 from ablation_tables import rows_of
 
-from internvlx_jax.core.files import read_json_object, write_text, written_aside
+from internvlx_jax.core.files import write_text, written_aside
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.training.report import figure_class
 
 PAGES, PICTURE = (Path("docs/evidence.md"), Path("README.md")), Path("docs/evidence.png")

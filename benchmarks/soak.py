@@ -384,6 +384,8 @@ def main() -> int:
     parser.add_argument("--only", metavar="KIND,...", help="of what may happen; all by default")
     parser.add_argument("--own_namespace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.only is not None and not set(args.only.split(",")) <= set(KINDS):
+        parser.error(f"--only {args.only}: choose from {', '.join(dict.fromkeys(KINDS))}")
     if not args.own_namespace and _may_mount():
         # A mount of this program ends with it, whatever ends it.
         command = [*world.own_namespace(), sys.executable, __file__, "--own_namespace"]

@@ -125,7 +125,7 @@ def model_config(
     decoder = read_decoder(llm, tensors, tied_above=top.flag("tie_word_embeddings", False))
     ratio = top.number("downsample_ratio", 0.5, above=0)
     if not (1 / ratio).is_integer() or (side := int(1 / ratio)) & (side - 1):
-        raise top.wrong("downsample_ratio", "1, 1/2, 1/4, ...")
+        raise top.wrong("downsample_ratio", "1, 1/2, 1/4 and so on")
     projector = ProjectorConfig(
         kind=kind,
         downsample_ratio=ratio,

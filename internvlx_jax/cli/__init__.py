@@ -14,6 +14,7 @@ COMMANDS = {
         "score a checkpoint on benchmarks or on a question file",
     ),
     "chat": ("internvlx_jax.cli.chat", "talk to a checkpoint in the terminal"),
+    "serve": ("internvlx_jax.cli.serve", "answer OpenAI's chat completions over HTTP"),
     "convert": (
         "internvlx_jax.cli.convert",
         "import, export, inspect and verify PyTorch checkpoints",

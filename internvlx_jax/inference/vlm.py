@@ -20,6 +20,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS, Options, make_request, make_spec
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.chat import Chat
+from internvlx_jax.inference.engine import Engine
 from internvlx_jax.inference.images import Images
 from internvlx_jax.inference.loading import Pretrained, load_pretrained, one_device
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request, Turn
@@ -205,6 +206,10 @@ class VLM:
     def chat(self, *, system: str | None = None, **options: Unpack[Options]) -> Chat:
         """Returns a new conversation, all of whose turns share the options."""
         return Chat(self, self.spec(**options), system=system)
+
+    def engine(self, **options: Any) -> Engine:
+        """Returns an engine for requests that come and go; see `Engine` for the options."""
+        return Engine(self.model, self._generator.prompts.processor, self.mesh, **options)
 
     def answer(self, requests: Sequence[Request], **options: Unpack[Options]) -> list[Answer]:
         """Answers requests in order, with token counts; a failed one carries its error."""

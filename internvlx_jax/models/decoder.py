@@ -69,6 +69,7 @@ class KVCacheView(NamedTuple):
             [B, Z, K, H] for each, where the layers are separate.
         segments: int32[B, Z].
         start: int32 scalar, cache slot of the first query; slots from there on are not read.
+            int32[B] where each row has its own.
     """
 
     kv: KeyValues | tuple[KeyValues, ...]
@@ -266,11 +267,11 @@ class Decoder(nnx.Module):
 
     Attributes:
         on_cpu: See layers.Linear.
-        head_turned: Whether the output head is [W, D], as `turn` leaves it.
+        turned: Whether the arrays are as `turn` leaves them, the output head [W, D].
     """
 
     on_cpu = False
-    head_turned = False
+    turned = False
 
     def __init__(
         self,
@@ -294,7 +295,10 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Looks up int32[B, S] -> dtype[B, S, D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        table = self.embedding[...]
+        if self.turned:  # else XLA:CPU makes a float32 table before it begins to decode
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        return jnp.take(table, tokens, axis=0).astype(dtype)
 
     def run_layers(
         self, x: jax.Array, layout: TokenLayout, **options: Any
@@ -369,15 +373,16 @@ class Decoder(nnx.Module):
         for _, module in nnx.iter_modules(self.layers):
             if isinstance(module, Linear):
                 module.turn()
+        self.turned = True
         if self.head is not None:
-            self.head, self.head_turned = nnx.Param(self.head[...].T), True
+            self.head = nnx.Param(self.head[...].T)
 
     @property
     def head_kernel(self) -> jax.Array:
         """The output head, [D, W]; the embedding's transpose where they are tied."""
         if self.head is None:
             return self.embedding[...].T
-        return self.head[...].T if self.head_turned else self.head[...]
+        return self.head[...].T if self.turned else self.head[...]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Computes float32[..., W] from hidden states after the last block, [..., D].
@@ -386,8 +391,11 @@ class Decoder(nnx.Module):
         tie decides which token greedy decoding takes.
         """
         with jax.named_scope("head"):
-            x, head = self.norm(x), self.head_kernel.astype(x.dtype)
+            x = self.norm(x)
             if self.on_cpu and x.dtype.itemsize == 2:
-                flat = product("nd,dw->nw", x.reshape(-1, x.shape[-1]), head)
+                head = self.embedding if self.head is None else self.head
+                spec = "nd,wd->nw" if self.turned or self.head is None else "nd,dw->nw"
+                flat = product(spec, x.reshape(-1, x.shape[-1]), head[...].astype(x.dtype))
                 return flat.reshape(*x.shape[:-1], -1)
+            head = self.head_kernel.astype(x.dtype)
             return jnp.einsum("...d,dw->...w", x, head, preferred_element_type=jnp.float32)

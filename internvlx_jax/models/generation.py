@@ -8,6 +8,7 @@ tokens of a row depend on its prompt and its key alone, not on its neighbors or 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +19,7 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.inputs import Inputs
 from internvlx_jax.models.decoder import KeyValues, KVCacheView, TokenLayout
 from internvlx_jax.models.internvlx import InternVLX
-from internvlx_jax.models.layers import gather, separate_layers
+from internvlx_jax.models.layers import gather, move_bits, separate_layers
 
 
 class LayerRangeCache(NamedTuple):
@@ -29,7 +30,8 @@ class LayerRangeCache(NamedTuple):
             are separate, an entry [B, Z, K, H] for each.
         segments: int32[B, Z], 1 where a slot holds a real token; so prompts may be padded on
             either side.
-        slot: int32 scalar, where the next token of every row is written.
+        slot: int32 scalar, where the next token of every row is written; or int32[B], where that
+            of each row is (models/serving_slots.py).
     """
 
     kv: KeyValues | tuple[KeyValues, ...]
@@ -113,7 +115,7 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
     key_length = cache.ranges[-1].segments.shape[1]
     ranges, start = [], 0
     for kv, segments, slot in cache.ranges:
-        segments = jax.lax.dynamic_update_slice_in_dim(segments, ones, slot, axis=1)
+        segments = _write(segments, ones, slot, axis=1)
         stop = start + (len(kv.keys) if isinstance(kv, KeyValues) else len(kv))
         x, new = model.decoder.run_layers(
             x,
@@ -126,13 +128,29 @@ def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cach
         )
 
         def write(old: jax.Array, fresh: jax.Array, slot: jax.Array = slot) -> jax.Array:
+            update = functools.partial(_write, slot=slot, axis=old.ndim - 3)
             fresh = fresh.astype(old.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=old.ndim - 3)
+            return move_bits(update, old, fresh) if model.decoder.turned else update(old, fresh)
 
         new = new if isinstance(kv, KeyValues) or new is None else tuple(new)
         ranges.append(LayerRangeCache(jax.tree.map(write, kv, new), segments, slot + 1))
         start = stop
     return Cache(tuple(ranges), cache.position + 1), model.decoder.logits(x[:, 0])
+
+
+def _write(old: jax.Array, fresh: jax.Array, slot: jax.Array, *, axis: int) -> jax.Array:
+    """Writes one token per row along `axis`, all rows at one slot or each at its own.
+
+    Args:
+        old: [..., B, Z, ...], Z at `axis` and the rows before it.
+        fresh: The same with 1 in place of Z.
+        slot: int32 scalar, or int32[B].
+        axis: Of the slots.
+    """
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=axis)
+    where = (*[slice(None)] * (axis - 1), jnp.arange(len(slot)), slot)
+    return old.at[where].set(fresh.squeeze(axis), mode="drop")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

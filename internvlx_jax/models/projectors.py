@@ -29,6 +29,7 @@ from internvlx_jax.models.layers import (
     Linear,
     RMSNorm,
     drop_path,
+    gelu,
     normal,
     param,
     split_key,
@@ -251,7 +252,7 @@ class Mlp1(nnx.Module):
         """Makes [I, Q, D] of [I, 1+P, V]; without drop path, the key has no effect."""
         regions = split_regions(x[:, 1:], self.config.region_side)
         tokens = concatenate_patches(regions, self.config.pixel_shuffle)
-        return self.fc2(jax.nn.gelu(self.fc1(self.norm(tokens)), approximate=False))
+        return self.fc2(gelu(self.fc1(self.norm(tokens))))
 
 
 class RegionMlp(nnx.Module):

@@ -25,6 +25,7 @@ from internvlx_jax.models.layers import (
     RMSNorm,
     constant,
     drop_path,
+    gelu,
     normal,
     param,
     rematerialize,
@@ -83,7 +84,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         key1, key2 = split_key(dropout_key, 2)
-        return self.fc2(jax.nn.gelu(self.fc1(x, key1), approximate=False), key2)
+        return self.fc2(gelu(self.fc1(x, key1)), key2)
 
 
 class LayerDraws(NamedTuple):

@@ -89,6 +89,10 @@ def test_any_value_in_any_field(golden, layout, tensors, value):
         ("hf", ("vision_config", "use_qk_norm"), "no", "vision_config.use_qk_norm is 'no'"),
         ("internvl", ("max_dynamic_patch",), "12", "max_dynamic_patch is '12'"),
         ("internvl", ("llm_config", "eos_token_id"), "</s>", "llm_config.eos_token_id is '</s>'"),
+        ("hf", ("vision_feature_layer",), 9, "vision_feature_layer is 9; expected a layer"),
+        ("internvl", ("select_layer",), -9, "select_layer is -9; expected a layer of the tower"),
+        ("internvl", ("downsample_ratio",), 0.3, "downsample_ratio is 0.3; expected 1, 1/2, 1/4"),
+        ("internvl", ("llm_config", "num_hidden_layers"), 10**9, "expected a whole number up to"),
         ("hf", ("text_config", "layer_types"), ["sliding_attention"], "layer_types"),
         (
             "hf",
@@ -213,6 +217,24 @@ def test_an_index_beside_a_single_file_of_its_own(golden, tmp_path, capsys):
     index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert convert("inspect", folder) == 0
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"weight_map": None}, "expected an object with weight_map"),
+        ({"weight_map": {"a": 3}}, "weight_map places 'a' in 3, which is no file name"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "'../x.safetensors', which is no file name"),
+        ([], "expected an object with weight_map"),
+    ],
+)
+def test_a_damaged_index_is_named(golden, tmp_path, capsys, index, message):
+    folder = tmp_path / "index"
+    shutil.copytree(golden / "qwen2", folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert("inspect", folder) == 1
+    error = capsys.readouterr().err
+    assert "model.safetensors.index.json" in error and message in error
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_output_is_tied_only_without_a_stored_one(config):
             r"architectures\[0\] is 'MambaForCausalLM'",
         ),
         ("llm_config", "rope_scaling", {"type": "yarn", "factor": 2.0}, "rope_scaling type 'yarn'"),
-        (None, "downsample_ratio", 0.3, "downsample_ratio 0.3"),
+        (None, "downsample_ratio", 0.3, "downsample_ratio is 0.3"),
     ],
 )
 def test_refusals_name_the_field(config, section, field, value, message):

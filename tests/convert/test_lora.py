@@ -268,6 +268,17 @@ def test_adapters_from_arrays(tmp_path, make_checkpoint):
         ({"rank_pattern": {"wqkv": 4}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"r": 4}, "has rank 2, the config says r = 4"),
+        ({"r": 0}, "adapter_config.json: r is 0, it must be a number above 0"),
+        ({"lora_alpha": 0}, "adapter_config.json: lora_alpha is 0, it must be"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha is nan"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected a flag"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', expected a list of names"),
+        ({"alpha_pattern": {"wqkv": "a"}}, "alpha_pattern gives 'wqkv' 'a', expected a number"),
+        ({"rank_pattern": {"wqkv": 1.5}}, "rank_pattern gives 'wqkv' 1.5, expected a number"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has '(', which is no regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern is [1], expected an object"),
+        ({"init_lora_weights": "pissa_niter_4"}, "begins with other base weights"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication = [[0, 2]] is not supported"),
     ],
 )
 def test_what_is_refused(tmp_path, make_checkpoint, capsys, config, message):

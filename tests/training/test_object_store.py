@@ -171,7 +171,8 @@ def test_two_processes_are_killed_inside_a_save(straight, gcs, folder, tmp_path,
     assert convert.main(["import", "--from", f"{folder}/hf", "--to", f"{folder}/imported"]) == 0
     assert report.main([config.output_dir]) == 0
     rows = read_json_lines(as_path(config.output_dir) / "starts.jsonl", "store_requests_others")
-    assert rows and all(row["store_requests"] > row["store_requests_others"] > 0 for row in rows)
+    assert rows and all(row["store_requests"] > 0 for row in rows)
+    assert all(row["store_requests_others"] > 0 for row in rows), rows
 
 
 def test_two_processes_are_killed_while_a_checkpoint_is_copied(

@@ -9,7 +9,9 @@ from PIL import Image
 
 from internvlx_jax.cli.report import main
 from internvlx_jax.core.errors import ConfigError
+from internvlx_jax.training.replay import replay
 from internvlx_jax.training.report import CHANCE, VALIDATION, draw_curves, read_metrics
+from internvlx_jax.training.report_page import write_page
 from internvlx_jax.training.store_costs import NAMES, costs
 
 TRAINING = [
@@ -92,3 +94,31 @@ def test_costs_in_an_object_store_are_told_apart():
     assert found["checkpoint"] == dict.fromkeys(NAMES, 11)
     assert found["start"] == dict.fromkeys(NAMES, 20)
     assert costs({}, starts, save_every=4) == {}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("null", "config.json holds no JSON object"),
+        ('{"train": null, "model": {}}', 'config.json: "train" is None, expected the settings'),
+        ('{"train": {}}', 'config.json: "model" is None'),
+        ("{", "config.json is not valid JSON"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_named(tmp_path, content, message):
+    run = run_folder(tmp_path, TRAINING)
+    (run / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        write_page(run)
+    with pytest.raises(ConfigError, match=message):
+        replay(run, 1, [])
+
+
+def test_replay_names_the_file_of_a_setting(tmp_path):
+    run = run_folder(tmp_path, TRAINING)
+    (run / "config.json").write_text('{"train": {"steps": "x"}, "model": {}}')
+    with pytest.raises(ConfigError, match="config.json: steps: expected int"):
+        replay(run, 1, [])
+    (run / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json does not exist; give the folder"):
+        replay(run, 1, [])
