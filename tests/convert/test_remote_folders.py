@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from internvlx_jax.checkpoints import safetensors_folder
 from internvlx_jax.checkpoints.hf_folder import HFFolder
-from internvlx_jax.checkpoints.hub import resolve
+from internvlx_jax.checkpoints.opening import resolve
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
 from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
 from internvlx_jax.cli import convert
