@@ -16,6 +16,8 @@ os.environ["JAX_OPTIMIZATION_LEVEL"] = "O0"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process that starts them
     CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    COPIES = tempfile.TemporaryDirectory(prefix="internvlx-cache-")
+    os.environ["INTERNVLX_CACHE"] = COPIES.name  # not that of the user
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

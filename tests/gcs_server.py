@@ -10,6 +10,7 @@ bodies that are cut, of stalls. GET /_faults counts the requests, and those with
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -56,11 +57,14 @@ class Handler(RequestHandler):
             else:
                 self._handle(method, url)
         answer, self.wfile = self.wfile.getvalue(), socket
+        if method == "GET" and (wanted := self.headers.get("Range")):
+            answer = ranged(answer, wanted)
         if fault == "cut":
             head, gap, body = answer.partition(b"\r\n\r\n")
             # Of an answer without a body nothing comes at all.
             answer = head + gap + body[: len(body) // 2] if body else b""
-        self.wfile.write(answer)
+        with contextlib.suppress(ConnectionError):  # a client may have read enough
+            self.wfile.write(answer)
         self.close_connection = True
 
     def _handle(self, method: str, url) -> None:
@@ -157,6 +161,27 @@ class Handler(RequestHandler):
 
     def log_message(self, format, *args):
         pass
+
+
+def ranged(answer: bytes, wanted: str) -> bytes:
+    """Returns the part of an answer that a Range header asks for; the emulator ignores it."""
+    head, gap, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.split(b"\r\n")
+    found = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted)
+    if not found or b" 200 " not in status + b" " or not body:
+        return answer
+    first, last = found.groups()
+    start = int(first) if first else max(0, len(body) - int(last))
+    stop = min(int(last) + 1, len(body)) if first and last else len(body)
+    part = body[start:stop]
+    lines = [line for line in lines if not line.lower().startswith(b"content-length:")]
+    lines += [b"Content-Length: %d" % len(part)]
+    lines += [b"Content-Range: bytes %d-%d/%d" % (start, stop - 1, len(body))]
+    status = status.partition(b" ")[0] + b" 206 Partial Content"
+    if start >= len(body):
+        status, part = status.partition(b" ")[0] + b" 416 Range Not Satisfiable", b""
+        lines[-2:] = [b"Content-Length: 0"]
+    return b"\r\n".join([status, *lines]) + gap + part
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ class Gcs:
         self.address = f"http://127.0.0.1:{port}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": self.address,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.address,
             "TENSORSTORE_GCS_HTTP_URL": self.address,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",

@@ -30,7 +30,11 @@ from internvlx_jax.checkpoints.torch_checkpoint import STRICT, Allowed, TorchChe
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
+from internvlx_jax.core.paths import as_path
+from internvlx_jax.core.uploads import local_folder
 from internvlx_jax.models.vit import resize_positions
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")  # ends of names
 
 
 class HFFolder(TorchCheckpoint):
@@ -65,9 +69,10 @@ class HFFolder(TorchCheckpoint):
             ConfigError: config.json or the adapters ask for something that is not computed here.
             CheckpointError: the weight files are missing, damaged, or contradict each other.
         """
-        path = Path(path)
+        home = as_path(path)
+        path = local_folder(home, leave_out_files=WEIGHTS)  # small files of a remote one: a copy
         stored = read_config(path)
-        folder = open_tensors(path)
+        folder = open_tensors(home)
         tensors, lora_tensors = _plain_names(stored, folder)
         side = SideFields({}, ())
         if stored.get("model_type") == "internvl":
@@ -182,17 +187,18 @@ def open_tensors(path: Path, stem: str = "model") -> SafetensorsFolder | BinFold
         CheckpointError: files are missing, unreadable, or contradict each other.
     """
     pickled = stem if stem != "model" else "pytorch_model"
-    if not _has_safetensors(path, stem) and BinFolder.is_one(path, pickled):
+    if not has_safetensors(path, stem) and BinFolder.is_one(path, pickled):
         return BinFolder(path, pickled)
     return SafetensorsFolder(path, stem)
 
 
 def has_weights(path: Path) -> bool:
     """Whether a folder holds the weight files of a model, or their index."""
-    return _has_safetensors(path, "model") or BinFolder.is_one(path)
+    return has_safetensors(path, "model") or BinFolder.is_one(path)
 
 
-def _has_safetensors(path: Path, stem: str) -> bool:
+def has_safetensors(path: Path, stem: str) -> bool:
+    """Returns whether a folder holds STEM.safetensors, or an index of its shards."""
     return any((path / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from internvlx_jax.checkpoints.checkpoint import Checkpoint
-from internvlx_jax.checkpoints.hf_folder import HFFolder, has_weights, read_config
+from internvlx_jax.checkpoints.hf_folder import HFFolder, has_safetensors, has_weights, read_config
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.paths import as_path
@@ -44,10 +44,10 @@ def open_checkpoint(path: str | Path, *, ema: bool = False) -> Checkpoint:
     return HFFolder(folder)
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
+def resolve(name: str | Path, revision: str | None = None, *, by_range: bool = False) -> Path:
     """Returns an existing folder, or a local copy of the repository OWNER/NAME.
 
-    A run folder behind a URL is read where it is; any other is copied.
+    A run folder behind a URL is read where it is; any other is copied, unless `by_range`.
 
     huggingface_hub is imported only for a repository; files that it has downloaded before are
     taken from its cache.
@@ -55,6 +55,8 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     Args:
         name: path, or Hugging Face id, which may carry its revision: OWNER/NAME@REVISION.
         revision: branch, tag or commit of the repository; None is its main branch.
+        by_range: return a folder of safetensors files behind a URL as it is; its tensors are then
+            read one by one, each as often as it is asked for.
 
     Raises:
         FileNotFoundError: no such path, and `name` is no id.
@@ -63,7 +65,9 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     path = as_path(name)
     if path.exists():
         # Weight files are mapped into memory, so those of an object store are copied to the disk.
-        return path if RunFolder.is_one(path) else local_folder(path)
+        if RunFolder.is_one(path) or (by_range and has_safetensors(path, "model")):
+            return path
+        return local_folder(path)
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(name))
     if found is None:
         raise FileNotFoundError(

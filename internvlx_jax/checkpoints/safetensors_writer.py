@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,35 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, tensors: Plan, *, stem: str = "model", max_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: Path,
+        tensors: Plan,
+        *,
+        stem: str = "model",
+        max_bytes: int = MAX_SHARD_BYTES,
+        send: Callable[[Path], None] | None = None,
     ):
-        self.folder, self._tensors, self._stem = folder, dict(tensors), stem
+        """Plans the files.
+
+        Args:
+            folder: local folder.
+            tensors: shape and dtype of each tensor, in file order.
+            stem: how the names of the files begin.
+            max_bytes: of the tensors of a shard.
+            send: takes a file once it is complete, and may remove it. Files are then begun one by
+                one, and few exist at a time if tensors are written about in their order.
+        """
+        self.folder, self._tensors, self._stem, self._send = folder, dict(tensors), stem, send
         self._files = plan_files(tensors, stem=stem, max_bytes=max_bytes)
         self._start: dict[str, int] = {}
         self._left = {name: _nbytes(*each) for name, each in tensors.items()}
-        self.files = list(dict.fromkeys(self._files.values()))
-        for file in self.files:
-            self._create(file, [name for name, home in self._files.items() if home == file])
+        self._names: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            self._names.setdefault(file, []).append(name)
+        self.files = list(self._names)
+        self._sums: dict[str, str] = {}
+        for file in self.files if send is None else ():
+            self._create(file, self._names[file])
 
     def _create(self, file: str, names: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -104,12 +124,23 @@ class SafetensorsWriter:
         shape, dtype = self._tensors[name]
         if array.dtype != dtype or array.shape[1:] != shape[1:]:
             raise ValueError(f"{name}: {array.dtype}{list(array.shape)} for {dtype}{list(shape)}")
+        file = self._files[name]
+        if name not in self._start:
+            self._create(file, self._names[file])
         row = _nbytes(shape[1:], dtype) if shape else 0
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        with (self.folder / self._files[name]).open("r+b") as stream:
+        with (self.folder / file).open("r+b") as stream:
             stream.seek(self._start[name] + first_row * row)
             stream.write(data.data)
         self._left[name] -= data.size
+        if self._send is not None and not any(self._left[each] for each in self._names[file]):
+            self._end(file)
+
+    def _end(self, file: str) -> None:
+        """Takes the checksum of a complete file, and hands it over."""
+        self._sums[file] = sha256(self.folder / file)
+        if self._send is not None:
+            self._send(self.folder / file)
 
     def finish(self) -> None:
         """Writes index and checksums. Raises ValueError where bytes are missing."""
@@ -120,10 +151,12 @@ class SafetensorsWriter:
                 self.folder / f"{self._stem}.safetensors.index.json",
                 index_text(self._tensors, self._files),
             )
-        write_text(
-            self.folder / CHECKSUMS,
-            format_sums({file: sha256(self.folder / file) for file in self.files}),
-        )
+        for file in self.files:
+            if file not in self._sums:
+                if not (self.folder / file).exists():  # its tensors have no bytes
+                    self._create(file, self._names[file])
+                self._end(file)
+        write_text(self.folder / CHECKSUMS, format_sums(self._sums))
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

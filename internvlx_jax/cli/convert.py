@@ -210,7 +210,7 @@ def run_import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int
     kept = ()
     if args.source is not None:
         source = HFFolder(
-            resolve(args.source, args.revision),
+            resolve(args.source, args.revision, by_range=True),
             fields=fields,
             image_size=args.image_size,
             adapters=[local_folder(each) for each in args.lora],

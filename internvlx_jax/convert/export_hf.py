@@ -23,7 +23,7 @@ from internvlx_jax.checkpoints.lora_files import write_adapters
 from internvlx_jax.checkpoints.name_entries import Entry, tensor_shapes
 from internvlx_jax.checkpoints.name_table import LAYOUTS, name_table
 from internvlx_jax.checkpoints.safetensors_folder import SafetensorsFolder
-from internvlx_jax.checkpoints.safetensors_writer import SafetensorsWriter
+from internvlx_jax.checkpoints.safetensors_writer import Plan, SafetensorsWriter
 from internvlx_jax.checkpoints.side_files import OTHER_FILES, TOKENIZER_FILES, missing_remote_code
 from internvlx_jax.checkpoints.tensors import (
     NUMPY_DTYPES,
@@ -40,6 +40,7 @@ from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.projector_sites import released_site
+from internvlx_jax.core.uploads import sent_ahead
 from internvlx_jax.models.params import abstract_model
 
 ExportLayout = Literal["internvl-x", "internvl", "hf", "vit", "projector", "peft"]
@@ -58,7 +59,8 @@ def export_checkpoint(
     """Writes a new folder: weights, index, checksums, config.json, and the source's side files.
 
     The largest parameter is in memory, and one tensor of it. The folder appears once all of it is
-    right. Adapters beside the weights are merged, except in layout `peft`, which holds only them.
+    right. Shards for an object store are sent one by one, so that few of them are on the disk.
+    Adapters beside the weights are merged, except in layout `peft`, which holds only them.
 
     Args:
         source: the opened checkpoint.
@@ -85,11 +87,12 @@ def export_checkpoint(
         return report
     table = _table(config, layout)
     source.check_sums()
-    with new_folder(out) as folder:
+    with sent_ahead(out) as send, new_folder(out) as folder:
         weights = _Weights(source, table, dtype)
         nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in weights.plan.values())
         check_space(out, nbytes, "the checkpoint")
-        writer = SafetensorsWriter(folder, weights.plan)
+        plan = weights.plan if send is None else weights.plan_as_read()
+        writer = SafetensorsWriter(folder, plan, send=send)
         for path, name, rows, piece in weights.pieces(report):
             writer.write(name, piece, rows)
             report.count(path, piece)
@@ -104,7 +107,8 @@ def export_checkpoint(
         elif layout == "vit":
             write_json(folder / "config.json", vit_config(config.vision, dtype=weights.dtype_name))
         if verify:
-            report.verified = weights.compare(SafetensorsFolder(folder))
+            written = SafetensorsFolder(folder, files=None if send is None else out)
+            report.verified = weights.compare(written)
     return report
 
 
@@ -147,6 +151,19 @@ class _Weights:
         }
         shapes = tensor_shapes(table, {entry.target: source.shape(entry.target) for entry in table})
         self.plan = {name: (shape, self._dtypes[name]) for name, shape in shapes.items()}
+
+    def plan_as_read(self) -> Plan:
+        """Returns the plan in the order of the parameters, so that shards are completed in turn.
+
+        The release's order has all tensors of a layer together, of which each parameter has one.
+        """
+        order = dict.fromkeys(
+            name
+            for entry in self._table
+            for layer in range(entry.layers or 1)
+            for name in entry.sources(layer)
+        )
+        return {name: self.plan[name] for name in order}
 
     @property
     def dtype_name(self) -> str:

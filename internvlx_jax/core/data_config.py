@@ -76,6 +76,30 @@ class VideoConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Says what is kept on the local disk of files behind URLs.
+
+    Attributes:
+        folder: Local folder of the copies, which all runs of a host may share; None is
+            INTERNVLX_CACHE, or ~/.cache/internvlx_jax.
+        max_gb: Limit of all copies together, in 10^9 bytes. 0 keeps no images, and annotations
+            without limit.
+        requests: Images that a process asks for at the same time.
+    """
+
+    folder: str | None = None
+    max_gb: float = 0.0
+    requests: int = 32
+
+    def __post_init__(self):
+        check_ranges(self, "data.cache.", max_gb=Range(0, MOST), requests=Range(1, 1024))
+        if self.folder and "://" in self.folder:
+            raise ConfigError(
+                f"data.cache.folder must be a folder of this host's disk, got {self.folder}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultConfig:
     """Says what a bad sample does.
 
@@ -120,12 +144,14 @@ class DataConfig:
         row_quantum: Rows per step are a multiple of it; None is data-parallel devices *
             accumulation of the first start. It is part of the order of the data: a run can go on
             with any number of devices that divides it.
-        pack, images, video, faults: See their classes.
+        pack, images, video, cache, faults: See their classes.
         loss_reduction: Weight of a supervised token in a sample with n of them: 1, 1/n or
             1/sqrt(n).
         special_text: What reserved text inside a turn does: reject the sample, escape it, or allow
             it.
         index_dir: Folder of the size indexes; None is beside each annotation.
+        index_workers: Processes that make the size index of a large annotation; None is one per
+            core.
         num_workers: Loader processes; 0 decodes in threads of this process.
     """
 
@@ -144,10 +170,12 @@ class DataConfig:
     pack: PackConfig = PackConfig()
     images: ImageConfig = ImageConfig()
     video: VideoConfig = VideoConfig()
+    cache: CacheConfig = CacheConfig()
     faults: FaultConfig = FaultConfig()
     loss_reduction: Literal["token", "sample", "square"] = "token"
     special_text: Literal["reject", "escape", "allow"] = "reject"
     index_dir: str | None = None
+    index_workers: int | None = None
     num_workers: int = 0
 
     def __post_init__(self):
@@ -161,6 +189,7 @@ class DataConfig:
             samples_per_step=COUNT,
             max_executables=COUNT,
             row_quantum=COUNT,
+            index_workers=COUNT,
             num_workers=Range(0, 1024),
         )
         if self.max_length % self.length_step:

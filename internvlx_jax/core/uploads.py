@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,33 @@ def upload_folder(local: Path, remote: RemotePath) -> None:
                     upload(path)
     except BaseException:
         for target in written:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def sent_ahead(remote: Path) -> Iterator[Callable[[Path], None] | None]:
+    """Gives a function that sends a file to a folder of an object store, and removes it here.
+
+    Files are sent while the rest of the folder is made. They are removed there if the block fails.
+    For a local folder there is nothing to send, and no function.
+    """
+    if not isinstance(remote, RemotePath):
+        yield None
+        return
+    sent: list[RemotePath] = []
+
+    def send(path: Path) -> None:
+        target = remote / path.name
+        sent.append(target)
+        target.upload(path)
+        path.unlink()
+
+    try:
+        yield send
+    except BaseException:
+        for target in sent:
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
         raise
@@ -83,7 +110,9 @@ def cache_folder() -> Path:
     return (Path(caches) if caches else Path.home() / ".cache") / "internvlx_jax"
 
 
-def local_folder(path: str | os.PathLike, *, leave_out: Iterable[str] = ()) -> Path:
+def local_folder(
+    path: str | os.PathLike, *, leave_out: Iterable[str] = (), leave_out_files: Iterable[str] = ()
+) -> Path:
     """Returns a local folder as it is, or a local copy of a remote one.
 
     Copies are kept in the cache. Their key holds the generation of every file, so a folder that has
@@ -92,6 +121,7 @@ def local_folder(path: str | os.PathLike, *, leave_out: Iterable[str] = ()) -> P
     Args:
         path: Folder, or one file, which is returned with those beside it.
         leave_out: Names of folders below that are not needed.
+        leave_out_files: Ends of the names of files that are not needed.
 
     Raises:
         FileNotFoundError: There is no object below this URL.
@@ -107,6 +137,8 @@ def local_folder(path: str | os.PathLike, *, leave_out: Iterable[str] = ()) -> P
     infos = {name.removeprefix(root): info for name, info in sorted(found.items())}
     left_out = tuple(f"{name}/" for name in leave_out)
     infos = {name: info for name, info in infos.items() if not name.startswith(left_out or "\0")}
+    ends = tuple(leave_out_files) or ("\0",)
+    infos = {name: info for name, info in infos.items() if not name.endswith(ends)}
     if not infos:
         raise FileNotFoundError(f"{remote} does not exist")
     versions = [

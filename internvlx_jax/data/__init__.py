@@ -10,9 +10,12 @@ One chat sample, top to bottom:
     fit                        what gives way when a sample is too long
 
 Many samples:
-    index, table               the shape of every sample, known without decoding a pixel
-    buckets, streams, packing,
+    record_places,
+    opening_sources            where the records of large files lie; sources of a meta file
+    index, index_parts, table  the shape of every sample, known without decoding a pixel
+    buckets, packing,
     plan, order                which samples form which step
+    image_fetcher              images behind URLs, asked for ahead
     reader, batch, faults      a planned sample -> a row, rows -> a batch, bad samples
     pipeline, read_ahead       `Loader`: the steps of a run, resumable
 

@@ -15,6 +15,7 @@ LENGTH_STEP = 128
 ALIGNMENT = 16
 # One image of at most 12 tiles has 1, 3, 4, ..., 13 of them with its thumbnail.
 TILE_BUCKETS = (0, 1, *range(3, 14), 16, 24)
+_COUNTED = 2**22  # values up to here are counted, larger ones are sorted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,18 +193,16 @@ def assign_buckets(
         costs: what makes one union cheaper than another.
 
     Returns:
-        The buckets in order, and int64[n]: the position among them of every sample's bucket.
+        The buckets in order, and int32[n]: the position among them of every sample's bucket.
     """
-    lengths = -(-np.asarray(lengths) // length_step) * length_step
-    pairs, inverse, frequency = np.unique(
-        np.stack([np.asarray(tiles), lengths], axis=1),
-        axis=0,
-        return_inverse=True,
-        return_counts=True,
-    )
+    # One number per pair of tiles and steps of length; few pairs occur, however many the samples.
+    steps = -(-np.asarray(lengths) // length_step)
+    base = int(steps.max(initial=0)) + 1
+    pair = np.asarray(tiles).astype(np.int64) * base + steps
+    pairs, inverse, frequency = _distinct(pair)
     smallest = [
-        smallest_bucket(tile_count, length, length_step, saved_per_tile)
-        for tile_count, length in pairs.tolist()
+        smallest_bucket(number // base, number % base * length_step, length_step, saved_per_tile)
+        for number in pairs.tolist()
     ]
     counts: Counter[Bucket] = Counter()
     for bucket, count in zip(smallest, frequency.tolist(), strict=True):
@@ -211,7 +210,19 @@ def assign_buckets(
     merged = _merge_rarest(counts, max_executables, costs)
     buckets = sorted(set(merged.values()))
     code = {bucket: buckets.index(union) for bucket, union in merged.items()}
-    return buckets, np.array([code[bucket] for bucket in smallest], np.int64)[inverse.reshape(-1)]
+    return buckets, np.array([code[bucket] for bucket in smallest], np.int32)[inverse]
+
+
+def _distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the distinct values in order, for each number its value's position, and counts."""
+    span = int(numbers.max(initial=0)) + 1
+    if span > _COUNTED:
+        return np.unique(numbers, return_inverse=True, return_counts=True)
+    frequency = np.bincount(numbers, minlength=span)  # sorts nothing
+    values = np.flatnonzero(frequency)
+    position = np.zeros(span, np.int32)
+    position[values] = np.arange(len(values))
+    return values, position[numbers], frequency[values]
 
 
 def trim_buckets(

@@ -25,6 +25,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageErr
 from internvlx_jax.core.data_config import MAX_PIXELS
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import shorten
+from internvlx_jax.core.remote import StorageError
 from internvlx_jax.data import storage
 from internvlx_jax.data.png import png_metadata
 
@@ -228,7 +229,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
             with _pillow_globals():
                 image = Image.open(file)
             yield image
-    except (SampleError, ConfigError, MemoryError):
+    # A store that does not answer says nothing about an image: the run stops, and goes on later.
+    except (SampleError, ConfigError, StorageError, MemoryError):
         raise
     except Exception as error:  # damaged files make the decoders raise nearly anything
         raise unreadable(source, error) from error

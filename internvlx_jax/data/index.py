@@ -14,32 +14,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import uuid
 import warnings
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.errors import REASONS, SampleError
-from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.paths import STORES, RemotePath, as_path
 from internvlx_jax.core.remote import protocol_of
+from internvlx_jax.core.uploads import cache_folder
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample, Size
 from internvlx_jax.data.fit import CHANGES, fit_sample, supervised_tokens
 from internvlx_jax.data.header_scan import chunk_sizes
+from internvlx_jax.data.index_parts import IndexParts, is_large, parts_folder, remove_parts
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.size_index import COLUMNS, SizeIndex
 from internvlx_jax.data.sources import Source, cache_name, read_sample
 from internvlx_jax.data.stamps import MISSING, NONE, stamp_of
 from internvlx_jax.data.tiles import tile_counts
@@ -56,75 +56,6 @@ LOOK_AGAIN = 100_000
 # Reasons that another image file may take away.
 _RETRIED = ("unreadable", "too_many_pixels")
 _OF_IMAGES = (*_RETRIED, "too_long", "size_mismatch")
-
-
-@dataclasses.dataclass(frozen=True)
-class SizeIndex:
-    """Holds one row per record of the source, in its order. A video is described with one frame.
-
-    Attributes:
-        status: uint8[n], 0 or 1 + the position of the reason in REASONS.
-        change: uint8[n], position in CHANGES of what was done to make the sample fit.
-        tiles: int32[n], tiles; 0 for bad samples, as in the next three.
-        length: int32[n], tokens.
-        supervised: int32[n], supervised tokens.
-        images: int32[n], images.
-        off_tiles: int32[n], tiles under the tile rule `off`.
-        frames: int32[n], frames that a video has and has room for; 0 for everything else.
-        stamp: int64[n], `stamps.stamp_of` the images whose headers were read; 0 for all others.
-        bad: (position, error) of the bad samples.
-    """
-
-    status: np.ndarray
-    change: np.ndarray
-    tiles: np.ndarray
-    length: np.ndarray
-    supervised: np.ndarray
-    images: np.ndarray
-    off_tiles: np.ndarray
-    frames: np.ndarray
-    stamp: np.ndarray
-    bad: tuple[tuple[int, SampleError], ...]
-
-    def __len__(self) -> int:
-        return len(self.status)
-
-    @property
-    def reasons(self) -> Counter[str]:
-        """Returns the number of bad samples by reason."""
-        return Counter(error.reason for _, error in self.bad)
-
-    def save(self, path: Path) -> None:
-        """Writes the index as a compressed .npz file."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        bad = json.dumps([(position, *error.args) for position, error in self.bad])
-        with written_aside(path) as aside, aside.open("wb") as file:
-            np.savez_compressed(file, bad=np.frombuffer(bad.encode(), np.uint8), **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> SizeIndex:
-        """Reads what `save` wrote; files of version 0.1 have no stamps."""
-        with path.open("rb") as file, np.load(file) as stored:
-            bad = json.loads(stored["bad"].tobytes())
-            unknown = np.zeros(len(stored["status"]), np.int64)
-            return cls(
-                **{name: stored.get(name, unknown) for name in _ARRAYS},
-                bad=tuple((position, SampleError(*error)) for position, *error in bad),
-            )
-
-
-# Columns and their types.
-_ARRAYS = {
-    "status": np.uint8,
-    "change": np.uint8,
-    "tiles": np.int32,
-    "length": np.int32,
-    "supervised": np.int32,
-    "images": np.int32,
-    "off_tiles": np.int32,
-    "frames": np.int32,
-    "stamp": np.int64,
-}
 
 
 def frame_tokens(processor: Processor, template: str, max_frames: int) -> np.ndarray:
@@ -161,16 +92,9 @@ def load_index(
         progress: whether to show a progress bar.
         refresh: whether images of a cached index are looked at again.
     """
-    count = len(source) if entry.repeat_time >= 1 else int(len(source) * entry.repeat_time)
-    folder = as_path(config.index_dir) if config.index_dir else _beside(source)
-    name = cache_name(source)
-    sizes_key = _digest(
-        VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images)
-    )
-    path = folder / f"{name}.index-{_index_key(sizes_key, count, processor, config, capacity)}.npz"
-    writable = _is_writable(folder)
-    headers = folder / f"{name}.headers-{sizes_key}" if writable else None
-    builder = _Builder(source, entry, processor, config, capacity, headers)
+    count = _count(source, entry)
+    path, builder = _place(source, entry, processor, config, capacity, count)
+    writable = builder.headers is not None
     stored = _stored(path)
     if stored is not None and len(stored) == count:
         index = builder.refreshed(stored) if refresh else stored
@@ -179,20 +103,84 @@ def load_index(
         return index
     if not writable:
         warnings.warn(
-            f"{folder} cannot be written to, so the size index of {source.path} is made again at "
-            "every start; set data.index_dir to a folder of your own.",
+            f"{path.parent} cannot be written to, so the size index of {source.path} is made again "
+            "at every start; set data.index_dir to a folder of your own.",
             stacklevel=2,
         )
-    index = builder.build(count, progress)
+    if not is_large(count):
+        index = builder.build(range(count), progress)
+    else:
+        parts = IndexParts(builder, count, parts_folder(path) if writable else None)
+        parts.make(workers=config.index_workers, progress=progress)
+        index = parts.join()
     if writable:
         index.save(path)
+        remove_parts(path)
     return index
+
+
+def make_index_parts(
+    source: Source,
+    entry: DatasetEntry,
+    processor: Processor,
+    config: DataConfig,
+    capacity: Capacity,
+    *,
+    process: int,
+    processes: int,
+    progress: bool = False,
+) -> None:
+    """Makes one process's share of an index that is missing, where `load_index` finds it.
+
+    Nothing is done for a small dataset, for an index that exists, and in a folder that cannot be
+    written to. Processes that share no folder make parts for themselves alone.
+
+    Args:
+        source, entry, processor, config, capacity: see `load_index`.
+        process: number of this process.
+        processes: number of processes that share the work.
+        progress: whether to show a progress bar.
+    """
+    count = _count(source, entry)
+    if not is_large(count):
+        return
+    path, builder = _place(source, entry, processor, config, capacity, count)
+    if builder.headers is None or path.is_file():
+        return
+    parts = IndexParts(builder, count, parts_folder(path))
+    parts.make(process, processes, workers=config.index_workers, progress=progress)
+
+
+def _count(source: Source, entry: DatasetEntry) -> int:
+    return len(source) if entry.repeat_time >= 1 else int(len(source) * entry.repeat_time)
+
+
+def _place(
+    source: Source,
+    entry: DatasetEntry,
+    processor: Processor,
+    config: DataConfig,
+    capacity: Capacity,
+    count: int,
+) -> tuple[Path, _Builder]:
+    """Returns the path of an index, and what makes it; it keeps nothing if it cannot be written."""
+    folder = as_path(config.index_dir) if config.index_dir else _beside(source)
+    name = cache_name(source)
+    sizes_key = _digest(
+        VERSION, source.content_key, entry.root, dataclasses.astuple(processor.images)
+    )
+    path = folder / f"{name}.index-{_index_key(sizes_key, count, processor, config, capacity)}.npz"
+    headers = folder / f"{name}.headers-{sizes_key}" if _is_writable(folder) else None
+    return path, _Builder(source, entry, processor, config, capacity, headers)
 
 
 def _beside(source: Source) -> Path:
     """Returns the folder of a source: hosts that share no disk share that of an object store."""
-    if protocol_of(source.path) in STORES:
+    protocol = protocol_of(source.path)
+    if protocol in STORES:
         return as_path(source.path).parent
+    if protocol:
+        return cache_folder() / "indexes"
     return Path(source.beside).parent
 
 
@@ -269,22 +257,27 @@ class _Builder:
     capacity: Capacity
     headers: Path | None
 
-    def build(self, count: int, progress: bool) -> SizeIndex:
-        """Returns the index of the first `count` records."""
-        rows = {name: np.zeros(count, dtype) for name, dtype in _ARRAYS.items()}
-        return self._filled(rows, [], range(count), progress)
+    @property
+    def name(self) -> str:
+        """Returns what the index is called where its progress is shown."""
+        return f"index of {self.entry.name}"
+
+    def build(self, positions: range, progress: bool = False) -> SizeIndex:
+        """Returns the rows of the index for a range of records."""
+        rows = {name: np.zeros(len(positions), dtype) for name, dtype in COLUMNS.items()}
+        return self._filled(rows, [], positions, progress, first=positions.start)
 
     def refreshed(self, index: SizeIndex) -> SizeIndex:
         """Returns the index with what has changed measured again; the same one if nothing has."""
         changed = self._changed(index)
         if not changed:
             return index
-        rows = {name: getattr(index, name).copy() for name in _ARRAYS}
+        rows = {name: getattr(index, name).copy() for name in COLUMNS}
         for column in rows.values():
             column[changed] = 0
         known = [item for item in index.bad if item[0] not in set(changed)]
         new = self._filled(rows, known, changed, progress=False)
-        same = all(np.array_equal(getattr(new, name), getattr(index, name)) for name in _ARRAYS)
+        same = all(np.array_equal(getattr(new, name), getattr(index, name)) for name in COLUMNS)
         if same:
             return index
         logger.info(f"{self.source.path}: {len(changed):,} samples measured again")
@@ -318,30 +311,33 @@ class _Builder:
         bad: list[tuple[int, SampleError]],
         positions: Sequence[int],
         progress: bool,
+        first: int = 0,
     ) -> SizeIndex:
-        """Returns the index with the columns of some samples computed, in place."""
+        """Returns the index with the columns of some samples computed, in place.
+
+        The first element of the columns is that of the record `first`.
+        """
         video = self.config.video
         tokens = frame_tokens(self.processor, video.template, video.max_frames)
-        label = f"index of {self.entry.name}"
-        bar = tqdm(total=len(positions), desc=label, unit=" samples", disable=not progress)
+        bar = tqdm(total=len(positions), desc=self.name, unit=" samples", disable=not progress)
         with ThreadPoolExecutor(THREADS) as pool, bar:
             for chunk, members in _by_chunk(positions):
                 samples = self._samples(members, bad)
                 cached = self.headers / f"{chunk:06d}.json" if self.headers else None
                 sizes, stamps = chunk_sizes(samples, self.processor, pool, cached)
                 for position, sample in samples.items():
-                    rows["stamp"][position] = stamps.get(position, NONE)
+                    rows["stamp"][position - first] = stamps.get(position, NONE)
                     try:
                         found = self._row(sample, sizes[position], tokens)
                     except SampleError as error:
                         bad.append((position, error))
                         continue
                     for name, value in found.items():
-                        rows[name][position] = value
+                        rows[name][position - first] = value
                 bar.update(len(members))
         bad.sort(key=lambda item: item[0])
         for position, error in bad:
-            rows["status"][position] = 1 + REASONS.index(error.reason)
+            rows["status"][position - first] = 1 + REASONS.index(error.reason)
         return SizeIndex(**rows, bad=tuple(bad))
 
     def _samples(
@@ -386,10 +382,10 @@ class _Builder:
 
 def _by_chunk(positions: Sequence[int]) -> Iterable[tuple[int, list[int]]]:
     """Returns (number of the chunk, its positions) of positions in ascending order."""
-    if isinstance(positions, range):  # all of them, which need not be listed at once
+    if isinstance(positions, range):  # they begin with a chunk, and need not be listed at once
         return (
-            (first // CHUNK, list(positions[first : first + CHUNK]))
-            for first in range(0, len(positions), CHUNK)
+            (first // CHUNK, list(range(first, min(first + CHUNK, positions.stop))))
+            for first in range(positions.start, positions.stop, CHUNK)
         )
     chunks: dict[int, list[int]] = defaultdict(list)
     for position in positions:

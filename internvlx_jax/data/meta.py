@@ -8,6 +8,7 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.json_text import decode_json, invalid_text, shown
+from internvlx_jax.core.remote import protocol_of
 from internvlx_jax.core.tile_config import MOST_TILES, TILE_RULES
 from internvlx_jax.data import storage
 from internvlx_jax.data.templates import get_template
@@ -156,10 +157,10 @@ def _resolve_source(folder: str, where: str, fields: dict) -> None:
         def exists(pattern: str) -> bool:
             return bool(storage.matching(pattern))
 
-        if storage.is_url(fields["array_record"]):
+        if protocol_of(fields["array_record"]) not in ("", "gs"):
             raise ConfigError(
-                f'{where}: "array_record" must be local files, got {fields["array_record"]}. Copy '
-                "them to a disk."
+                f'{where}: "array_record" must be local files or gs://, got '
+                f"{fields['array_record']}. Copy them to one of these."
             )
         fields["array_record"] = _resolve(
             folder, where, "array_record", fields["array_record"], exists

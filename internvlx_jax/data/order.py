@@ -75,7 +75,7 @@ class Order:
 
     Attributes:
         plan: the steps.
-        code: int64[samples], number of each sample's bucket.
+        code: int32[samples], number of each sample's bucket.
         parts: digest of each kind of setting that decides the plan.
         costs: see `Position`.
     """
@@ -152,11 +152,11 @@ def _known_costs(state: Mapping[str, Any]) -> SlotCosts | None:
 def _make_buckets(
     config: DataConfig, table: SampleTable, saved_per_tile: int, costs: SlotCosts | None
 ) -> tuple[list[Bucket], np.ndarray]:
-    """Returns the buckets, and int64[samples]: the number of each sample's bucket."""
+    """Returns the buckets, and int32[samples]: the number of each sample's bucket."""
     if config.batch_mode == "pack":
         spare = EARLIER_SPARE if costs is None else PACK_SPARE
         bucket = _packed_bucket(config, table, saved_per_tile, spare)
-        return [bucket], np.zeros(len(table.length), np.int64)
+        return [bucket], np.zeros(len(table.length), np.int32)
     buckets, code = assign_buckets(
         table.tiles,
         table.length,

@@ -8,10 +8,8 @@ rows.
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +20,16 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.data.batch import Batch, Row, collate, join_rows
 from internvlx_jax.data.buckets import Bucket, Capacity, SlotCosts
 from internvlx_jax.data.faults import Fault, FaultCounts, replacements
+from internvlx_jax.data.image_fetcher import NOTHING, Ahead, Fetched, open_cache
 from internvlx_jax.data.index import load_index
-from internvlx_jax.data.meta import DatasetEntry, read_meta
+from internvlx_jax.data.meta import read_meta
+from internvlx_jax.data.opening_sources import open_sources, sample_capacity
 from internvlx_jax.data.order import Position, make_order
 from internvlx_jax.data.plan import PlannedStep, Sample, digest
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.read_ahead import read_ahead
 from internvlx_jax.data.reader import ReadSample, SampleReader
-from internvlx_jax.data.sources import Source, open_source, origin_of
+from internvlx_jax.data.sources import origin_of
 from internvlx_jax.data.table import make_table
 
 _REPLACE = 4  # first word of the seeds, beside those of plan.py and table.py
@@ -65,6 +65,7 @@ class LoadedStep(NamedTuple):
         shapes: int64[n, 2], tokens and tiles of each sample of all processes, as planned.
         read: samples of each dataset that this process has read.
         faults: what was wrong with some of them.
+        fetched: what this process has read of images behind URLs since the step before.
     """
 
     bucket: Bucket
@@ -74,6 +75,7 @@ class LoadedStep(NamedTuple):
     shapes: np.ndarray
     read: dict[str, int]
     faults: tuple[Fault, ...]
+    fetched: Fetched = Fetched()
 
 
 class Loader:
@@ -97,11 +99,12 @@ class Loader:
     Attributes:
         entries, sources, processors, indexes: one per dataset.
         table: the usable samples.
-        code: int64[samples], number of each sample's bucket.
+        code: int32[samples], number of each sample's bucket.
         plan: the order of the samples.
         parts, plan_hash: identity of the plan.
         index_faults: bad samples found by the indexes.
         faults: bad samples found while reading.
+        fetched: what has been read of images behind URLs.
 
     Raises:
         ConfigError: the settings do not fit the data, or no sample can be used.
@@ -132,9 +135,10 @@ class Loader:
         self.config, self.seed, self.row_quantum = config, seed, row_quantum
         self.process_index, self.process_count = process_index, process_count
         self.entries = read_meta(meta)
-        self.sources = [_open(entry, config) for entry in self.entries]
+        cache = open_cache(config.cache)
+        self.sources = open_sources(self.entries, cache)
         self.processors = [processor.for_dataset(entry) for entry in self.entries]
-        capacity = Capacity(config.max_length, config.pack.tiles if self._packed else None)
+        capacity = sample_capacity(config)
         self.indexes = [
             load_index(
                 source,
@@ -159,8 +163,9 @@ class Loader:
             found = f" that can be used ({found}){self.index_faults.examples()}" if found else ""
             raise ConfigError(f"{meta}: the meta file names no samples{found}")
         self.reader = SampleReader(
-            self.sources, self.entries, self.processors, config, capacity, seed
+            self.sources, self.entries, self.processors, config, capacity, seed, cache
         )
+        self.fetched = Fetched()
         order = make_order(
             config,
             self.entries,
@@ -225,9 +230,10 @@ class Loader:
         names: list[str] = []
         read: Counter[str] = Counter()
         faults: list[Fault] = []
+        ahead = self._fetch_ahead(planned.rows[first : first + here])
         for number in range(first, first + here):
             found = [
-                self._read(planned, number, place, read, faults)
+                self._read(planned, number, place, read, faults, ahead)
                 for place in range(len(planned.rows[number]))
             ]
             samples = [sample for sample in found if sample is not None]
@@ -254,6 +260,14 @@ class Loader:
             shapes,
             dict(read),
             tuple(faults),
+            self.reader.images.take_counts(),
+        )
+
+    def _fetch_ahead(self, rows: Sequence[Sequence[Sample]]) -> Ahead:
+        """Asks for what the samples of these rows need of remote files, all of it at once."""
+        numbers = [sample.sample for row in rows for sample in row]
+        return self.reader.fetch_ahead(
+            [(int(self.table.dataset[n]), int(self.table.position[n])) for n in numbers]
         )
 
     def _read(
@@ -263,11 +277,12 @@ class Loader:
         place: int,
         read: Counter[str],
         faults: list[Fault],
+        ahead: Ahead,
     ) -> ReadSample | None:
         """Returns the sample of one place of the plan or its replacement; None leaves it empty."""
         wanted = planned.rows[row][place]
         capacity = self._capacity(wanted, planned.bucket)
-        found = self.read_sample(wanted, capacity, read, faults)
+        found = self.read_sample(wanted, capacity, read, faults, ahead)
         if found is None and self.config.faults.on_bad == "replace":
             generator = np.random.default_rng((self.seed, _REPLACE, planned.number, row, place))
             for sample in self._replacements(wanted.sample, generator):
@@ -277,7 +292,12 @@ class Loader:
         return found
 
     def read_sample(
-        self, wanted: Sample, capacity: Capacity, read: Counter[str], faults: list[Fault]
+        self,
+        wanted: Sample,
+        capacity: Capacity,
+        read: Counter[str],
+        faults: list[Fault],
+        ahead: Ahead = NOTHING,
     ) -> ReadSample | None:
         """Reads one sample.
 
@@ -286,6 +306,7 @@ class Loader:
             capacity: what the row has free for it.
             read: counts it under the name of its dataset.
             faults: what is wrong with it is appended.
+            ahead: what has been asked for.
 
         Returns:
             The sample; None when it is bad.
@@ -301,6 +322,7 @@ class Loader:
                 cycle=wanted.cycle,
                 tiles=int(self.table.tiles[number]),
                 capacity=capacity,
+                ahead=ahead,
             )
         except SampleError as error:
             faults.append(Fault(name, line, error.reason, error))
@@ -396,17 +418,5 @@ class Loader:
         with contextlib.closing(steps):
             for loaded in steps:
                 self.faults.add(loaded.read, loaded.faults)
+                self.fetched += loaded.fetched
                 yield loaded
-
-
-def _open(entry: DatasetEntry, config: DataConfig) -> Source:
-    cache = config.index_dir or os.path.join(os.path.expanduser("~"), ".cache", "internvlx_jax")
-    source = open_source(entry, cache)
-    if entry.length not in (None, len(source)):
-        warnings.warn(
-            f"{source.path} has {len(source)} samples, but the meta file gives dataset "
-            f'"{entry.name}" the "length" {entry.length}. The real number is used; correct the '
-            "field.",
-            stacklevel=2,
-        )
-    return source

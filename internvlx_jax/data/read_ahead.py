@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -13,6 +10,7 @@ import grain
 from absl import flags
 
 from internvlx_jax.data.plan import Plan, PlannedStep
+from internvlx_jax.data.workers import end_with_parent
 
 PREFETCHED_STEPS = 4
 
@@ -49,17 +47,5 @@ def read_ahead(
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepares a worker process: its parent ends it, and it ends with its parent.
-
-    Ctrl-C reaches all processes of a terminal, so the worker ignores it. It also ends when its
-    parent is gone, however that happened.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "grain starts workers as child processes"
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    """Prepares a worker process of grain."""
+    end_with_parent()

@@ -5,24 +5,29 @@ Loader workers hold a `SampleReader`.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from internvlx_jax.core.data_config import DataConfig, ImageConfig
 from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.local_cache import LocalCache
 from internvlx_jax.data.batch import Row
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.conversations import ChatSample
 from internvlx_jax.data.fit import Fitted, fit_sample, supervised_tokens
+from internvlx_jax.data.image_fetcher import NOTHING, Ahead, ImageFetcher, Place, may_have_urls
 from internvlx_jax.data.images import load_image
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor, in_training
-from internvlx_jax.data.sources import Source, cache_name, read_sample
+from internvlx_jax.data.sources import ArrayRecords, Source, cache_name, read_sample
 from internvlx_jax.data.tiles import cut_images
 from internvlx_jax.data.video import choose_frames, list_frames, with_frames
 
@@ -53,6 +58,7 @@ class SampleReader:
         config: settings of the pipeline.
         capacity: bounds under which a sample is encoded, those of the size index.
         seed: seed of the run.
+        cache: where copies of images behind URLs lie.
     """
 
     def __init__(
@@ -63,13 +69,22 @@ class SampleReader:
         config: DataConfig,
         capacity: Capacity,
         seed: int,
+        cache: LocalCache,
     ):
+        self.images = ImageFetcher(cache, config.cache.requests)
         self.sources, self.entries, self.processors = sources, entries, processors
         self.video, self.loss_reduction = config.video, config.loss_reduction
         self.capacity, self.seed = capacity, seed
 
     def read(
-        self, dataset: int, position: int, *, cycle: int, tiles: int, capacity: Capacity
+        self,
+        dataset: int,
+        position: int,
+        *,
+        cycle: int,
+        tiles: int,
+        capacity: Capacity,
+        ahead: Ahead = NOTHING,
     ) -> ReadSample:
         """Reads, decodes and encodes one sample.
 
@@ -79,18 +94,23 @@ class SampleReader:
             cycle: how many times the sample has come before.
             tiles: tiles in the plan, which is the number of frames of a video.
             capacity: what the row has free for the sample.
+            ahead: what `fetch_ahead` has asked for.
 
         Raises:
             SampleError: names file and line; "size_mismatch" when the images are larger than the
                 index says and the sample no longer fits.
         """
         entry, processor = self.entries[dataset], self.processors[dataset]
-        sample = read_sample(self.sources[dataset], entry, position)
+        record = ahead.records.get((dataset, position))
+        sample = read_sample(
+            self.sources[dataset], entry, position, None if record is None else record.result
+        )
         generator = np.random.default_rng(
             (self.seed, zlib.crc32(entry.name.encode()), sample.line, cycle)
         )
         if sample.video is not None:
             sample, processor = self._with_frames(sample, tiles, generator), processor.for_frames()
+        sample = dataclasses.replace(sample, images=self.images.opened(sample.images, ahead))
         images = _decode(sample, processor.images)
         fitted = fit_sample(processor, sample, [image.size for image in images], self.capacity)
         _check_fits(fitted, processor, sample, capacity, _remedy(sample, self.sources[dataset]))
@@ -108,6 +128,20 @@ class SampleReader:
         )
         counted = {reason for image in images for reason in image.info["counted"]}
         return ReadSample(row, sample.name, tuple(sorted(counted)))
+
+    def fetch_ahead(self, places: Iterable[Place]) -> Ahead:
+        """Asks for what samples, given by dataset and position, need of remote files."""
+        urls: list[str] = []
+        records: dict[Place, Future[Any]] = {}
+        for dataset, position in places:
+            source, entry = self.sources[dataset], self.entries[dataset]
+            if isinstance(source, ArrayRecords) and source.is_remote:
+                records[dataset, position] = self.images.submit(source.record, position)
+            elif may_have_urls(source, entry, position):
+                with contextlib.suppress(SampleError):  # said when the sample is read
+                    sample = read_sample(source, entry, position)
+                    urls += [image for image in sample.images if isinstance(image, str)]
+        return Ahead(self.images.ask(urls), records)
 
     def _with_frames(
         self, sample: ChatSample, count: int, generator: np.random.Generator

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import importlib
 import inspect
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +24,23 @@ import numpy as np
 
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.json_text import BOM, shorten
+from internvlx_jax.core.local_cache import LocalCache, pin
+from internvlx_jax.core.remote import StorageError
 from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, parse_sample
 from internvlx_jax.data.faults import Origin
 from internvlx_jax.data.meta import DatasetEntry
+from internvlx_jax.data.record_places import (
+    Places,
+    kept_places,
+    map_places,
+    scan_array,
+    scan_lines,
+)
 
 # Bytes at the end of an ArrayRecord file that are hashed: they hold its index of records.
 TAIL = 2**20
+TAILS_TOGETHER = 16
 
 
 class Source(Protocol):
@@ -62,12 +74,12 @@ class Source(Protocol):
         ...
 
 
-def open_source(entry: DatasetEntry, cache: str) -> Source:
+def open_source(entry: DatasetEntry, cache: LocalCache) -> Source:
     """Opens the source of one entry of a meta file.
 
     Args:
         entry: settings of the dataset.
-        cache: folder for copies of remote annotation files.
+        cache: where copies of remote annotation files lie.
 
     Raises:
         ConfigError: the entry names no source, or the source cannot be opened.
@@ -78,11 +90,23 @@ def open_source(entry: DatasetEntry, cache: str) -> Source:
         return TfdsRecords(entry)
     if entry.annotation is None:
         raise ConfigError(f'dataset "{entry.name}" names no annotation, array_record or tfds')
-    return open_annotation(entry.annotation, storage.local_copy(entry.annotation, cache))
+    path = entry.annotation
+    return open_annotation(path, str(cache.local_copy(path)) if storage.is_url(path) else path)
 
 
-def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSample:
+def read_sample(
+    source: Source,
+    entry: DatasetEntry,
+    position: int,
+    record: Callable[[], bytes | Mapping[str, Any]] | None = None,
+) -> ChatSample:
     """Reads and checks one record.
+
+    Args:
+        source: the records.
+        entry: settings of the dataset.
+        position: of the record.
+        record: gives the record, where it has been asked for already.
 
     Raises:
         SampleError: names source and line.
@@ -90,10 +114,10 @@ def read_sample(source: Source, entry: DatasetEntry, position: int) -> ChatSampl
     line = int(source.lines[position])
     where = place_of(source, line)
     try:
-        record = source.record(position)
+        found = source.record(position) if record is None else record()
     except SampleError as error:
         raise error.at(where) from None
-    return parse_sample(record, dataset=entry.name, line=line, where=where, root=entry.root)
+    return parse_sample(found, dataset=entry.name, line=line, where=where, root=entry.root)
 
 
 def origin_of(source: Source, entry: DatasetEntry) -> Origin:
@@ -138,24 +162,54 @@ def open_annotation(path: str, local: str) -> JsonLines | JsonArray:
         ) from None
 
 
+_OPENED = ("_descriptor", "_pinned")  # what a worker opens itself
+
+
 class _RecordsOfFile:
-    """Records at known places of a local file. Holds 24 bytes per record."""
+    """Records at known places of a local file. Holds 16 bytes per record, or maps them.
 
-    lines: np.ndarray  # int64[N], number of each record, from 1
-    _offsets: np.ndarray  # int64[N, 2], first byte and bytes of each
+    Args:
+        path: path or URL, for messages.
+        local: path of the file or of its copy.
+        found: places of its records.
+    """
 
-    def __init__(self, path: str, local: str):
+    def __init__(self, path: str, local: str, found: Places):
         self.path, self.beside, self._local = path, local, local
+        self.content_key, self._kept, self._places = found.content_key, found.kept, found.places
+        self._pinned = self._descriptor if path != local else None
+
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        """Returns the open file; a copy in the cache is not removed while it is open."""
+        descriptor = os.open(self._local, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        if self.path != self._local:
+            pin(descriptor)
+        return descriptor
+
+    def __getstate__(self) -> dict:
+        places = None if self._kept else self._places  # a worker maps them as its parent does
+        kept = {name: value for name, value in self.__dict__.items() if name not in _OPENED}
+        return {**kept, "_places": places}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self._kept is not None:
+            self._places = map_places(self._kept)
+
+    @property
+    def lines(self) -> np.ndarray:
+        """Returns uint32[n]: the numbers of the records, from 1."""
+        return self._places["line"]
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self._places)
 
     def record(self, position: int) -> bytes:
         """Returns the JSON text of a record."""
-        offset, size = self._offsets[position].tolist()
-        with open(self._local, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        start, size, _ = self._places[position].item()
+        return os.pread(self._descriptor, size, start)
 
 
 class JsonLines(_RecordsOfFile):
@@ -167,19 +221,7 @@ class JsonLines(_RecordsOfFile):
     """
 
     def __init__(self, path: str, local: str):
-        super().__init__(path, local)
-        digest, offset = hashlib.sha256(), 0
-        lines, offsets = [], []
-        with open(local, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                digest.update(line)
-                if line.removeprefix(BOM).strip():
-                    lines.append(number)
-                    offsets.append((offset, len(line)))
-                offset += len(line)
-        self.content_key = digest.hexdigest()
-        self.lines = np.array(lines, np.int64)
-        self._offsets = np.array(offsets, np.int64).reshape(-1, 2)
+        super().__init__(path, local, kept_places(local, "lines", scan_lines))
 
 
 class JsonArray(_RecordsOfFile):
@@ -194,39 +236,7 @@ class JsonArray(_RecordsOfFile):
     """
 
     def __init__(self, path: str, local: str):
-        super().__init__(path, local)
-        data = Path(local).read_bytes()
-        self._offsets = np.array(_elements(data), np.int64).reshape(-1, 2)
-        self.content_key = hashlib.sha256(data).hexdigest()
-        self.lines = np.arange(1, len(self._offsets) + 1)
-
-
-def _elements(data: bytes) -> list[tuple[int, int]]:
-    """Returns (first byte, bytes) of each element of a JSON array."""
-    # Latin-1 keeps one character per byte, and JSON's own signs are ASCII.
-    text, decoder, spans = data.decode("latin-1"), json.JSONDecoder(), []
-    space = re.compile(r"[ \t\r\n]*")
-
-    def skip(place: int) -> int:
-        found = space.match(text, place)
-        return found.end() if found else place
-
-    place = skip(text.index("[") + 1)
-    ended = text[place : place + 1] == "]"
-    while not ended:
-        try:
-            _, stop = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"element {len(spans) + 1}: {error}") from None
-        spans.append((place, stop - place))
-        place = skip(stop)
-        ended = text[place : place + 1] == "]"
-        if not ended and text[place : place + 1] != ",":
-            raise ValueError(f"element {len(spans)}: no comma or ] behind it (byte {place})")
-        place = place if ended else skip(place + 1)
-    if skip(place + 1) != len(text):
-        raise ValueError(f"there is more behind its end (byte {place + 1})")
-    return spans
+        super().__init__(path, local, kept_places(local, "array", scan_array))
 
 
 class ArrayRecords:
@@ -234,21 +244,29 @@ class ArrayRecords:
 
     A map is a sample (design: data.md 2) in which images may be encoded files (bytes).
 
+    Those behind gs:// are read by range: the library has a client of its own, which takes the
+    credentials of the host.
+
     Args:
-        pattern: path of local files; it may contain `*`.
+        pattern: path or URL of the files; it may contain `*`.
     """
 
     def __init__(self, pattern: str):
         self.path = pattern
         self._files = storage.matching(pattern)
         self.beside = self._files[0]
-        digest = hashlib.sha256()
-        for name in self._files:
-            size = os.path.getsize(name)
-            with open(name, "rb") as file:
-                file.seek(max(0, size - TAIL))
-                digest.update(repr((os.path.basename(name), size)).encode() + file.read())
+        with ThreadPoolExecutor(TAILS_TOGETHER) as pool:
+            sizes = list(pool.map(storage.file_size, self._files))
+            tails = pool.map(storage.read_tail, self._files, sizes, repeat(TAIL))
+            digest = hashlib.sha256()
+            for name, size, tail in zip(self._files, sizes, tails, strict=True):
+                digest.update(repr((os.path.basename(name), size)).encode() + tail)
         self.content_key = digest.hexdigest()
+
+    @property
+    def is_remote(self) -> bool:
+        """Returns whether each record is a request."""
+        return storage.is_url(self.path)
 
     @functools.cached_property
     def _reader(self):
@@ -280,15 +298,28 @@ class ArrayRecords:
 
         Raises:
             SampleError: the record is no msgpack map.
+            StorageError: its object store does not answer.
         """
         try:
-            return msgpack.unpackb(self._reader[position])
+            packed = self._reader[position]
+        except Exception as error:
+            if self.is_remote and "Invalid Riegeli" not in str(error):
+                raise StorageError(
+                    f"{self.path} record {position + 1} cannot be read: {shorten(str(error))}"
+                ) from error
+            raise self._no_map(error) from error
+        try:
+            return msgpack.unpackb(packed)
         except Exception as error:  # damaged files: errors of the reader, of msgpack, of UTF-8
-            raise SampleError(
-                "json",
-                f"not a msgpack map ({type(error).__name__}: {shorten(str(error))}).",
-                "Write the file again with internvlx_jax.data.sources.write_array_record.",
-            ) from error
+            raise self._no_map(error) from error
+
+    @staticmethod
+    def _no_map(error: Exception) -> SampleError:
+        return SampleError(
+            "json",
+            f"not a msgpack map ({type(error).__name__}: {shorten(str(error))}).",
+            "Write the file again with internvlx_jax.data.sources.write_array_record.",
+        )
 
 
 def write_array_record(path: str | os.PathLike, samples: Iterable[Mapping[str, Any]]) -> int:

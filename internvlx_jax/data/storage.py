@@ -9,9 +9,8 @@ import glob
 import os
 from typing import BinaryIO, cast
 
-import fsspec
-
-from internvlx_jax.core.remote import explained, filesystem, is_url
+from internvlx_jax.core.byte_ranges import read_part
+from internvlx_jax.core.remote import explained, filesystem, is_url, protocol_of
 
 
 def join(root: str, path: str) -> str:
@@ -59,20 +58,27 @@ def names_in(folder: str) -> list[str]:
 
 
 def matching(pattern: str) -> list[str]:
-    """Returns local files that match a pattern such as data/part-*.array_record, sorted."""
-    return sorted(glob.glob(pattern))
+    """Returns the files that match a pattern such as data/part-*.array_record, sorted."""
+    if not is_url(pattern):
+        return sorted(glob.glob(pattern))
+    with explained(pattern):
+        names = filesystem(pattern).glob(pattern)
+    return sorted(f"{protocol_of(pattern)}://{name}" for name in names)
 
 
-def local_copy(path: str, cache: str) -> str:
-    """Returns a local path, or copies the file of a URL and returns the path of the copy.
-
-    Args:
-        path: local path or URL.
-        cache: folder of the copies; a file that has changed is fetched again.
-    """
+def file_size(path: str) -> int:
+    """Returns the bytes of a file."""
     if not is_url(path):
-        return path
-    filesystem(path)  # its error names the missing package
-    options = {"cache_storage": cache, "check_files": True}
+        return os.path.getsize(path)
     with explained(path):
-        return cast(str, fsspec.open_local(f"filecache::{path}", filecache=options))
+        return int(filesystem(path).info(path)["size"])
+
+
+def read_tail(path: str, size: int, most: int) -> bytes:
+    """Returns the last bytes of a file of `size` bytes, at most `most` of them."""
+    start = max(0, size - most)
+    if is_url(path):
+        return read_part(path, start, size)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read()

@@ -21,7 +21,7 @@ _FRAMES = 3  # first word of the seeds, beside those of plan.py
 
 
 class SampleTable(NamedTuple):
-    """The usable samples of all datasets, one dataset after the other; int64[n] each.
+    """The usable samples of all datasets, one dataset after the other; int32[n] each.
 
     Attributes:
         dataset: number of the sample's dataset.
@@ -69,12 +69,13 @@ def make_table(
         used |= here
         left_out = [sample.line for sample in here]
         usable = (index.status == 0) & ~np.isin(source.lines[: len(index)], left_out)
-        position = np.flatnonzero(usable)
-        columns = {name: getattr(index, name)[position].astype(np.int64) for name in _COLUMNS}
+        position = np.flatnonzero(usable).astype(np.int32)
+        columns = {name: getattr(index, name)[position].astype(np.int32) for name in _COLUMNS}
         if index.frames[position].any():
             generator = np.random.default_rng((seed, _FRAMES, number))
             _draw_frames(columns, index, position, processor, config, generator)
-        tables.append(SampleTable(np.full(len(position), number), position, **columns))
+        dataset = np.full(len(position), number, np.int32)
+        tables.append(SampleTable(dataset, position, **columns))
     if excluded - used:
         warnings.warn(
             f"data.faults.exclude: {len(excluded - used)} of {len(excluded)} listed samples are of "

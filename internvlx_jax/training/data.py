@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,14 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.batch import Batch
 from internvlx_jax.data.buckets import SlotCosts
+from internvlx_jax.data.opening_sources import make_share_of_indexes
 from internvlx_jax.data.pipeline import LoadedStep, Loader
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.flops import slot_flops
 from internvlx_jax.models.sharding import batch_sharding, data_parallel_size, row_share
+
+logger = logging.getLogger(__name__)
 
 
 def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Tokenizer:
@@ -51,7 +55,8 @@ def open_loaders(
 ) -> tuple[Loader, Loader | None]:
     """Opens training and validation data on all processes of a run.
 
-    Process 0 makes the size indexes, the others find them.
+    All processes make parts of large size indexes, process 0 joins them and makes the others, and
+    the rest find them.
 
     Args:
         config: The run.
@@ -76,6 +81,7 @@ def open_loaders(
     def open_both(refresh: bool) -> tuple[Loader, Loader | None]:
         return _open_both(config, model, tokenizer, mesh, position, row_quantum, shards, refresh)
 
+    _make_indexes_together(config, model, tokenizer)
     opened = None
     try:
         if jax.process_index() == 0:
@@ -95,6 +101,32 @@ def open_loaders(
             f"{loaders[0].plan_hash})"
         )
     return loaders
+
+
+def _make_indexes_together(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Makes this process's share of the size indexes, and waits for the others.
+
+    What goes wrong is left to the loader, which meets it again where all processes report it.
+    """
+    if jax.process_count() == 1:
+        return
+    data, first = config.data, jax.process_index() == 0
+    try:
+        processor = Processor.for_model(
+            model, tokenizer, special_text=data.special_text, images=data.images
+        )
+        for meta in filter(None, (data.meta, data.val_meta)):
+            make_share_of_indexes(
+                meta,
+                data,
+                processor,
+                process=jax.process_index(),
+                processes=jax.process_count(),
+                progress=first,
+            )
+    except Exception as error:
+        logger.warning(f"this process made no share of the size index: {error}")
+    multihost_utils.sync_global_devices("parts of the index made")
 
 
 def _open_both(

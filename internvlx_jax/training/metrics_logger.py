@@ -139,16 +139,22 @@ class MetricsLogger:
         values = window_means([metrics for *_, metrics in seen], self._datasets)
         values |= self._group_rates(values["learning_rate"]) | self._throughput.take()
         values |= self._utilization.take(len(seen) * values["step_s"])
-        largest, faults = over_processes(
+        fetched = self._run.loader.fetched
+        images = [[fetched.hits, fetched.misses], [fetched.bytes >> 20, 0]]
+        largest, counts = over_processes(
             {"data_wait_share": values["data_wait_share"]} | hbm_peak_gib(),
-            self._run.loader.faults.totals(),
+            np.concatenate([self._run.loader.faults.totals(), images]),
         )
+        faults, images = counts[:-2], counts[-2:]
         values |= largest | {f"{kind}_steps": self._bad_steps.counts[kind] for kind in KINDS}
         values |= {
             "bad_samples": int(faults[:, 1].sum()),
             "executables": self._executables,
             "compile_count": COMPILATIONS.count,
         }
+        if images.any():
+            names = ("image_cache_hits", "images_fetched", "images_fetched_mib")
+            values |= dict(zip(names, images.ravel().tolist(), strict=False))
         if self._in_store:
             values |= with_others(self._store.take())
         logger.info(progress_line(step, self._run.steps, values))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.core.data_config import DataConfig, ImageConfig
+from internvlx_jax.core.data_config import CacheConfig, DataConfig, ImageConfig
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import processor as processor_module
 from internvlx_jax.data.buckets import Capacity
 from internvlx_jax.data.fit import encode
+from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.meta import read_meta
 from internvlx_jax.data.processor import Processor
@@ -26,6 +27,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 
 CAPACITY = Capacity(512)
 CONFIG = DataConfig(meta="")
+CACHE = open_cache(CacheConfig())
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,9 @@ def headers(monkeypatch):
 
 def made(meta, processor, config=CONFIG, capacity=CAPACITY) -> SizeIndex:
     (entry,) = read_meta(meta)
-    return load_index(open_source(entry, ""), entry, processor.for_dataset(entry), config, capacity)
+    return load_index(
+        open_source(entry, CACHE), entry, processor.for_dataset(entry), config, capacity
+    )
 
 
 def test_shapes_are_those_of_the_encoded_samples(data, processor):
@@ -113,7 +117,7 @@ def test_shapes_are_those_of_the_encoded_samples(data, processor):
     ]
     (entry,) = read_meta(data[0])
     for position, tiles in ((0, [4]), (1, [3]), (3, []), (5, [3, 3])):
-        sample = read_sample(open_source(entry, ""), entry, position)
+        sample = read_sample(open_source(entry, CACHE), entry, position)
         encoded = encode(processor, sample, tiles)
         assert found.length[position] == len(encoded.tokens)
         assert found.supervised[position] == (encoded.labels >= 0).sum() > 0

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvlx_jax.core.data_config import DataConfig, FaultConfig, VideoConfig
+from internvlx_jax.core.data_config import CacheConfig, DataConfig, FaultConfig, VideoConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.pipeline import Loader
 from internvlx_jax.data.processor import Processor
@@ -34,6 +36,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.data.video import choose_frames, frame_separator, list_frames, with_frames
 
 CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=512, faults=FaultConfig(on_bad="fail"))
+CACHE = open_cache(CacheConfig())
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,30 @@ def test_array_record_files_give_the_samples_of_the_jsonl_file(as_files, process
     assert_same(load_all(tmp_path / "meta.json", processor, num_workers=1), as_files[1])
 
 
+def test_array_record_files_behind_gs_are_read_by_range(as_files, processor, tmp_path, folder, gcs):
+    """The library asks for the rest of a file from the record on, and hangs up when it has it."""
+    for name, records in (
+        ("part-0.array_record", RECORDS[:3]),
+        ("part-1.array_record", RECORDS[3:]),
+    ):
+        write_array_record(tmp_path / name, records)
+        as_path(f"{folder}/{name}").upload(tmp_path / name)
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"d": {"array_record": f"{folder}/part-*.array_record"}})
+    )
+    index_dir = str(tmp_path / "index")
+    assert_same(load_all(tmp_path / "meta.json", processor, index_dir=index_dir), as_files[1])
+    remote, local = ArrayRecords(f"{folder}/part-*"), ArrayRecords(str(tmp_path / "part-*"))
+    assert remote.content_key == local.content_key and remote.is_remote and not local.is_remote
+    assert remote.record(3) == RECORDS[3]
+    gcs.faults()
+    remote.record(0)
+    assert gcs.faults()["GET"] <= 2  # the reader of its file may have to be opened
+    (tmp_path / "meta.json").write_text(json.dumps({"d": {"array_record": "s3://b/part-*"}}))
+    with pytest.raises(ConfigError, match='"array_record" must be local files or gs://'):
+        read_meta(tmp_path / "meta.json")
+
+
 def test_array_record_sources_are_pickled_without_open_files_and_know_their_content(tmp_path):
     for name in ("a", "b", "c"):
         write_array_record(tmp_path / name, RECORDS[: 2 if name == "c" else 4])
@@ -225,7 +252,7 @@ def test_a_prepared_tfds_data_set_is_read_without_tensorflow(processor, tmp_path
         number = int(text[text.index("Which ") + 6])
         assert len(tiles) > 0 and (tiles == [number, 0, 0]).all()
     (entry,) = read_meta(meta)
-    source = open_source(entry, "")
+    source = open_source(entry, CACHE)
     assert pickle.loads(pickle.dumps(source)).record(0)["image"].startswith(b"\x89PNG")
     assert "tensorflow" not in sys.modules
     for change, message in [
@@ -234,7 +261,7 @@ def test_a_prepared_tfds_data_set_is_read_without_tensorflow(processor, tmp_path
     ]:
         meta.write_text(json.dumps({"d": fields | change}))
         with pytest.raises(ConfigError, match=message):
-            open_source(read_meta(meta)[0], "")
+            open_source(read_meta(meta)[0], CACHE)
 
 
 # --- remote files ---------------------------------------------------------------------------------
@@ -260,7 +287,7 @@ def test_annotations_and_images_behind_a_url(as_files, processor, tmp_path):
     assert entry.annotation == "memory://bucket/chat.jsonl"
     # A changed file is fetched again.
     remote.pipe("/bucket/chat.jsonl", b"\n".join(remote.cat("/bucket/chat.jsonl").splitlines()[:2]))
-    assert len(open_source(entry, str(tmp_path / "index"))) == 2
+    assert len(open_source(entry, CACHE)) == 2
 
 
 def test_a_missing_package_and_an_unknown_protocol_are_named(tmp_path, monkeypatch):
