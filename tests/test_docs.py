@@ -69,6 +69,7 @@ PROGRAMS = {
     "internvlx train": ("train",),
     "internvlx eval": ("eval",),
     "internvlx chat": ("chat",),
+    "internvlx serve": ("serve",),
     "internvlx compile": ("compile",),
     "internvlx report": ("report",),
     "internvlx replay": ("replay",),

@@ -99,7 +99,14 @@ def test_every_field_is_the_recorded_one(source):
 
     The first entry of the record is complete, the others list what differs from it.
     """
-    added = {"model.decoder.qk_norm": False}  # fields that came later, with what they were before
+    added = {  # fields that came later, with what they were before
+        "model.decoder.qk_norm": False,
+        "local_checkpoint_dir": None,
+        "data.index_workers": None,
+        "data.cache.folder": None,
+        "data.cache.max_gb": 0.0,
+        "data.cache.requests": 32,
+    }
     expected = next(iter(RECORDED.values())) | RECORDED[source] | added
     fields = flat(to_dict(load_config_file(CONFIGS / source)))
     renamed = {"output_dir"}
