@@ -1,10 +1,14 @@
-"""Tokenizers that several tests read; none of them changes the files."""
+"""Tokenizers and a processor that several tests read; none of them changes the files."""
 
 import json
 import shutil
 
 import pytest
 
+from internvlx_jax.core.tile_config import TileConfig
+from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
+from internvlx_jax.data.templates import get_template
 from internvlx_jax.data.tokenizer import Tokenizer
 
 
@@ -67,3 +71,15 @@ def bpe_older(golden):
 def real(shared_data):
     """The real InternLM2 tokenizer, which is third-party data."""
     return Tokenizer.load(shared_data / "internlm2_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    """How a tiny model reads samples: 4 tokens a tile, at most 4 tiles."""
+    return Processor(
+        Tokenizer.load(TOKENIZER_FOLDER),
+        get_template("internlm2-chat"),
+        "",
+        TileConfig(tile_size=28, max_num=4),
+        4,
+    )

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from internvlx_jax.core.data_config import CacheConfig, DataConfig, ImageConfig
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import processor as processor_module
 from internvlx_jax.data.buckets import Capacity
@@ -19,26 +18,12 @@ from internvlx_jax.data.fit import encode
 from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.index import SizeIndex, load_index
 from internvlx_jax.data.meta import read_meta
-from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import open_source, read_sample
-from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
 from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer import Tokenizer
 
 CAPACITY = Capacity(512)
 CONFIG = DataConfig(meta="")
 CACHE = open_cache(CacheConfig())
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(
-        Tokenizer.load(TOKENIZER_FOLDER),
-        get_template("internlm2-chat"),
-        "",
-        TileConfig(tile_size=28, max_num=4),
-        4,
-    )
 
 
 def chat(question: str, answer: str = "It is.") -> dict:

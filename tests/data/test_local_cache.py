@@ -20,15 +20,10 @@ from internvlx_jax.core import byte_ranges
 from internvlx_jax.core.data_config import CacheConfig, DataConfig, FaultConfig
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.local_cache import HEAD, LocalCache
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.image_fetcher import Ahead, Fetched, ImageFetcher, open_cache
 from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.pipeline import Loader
-from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import open_source
-from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer import Tokenizer
 
 ENTRY = 1000 + HEAD.size  # bytes of a copy of each file of `files`
 
@@ -194,17 +189,6 @@ def test_processes_share_one_folder_and_one_limit(files, tmp_path):
 
 
 # --- in a loader ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(
-        Tokenizer.load(TOKENIZER_FOLDER),
-        get_template("internlm2-chat"),
-        "",
-        TileConfig(tile_size=28, max_num=4),
-        4,
-    )
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 from internvlx_jax.core.data_config import CacheConfig, DataConfig, FaultConfig
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.json_text import BOM
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data import index as index_module
 from internvlx_jax.data import index_parts, record_places
 from internvlx_jax.data.buckets import assign_buckets, smallest_bucket
@@ -24,13 +23,9 @@ from internvlx_jax.data.index_parts import IndexParts
 from internvlx_jax.data.meta import read_meta
 from internvlx_jax.data.opening_sources import make_share_of_indexes
 from internvlx_jax.data.pipeline import Loader
-from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.record_places import PLACE, scan_array, scan_lines
 from internvlx_jax.data.size_index import COLUMNS
 from internvlx_jax.data.sources import open_source
-from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer import Tokenizer
 
 CONFIG = DataConfig(
     meta="",
@@ -39,17 +34,6 @@ CONFIG = DataConfig(
     index_workers=1,
     faults=FaultConfig(max_share=0.5),
 )
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(
-        Tokenizer.load(TOKENIZER_FOLDER),
-        get_template("internlm2-chat"),
-        "",
-        TileConfig(tile_size=28, max_num=4),
-        4,
-    )
 
 
 @pytest.fixture

@@ -18,11 +18,9 @@ from PIL import Image
 from internvlx_jax.core.data_config import CacheConfig, DataConfig, FaultConfig, VideoConfig
 from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.image_fetcher import open_cache
 from internvlx_jax.data.meta import DatasetEntry, read_meta
 from internvlx_jax.data.pipeline import Loader
-from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.sources import (
     ArrayRecords,
     JsonLines,
@@ -30,24 +28,10 @@ from internvlx_jax.data.sources import (
     read_sample,
     write_array_record,
 )
-from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.data.templates import get_template
-from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.data.video import choose_frames, frame_separator, list_frames, with_frames
 
 CONFIG = DataConfig(meta="", max_length=256, tokens_per_step=512, faults=FaultConfig(on_bad="fail"))
 CACHE = open_cache(CacheConfig())
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return Processor(
-        Tokenizer.load(TOKENIZER_FOLDER),
-        get_template("internlm2-chat"),
-        "",
-        TileConfig(tile_size=28, max_num=4),
-        4,
-    )
 
 
 def picture(number: int, size=(40, 30), kind="PNG") -> bytes:
@@ -372,7 +356,10 @@ def test_frames_are_drawn_for_the_plan_and_fit_their_bucket(processor, tmp_path)
     write_array_record(tmp_path / "clips", records)
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"clips": {"array_record": "clips"}}))
-    config = dataclasses.replace(CONFIG, video=VideoConfig(min_frames=2, max_frames=6))
+    # One row a step, so that every sample comes in each of the first passes.
+    config = dataclasses.replace(
+        CONFIG, video=VideoConfig(min_frames=2, max_frames=6), tokens_per_step=128
+    )
     loader = Loader(str(meta), config, processor, row_quantum=1, seed=0)
     assert loader.table.tiles[:2].tolist() == [1, 2] or loader.table.tiles[:2].tolist() == [1, 3]
     assert (
