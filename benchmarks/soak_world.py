@@ -150,7 +150,7 @@ def environment(folder: Path, store: Store | None, devices: int) -> dict[str, st
         "TMPDIR": str(folder / "tmp"),
         "JAX_PLATFORMS": "cpu",
         "JAX_OPTIMIZATION_LEVEL": "O0",
-        "NPROC": "16",
+        "NPROC": "32",
         # Compiles in a fifth of the time; what is computed is as exact.
         "XLA_FLAGS": flags,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

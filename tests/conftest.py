@@ -7,8 +7,9 @@ import os
 import tempfile
 from importlib.metadata import version
 
-# XLA sizes its thread pool by NPROC: 8 devices deadlock in the pool of a machine with 2 cores.
-os.environ.setdefault("NPROC", "16")
+# XLA sizes its thread pool by NPROC: 8 devices deadlock in the pool of a machine with 2 cores, and
+# at times in one of 16 threads, of which two steps under way may hold all.
+os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation: compile cheaply, and each program once per session,
 # subprocesses included.

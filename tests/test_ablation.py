@@ -142,7 +142,7 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path):
     ablation("report", "--results", "r", cwd=tmp_path)
     ablation("report", "--check", "--results", "r", cwd=tmp_path)
     page = (tmp_path / "docs" / "evidence.md").read_text()
-    assert "2 of 51 cells are finished" in page and "Not finished: `mlp1-4` s0, s1, s2" in page
+    assert "2 of 51 cells are finished" in page and "`mlp1-4` s0, s1, s2" in page
     path = tmp_path / "r" / "pages-cpu" / "x-s0.json"
     cell = json.loads(path.read_text())
     line = next(line for line in page.splitlines() if line.startswith("| `x` "))

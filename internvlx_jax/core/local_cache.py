@@ -147,12 +147,14 @@ class LocalCache:
         """Gives a file to write `size` bytes to, which becomes `path`; None if it does not fit."""
         aside = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.{size}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._reserve(aside, size - _size(path)):
+        if not self._reserve(aside, size):
             yield None
             return
         try:
             yield aside
-            aside.rename(path)
+            with self._locked() as usage:  # what it replaces may come and go until here
+                usage.bytes -= _size(path)
+                aside.rename(path)
         except BaseException:
             aside.unlink(missing_ok=True)
             with self._locked() as usage:

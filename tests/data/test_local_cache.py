@@ -167,7 +167,8 @@ def fetch_all(folder, limit, urls, seed, worst) -> None:
     for n in np.random.default_rng(seed).integers(0, len(urls), 60):
         content, _ = cache.fetch(urls[n])
         assert content == bytes([n]) * 1000
-        with worst.get_lock():
+        # Under the lock of the cache: what others write or remove meanwhile would be counted twice.
+        with cache._locked(), worst.get_lock():
             worst.value = max(worst.value, used(cache))
 
 

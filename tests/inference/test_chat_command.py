@@ -9,6 +9,7 @@ import pytest
 from internvlx_jax.cli import chat as chat_command
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.data.encode import encode_prompt
+from internvlx_jax.inference import vlm
 from internvlx_jax.inference.batch_generator import settled
 from internvlx_jax.inference.requests import Request
 
@@ -92,7 +93,7 @@ def test_the_prompt_is_that_of_the_template_with_history(model, fresh, image):
 
 
 def test_the_terminal(model, image, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
+    monkeypatch.setattr(vlm, "load", lambda path, **settings: model)
     lines = f"What?\n/image {tmp_path / 'gone.png'}\nWhat?\n/reset\nWhat?\n\nnot read"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert (
@@ -132,7 +133,7 @@ def talk(model, monkeypatch, capsys):
             stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
         else:
             stdin = io.StringIO(text)
-        monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
+        monkeypatch.setattr(vlm, "load", lambda path, **settings: model)
         monkeypatch.setattr(sys, "stdin", stdin)
         flags = ["--checkpoint", "x", "--max_new_tokens", str(NEW_TOKENS), *words]
         assert chat_command.main(flags) == 0
@@ -188,7 +189,7 @@ def test_a_text_may_begin_with_a_slash(talk, model):
 
 
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation(model, monkeypatch, capsys):
-    monkeypatch.setattr(chat_command, "load", lambda path, **settings: model)
+    monkeypatch.setattr(vlm, "load", lambda path, **settings: model)
     lines = iter(["What?", "And?", KeyboardInterrupt()])
 
     def read():
