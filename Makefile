@@ -23,7 +23,7 @@ BASE   := $(VENV)/.python-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.
 HAS    := $(VENV)/.has
 
 # XLA sizes the CPU thread pool by NPROC; with 8 forced devices on few cores a small pool deadlocks.
-export NPROC ?= 32
+export NPROC ?= 16
 
 .PHONY: demo test test-fast test-torch test-real test-gpu bench-gpu bench-peers lint check format docs \
         docs-serve install clean

@@ -139,6 +139,7 @@ class Store:
 def environment(folder: Path, store: Store | None, devices: int) -> dict[str, str]:
     """Returns the environment of a process of a soak, with so many simulated devices."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     if version("jaxlib").startswith("0.10."):  # later ones do not know it
         flags += " --xla_cpu_use_fusion_emitters=false"
     return {
@@ -150,7 +151,7 @@ def environment(folder: Path, store: Store | None, devices: int) -> dict[str, st
         "TMPDIR": str(folder / "tmp"),
         "JAX_PLATFORMS": "cpu",
         "JAX_OPTIMIZATION_LEVEL": "O0",
-        "NPROC": "32",
+        "NPROC": "16",
         # Compiles in a fifth of the time; what is computed is as exact.
         "XLA_FLAGS": flags,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -5,8 +5,10 @@
 set -euo pipefail
 processes=$1 devices=$2
 shift 2
-export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"  # a bigger XLA thread pool: several devices on few cores deadlock otherwise
+export JAX_PLATFORMS=cpu NPROC="${NPROC:-16}"  # a bigger XLA thread pool: several devices on few cores deadlock otherwise
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+# Else the collectives of one program may come in another order on each device: a deadlock.
+export XLA_FLAGS="$XLA_FLAGS --xla_cpu_enable_concurrency_optimized_scheduler=false"
 pids=()
 for ((process = 0; process < processes; process++)); do
   command=("${PYTHON:-python}" "$@" --coordinator "localhost:${PORT:-12421}" --num_processes "$processes"

@@ -165,8 +165,6 @@ def _run_steps(
     """Runs the steps after `first` up to `last`: step, metrics, validation, checkpoint."""
     config, throughput, metrics = session.run.config, session.throughput, session.metrics
     in_flight: deque[jax.Array] = deque()
-    # Several steps of several devices can hold all threads of XLA's pool on a CPU (platform.md 6).
-    ahead = 0 if jax.default_backend() == "cpu" and jax.local_device_count() > 1 else IN_FLIGHT
     throughput.start()
     batches = _batches(session.run, throughput, first, last)
     with Preemption() as preemption, contextlib.closing(batches):
@@ -180,7 +178,7 @@ def _run_steps(
             # The host blocks here, and nowhere else: until the devices are IN_FLIGHT steps behind,
             # which bounds the batches in their memory, or are done with all that is logged.
             in_flight.append(step_metrics.loss)
-            throughput.wait(in_flight, leave=ahead)
+            throughput.wait(in_flight, leave=IN_FLIGHT)
             profiler.after(done, step_metrics.loss)
             session.checkpoints.check()
             session.copies.check()

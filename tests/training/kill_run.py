@@ -93,7 +93,7 @@ def launch(
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "NPROC": "32",
+        "NPROC": "16",
         # The last one of several flags with the same name counts.
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
         + f" --xla_force_host_platform_device_count={devices}",
