@@ -68,7 +68,7 @@ class Result:
 
     @property
     def cpu_ratio(self) -> float:
-        """The same of the processor times."""
+        """Our processor time over theirs."""
         return self.ours_cpu / self.theirs_cpu
 
 

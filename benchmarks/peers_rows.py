@@ -164,7 +164,7 @@ def waits(run: Side) -> Side:
 
 
 class Models:
-    """The same shape on both sides, with random weights."""
+    """One model of ours and one of transformers, of the same shape, with random weights."""
 
     def __init__(self, config: ModelConfig, dtype: str, *, decoding: bool = True):
         self.config, self.dtype = config, dtype

@@ -22,8 +22,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0"
-    # Else independent collectives of one program come in another order on each device, at times, and
-    # the devices wait for each other for ever.
+    # Else independent collectives of one program come, at times, in another order on each device,
+    # and the devices wait for each other for ever.
     " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 if version("jaxlib").startswith("0.10."):  # later ones do not know it

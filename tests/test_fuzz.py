@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def stored(gcs, pictures):
-    """The same pictures, and records about them, in the bucket of the emulator."""
+    """Copies the pictures into the bucket of the emulator, with records about them."""
     for name in ("0.png", "1.jpg"):
         as_path(f"gs://bucket/fuzz/{name}").write_bytes((pictures / name).read_bytes())
     text = "".join(json.dumps(each) + "\n" for each in RECORDS[:3])

@@ -9,7 +9,6 @@ from internvlx_jax.checkpoints.opening import open_checkpoint
 from internvlx_jax.cli import main
 from internvlx_jax.core.errors import ConfigError
 
-hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
