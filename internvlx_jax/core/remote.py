@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -83,7 +84,7 @@ def filesystem(path: str | os.PathLike) -> Any:
         _configure("gcs", "gs", session_kwargs={"trace_configs": [_trace()]})
     elif protocol == "s3":
         require("s3fs", extra="s3", purpose=f"reading {path}")
-        _configure("s3")
+        _configure("s3", session=_counting_session())
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:  # fsspec knows the protocol, its package is not installed
@@ -141,6 +142,32 @@ def _trace() -> Any:
     trace.on_response_chunk_received.append(received)
     trace.on_request_chunk_sent.append(sent)
     return trace
+
+
+@functools.cache
+def _counting_session() -> Any:
+    """Returns the session of all clients of s3://, which counts their requests."""
+    from aiobotocore.session import get_session
+
+    def sending(request: Any, **_: Any) -> None:
+        TRAFFIC.requests += 1
+        TRAFFIC.sent += int(request.headers.get("Content-Length") or 0)
+
+    def answered(response_dict: Any, exception: Any, event_name: str, **_: Any) -> None:
+        if exception is not None:  # the connection broke
+            TRAFFIC.failed += 1
+            TRAFFIC.last_error = _first_line(exception)
+            return
+        if ".Head" not in event_name:  # it states the length of what it does not send
+            TRAFFIC.received += int(response_dict["headers"].get("Content-Length") or 0)
+        if (status := response_dict["status_code"]) >= 400:
+            TRAFFIC.last_error = str(status)
+        TRAFFIC.failed += status in RETRIED
+
+    session = get_session()
+    session.register("before-send.s3", sending)
+    session.register("response-received.s3", answered)
+    return session
 
 
 # --- errors ---------------------------------------------------------------------------------------

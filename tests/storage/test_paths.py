@@ -1,5 +1,6 @@
 """Paths of objects behave as those of files do (platform.md 8)."""
 
+import dataclasses
 import sys
 
 import aiohttp
@@ -46,10 +47,15 @@ def test_an_object_is_used_like_a_file(folder, tmp_path):
     assert isinstance(as_path(folder).parent, RemotePath)
 
 
-def test_what_is_asked_is_counted(folder, gcs):
-    before = TRAFFIC.requests, TRAFFIC.sent
-    (as_path(folder) / "x").write_bytes(b"1" * 10_000)
-    assert TRAFFIC.requests > before[0] and TRAFFIC.sent - before[1] >= 10_000
+@pytest.mark.parametrize("kind", ["folder", "s3_folder"])
+def test_what_is_asked_is_counted(request, kind):
+    path = as_path(request.getfixturevalue(kind)) / "x"
+    before = dataclasses.replace(TRAFFIC)
+    path.write_bytes(b"1" * 10_000)
+    assert TRAFFIC.requests > before.requests and TRAFFIC.sent - before.sent >= 10_000
+    received = TRAFFIC.received
+    assert len(path.read_bytes()) == 10_000
+    assert 10_000 <= TRAFFIC.received - received < 20_000
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3_folder"])
