@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import glob
 import io
 import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -46,13 +48,35 @@ def run_command(
         failed: exit status after an error of the user.
     """
     try:
-        return command() or 0
+        with _keeping_interrupts():
+            return command() or 0
     except (*USER_ERRORS, *also) as error:
         print(f"error: {error}", file=sys.stderr)
         return failed
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Sends Ctrl-C again if it came where Python prints what is raised and goes on.
+
+    Destructors are such places, and callbacks of the garbage collector, of which jax has one.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _thread.interrupt_main()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def configure_logging(process: int = 0) -> None:
