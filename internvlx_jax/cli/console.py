@@ -10,7 +10,9 @@ import io
 import itertools
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -66,9 +68,13 @@ def _keeping_interrupts() -> Iterator[None]:
     """
     before = sys.unraisablehook
 
+    def send_again() -> None:
+        time.sleep(0.05)  # until that place is left
+        os.kill(os.getpid(), signal.SIGINT)
+
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            _thread.start_new_thread(send_again, ())  # threading would take a lock
         else:
             before(unraisable)
 
