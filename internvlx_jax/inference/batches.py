@@ -31,6 +31,7 @@ from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.images import ImageSource, image_size, load_image, open_image
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tiles import choose_grid, cut_tiles, tile_count
+from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler
 
 # Requests are planned this many at a time: their image headers are read and their prompts encoded
@@ -335,9 +336,16 @@ def _blocks(tiler: Tiler, counts: Sequence[int]) -> tuple[int, ...]:
 
 def _limited(tiler: Tiler, images: Sequence[ImageSource]) -> list[tuple[ImageSource, int, int]]:
     """Returns (image, tile maximum, enlargement) of each image that is used."""
-    limits = tiler.policy.limits(tiler.tiles.max_num, len(images)) if images else ()
+    still = sum(not isinstance(image, VideoFrame) for image in images)
+    limits = iter(tiler.policy.limits(tiler.tiles.max_num, still) if still else ())
     factors = [tiler.policy.enlarge_first] + [1] * len(images)
-    return list(zip(images, limits, factors, strict=False))
+    found = []
+    for image, factor in zip(images, factors, strict=False):
+        limit = 1 if isinstance(image, VideoFrame) else next(limits, None)
+        if limit is None:
+            break
+        found.append((image, limit, factor))
+    return found
 
 
 def _cut(tiler: Tiler, source: ImageSource, limit: int, factor: int, where: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import random
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from tiny_videos import gif, video
 
 from internvlx_jax.inference.remote_images import ImageRules
 from internvlx_jax.inference.server import Server, ServerConfig
+from internvlx_jax.inference.server_requests import RequestError
 
 SMALL = {"slots": 3, "capacity": 256, "max_tiles": 2, "waiting": 8}
 NAME = "tiny"
@@ -77,7 +80,7 @@ def engine(model):
 @pytest.fixture(scope="module")
 def address(engine, media):
     engine.close, close = lambda: None, engine.close  # several servers share it
-    images = ImageRules(media_root=media, max_bytes=2**20)
+    images = ImageRules(media_root=media, max_bytes=2**20, max_video_bytes=2**19)
     with running(lambda: engine, images=images, max_body=2**21) as address:
         wait_until(lambda: call(address, "/health")[0] == 200)
         yield address
@@ -304,6 +307,50 @@ def test_files_below_the_media_folder_only(address, media):
     assert error("file:///etc/passwd") == error(f"file://host{media}/page.png") == outside
     for url in ("http://localhost/a.png", "gs://bucket/a.png", "/etc/passwd", "ftp://x/y", ""):
         assert "reads images from data:, file:// below the media folder URLs only" in error(url)[1]
+
+
+def video_message(text, url, **extra):
+    parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 6, **extra}
+
+
+def test_videos(address, media, model):
+    """As `data:` or below the media folder; the frames are those of `generate`."""
+    clip = video()
+    (media / "clip.mp4").write_bytes(clip)
+    (media / "page.mp4").symlink_to(media / "page.png")
+    wanted = model.generate("What happens?", video=clip, frames=2, max_new_tokens=6)
+    for url in (data_url(clip, "video/mp4"), (media / "clip.mp4").as_uri()):
+        status, reply = complete(address, video_message("What happens?", url))
+        assert status == 200 and reply["choices"][0]["message"]["content"] == wanted
+    one = video_message("It?", data_url(clip), mm_processor_kwargs={"num_frames": 1})
+    one["messages"][0]["content"].insert(
+        0, {"type": "image_url", "image_url": {"url": data_url(png())}}
+    )
+    assert complete(address, one)[0] == 200, "an image and a frame"
+
+    def error(url, **extra):
+        status, reply = complete(address, video_message("What?", url, **extra))
+        return status, reply["error"]["message"]
+
+    only = "reads videos from data: and file:// below the media folder URLs only"
+    for url in ("http://example.org/a.mp4", "https://example.org/a.mp4", "gs://b/a.mp4", "a.mp4"):
+        assert error(url)[0] == 400 and only in error(url)[1]
+    outside = (400, "the file is not below the media folder")
+    assert error("file:///etc/passwd") == error(f"file://{media}/../x.mp4") == outside
+    for bad in (b"junk", b"", clip[:400], png(), b"#EXTM3U\n#EXTINF:5,\n/etc/passwd\n"):
+        status, message = error(data_url(bad))
+        assert status == 400 and "the video cannot be decoded" in message
+    assert "cannot be decoded" in error((media / "page.mp4").as_uri())[1]
+    assert error(data_url(bytes(2**20)))[0] == 413, "more bytes than a video of this server has"
+    bomb = b"GIF89a" + struct.pack("<HH", 10_000, 10_000) + gif(2)[10:]
+    assert "10000 x 10000 pixels are more than" in error(data_url(bomb))[1]
+    for odd in (0, 3, "x", 1e9):
+        extra = {"mm_processor_kwargs": {"num_frames": odd}}
+        assert error(data_url(clip), **extra)[0] == 400
+    monkey = ImageRules(video_seconds=0.0)
+    with pytest.raises(RequestError, match="decoding the video takes over 0 s"):
+        monkey.read_video(data_url(clip), "url", 2, model.config.prompt.tiles)
 
 
 class _Images(BaseHTTPRequestHandler):
