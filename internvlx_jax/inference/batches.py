@@ -206,7 +206,7 @@ class PromptBuilder:
         with located(request.where):
             turns = [count_tiles(spec.tiler, images) for images in request.images_per_turn]
             counts = [n for blocks in turns for n in blocks]
-            length = len(self._encode(request, turns).tokens)
+            length = len(self.encode(request, turns).tokens)
             bucket = smallest_bucket(
                 sum(counts), length, saved_per_tile=self.processor.saved_per_tile
             )
@@ -261,7 +261,7 @@ class PromptBuilder:
                 cut_images(spec.tiler, each, request.where) for each in request.images_per_turn
             ]
             blocks = [_blocks(spec.tiler, list(map(len, tiles))) for tiles in turns]
-            encoded = self._encode(request, blocks)
+            encoded = self.encode(request, blocks)
             size = spec.tiler.tiles.tile_size
             no_tiles = np.zeros((0, size, size, 3), np.uint8)
             tiles = np.concatenate([no_tiles, *(image for images in turns for image in images)])
@@ -273,7 +273,7 @@ class PromptBuilder:
                 )
             return Row(encoded.tokens, encoded.labels, encoded.tile_start, tiles)
 
-    def _encode(self, request: Request, turns: Sequence[Sequence[int]]) -> Encoded:
+    def encode(self, request: Request, turns: Sequence[Sequence[int]]) -> Encoded:
         """Encodes a request whose turns have image blocks of so many tiles."""
         processor = self.processor
         return encode_prompt(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Chat:
     """One conversation; `VLM.chat` makes it.
 
+    The keys and values of its turns are kept, so that a turn runs its own tokens and images only.
+
     Attributes:
         history: turns so far, oldest first, with the images as they were when they were sent.
     """
@@ -24,10 +26,17 @@ class Chat:
     def __init__(self, model: VLM, spec: GenerationSpec, *, system: str | None = None):
         self.model, self.spec, self.system = model, spec, system
         self.history: tuple[Turn, ...] = ()
+        self._cache = model.conversation()
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of the newest prompt that were run; the others were kept from earlier turns."""
+        return self._cache.prefilled
 
     def reset(self) -> None:
-        """Forgets all turns and images."""
+        """Forgets all turns and images, and frees the cache."""
         self.history = ()
+        self._cache.forget()
 
     def send(
         self, prompt: str, images: Images = None, *, video: Video = None, frames: int = FRAMES
@@ -69,7 +78,7 @@ class Chat:
 
     def _stream(self, request: Request) -> Iterator[str]:
         pieces = []
-        for piece in self.model.stream_request(request, self.spec):
+        for piece in self.model.stream_request(request, self.spec, self._cache):
             pieces.append(piece)
             yield piece
         turn = Turn(request.prompt, "".join(pieces), request.images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS, Options, make_request, make_spec
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.chat import Chat
+from internvlx_jax.inference.conversation import Conversation, Conversations
 from internvlx_jax.inference.engine import Engine
 from internvlx_jax.inference.images import Images
 from internvlx_jax.inference.loading import Pretrained, load_pretrained, one_device
@@ -225,6 +227,14 @@ class VLM:
         """Returns a new conversation, all of whose turns share the options."""
         return Chat(self, self.spec(**options), system=system)
 
+    def conversation(self) -> Conversation:
+        """Returns an empty cache for one conversation; `Chat` holds one."""
+        return Conversation(self._conversations)
+
+    @functools.cached_property
+    def _conversations(self) -> Conversations:
+        return Conversations(self._generator)
+
     def engine(self, **options: Any) -> Engine:
         """Returns an engine for requests that come and go; see `Engine` for the options."""
         return Engine(self.model, self._generator.prompts.processor, self.mesh, **options)
@@ -251,8 +261,12 @@ class VLM:
         """Returns frames of a video, as `generate` takes them; see videos.video_frames."""
         return video_frames(video, count, self.config.prompt.tiles, name=name)
 
-    def stream_request(self, request: Request, spec: GenerationSpec) -> Iterator[str]:
-        """Yields pieces of the answer to a request."""
+    def stream_request(
+        self, request: Request, spec: GenerationSpec, conversation: Conversation | None = None
+    ) -> Iterator[str]:
+        """Yields pieces of the answer to a request, on the cache of its conversation if given."""
+        if conversation is not None:
+            return conversation.stream(request, spec)
         return self._generator.stream(request, spec, number=len(request.history))
 
     def _answer(self, requests: dict[int, Request], spec: GenerationSpec) -> list[Answer]:

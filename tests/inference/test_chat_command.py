@@ -201,7 +201,7 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation(model, monkeyp
             raise line
         return line
 
-    def interrupted(self, request, spec):
+    def interrupted(self, request, spec, conversation):
         yield "An"
         raise KeyboardInterrupt
 
