@@ -13,7 +13,6 @@ from jax.sharding import Sharding
 from internvlx_jax.checkpoints.adapters import Adapter
 from internvlx_jax.checkpoints.tensors import HostArray
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
-from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.params import AbstractModel
 
 
@@ -39,8 +38,9 @@ class Checkpoint(Protocol):
         """config.json of the PyTorch checkpoint that this one is or began with, if any."""
         ...
 
-    def tokenizer(self) -> Tokenizer | None:
-        """Loads the tokenizer; None where the checkpoint holds no tokenizer files."""
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer files; a checkpoint may have none (`Tokenizer.find`)."""
         ...
 
     def check(self, abstract: AbstractModel) -> list[str]:

@@ -30,8 +30,6 @@ from internvlx_jax.core.overrides import from_dict
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.remote import explained, protocol_of
 from internvlx_jax.core.uploads import copy_tree, local_folder
-from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.lora import is_adapter
 from internvlx_jax.models.params import AbstractModel
 from internvlx_jax.models.sharding import replicated, spread_sharding
@@ -300,10 +298,10 @@ class RunFolder:
             replace_tokenizer(tokenizer, folder)
         return []
 
-    def tokenizer(self) -> Tokenizer | None:
-        """Loads the run's tokenizer; None where an imported checkpoint had none."""
-        folder = self.run / "tokenizer"
-        return Tokenizer.load(folder) if has_tokenizer(folder) else None
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the run's tokenizer; empty where an imported checkpoint had none."""
+        return self.run / "tokenizer"
 
 
 def _readable(step: Path) -> str:

@@ -32,8 +32,6 @@ from internvlx_jax.checkpoints.tensors import (
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
-from internvlx_jax.data.tokenizer import Tokenizer
-from internvlx_jax.data.tokenizer_files import has_tokenizer
 from internvlx_jax.models.params import AbstractModel, init_params
 
 Index = tuple[slice, ...]
@@ -300,9 +298,10 @@ class TorchCheckpoint:
         """Returns none: adapters are merged as the weights are read."""
         return []
 
-    def tokenizer(self) -> Tokenizer | None:
-        """Loads the folder's tokenizer; None where it holds no tokenizer files."""
-        return Tokenizer.load(self.path) if has_tokenizer(self.path) else None
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer files: the checkpoint's own."""
+        return self.path
 
     def write_side_files(self, folder: Path) -> list[str]:
         """Writes config.json, tokenizer, remote code and other small files into `folder`.

@@ -173,7 +173,8 @@ def _model(
         from internvlx_jax.checkpoints.opening import open_checkpoint
 
         checkpoint = open_checkpoint(run.init_from)
-        model, tokenizer = model or checkpoint.config, tokenizer or checkpoint.tokenizer()
+        model = model or checkpoint.config
+        tokenizer = tokenizer or Tokenizer.find(checkpoint.tokenizer_folder)
     if model is None:
         raise ConfigError(f"{config_file} names neither a model nor init_from; set one of them")
     if tokenizer is None:

@@ -41,6 +41,7 @@ from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.uploads import sent_ahead
+from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.params import abstract_model
 
 ExportLayout = Literal["internvl-x", "internvl", "hf", "vit", "projector", "peft"]
@@ -276,8 +277,9 @@ def _config_fields(
         return chat_config(config, dtype=name, base=base)
     if image_token_id is None and base is not None:
         image_token_id = base.get("image_token_id")
-    if image_token_id is None and (tokenizer := source.tokenizer()) is not None:
-        image_token_id = tokenizer.image_token_id
+    if image_token_id is None:
+        tokenizer = Tokenizer.find(source.tokenizer_folder)
+        image_token_id = None if tokenizer is None else tokenizer.image_token_id
     if image_token_id is None:
         raise ConfigError(
             "the hf config needs image_token_id, and no tokenizer that has it is available; give "

@@ -20,7 +20,7 @@ from internvlx_jax.checkpoints.torch_checkpoint import TorchCheckpoint
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.inputs import IGNORED, Inputs
 from internvlx_jax.core.model_config import ModelConfig
-from internvlx_jax.core.token_layout import feature_index, short_layout, short_lengths
+from internvlx_jax.data.batch import feature_index, short_layout, short_lengths
 from internvlx_jax.models.generation import greedy
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.loss import token_losses, weighted_loss

@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
         segment_ids: int32[B, S], from 1; 0 is padding. Masks come from here, never from token
             values, since a pad id can occur as a real token.
         tiles: uint8[B, T, Y, X, 3], which the device normalizes, or float32 normalized already.
-        feature_index: int32[B, S], see core/token_layout.py.
+        feature_index: int32[B, S], see data/batch.py.
         short: The short layout of LVTC, else None; all other fields are of the long layout.
     """
 

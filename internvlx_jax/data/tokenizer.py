@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvlx_jax.core.errors import ConfigError, SampleError
-from internvlx_jax.data.tokenizer_files import find_tokenizer
+from internvlx_jax.data.tokenizer_files import find_tokenizer, has_tokenizer
 
 SpecialText = Literal["allow", "reject", "escape"]
 
@@ -101,6 +101,11 @@ class Tokenizer(abc.ABC):
         file = find_tokenizer(path)
         is_bpe = file.suffix == ".json"
         return BpeTokenizer.open(file) if is_bpe else SentencePieceTokenizer.open(file)
+
+    @staticmethod
+    def find(folder: Path) -> Tokenizer | None:
+        """Loads the tokenizer of a folder, as `load` does; None where it holds no such files."""
+        return Tokenizer.load(folder) if has_tokenizer(folder) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_model"}

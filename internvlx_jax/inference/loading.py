@@ -86,7 +86,8 @@ def load_opened(
     )
     transferred = transfer(source, config, abstract, mesh or one_device(), seed=0)
     model = nnx.merge(abstract.graphdef, unflatten(transferred.params))
-    return Pretrained(model, config, source.tokenizer(), transferred.report)
+    tokenizer = Tokenizer.find(source.tokenizer_folder)
+    return Pretrained(model, config, tokenizer, transferred.report)
 
 
 def one_device() -> Mesh:

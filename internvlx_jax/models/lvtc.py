@@ -16,7 +16,7 @@ without gaps. For U = 2, C = 4 and a row with text a, b before one tile and c be
     short  a b 0   2           8   A           c     4 tokens; each stands for its top-left child
 
 Which long slot a short slot stands for, and which short slot a long one comes from, is integers
-that the host computes with the batch: `core/token_layout.py` (NumPy, since loader processes do not
+that the host computes with the batch: `data/batch.py` (NumPy, since loader processes do not
 import jax), whose result is `core.inputs.ShortLayout`. On the device both directions are gathers.
 
 Which projector serves where, and which of them released checkpoints hold, is listed by

@@ -36,7 +36,7 @@ def open_tokenizer(config: TrainConfig, source: Any, model: ModelConfig) -> Toke
     if config.data.tokenizer:
         tokenizer = Tokenizer.load(config.data.tokenizer)
     elif source is not None:
-        tokenizer = source.tokenizer()
+        tokenizer = Tokenizer.find(source.tokenizer_folder)
     if tokenizer is None:
         raise ConfigError(
             "data.tokenizer is not set and init_from brings no tokenizer files; set data.tokenizer "

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from internvlx_jax.core.model_config import LvtcConfig
-from internvlx_jax.core.token_layout import feature_index
-from internvlx_jax.data.batch import IGNORED, Row, collate
+from internvlx_jax.data.batch import IGNORED, Row, collate, feature_index
 from internvlx_jax.data.buckets import Bucket
 
 SIDE, PER_TILE, PAD, IMAGE = 4, 4, 2, 7

@@ -22,7 +22,7 @@ from internvlx_jax.core.model_config import (
 )
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.core.token_layout import feature_index, short_layout
+from internvlx_jax.data.batch import feature_index, short_layout
 from internvlx_jax.models.attention import SelfAttention, attend
 from internvlx_jax.models.params import abstract_model, unflatten
 from internvlx_jax.models.sharding import activation_shardings, make_mesh

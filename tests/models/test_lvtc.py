@@ -26,7 +26,7 @@ from internvlx_jax.core.model_config import (
 )
 from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.core.token_layout import feature_index, short_layout, short_lengths
+from internvlx_jax.data.batch import feature_index, short_layout, short_lengths
 from internvlx_jax.models.generation import decode_step, for_decoding, greedy, prefill
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.lvtc import interpolation_matrix, upsample
