@@ -44,19 +44,15 @@ def lines(samples: int) -> Iterator[bytes]:
         block = []
         for number in range(first, min(first + BLOCK, samples)):
             width, height = SIZES[draw.integers(len(SIZES))]
-            asked = " ".join(WORDS[each] for each in draw.integers(len(WORDS), size=12))
-            said = " ".join(
-                WORDS[each] for each in draw.integers(len(WORDS), size=draw.integers(4, 40))
-            )
+            asked, said = text(draw, 12), text(draw, draw.integers(4, 40))
             image = (
                 {"image": f"{number}.jpg", "width": width, "height": height} if number % 2 else {}
             )
-            turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-            block.append(json.dumps({"id": number, **image, "conversations": turns}))
+            block.append(json.dumps({"id": number, **image, "conversations": turns(asked, said)}))
         yield ("\n".join(block) + "\n").encode()
 
 
-def text(draw: np.random.Generator, words: int) -> str:
+def text(draw: np.random.Generator, words: int | np.integer) -> str:
     """Draws some words."""
     return " ".join(WORDS[each] for each in draw.integers(len(WORDS), size=words))
 

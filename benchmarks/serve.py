@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_length", type=int)
     parser.add_argument("--max_tiles", type=int)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--log", type=Path, help="receives what the server writes")
     parser.add_argument("--out", type=Path, help="receives the numbers as JSON")
     return parser
 
@@ -116,31 +117,40 @@ def alone(
     return seconds, answers
 
 
-@contextmanager
-def serving(
+def start(
     flags: argparse.Namespace, environment: dict[str, str]
-) -> Iterator[tuple[float, tuple[str, int]]]:
-    """Runs the server; yields the seconds until it was ready, and its address."""
+) -> tuple[subprocess.Popen, float, tuple[str, int]]:
+    """Starts the server; returns it, the seconds until it was ready, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "internvlx_jax", "serve", "--checkpoint", flags.checkpoint]
     command += ["--port", str(port), "--dtype", flags.dtype, "--slots", str(flags.slots)]
     command += ["--model_name", "model", "--queue", "256"]
-    for name in ("max_length", "max_tiles"):
-        if getattr(flags, name) is not None:
+    for name in ("max_length", "max_tiles", "max_body_mib"):
+        if getattr(flags, name, None) is not None:
             command += [f"--{name}", str(getattr(flags, name))]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    with open(flags.log or os.devnull, "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    while not is_ready(("127.0.0.1", port)):
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with status {process.returncode}")
+        time.sleep(0.1)
+    return process, round(time.perf_counter() - begun, 1), ("127.0.0.1", port)
+
+
+@contextmanager
+def serving(
+    flags: argparse.Namespace, environment: dict[str, str]
+) -> Iterator[tuple[float, tuple[str, int]]]:
+    """Runs the server; yields the seconds until it was ready, and its address."""
+    process, seconds, address = start(flags, environment)
     try:
-        while not is_ready(("127.0.0.1", port)):
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with status {process.returncode}")
-            time.sleep(0.1)
-        yield round(time.perf_counter() - begun, 1), ("127.0.0.1", port)
+        yield seconds, address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def is_ready(address: tuple[str, int]) -> bool:

@@ -187,13 +187,16 @@ class Pages:
         self.meta.write_text(json.dumps(meta | {"stored": entry}))
 
     def replace(self, split: str) -> str:
-        """Gives the images of a split twice their edges, until `restore`; returns an example."""
+        """Gives the images of a split thrice their width, until `restore`; returns an example.
+
+        Other proportions give other tiles, by any rule.
+        """
         images = sorted((self.folder / PAGES / "images" / split).iterdir())
         for path in images:
             self._replaced.setdefault(path, path.read_bytes())
             with Image.open(path) as image:
-                larger = image.resize((2 * image.width, 2 * image.height))
-            larger.save(path)
+                wider = image.resize((3 * image.width, image.height))
+            wider.save(path)
         return images[0].name
 
     def restore(self) -> None:

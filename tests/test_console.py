@@ -2,14 +2,22 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from internvlx_jax.cli import console
-from internvlx_jax.cli.console import CommandParser, add_config_flags, configure_logging
+from internvlx_jax.cli.console import (
+    INTERRUPTED,
+    CommandParser,
+    add_config_flags,
+    configure_logging,
+    run_command,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,3 +112,16 @@ def test_commands_make_no_noise_without_a_tpu():
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() == "cpu":
         assert done.stderr == ""
+
+
+def test_ctrl_c_is_not_lost_in_a_destructor(capfd):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def command():
+        Interrupted()
+        time.sleep(60)
+
+    assert run_command(command, interrupted="stopped") == INTERRUPTED
+    assert capfd.readouterr().err == "\nstopped\n"

@@ -1,8 +1,9 @@
 """Chat in the terminal; answers appear as they are written.
 
-A line is a prompt. `/image FILE` adds an image to the next one, `/reset` forgets the conversation,
-`//text` sends "/text", an empty line or the end of the input ends it. Ctrl-C ends an answer, and at
-the prompt the conversation. From Python, `internvlx_jax.load(...).chat()` does the same.
+A line is a prompt. `/image FILE` adds an image to the next one, `/video FILE` a video, `/reset`
+forgets the conversation, `//text` sends "/text", an empty line or the end of the input ends it.
+Ctrl-C ends an answer, and at the prompt the conversation. From Python,
+`internvlx_jax.load(...).chat()` does the same.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS
 from internvlx_jax.inference.chat import Chat
 
-COMMANDS = ("/image", "/reset")
+COMMANDS = ("/image", "/video", "/reset")
 HELP = (
-    "the commands are /image FILE and /reset; // sends a text that begins with /, and an empty "
-    "line ends the conversation"
+    "the commands are /image FILE, /video FILE and /reset; // sends a text that begins with /, and "
+    "an empty line ends the conversation"
 )
 SUMMARY = "Chat in the terminal; answers appear as they are written."
 
@@ -84,22 +85,27 @@ def converse(chat: Chat, images: list[str]) -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding are told below
+    video: str | None = None
     while (line := read_line()) != "":
         word = (line or "").partition(" ")[0]
         if line is None:
             complain("this line is not UTF-8; set the terminal to UTF-8 and type it again")
         elif line == "/reset":
             chat.reset()
-            images = []
+            images, video = [], None
         elif word == "/image":
             images = add_image(images, line.removeprefix("/image").strip())
+        elif word == "/video":
+            video = line.removeprefix("/video").strip() or None
+            if video is None:
+                complain("/video needs a file: /video FILE")
         elif re.fullmatch(r"/\w+", word):
             near = difflib.get_close_matches(word, COMMANDS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             complain(f"unknown command {word}; {hint}{HELP}")
         else:
-            answer(chat, line.removeprefix("/") if line.startswith("//") else line, images)
-            images = []
+            answer(chat, line.removeprefix("/") if line.startswith("//") else line, images, video)
+            images, video = [], None
 
 
 def read_line() -> str | None:
@@ -122,17 +128,17 @@ def add_image(images: list[str], path: str) -> list[str]:
     return [*images, path]
 
 
-def answer(chat: Chat, prompt: str, images: list[str]) -> None:
+def answer(chat: Chat, prompt: str, images: list[str], video: str | None) -> None:
     """Answers one prompt; an error, or Ctrl-C, leaves the conversation as it was."""
-    if IMAGE_PLACEHOLDER in prompt and not images:
+    if IMAGE_PLACEHOLDER in prompt and not images and not video:
         complain(f'no /image was given, so "{IMAGE_PLACEHOLDER}" is ordinary text', kind="note")
     try:
-        for piece in chat.stream(prompt, images):
+        for piece in chat.stream(prompt, images, video=video):
             print(piece, end="", flush=True)
         print()
     except SampleError as error:
         told = str(error).partition("\n")[0]
-        hint = "; give another /image" if images else ""
+        hint = "; give another /image" if images else "; give another /video" if video else ""
         complain(f"{told.removeprefix('prompt: ').rstrip('.')}{hint}")
     except ConfigError as error:
         complain(str(error))

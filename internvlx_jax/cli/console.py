@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import glob
 import io
 import itertools
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -46,13 +50,39 @@ def run_command(
         failed: exit status after an error of the user.
     """
     try:
-        return command() or 0
+        with _keeping_interrupts():
+            return command() or 0
     except (*USER_ERRORS, *also) as error:
         print(f"error: {error}", file=sys.stderr)
         return failed
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Sends Ctrl-C again if it came where Python prints what is raised and goes on.
+
+    Destructors are such places, and callbacks of the garbage collector, of which jax has one.
+    """
+    before = sys.unraisablehook
+
+    def send_again() -> None:
+        time.sleep(0.05)  # until that place is left
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(send_again, ())  # threading would take a lock
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def configure_logging(process: int = 0) -> None:

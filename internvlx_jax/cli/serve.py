@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--allow_http", action="store_true", help="fetch images of http(s) URLs, public hosts only")
     add("--media_root", type=Path, help="folder below which file:// URLs may be read")
     add("--max_image_mib", type=whole_number(COUNT), default=32, help="size of an image file (32)")
+    add("--max_video_mib", type=whole_number(COUNT), default=64, help="size of a video file (64)")
     add("--max_body_mib", type=whole_number(COUNT), default=64, help="size of a request (64)")
     return parser
 
@@ -76,7 +77,12 @@ def serve(flags: argparse.Namespace) -> None:
         raise ConfigError(f"--media_root {flags.media_root} is not a folder")
     config = ServerConfig(
         model=flags.model_name or flags.checkpoint.rstrip("/"),
-        images=ImageRules(flags.allow_http, flags.media_root, flags.max_image_mib * MIB),
+        images=ImageRules(
+            flags.allow_http,
+            flags.media_root,
+            flags.max_image_mib * MIB,
+            max_video_bytes=flags.max_video_mib * MIB,
+        ),
         api_key=flags.api_key,
         max_body=flags.max_body_mib * MIB,
     )

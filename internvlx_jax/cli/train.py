@@ -29,19 +29,24 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = _parser().parse_args(argv)
     configure_logging()
-    from internvlx_jax.training.bad_steps import NonFiniteError
-    from internvlx_jax.training.preemption import EXIT_STATUS, Preempted
 
     def run() -> int:
+        # These load jax, which takes seconds, in which Ctrl-C has its one line as well.
+        from internvlx_jax.training.bad_steps import NonFiniteError
+        from internvlx_jax.training.preemption import EXIT_STATUS, Preempted
+
         try:
             _run(override(load_config_file(args.config), args.settings), args)
         except Preempted as told:
             print(told, file=sys.stderr)
             return EXIT_STATUS
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return 0
 
     words = "interrupted; the same command goes on from the newest checkpoint, if there is one"
-    return run_command(run, NonFiniteError, interrupted=words)
+    return run_command(run, interrupted=words)
 
 
 def _parser() -> CommandParser:

@@ -19,7 +19,7 @@ from typing import Any, cast
 from etils.epath import gpath
 
 from internvlx_jax.core.errors import ConfigError
-from internvlx_jax.core.remote import explained, filesystem, is_url, protocol_of
+from internvlx_jax.core.remote import explained, filesystem, is_url, kind_of, protocol_of
 
 STORES = ("gs", "s3")
 
@@ -59,18 +59,15 @@ class RemotePath(gpath.PosixGPath):
 
     def exists(self, **_: Any) -> bool:
         """Returns whether there is an object of this name, or one below it."""
-        with explained(self):
-            return self._client.exists(str(self))
+        return kind_of(self) != ""
 
     def is_file(self) -> bool:
         """Returns whether there is an object of this name."""
-        with explained(self):
-            return self._client.isfile(str(self))
+        return kind_of(self) == "file"
 
     def is_dir(self) -> bool:
         """Returns whether there are objects below this name."""
-        with explained(self):
-            return self._client.isdir(str(self))
+        return kind_of(self) == "directory"
 
     def stat(self, **_: Any) -> Any:
         """Returns `st_size` and `st_mtime_ns` of an object; its generation stands for the time."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import fsspec
@@ -31,7 +32,7 @@ for name in ("fsspec", "gcsfs", "google.auth._default"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 SILENT_SECONDS = 60  # after which a request is sent again
-PROBE_SECONDS = 20  # until a folder that does not answer is an error
+PROBE_SECONDS = 20  # until a store that does not answer is an error
 RETRIED = (408, 429, 500, 502, 503, 504)
 
 
@@ -83,7 +84,7 @@ def filesystem(path: str | os.PathLike) -> Any:
         _configure("gcs", "gs", session_kwargs={"trace_configs": [_trace()]})
     elif protocol == "s3":
         require("s3fs", extra="s3", purpose=f"reading {path}")
-        _configure("s3")
+        _configure("s3", session=_counting_session())
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:  # fsspec knows the protocol, its package is not installed
@@ -141,6 +142,32 @@ def _trace() -> Any:
     trace.on_response_chunk_received.append(received)
     trace.on_request_chunk_sent.append(sent)
     return trace
+
+
+@functools.cache
+def _counting_session() -> Any:
+    """Returns the session of all clients of s3://, which counts their requests."""
+    from aiobotocore.session import get_session
+
+    def sending(request: Any, **_: Any) -> None:
+        TRAFFIC.requests += 1
+        TRAFFIC.sent += int(request.headers.get("Content-Length") or 0)
+
+    def answered(response_dict: Any, exception: Any, event_name: str, **_: Any) -> None:
+        if exception is not None:  # the connection broke
+            TRAFFIC.failed += 1
+            TRAFFIC.last_error = _first_line(exception)
+            return
+        if ".Head" not in event_name:  # it states the length of what it does not send
+            TRAFFIC.received += int(response_dict["headers"].get("Content-Length") or 0)
+        if (status := response_dict["status_code"]) >= 400:
+            TRAFFIC.last_error = str(status)
+        TRAFFIC.failed += status in RETRIED
+
+    session = get_session()
+    session.register("before-send.s3", sending)
+    session.register("response-received.s3", answered)
+    return session
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -236,21 +263,44 @@ def check_access(path: str | os.PathLike) -> None:
     client, text = filesystem(path), os.fspath(path)
     bucket, _, prefix = text.partition("://")[2].partition("/")
     protocol = protocol_of(path)
-    TRAFFIC.last_error = ""
+    if protocol == "gs":
+        call = client._call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1)
+    elif protocol == "s3":
+        call = client._call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    else:
+        return
     try:
-        with explained(path):
-            if protocol == "gs":
-                call = client._call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1)
-            elif protocol == "s3":
-                call = client._call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
-            else:
-                return
-            fsspec.asyn.sync(client.loop, lambda: call, timeout=PROBE_SECONDS)
+        _answer(path, client, call)
     except FileNotFoundError as error:
         raise StorageError(
             f"{path} cannot be used: there is no bucket {bucket_of(path)}; correct the name, or "
             "make the bucket"
         ) from error
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """Returns "file" or "directory"; nothing if a URL names neither.
+
+    Raises:
+        ConfigError: Its protocol cannot be used.
+        StorageError: It may not be read, or the store does not answer.
+    """
+    client, text = filesystem(path), os.fspath(path)
+    try:
+        if isinstance(client, fsspec.asyn.AsyncFileSystem):
+            return _answer(path, client, client._info(text))["type"]
+        with explained(path):
+            return client.info(text)["type"]
+    except FileNotFoundError:
+        return ""
+
+
+def _answer(path: str | os.PathLike, client: Any, call: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits a client's answer, for at most PROBE_SECONDS; clients alone try for a minute."""
+    TRAFFIC.last_error = ""
+    try:
+        with explained(path):
+            return fsspec.asyn.sync(client.loop, lambda: call, timeout=PROBE_SECONDS)
     except StorageError as error:
         if "imeout" not in str(error):
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,9 @@ def _read_older(
 def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
     """Raises ConfigError for the first merge that the vocabulary does not have."""
     for number, merge in enumerate(model["merges"]):
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge or ())
-        if len(pair) != 2 or not all(isinstance(piece, str) for piece in pair):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(piece, str) for piece in pair):
             raise ConfigError(
                 f"{path}: model.merges[{number}] {shown(merge)} is no pair of pieces. Fetch it "
                 "again."
@@ -196,7 +197,7 @@ def _check_merges(path: Path, model: Mapping[str, Any]) -> None:
         _check_pair(f"{path}: model.merges[{number}]", pair, model["vocab"])
 
 
-def _check_pair(where: str, pair: tuple[str, ...], vocabulary: Mapping[str, int]) -> None:
+def _check_pair(where: str, pair: Sequence[str], vocabulary: Mapping[str, int]) -> None:
     for piece in (*pair, "".join(pair)):
         if piece not in vocabulary:
             raise ConfigError(

@@ -14,6 +14,7 @@ from internvlx_jax.core.json_text import decode_json, invalid_text, shorten, sho
 from internvlx_jax.data import storage
 from internvlx_jax.data.images import embedded_image, from_base64
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from internvlx_jax.data.video_files import is_video_file
 
 Size = tuple[int, int]  # (width, height) in pixels
 Image = str | bytes  # a path or URL, or the encoded file itself
@@ -47,7 +48,6 @@ _PICTURES = tuple(
 )
 # Other spellings of a conversation, which are named where there is no conversation.
 _OTHER_FORMS = ("query", "response", "history", "instruction", "input", "output", "prompt", "text")
-_VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ChatSample:
         turns: human and gpt in turn, beginning with human. With images, human turns have one
             "<image>" for each; with a video, the first has one "<video>".
         system: the record's system message, None for the template's.
-        video: folder or list of frames, None without a video.
+        video: video file, folder or list of frames; None without a video.
+        clip: begin and end, in seconds, of the part of a video file that is meant; None: all of it.
     """
 
     dataset: str
@@ -77,6 +78,7 @@ class ChatSample:
     turns: tuple[Turn, ...]
     system: str | None
     video: str | tuple[Image, ...] | None = None
+    clip: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -120,7 +122,7 @@ def _parse(
     if bad is not None:
         raise _malformed(f"a text is not valid Unicode: {bad}")
     images, sizes = _images(record, root)
-    video = _video(record, root)
+    video, clip = _video(record, root)
     system, turns = _conversation(record)
     if video is not None:
         if images:
@@ -140,6 +142,7 @@ def _parse(
         turns=tuple(turns),
         system=system,
         video=video,
+        clip=clip,
     )
 
 
@@ -157,30 +160,41 @@ def _images(
     return _joined(paths, root), _sizes(widths, heights, len(paths))
 
 
-def _video(record: Mapping[str, Any], root: str) -> str | tuple[Image, ...] | None:
-    video = record.get("video")
+def _video(
+    record: Mapping[str, Any], root: str
+) -> tuple[str | tuple[Image, ...] | None, tuple[float, float] | None]:
+    """Returns the video of a record and the part of it that is meant."""
+    video, clip = record.get("video"), record.get("clip") or None
     if not video:
-        return None
+        return None, None
     if isinstance(video, str):
         frames: list[Image] = [video]
     elif _is_paths(video):
         frames = video
     else:
-        raise _malformed(f'"video" must be a folder or a list of frames, got {shown(video)}')
-    if any(isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES) for frame in frames):
-        raise SampleError(
-            "missing_decoder",
-            "video files are not decoded.",
-            'Extract frames to a folder, and name the folder or list the frames under "video".',
+        raise _malformed(
+            f'"video" must be a video file, a folder or a list of frames, got {shown(video)}'
         )
-    if record.get("clip"):
+    is_file = isinstance(video, str) and is_video_file(video)
+    if any(isinstance(frame, str) and is_video_file(frame) for frame in frames) and not is_file:
+        raise _malformed('"video" lists a video file; a list holds images, and a sample one video')
+    if clip is not None and not is_file:
         raise SampleError(
             "missing_decoder",
             '"clip" gives seconds, which frames do not have.',
             'List the frames of the clip under "video".',
         )
     joined = _joined(frames, root)
-    return cast(str, joined[0]) if isinstance(video, str) else joined
+    return cast(str, joined[0]) if isinstance(video, str) else joined, _clip(clip)
+
+
+def _clip(clip: Any) -> tuple[float, float] | None:
+    if clip is None:
+        return None
+    numbers = isinstance(clip, list) and all(type(each) in (int, float) for each in clip)
+    if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1] < float("inf"):
+        raise _malformed(f'"clip" must be [begin, end] in seconds, got {shown(clip)}')
+    return float(clip[0]), float(clip[1])
 
 
 def _is_paths(paths: Any) -> bool:

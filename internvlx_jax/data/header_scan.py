@@ -9,8 +9,9 @@ from pathlib import Path
 from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.files import write_text
 from internvlx_jax.data.conversations import ChatSample, Size
-from internvlx_jax.data.processor import Processor
+from internvlx_jax.data.processor import Processor, in_training
 from internvlx_jax.data.stamps import stamp_of
+from internvlx_jax.data.video_files import VideoLimits, check_video, is_video_file
 
 # Sizes of the images of a sample by its position, or why they cannot be read.
 Sizes = dict[int, list[Size] | SampleError]
@@ -31,6 +32,7 @@ def chunk_sizes(
 
     def sizes_of(sample: ChatSample) -> list[Size] | SampleError:
         try:
+            _check_video(sample, processor)
             return processor.sizes(sample.images, sample.where, sample.sizes)
         except SampleError as error:
             return error
@@ -67,6 +69,16 @@ def chunk_sizes(
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_text(cached, json.dumps(scanned | new))
     return {**known, **valid, **found}, stamps
+
+
+def _check_video(sample: ChatSample, processor: Processor) -> None:
+    """Opens the video file of a sample, if it has one. Raises SampleError."""
+    if not isinstance(sample.video, str) or not is_video_file(sample.video):
+        return
+    try:
+        check_video(sample.video, VideoLimits(processor.images.max_pixels))
+    except SampleError as error:
+        raise in_training(error).at(sample.where) from None
 
 
 def _read_sizes(cached: Path | None) -> _Scanned:

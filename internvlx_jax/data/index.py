@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from internvlx_jax.core.data_config import DataConfig
+from internvlx_jax.core.data_config import MOST_FRAMES, DataConfig
 from internvlx_jax.core.errors import REASONS, SampleError
 from internvlx_jax.core.paths import STORES, RemotePath, as_path
 from internvlx_jax.core.remote import protocol_of
@@ -44,6 +44,7 @@ from internvlx_jax.data.sources import Source, cache_name, read_sample
 from internvlx_jax.data.stamps import MISSING, NONE, stamp_of
 from internvlx_jax.data.tiles import tile_counts
 from internvlx_jax.data.video import frame_separator, list_frames, with_frames
+from internvlx_jax.data.video_files import is_video_file
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ THREADS = 32  # headers are waited for, not computed
 # So many measured samples are looked at again when a run starts. Larger indexes are trusted,
 # and an image that no longer fits is told when it is decoded.
 LOOK_AGAIN = 100_000
-# Reasons that another image file may take away.
-_RETRIED = ("unreadable", "too_many_pixels")
+# Reasons that another image file, or an installed decoder, may take away.
+_RETRIED = ("unreadable", "too_many_pixels", "missing_decoder")
 _OF_IMAGES = (*_RETRIED, "too_long", "size_mismatch")
 
 
@@ -360,7 +361,8 @@ class _Builder:
             raise sizes
         frames, processor, capacity = 0, self.processor, self.capacity
         if sample.video is not None:
-            frames = len(list_frames(sample))
+            # A file has as many frames as are asked for: its last one is repeated.
+            frames = MOST_FRAMES if _is_file(sample) else len(list_frames(sample))
             sample = with_frames(sample, [""], self.config.video.template)
             sizes, processor = [(1, 1)], processor.for_frames()
         encoded, tiles, _, change = fit_sample(processor, sample, sizes, capacity)
@@ -378,6 +380,10 @@ class _Builder:
             "off_tiles": sum(tile_counts(off, sizes)),
             "frames": frames,
         }
+
+
+def _is_file(sample: ChatSample) -> bool:
+    return isinstance(sample.video, str) and is_video_file(sample.video)
 
 
 def _by_chunk(positions: Sequence[int]) -> Iterable[tuple[int, list[int]]]:

@@ -29,7 +29,8 @@ from internvlx_jax.data.meta import DatasetEntry
 from internvlx_jax.data.processor import Processor, in_training
 from internvlx_jax.data.sources import ArrayRecords, Source, cache_name, read_sample
 from internvlx_jax.data.tiles import cut_images
-from internvlx_jax.data.video import choose_frames, list_frames, with_frames
+from internvlx_jax.data.video import FileFrames, choose_frames, list_frames, with_frames
+from internvlx_jax.data.video_files import VideoLimits, decode_frames, is_video_file
 
 JPEG_QUALITY = (75, 100)
 
@@ -108,10 +109,13 @@ class SampleReader:
         generator = np.random.default_rng(
             (self.seed, zlib.crc32(entry.name.encode()), sample.line, cycle)
         )
+        images = None
         if sample.video is not None:
-            sample, processor = self._with_frames(sample, tiles, generator), processor.for_frames()
-        sample = dataclasses.replace(sample, images=self.images.opened(sample.images, ahead))
-        images = _decode(sample, processor.images)
+            processor = processor.for_frames()
+            sample, images = self._with_frames(sample, tiles, processor.images, generator)
+        if images is None:
+            sample = dataclasses.replace(sample, images=self.images.opened(sample.images, ahead))
+            images = _decode(sample, processor.images)
         fitted = fit_sample(processor, sample, [image.size for image in images], self.capacity)
         _check_fits(fitted, processor, sample, capacity, _remedy(sample, self.sources[dataset]))
         # Images of dropped turns have no entry in fitted.tiles.
@@ -144,11 +148,16 @@ class SampleReader:
         return Ahead(self.images.ask(urls), records)
 
     def _with_frames(
-        self, sample: ChatSample, count: int, generator: np.random.Generator
-    ) -> ChatSample:
-        frames = list_frames(sample)
-        chosen = choose_frames(len(frames), min(count, len(frames)), generator)
-        return with_frames(sample, [frames[frame] for frame in chosen], self.video.template)
+        self, sample: ChatSample, count: int, config: ImageConfig, generator: np.random.Generator
+    ) -> tuple[ChatSample, list[Image.Image] | None]:
+        """Returns the sample with frames for images, and the decoded frames of a video file."""
+        video, template = sample.video, self.video.template
+        if not isinstance(video, str) or not is_video_file(video):
+            frames = list_frames(sample)
+            chosen = choose_frames(len(frames), min(count, len(frames)), generator)
+            return with_frames(sample, [frames[frame] for frame in chosen], template), None
+        images = _decode_video(sample, video, FileFrames(count, generator, sample.clip), config)
+        return with_frames(sample, [video] * count, template), images
 
     def _loss_weight(self, labels: np.ndarray) -> np.ndarray | None:
         if self.loss_reduction == "token":
@@ -176,6 +185,30 @@ def _decode(sample: ChatSample, config: ImageConfig) -> list[Image.Image]:
         ]
     except SampleError as error:
         raise in_training(error).at(sample.where) from None
+
+
+def _decode_video(
+    sample: ChatSample, path: str, choose: FileFrames, config: ImageConfig
+) -> list[Image.Image]:
+    """Returns frames of a video file.
+
+    Raises:
+        SampleError: names file and line.
+    """
+    try:
+        images, damaged = decode_frames(path, choose, VideoLimits(config.max_pixels))
+        if damaged and config.truncated == "reject":
+            raise SampleError(
+                "truncated",
+                "the video is damaged; only a part of it can be decoded.",
+                "Replace the file.",
+                path,
+            )
+    except SampleError as error:
+        raise in_training(error).at(sample.where) from None
+    for image in images:
+        image.info = {"counted": ("truncated",) if damaged else ()}
+    return images
 
 
 def _check_fits(

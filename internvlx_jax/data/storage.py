@@ -10,7 +10,7 @@ import os
 from typing import BinaryIO, cast
 
 from internvlx_jax.core.byte_ranges import read_part
-from internvlx_jax.core.remote import explained, filesystem, is_url, protocol_of
+from internvlx_jax.core.remote import explained, filesystem, is_url, kind_of, protocol_of
 
 
 def join(root: str, path: str) -> str:
@@ -34,18 +34,12 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
 
 def is_file(path: str) -> bool:
     """Returns whether the path or URL is a file."""
-    if not is_url(path):
-        return os.path.isfile(path)
-    with explained(path):
-        return filesystem(path).isfile(path)
+    return kind_of(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
     """Returns whether the path or URL is a folder."""
-    if not is_url(path):
-        return os.path.isdir(path)
-    with explained(path):
-        return filesystem(path).isdir(path)
+    return kind_of(path) == "directory" if is_url(path) else os.path.isdir(path)
 
 
 def names_in(folder: str) -> list[str]:

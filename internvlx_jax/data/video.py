@@ -14,6 +14,7 @@ from internvlx_jax.core.json_text import shorten
 from internvlx_jax.data import storage
 from internvlx_jax.data.conversations import ChatSample, Image
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from internvlx_jax.data.video_files import clip_bounds
 
 # template -> (text in front of frame i, text after its image, text after the last one)
 _FRAME_TEXT = {
@@ -24,7 +25,7 @@ _FRAME_TEXT = {
 
 
 def list_frames(sample: ChatSample) -> tuple[Image, ...]:
-    """Returns all frames of a video in order.
+    """Returns all frames of a video that is a folder or a list, in order.
 
     The frames of a folder are ordered by the number at the end of their names.
 
@@ -48,7 +49,7 @@ def frames_in(folder: str, where: str) -> tuple[str, ...]:
         raise SampleError(
             "unreadable",
             f"{shorten(folder)} is no folder of frames ({type(error).__name__}).",
-            'Name a folder of images, or list the frames, under "video".',
+            'Name a video file or a folder of images, or list the frames, under "video".',
             where,
         ) from None
     names = [
@@ -85,21 +86,46 @@ def choose_frames(available: int, count: int, generator: np.random.Generator | N
     return ((low + high - 1) // 2 if generator is None else generator.integers(low, high)).tolist()
 
 
+@dataclasses.dataclass(frozen=True)
+class FileFrames:
+    """Chooses the frames of a video file; the last one is repeated where it has too few.
+
+    Attributes:
+        count: how many.
+        generator: see `choose_frames`.
+        clip: part of the video, in seconds; None takes all of it.
+        where: names the video in messages.
+    """
+
+    count: int
+    generator: np.random.Generator | None = None
+    clip: tuple[float, float] | None = None
+    where: str = ""
+
+    def __call__(self, total: int, rate: float) -> list[int]:
+        """Returns the numbers of the frames of a video of `total` frames, `rate` per second."""
+        first, end = clip_bounds(total, rate, self.clip, self.where)
+        available = end - first
+        chosen = choose_frames(available, min(self.count, available), self.generator)
+        chosen += chosen[-1:] * (self.count - len(chosen))
+        return [first + frame for frame in chosen]
+
+
 def with_frames(sample: ChatSample, frames: Sequence[Image], template: str) -> ChatSample:
     """Returns the sample with the chosen frames as its images, announced in the first turn."""
-    before, between, end = _FRAME_TEXT[template]
-    text = (
-        between.join(f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, len(frames) + 1))
-        + end
-    )
     (role, first), *rest = sample.turns
-    placeholder = (
-        f"{VIDEO_PLACEHOLDER}\n" if f"{VIDEO_PLACEHOLDER}\n" in first else VIDEO_PLACEHOLDER
-    )
-    turns = ((role, first.replace(placeholder, text)), *rest)
+    turns = ((role, announced(first, len(frames), template)), *rest)
     return dataclasses.replace(
         sample, images=tuple(frames), sizes=(None,) * len(frames), turns=turns
     )
+
+
+def announced(text: str, frames: int, template: str) -> str:
+    """Returns a question with "<image>" for each frame in place of its "<video>"."""
+    before, between, end = _FRAME_TEXT[template]
+    images = (f"{before.format(i)}{IMAGE_PLACEHOLDER}" for i in range(1, frames + 1))
+    line = f"{VIDEO_PLACEHOLDER}\n"
+    return text.replace(line if line in text else VIDEO_PLACEHOLDER, between.join(images) + end)
 
 
 def frame_separator(template: str, number: int) -> str:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from internvlx_jax.core.errors import SampleError
 from internvlx_jax.core.extras import require
-from internvlx_jax.data import storage
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.data.video import frames_in
+from internvlx_jax.data.video_files import decode_frames
 
 FOLDER_RATE = 3.0  # frames per second in a folder, as in TVQA's
 JPEG = 75  # quality of the files through which VLMEvalKit passes frames
-_NEAR = 250  # frames; nearer ones are reached by decoding, others by seeking
 
 # Maps (frames wanted, number of frames, frames per second, number of the first frame) to numbers.
 Choice = Callable[[int, int, float, int], list[int]]
@@ -126,35 +124,17 @@ def video_frames(
         first = 1 if isinstance(choice, Segments) else 0  # the reference counts these files from 1
         numbers = choice(count, len(frames), FOLDER_RATE, first)
         return tuple(frames[min(max(i - first, 0), len(frames) - 1)] for i in numbers)
-    _decoder()
+    require("av", extra="video", purpose="decoding video files")
     clip = Clip(str(path), choice, count, jpeg)
     return tuple(VideoFrame(clip, i) for i in range(count))
-
-
-def _decoder() -> Any:
-    return require("av", extra="video", purpose="decoding video files")
 
 
 @functools.lru_cache(maxsize=8)
 def _encoded(clip: Clip) -> list[bytes]:
     """Returns the frames of a clip as files; those of the last few clips are kept."""
-    av = _decoder()
-    try:
-        with storage.open_binary(clip.path) as file, av.open(file) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or 0) or 1.0
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-            wanted = [min(max(i, 0), total - 1) for i in clip.choice(clip.count, total, rate, 0)]
-            images = _decode(container, stream, wanted, rate)
-    except (av.error.FFmpegError, IndexError, OSError) as error:
-        raise SampleError(
-            "unreadable",
-            f"the video cannot be decoded ({type(error).__name__}: {error}).",
-            "Download the file again, or put a folder of frames in its place.",
-            clip.path,
-        ) from None
+    frames = decode_frames(clip.path, lambda total, rate: clip.choice(clip.count, total, rate, 0))
     files = []
-    for image in images:
+    for image in frames.images:
         file = io.BytesIO()
         if clip.jpeg:
             image.save(file, "JPEG", quality=JPEG)
@@ -162,32 +142,3 @@ def _encoded(clip: Clip) -> list[bytes]:
             image.save(file, "PNG", compress_level=1)
         files.append(file.getvalue())
     return files
-
-
-def _decode(container: Any, stream: Any, wanted: Sequence[int], rate: float) -> list[Any]:
-    """Returns frames by ascending number as PIL images.
-
-    A frame is found by its time, number / rate, which is exact for a constant rate.
-    """
-    begun = float((stream.start_time or 0) * stream.time_base)
-    found: dict[int, Any] = {}
-    frames, position = iter(()), None
-    for number in sorted(set(wanted)):
-        if position is None or number - position > _NEAR:
-            container.seek(
-                int((begun + number / rate) / stream.time_base), stream=stream, backward=True
-            )
-            frames = container.decode(stream)
-        last = None
-        for frame in frames:
-            last = frame
-            position = round((float(frame.time or 0.0) - begun) * rate)
-            if position >= number:
-                break
-        if last is None:  # behind the last frame, as the header counted too many
-            found[number] = found[max(found)] if found else None
-            continue
-        found[number] = last.to_image()
-    if any(image is None for image in found.values()):
-        raise IndexError("it has no frames")
-    return [found[number] for number in wanted]

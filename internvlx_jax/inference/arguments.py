@@ -12,8 +12,10 @@ from internvlx_jax.core.json_text import invalid_text
 from internvlx_jax.core.ranges import SEED
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.images import Images, image_sources
 from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler, Turn
+from internvlx_jax.inference.videos import place_frames
 
 MAX_NEW_TOKENS = 1024
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -105,6 +107,7 @@ def make_request(
     where: str = "prompt",
     read_files: bool = False,
     literal: bool = False,
+    frames: Sequence[VideoFrame] = (),
 ) -> Request:
     """Returns the request of one prompt with its placeholders in place.
 
@@ -117,6 +120,7 @@ def make_request(
         read_files: whether image files of the newest turn are read here.
         literal: whether "<image>" in a prompt without images is ordinary text, as it is in earlier
             turns, and no error.
+        frames: those of the newest turn's video, in place of images.
 
     Raises:
         TypeError: the prompt or an image has a type that is not accepted.
@@ -138,9 +142,13 @@ def make_request(
         Turn(request.prompt, turn.answer, request.images)
         for request, turn in zip(asked, history, strict=True)
     ]
-    sources = image_sources(images, read_files=read_files)
+    if frames:
+        sources, placed = tuple(frames), place_frames(prompt, len(frames), where)
+    else:
+        sources = image_sources(images, read_files=read_files)
+        placed = prompt if literal and not sources else place_images(prompt, len(sources), where)
     return Request(
-        prompt=prompt if literal and not sources else place_images(prompt, len(sources), where),
+        prompt=placed,
         images=sources,
         history=tuple(turns),
         system=system,

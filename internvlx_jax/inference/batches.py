@@ -31,6 +31,7 @@ from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.images import ImageSource, image_size, load_image, open_image
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tiles import choose_grid, cut_tiles, tile_count
+from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler
 
 # Requests are planned this many at a time: their image headers are read and their prompts encoded
@@ -205,7 +206,7 @@ class PromptBuilder:
         with located(request.where):
             turns = [count_tiles(spec.tiler, images) for images in request.images_per_turn]
             counts = [n for blocks in turns for n in blocks]
-            length = len(self._encode(request, turns).tokens)
+            length = len(self.encode(request, turns).tokens)
             bucket = smallest_bucket(
                 sum(counts), length, saved_per_tile=self.processor.saved_per_tile
             )
@@ -260,7 +261,7 @@ class PromptBuilder:
                 cut_images(spec.tiler, each, request.where) for each in request.images_per_turn
             ]
             blocks = [_blocks(spec.tiler, list(map(len, tiles))) for tiles in turns]
-            encoded = self._encode(request, blocks)
+            encoded = self.encode(request, blocks)
             size = spec.tiler.tiles.tile_size
             no_tiles = np.zeros((0, size, size, 3), np.uint8)
             tiles = np.concatenate([no_tiles, *(image for images in turns for image in images)])
@@ -272,7 +273,7 @@ class PromptBuilder:
                 )
             return Row(encoded.tokens, encoded.labels, encoded.tile_start, tiles)
 
-    def _encode(self, request: Request, turns: Sequence[Sequence[int]]) -> Encoded:
+    def encode(self, request: Request, turns: Sequence[Sequence[int]]) -> Encoded:
         """Encodes a request whose turns have image blocks of so many tiles."""
         processor = self.processor
         return encode_prompt(
@@ -335,9 +336,16 @@ def _blocks(tiler: Tiler, counts: Sequence[int]) -> tuple[int, ...]:
 
 def _limited(tiler: Tiler, images: Sequence[ImageSource]) -> list[tuple[ImageSource, int, int]]:
     """Returns (image, tile maximum, enlargement) of each image that is used."""
-    limits = tiler.policy.limits(tiler.tiles.max_num, len(images)) if images else ()
+    still = sum(not isinstance(image, VideoFrame) for image in images)
+    limits = iter(tiler.policy.limits(tiler.tiles.max_num, still) if still else ())
     factors = [tiler.policy.enlarge_first] + [1] * len(images)
-    return list(zip(images, limits, factors, strict=False))
+    found = []
+    for image, factor in zip(images, factors, strict=False):
+        limit = 1 if isinstance(image, VideoFrame) else next(limits, None)
+        if limit is None:
+            break
+        found.append((image, limit, factor))
+    return found
 
 
 def _cut(tiler: Tiler, source: ImageSource, limit: int, factor: int, where: str) -> np.ndarray:

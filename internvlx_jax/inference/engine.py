@@ -32,14 +32,13 @@ from internvlx_jax.inference.batch_generator import AnswerReader, settled
 from internvlx_jax.inference.batches import PromptBuilder
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request
 from internvlx_jax.inference.serving_buckets import ServingBuckets
-from internvlx_jax.models.generation import row_keys
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.serving_slots import (
-    RowSampling,
     Slots,
     admit,
     decode,
     empty_slots,
+    one_row,
     slot_shardings,
 )
 from internvlx_jax.models.sharding import data_parallel_size
@@ -199,8 +198,10 @@ class Engine:
         log.info("compiling %d programs: %s", len(self.buckets.all) + 1, self.buckets.described())
         for bucket in self.buckets.all:
             inputs = self.prompts.inputs([self.buckets.probe(bucket)], bucket)
-            how = _how(0, 2, Sampling(), seed=0, number=0)
-            self._state, _ = self._admit(self.model, self._state, inputs, *how)
+            how = one_row(Sampling(), seed=0, number=0)
+            self._state, _ = self._admit(
+                self.model, self._state, inputs, np.int32(0), np.int32(2), how
+            )
         self._advance(1)
         self._state = self._empty(self.model)
         jax.monitoring.register_event_duration_secs_listener(self._hear)
@@ -334,9 +335,11 @@ class Engine:
         """Runs a prompt and delivers its first token."""
         assert ticket.row is not None and ticket.bucket is not None
         inputs = self.prompts.inputs([ticket.row], ticket.bucket)
-        limit = self._limit(ticket)
-        how = _how(slot, limit, ticket.spec.sampling, ticket.spec.seed, len(ticket.request.history))
-        self._state, token = self._admit(self.model, self._state, inputs, *how)
+        spec, limit = ticket.spec, np.int32(self._limit(ticket))
+        how = one_row(spec.sampling, spec.seed, number=len(ticket.request.history))
+        self._state, token = self._admit(
+            self.model, self._state, inputs, np.int32(slot), limit, how
+        )
         with self._changed:
             self._counts["prompt_tokens"] += len(ticket.row.tokens)
         self._take(slot, [int(token)])
@@ -403,20 +406,3 @@ class Engine:
         self._state = self._empty(self.model)
         for ticket in lost:
             ticket.deliver(Piece("", fault=True))
-
-
-def _how(
-    slot: int, limit: int, sampling: Sampling, seed: int, number: int
-) -> tuple[np.int32, np.int32, RowSampling]:
-    """Returns what `admit` wants to know about one request, as arrays."""
-    rows = RowSampling(
-        temperature=np.array([sampling.temperature], np.float32),
-        top_k=np.array([sampling.top_k], np.int32),
-        top_p=np.array([sampling.top_p], np.float32),
-        repetition_penalty=np.array([sampling.repetition_penalty], np.float32),
-        keys=_keys(np.uint32(seed), np.array([number], np.uint32)),
-    )
-    return np.int32(slot), np.int32(limit), rows
-
-
-_keys = jax.jit(row_keys)

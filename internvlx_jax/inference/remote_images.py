@@ -1,4 +1,4 @@
-"""Reads the images that clients of a server name, as far as the server allows (serving.md 2)."""
+"""Reads the images and videos that clients of a server name (design: serving.md 2)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,31 @@ import ssl
 import time
 import urllib.parse
 from pathlib import Path
+from typing import NamedTuple
 
 from internvlx_jax.core.errors import SampleError
+from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.images import ImageBytes, embedded_image
+from internvlx_jax.data.video_files import VideoFrame, VideoLimits
 from internvlx_jax.inference.server_requests import RequestError
+from internvlx_jax.inference.serving_buckets import MAX_PIXELS
+from internvlx_jax.inference.videos import video_frames
 
 MOST_REDIRECTS = 3
 CHUNK = 1 << 16
 CODE = "invalid_image"
+
+
+class _Kind(NamedTuple):
+    """What is read: its name and code in errors, and the field of `ImageRules` that bounds it."""
+
+    name: str
+    code: str
+    limit: str
+
+
+IMAGE = _Kind("image", CODE, "max_bytes")
+VIDEO = _Kind("video", "invalid_video", "max_video_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +46,16 @@ class ImageRules:
         media_root: folder below which file:// URLs are read; None: none are.
         max_bytes: most bytes of an image file.
         seconds: longest time for one image.
+        max_video_bytes: most bytes of a video file.
+        video_seconds: longest time for the decoding of one video.
     """
 
     allow_http: bool = False
     media_root: Path | None = None
     max_bytes: int = 32 * 2**20
     seconds: float = 10.0
+    max_video_bytes: int = 64 * 2**20
+    video_seconds: float = 20.0
 
     def read(self, url: str, field: str) -> ImageBytes:
         """Returns the image file behind a URL.
@@ -44,37 +65,64 @@ class ImageRules:
         """
         scheme = url[:8].partition(":")[0].strip().lower()
         if scheme == "data":
-            return self._embedded(url, field)
+            return self._embedded(url, field, IMAGE)
         if scheme in ("http", "https") and self.allow_http:
             return self._fetched(url, field)
         if scheme == "file" and self.media_root is not None:
-            return self._file(url, field)
+            return self._file(url, field, IMAGE)
         allowed = ["data:"] + ["http(s)"] * self.allow_http
         allowed += ["file:// below the media folder"] * (self.media_root is not None)
         raise RequestError(
             f"this server reads images from {', '.join(allowed)} URLs only", field, code=CODE
         )
 
-    def _embedded(self, url: str, field: str) -> ImageBytes:
+    def read_video(
+        self, url: str, field: str, frames: int, tiles: TileConfig
+    ) -> tuple[VideoFrame, ...]:
+        """Returns frames of the video file behind a URL, which is never fetched.
+
+        Raises:
+            RequestError: it is not allowed, or cannot be read.
+        """
+        scheme = url[:8].partition(":")[0].strip().lower()
+        if scheme == "data":
+            data = self._embedded(url, field, VIDEO).data
+        elif scheme == "file" and self.media_root is not None:
+            data = self._file(url, field, VIDEO).data
+        else:
+            allowed = "data:" + " and file:// below the media folder" * bool(self.media_root)
+            raise RequestError(
+                f"this server reads videos from {allowed} URLs only", field, code=VIDEO.code
+            )
+        limits = VideoLimits(MAX_PIXELS, self.video_seconds)
+        try:
+            return video_frames(data, frames, tiles, name=field, limits=limits)
+        except SampleError as error:
+            raise RequestError(str(error), field, code=VIDEO.code) from None
+
+    def _embedded(self, url: str, field: str, kind: _Kind) -> ImageBytes:
         try:
             data = embedded_image(url)
         except SampleError as error:
-            raise RequestError(f"the image cannot be read: {error}", field, code=CODE) from None
-        if data is None:
-            raise RequestError("the URL holds no image", field, code=CODE)
-        return self._limited(data, field)
-
-    def _limited(self, data: bytes, field: str) -> ImageBytes:
-        if len(data) > self.max_bytes:
             raise RequestError(
-                f"the image has more than {self.max_bytes} bytes", field, status=413, code=CODE
+                f"the {kind.name} cannot be read: {error}", field, code=kind.code
+            ) from None
+        if data is None:
+            raise RequestError(f"the URL holds no {kind.name}", field, code=kind.code)
+        return self._limited(data, field, kind)
+
+    def _limited(self, data: bytes, field: str, kind: _Kind) -> ImageBytes:
+        most = getattr(self, kind.limit)
+        if len(data) > most:
+            raise RequestError(
+                f"the {kind.name} has more than {most} bytes", field, status=413, code=kind.code
             )
         return ImageBytes(field, data)
 
-    def _file(self, url: str, field: str) -> ImageBytes:
+    def _file(self, url: str, field: str, kind: _Kind) -> ImageBytes:
         assert self.media_root is not None
         parts = urllib.parse.urlsplit(url)
-        refused = RequestError("the file is not below the media folder", field, code=CODE)
+        refused = RequestError("the file is not below the media folder", field, code=kind.code)
         try:
             root = self.media_root.resolve(strict=True)
             path = Path(urllib.parse.unquote(parts.path)).resolve(strict=True)
@@ -83,7 +131,7 @@ class ImageRules:
             if not path.is_file():
                 raise refused
             with path.open("rb") as file:
-                return self._limited(file.read(self.max_bytes + 1), field)
+                return self._limited(file.read(getattr(self, kind.limit) + 1), field, kind)
         except (OSError, ValueError):  # also where it does not exist: nothing is told of it
             raise refused from None
 
@@ -93,7 +141,7 @@ class ImageRules:
             for _ in range(MOST_REDIRECTS + 1):
                 found = self._get(url, until, field)
                 if isinstance(found, bytes):
-                    return self._limited(found, field)
+                    return self._limited(found, field, IMAGE)
                 url = found
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = f"{type(error).__name__}"

@@ -252,12 +252,15 @@ class Server:
 
     def _parse(self, body: bytes) -> Completion:
         assert self._engine is not None
+        tiles, rules = self._engine.prompts.processor.tiles, self.config.images
         try:
             return parse_completion(
                 parse_json(body),
                 model=self.config.model,
-                tiles=self._engine.prompts.processor.tiles,
-                read_image=self.config.images.read,
+                tiles=tiles,
+                max_tiles=self._engine.buckets.max_tiles,
+                read_image=rules.read,
+                read_video=lambda url, field, frames: rules.read_video(url, field, frames, tiles),
             )
         except (ConfigError, SampleError) as error:
             raise RequestError(str(error)) from None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from internvlx_jax.core.json_text import invalid_text
 from internvlx_jax.core.tile_config import MOST_TILES, TileConfig
 from internvlx_jax.data.images import ImageBytes
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
+from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.arguments import make_spec
 from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
+from internvlx_jax.inference.videos import FRAMES, place_frames
 
 MOST_STOPS = 16
 HIGH_DETAIL_TILES = 12
@@ -27,6 +29,8 @@ ROLES = {
 
 # Returns the bytes of an image URL, or raises RequestError.
 ReadImage = Callable[[str, str], ImageBytes]
+# Returns so many frames of the video of a URL, or raises RequestError.
+ReadVideo = Callable[[str, str, int], Sequence[VideoFrame]]
 
 
 class RequestError(Exception):
@@ -84,7 +88,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse_completion(
-    body: Mapping[str, Any], *, model: str, tiles: TileConfig, read_image: ReadImage
+    body: Mapping[str, Any],
+    *,
+    model: str,
+    tiles: TileConfig,
+    max_tiles: int,
+    read_image: ReadImage,
+    read_video: ReadVideo,
 ) -> Completion:
     """Returns what a body asks for; unknown fields are ignored.
 
@@ -92,7 +102,9 @@ def parse_completion(
         body: JSON of the request.
         model: the only model that this server has.
         tiles: how the model cuts images.
+        max_tiles: most tiles of a request.
         read_image: reads the image of a URL; the second argument names the field.
+        read_video: reads frames of the video of a URL; the third argument is their number.
 
     Raises:
         RequestError: with the field that is wrong.
@@ -109,7 +121,8 @@ def parse_completion(
     fields = _Fields(body)
     if fields.number("n", 1, whole=True) != 1:
         raise RequestError("n must be 1", "n")
-    messages = _Messages(read_image)
+    frames = fields.setting("num_frames", max_tiles) or min(FRAMES, max_tiles)
+    messages = _Messages(read_image, lambda url, field: read_video(url, field, frames))
     request = messages.request(body.get("messages"))
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, dict):
@@ -135,7 +148,7 @@ def _spec(fields: _Fields, tiles: TileConfig, details: set[str]) -> GenerationSp
         seed=fields.number("seed", 0, whole=True) % 2**32,
         stop=fields.stops(),
     )
-    limit = fields.most_tiles()
+    limit = fields.setting("max_dynamic_patch", MOST_TILES)
     if limit is None and details:
         ranked = ("high", "auto", "low")
         detail = next(rank for rank in ranked if rank in details)
@@ -194,15 +207,32 @@ class _Fields:
                 raise RequestError("stop must hold texts that are not empty", f"stop[{i}]")
         return tuple(stops)
 
-    def most_tiles(self) -> int | None:
+    def setting(self, name: str, most: int) -> int | None:
+        """Returns a whole number of mm_processor_kwargs; None without it."""
         settings = self.body.get("mm_processor_kwargs")
         if settings is None:
             return None
         if not isinstance(settings, dict):
             raise RequestError("mm_processor_kwargs must be an object", "mm_processor_kwargs")
-        return _Fields(settings).number(
-            "max_dynamic_patch", None, whole=True, least=1, most=MOST_TILES
-        )
+        return _Fields(settings).number(name, None, whole=True, least=1, most=most)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a message.
+
+    Attributes:
+        text: what stands for it in the prompt.
+        images: its image, or the frames of its video.
+    """
+
+    text: str
+    images: tuple[ImageBytes, ...] = ()
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image and no video."""
+        return self.images != () and not isinstance(self.images[0], VideoFrame)
 
 
 class _Messages:
@@ -212,8 +242,10 @@ class _Messages:
         details: the `detail` of every image.
     """
 
-    def __init__(self, read_image: ReadImage):
-        self.read_image = read_image
+    def __init__(
+        self, read_image: ReadImage, read_video: Callable[[str, str], Sequence[VideoFrame]]
+    ):
+        self.read_image, self.read_video = read_image, read_video
         self.details: set[str] = set()
 
     def request(self, messages: Any) -> Request:
@@ -261,33 +293,35 @@ class _Messages:
             return ROLES[role], _text(content, where), ()
         if not isinstance(content, list):
             raise RequestError(f"{where} must be a text or a list of parts", where)
-        texts, images = [], []
-        for i, part in enumerate(content):
-            text, image = self._part(part, f"{where}[{i}]", role)
-            texts.append(text)
-            images += [] if image is None else [image]
-        return ROLES[role], _placed(texts, len(images), where), tuple(images)
+        parts = [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)]
+        images = tuple(image for part in parts for image in part.images)
+        return ROLES[role], _placed(parts, where), images
 
-    def _part(self, part: Any, where: str, role: str) -> tuple[str | None, ImageBytes | None]:
-        """Returns a text, or no text and an image."""
+    def _part(self, part: Any, where: str, role: str) -> _Part:
+        """Returns a text, an image, or the frames of a video."""
         if not isinstance(part, dict):
             raise RequestError(f"{where} must be an object", where)
         kind = part.get("type")
         if kind == "text":
-            return _text(part.get("text"), f"{where}.text"), None
-        if kind != "image_url":
-            raise RequestError(f"{where}.type must be text or image_url", f"{where}.type")
+            return _Part(_text(part.get("text"), f"{where}.text"))
+        if kind not in ("image_url", "video_url"):
+            raise RequestError(
+                f"{where}.type must be text, image_url or video_url", f"{where}.type"
+            )
         if role != "user":
             raise RequestError("only messages of the user may hold images", where)
-        image, where = part.get("image_url"), f"{where}.image_url"
+        image, where = part.get(kind), f"{where}.{kind}"
         image = {"url": image} if isinstance(image, str) else image
         if not isinstance(image, dict) or not isinstance(image.get("url"), str):
             raise RequestError(f"{where}.url must be a text", f"{where}.url")
+        if kind == "video_url":
+            frames = tuple(self.read_video(image["url"], f"{where}.url"))
+            return _Part(place_frames("", len(frames), where).rstrip("\n"), frames)
         detail = image.get("detail") or "auto"
         if detail not in ("low", "auto", "high"):
             raise RequestError(f"{where}.detail must be low, auto or high", f"{where}.detail")
         self.details.add(detail)
-        return None, self.read_image(image["url"], f"{where}.url")
+        return _Part(IMAGE_PLACEHOLDER, (self.read_image(image["url"], f"{where}.url"),))
 
 
 def _text(value: Any, where: str) -> str:
@@ -299,18 +333,20 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _placed(texts: list[str | None], images: int, where: str) -> str:
+def _placed(parts: list[_Part], where: str) -> str:
     """Joins the parts of a message; images stand where their parts do.
 
-    A text that has as many "<image>" as there are images says itself where they stand.
+    A text that has as many "<image>" as there are images says itself where they stand, if there is
+    no video.
     """
-    written = [text for text in texts if text is not None]
-    found = sum(text.count(IMAGE_PLACEHOLDER) for text in written)
-    if not images or found == images:
-        return "\n".join(written)
-    if found:
+    found = sum(part.text.count(IMAGE_PLACEHOLDER) for part in parts if not part.images)
+    pictures = sum(part.is_image for part in parts)
+    if found and found == pictures == sum(len(part.images) for part in parts):
+        return "\n".join(part.text for part in parts if not part.is_image)
+    if found and any(part.images for part in parts):
         raise RequestError(
-            f'{images} images but {found} "<image>" in the text; write one for each image, or none',
+            f'{pictures} images but {found} "<image>" in the text; write one for each image, or '
+            "none",
             where,
         )
-    return "\n".join(IMAGE_PLACEHOLDER if text is None else text for text in texts)
+    return "\n".join(part.text for part in parts)

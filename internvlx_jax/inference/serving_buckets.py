@@ -23,6 +23,9 @@ TILE_STEPS = (0, 1, 2, 4, 7, 13, 24, 48, 96)
 LEAST_TEXT = 64
 MAX_PIXELS = 50_000_000
 ANY_LENGTH = 2**31
+# No token of a known vocabulary stands for more characters; a text that is longer than all tokens
+# of a slot can be is refused before it is encoded.
+LONGEST_TOKEN = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,11 @@ class ServingBuckets:
             SampleError: an image or a placeholder is wrong, or the request is too large.
         """
         with located(request.where):
+            texts = [request.prompt, request.system or ""]
+            texts += [text for turn in request.history for text in (turn.prompt, turn.answer)]
+            characters = sum(map(len, texts))
+            if characters > LONGEST_TOKEN * self.capacity:
+                raise self._too_long(f"{characters} characters")
             for images in request.images_per_turn:
                 for image in images:
                     check_pixels(image_size(image), self.max_pixels, image)
@@ -133,11 +141,14 @@ class ServingBuckets:
                 )
             row = prompts.row(request, Bucket(tiles, ANY_LENGTH), spec)
             if len(row.tokens) >= self.capacity:
-                raise SampleError(
-                    "too_long",
-                    f"the prompt has {len(row.tokens)} tokens, a slot of this server holds "
-                    f"{self.capacity} with the answer.",
-                    "Shorten the prompt or its history, or send fewer or smaller images.",
-                )
+                raise self._too_long(f"{len(row.tokens)} tokens")
             fits = (b for b in self.all if b.tiles >= tiles and b.length >= len(row.tokens))
             return min(fits), row
+
+    def _too_long(self, length: str) -> SampleError:
+        return SampleError(
+            "too_long",
+            f"the prompt has {length}, a slot of this server holds {self.capacity} tokens with the "
+            "answer.",
+            "Shorten the prompt or its history, or send fewer or smaller images.",
+        )

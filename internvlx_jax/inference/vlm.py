@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +18,16 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LvtcConfig, ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
+from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.arguments import MAX_NEW_TOKENS, Options, make_request, make_spec
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.chat import Chat
+from internvlx_jax.inference.conversation import Conversation, Conversations
 from internvlx_jax.inference.engine import Engine
 from internvlx_jax.inference.images import Images
 from internvlx_jax.inference.loading import Pretrained, load_pretrained, one_device
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request, Turn
+from internvlx_jax.inference.videos import FRAMES, Video, check_pair, video_frames
 from internvlx_jax.models.internvlx import InternVLX
 
 BATCH_SIZE = 16
@@ -130,6 +134,8 @@ class VLM:
         prompt: str,
         images: Images = None,
         *,
+        video: Video = None,
+        frames: int = FRAMES,
         history: Sequence[Turn] = (),
         system: str | None = None,
         **options: Unpack[Options],
@@ -141,6 +147,8 @@ class VLM:
         prompt: list[str] | tuple[str, ...],
         images: Sequence[Images] | None = None,
         *,
+        video: Sequence[Video] | None = None,
+        frames: int = FRAMES,
         system: str | None = None,
         **options: Unpack[Options],
     ) -> list[str]: ...
@@ -150,6 +158,8 @@ class VLM:
         prompt: str | list[str] | tuple[str, ...],
         images: Any = None,
         *,
+        video: Any = None,
+        frames: int = FRAMES,
         history: Sequence[Turn] = (),
         system: str | None = None,
         **options: Unpack[Options],
@@ -164,6 +174,10 @@ class VLM:
                 in front of a prompt without it.
             images: an image or a list of images; for a list of prompts, one such entry (or None)
                 per prompt. An image is a path, a URL, bytes, a PIL image or uint8[H, W, 3].
+            video: a video, in place of images; for a list of prompts, a video (or None) per
+                prompt. A video is a path or URL of a file or a folder of frames, bytes, a list of
+                images or uint8[F, H, W, 3]. "<video>" says where it stands in the prompt.
+            frames: frames that are taken from a video, each of them one tile.
             history: earlier turns, for a single prompt.
             system: replaces the system message of the model.
             **options: see `Options`.
@@ -179,12 +193,14 @@ class VLM:
         """
         spec = self.spec(**options)
         if isinstance(prompt, str):
-            request = make_request(prompt, images, history=history, system=system)
+            check_pair(images, video)
+            taken = self.video_frames(video, frames)
+            request = make_request(prompt, images, history=history, system=system, frames=taken)
             (answer,) = self._answer({len(request.history): request}, spec)
             return answer.text
         if history:
             raise ValueError("history belongs to a single prompt; give one text as prompt")
-        requests = dict(enumerate(_requests(prompt, images, system)))
+        requests = dict(enumerate(self._requests(prompt, images, video, frames, system)))
         return [answer.text for answer in self._answer(requests, spec)]
 
     def stream(
@@ -192,6 +208,8 @@ class VLM:
         prompt: str,
         images: Images = None,
         *,
+        video: Video = None,
+        frames: int = FRAMES,
         history: Sequence[Turn] = (),
         system: str | None = None,
         **options: Unpack[Options],
@@ -200,12 +218,22 @@ class VLM:
 
         Arguments and errors are those of `generate`.
         """
-        request = make_request(prompt, images, history=history, system=system)
+        check_pair(images, video)
+        taken = self.video_frames(video, frames)
+        request = make_request(prompt, images, history=history, system=system, frames=taken)
         return self.stream_request(request, self.spec(**options))
 
     def chat(self, *, system: str | None = None, **options: Unpack[Options]) -> Chat:
         """Returns a new conversation, all of whose turns share the options."""
         return Chat(self, self.spec(**options), system=system)
+
+    def conversation(self) -> Conversation:
+        """Returns an empty cache for one conversation; `Chat` holds one."""
+        return Conversation(self._conversations)
+
+    @functools.cached_property
+    def _conversations(self) -> Conversations:
+        return Conversations(self._generator)
 
     def engine(self, **options: Any) -> Engine:
         """Returns an engine for requests that come and go; see `Engine` for the options."""
@@ -229,8 +257,16 @@ class VLM:
         defaults: Options = {"max_new_tokens": min(MAX_NEW_TOKENS, half)}
         return make_spec(self.config.prompt.tiles, **(defaults | options))
 
-    def stream_request(self, request: Request, spec: GenerationSpec) -> Iterator[str]:
-        """Yields pieces of the answer to a request."""
+    def video_frames(self, video: Video, count: int, name: str = "video") -> tuple[VideoFrame, ...]:
+        """Returns frames of a video, as `generate` takes them; see videos.video_frames."""
+        return video_frames(video, count, self.config.prompt.tiles, name=name)
+
+    def stream_request(
+        self, request: Request, spec: GenerationSpec, conversation: Conversation | None = None
+    ) -> Iterator[str]:
+        """Yields pieces of the answer to a request, on the cache of its conversation if given."""
+        if conversation is not None:
+            return conversation.stream(request, spec)
         return self._generator.stream(request, spec, number=len(request.history))
 
     def _answer(self, requests: dict[int, Request], spec: GenerationSpec) -> list[Answer]:
@@ -243,32 +279,43 @@ class VLM:
             found |= answers
         return [found[number] for number in sorted(found)]
 
+    def _requests(
+        self, prompts: Sequence[str], images: Any, video: Any, frames: int, system: str | None
+    ) -> list[Request]:
+        """Returns the request of each prompt."""
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompt is a {type(prompts).__name__}; give a text or a list of texts")
+        kinds = ("an image, a list of images, or None", "a video, or None")
+        entries = zip(
+            prompts,
+            _entries("images", images, len(prompts), kinds[0]),
+            _entries("video", video, len(prompts), kinds[1]),
+            strict=True,
+        )
 
-def _requests(prompts: Sequence[str], images: Any, system: str | None) -> list[Request]:
-    """Returns the request of each prompt."""
-    if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompt is a {type(prompts).__name__}; give a text or a list of texts")
+        def request(item: tuple[int, tuple[str, Images, Video]]) -> Request:
+            number, (text, pictures, clip) = item
+            where = f"prompt[{number}]"
+            check_pair(pictures, clip)
+            taken = self.video_frames(clip, frames, f"video[{number}]")
+            return make_request(text, pictures, system=system, where=where, frames=taken)
 
-    def request(item: tuple[int, tuple[str, Images]]) -> Request:
-        number, (text, entry) = item
-        return make_request(text, entry, system=system, where=f"prompt[{number}]")
-
-    with ThreadPoolExecutor(THREADS) as pool:  # images behind URLs are fetched here
-        return list(pool.map(request, enumerate(_pairs(prompts, images))))
+        with ThreadPoolExecutor(THREADS) as pool:  # images behind URLs are fetched here
+            return list(pool.map(request, enumerate(entries)))
 
 
-def _pairs(prompts: Sequence[str], images: Any) -> list[tuple[str, Images]]:
-    """Returns each prompt with its entry of images."""
-    if images is None:
-        return [(prompt, None) for prompt in prompts]
-    if not isinstance(images, (list, tuple)):
+def _entries(name: str, given: Any, prompts: int, kind: str) -> list[Any]:
+    """Returns the entry of each prompt."""
+    if given is None:
+        return [None] * prompts
+    if not isinstance(given, (list, tuple)):
         raise TypeError(
-            f"images is a {type(images).__name__}, but prompt is a list; give a list with an entry "
-            "per prompt: an image, a list of images, or None"
+            f"{name} is a {type(given).__name__}, but prompt is a list; give a list with an entry "
+            f"per prompt: {kind}"
         )
-    if len(images) != len(prompts):
+    if len(given) != prompts:
         raise ValueError(
-            f"images has {len(images)} entries for {len(prompts)} prompts; give one entry per "
-            "prompt: an image, a list of images, or None"
+            f"{name} has {len(given)} entries for {prompts} prompts; give one entry per "
+            f"prompt: {kind}"
         )
-    return list(zip(prompts, images, strict=True))
+    return list(given)

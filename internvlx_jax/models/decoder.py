@@ -11,7 +11,9 @@ compression): two ranges of one stack, each on a layout of its own; see models/l
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -399,3 +401,28 @@ class Decoder(nnx.Module):
                 return flat.reshape(*x.shape[:-1], -1)
             head = self.head_kernel.astype(x.dtype)
             return jnp.einsum("...d,dw->...w", x, head, preferred_element_type=jnp.float32)
+
+
+def on_cache(run_range: Any, earlier: Sequence[KVCacheView], first_deep: int) -> Any:
+    """Returns `Decoder.run_range` with earlier slots in front of those of a call.
+
+    Args:
+        run_range: The function.
+        earlier: The cache of all layers, or with LVTC those of the shallow and the deep ones.
+        first_deep: First layer of the last cache.
+    """
+    # As in decoding, the deepest cache fixes the rope base of all layers.
+    length = earlier[-1].segments.shape[1]
+
+    @functools.wraps(run_range)
+    def run(x: jax.Array, layout: Any, *, start: int = 0, stop: int | None = None, **options: Any):
+        view, first = (earlier[-1], first_deep) if start >= first_deep else (earlier[0], 0)
+        end = None if stop is None else stop - first
+        part = slice(start - first, end)
+        kv = view.kv
+        kv = jax.tree.map(lambda x: x[part], kv) if isinstance(kv, KeyValues) else kv[part]
+        options["key_length"] = length
+        cache = view._replace(kv=kv)
+        return run_range(x, layout, start=start, stop=stop, cache=cache, **options)
+
+    return run

@@ -77,8 +77,7 @@ def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cach
     """
     hidden, kvs = model.run(inputs, keep_kv=True)
     segments = (inputs.segment_ids > 0).astype(jnp.int32)
-    last = segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
-    logits = model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    logits = last_logits(model, hidden, segments)
 
     def extended(prompt: KeyValues, segments: jax.Array) -> LayerRangeCache:
         free = (0, max_new_tokens)
@@ -100,6 +99,12 @@ def prefill(model: InternVLX, inputs: Inputs, max_new_tokens: int) -> tuple[Cach
     kept = cast(list[KeyValues], kvs)
     ranges = tuple(extended(*pair) for pair in zip(kept, layouts, strict=True))
     return Cache(ranges, segments.sum(axis=1)), logits
+
+
+def last_logits(model: InternVLX, hidden: jax.Array, segments: jax.Array) -> jax.Array:
+    """Returns float32[B, W], the logits of each row's last slot that is not padding."""
+    last = segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1], axis=1)
+    return model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
 
 def decode_step(model: InternVLX, cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:

@@ -23,7 +23,7 @@ from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.projector_sites import released_site
 from internvlx_jax.core.tile_config import NORMALIZATIONS
 from internvlx_jax.models.attention import Backend, SelfAttention
-from internvlx_jax.models.decoder import Decoder, KeyValues, TokenLayout
+from internvlx_jax.models.decoder import Decoder, KeyValues, KVCacheView, TokenLayout, on_cache
 from internvlx_jax.models.layers import Linear, insert_visual_tokens, split_key
 from internvlx_jax.models.lora import by_part
 from internvlx_jax.models.loss import LossShardings, token_losses
@@ -153,6 +153,7 @@ class InternVLX(nnx.Module):
         inputs: Inputs,
         *,
         keep_kv: bool = False,
+        earlier: Sequence[KVCacheView] | None = None,
         drop_path_key: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeyValues | None]]:
@@ -161,6 +162,9 @@ class InternVLX(nnx.Module):
         Args:
             inputs: A batch; with LVTC it carries its short layout.
             keep_kv: Whether to return keys and values.
+            earlier: Slots of the same rows that came before, in inference: the cache of all layers,
+                or with LVTC those of the shallow and the deep ones. The result then has keys and
+                values in the form of these caches.
             drop_path_key, dropout_key: As in `features`; the first one is for projectors too.
 
         Returns:
@@ -181,6 +185,9 @@ class InternVLX(nnx.Module):
             attention=self.attention,
             dropout_key=decoder_dropout,
         )
+        if earlier is not None:
+            first_deep = 0 if self.lvtc is None else self.lvtc.config.expand_layer
+            run_range = on_cache(run_range, earlier, first_deep)
         if self.lvtc is not None:
             return self.lvtc.run(
                 inputs,

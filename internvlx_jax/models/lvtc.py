@@ -158,12 +158,19 @@ class Lvtc(nnx.Module):
                     x = by_row(x + gather(added, inputs.feature_index))
             x, kv, layers = run_range(x, long, start=start, stop=stop, layers=layers)
             deep.append(kv)
-        return x, [shallow, jax.tree.map(lambda *parts: jnp.concatenate(parts), *deep)]
+        return x, [shallow, _all_layers(deep)]
 
     def deep_ranges(self) -> list[tuple[int, int]]:
         """Returns the decoder layers on the long layout, cut in front of each injection."""
         bounds = (self.config.expand_layer, *self.config.inject_layers, self.layers)
         return list(itertools.pairwise(bounds))
+
+
+def _all_layers(parts: list[Any]) -> Any:
+    """Returns the keys and values of consecutive layer ranges as those of one."""
+    if isinstance(parts[0], list):  # an entry for each layer
+        return [layer for part in parts for layer in part]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 def short_inputs(inputs: Inputs) -> tuple[jax.Array, TokenLayout]:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.inputs import Array, Inputs
 from internvlx_jax.models.decoder import KeyValues
 from internvlx_jax.models.generation import (
@@ -25,6 +27,7 @@ from internvlx_jax.models.generation import (
     Vocabulary,
     decode_step,
     prefill,
+    row_keys,
 )
 from internvlx_jax.models.internvlx import InternVLX
 from internvlx_jax.models.sharding import param_spec, replicated
@@ -68,6 +71,26 @@ class Slots(NamedTuple):
     active: jax.Array
     written: jax.Array
     sampling: RowSampling
+
+
+def one_row(sampling: Sampling, seed: int, number: int) -> RowSampling:
+    """Returns how one row chooses, from the options of its request.
+
+    Args:
+        sampling: How it chooses.
+        seed: Randomness of the request.
+        number: Number of the request, which gives it randomness of its own.
+    """
+    return RowSampling(
+        temperature=np.array([sampling.temperature], np.float32),
+        top_k=np.array([sampling.top_k], np.int32),
+        top_p=np.array([sampling.top_p], np.float32),
+        repetition_penalty=np.array([sampling.repetition_penalty], np.float32),
+        keys=_keys(np.uint32(seed), np.array([number], np.uint32)),
+    )
+
+
+_keys = jax.jit(row_keys)
 
 
 def empty_slots(model: InternVLX, slots: int, capacity: int) -> Slots:
@@ -156,20 +179,48 @@ def admit(
         first[-4] = slot
         return jax.lax.dynamic_update_slice(whole, row.astype(whole.dtype), first)
 
-    def at(whole: jax.Array, value: Any) -> jax.Array:
-        return whole.at[slot].set(value)
-
     ranges = []
     for held, new in zip(slots.cache.ranges, prompt.ranges, strict=True):
         length = new.segments.sum()
         taken = (jnp.arange(held.segments.shape[1]) < length).astype(jnp.int32)
         kv = jax.tree.map(put, held.kv, new.kv)
-        ranges.append(LayerRangeCache(kv, at(held.segments, taken), at(held.slot, length)))
+        ranges.append(
+            LayerRangeCache(kv, held.segments.at[slot].set(taken), held.slot.at[slot].set(length))
+        )
+    position = slots.cache.position.at[slot].set(prompt.position[0])
+    cache = Cache(tuple(ranges), position)
+    return begin(slots, cache, logits, slot, limit, sampling, vocabulary)
+
+
+def begin(
+    slots: Slots,
+    cache: Cache,
+    logits: jax.Array,
+    slot: jax.Array,
+    limit: jax.Array,
+    sampling: RowSampling,
+    vocabulary: Vocabulary,
+) -> tuple[Slots, jax.Array]:
+    """Chooses the first token of the prompt that a slot holds.
+
+    Args:
+        slots: All rows, as they were.
+        cache: All rows, with the prompt in its slot.
+        logits: float32[1, W], of the prompt's last token.
+        slot, limit, sampling, vocabulary: See `admit`.
+
+    Returns:
+        All rows, and the token, an int32 scalar.
+    """
+
+    def at(whole: jax.Array, value: Any) -> jax.Array:
+        return whole.at[slot].set(value)
+
     written = jnp.zeros_like(slots.written[:1]).at[:, vocabulary.bos_id].set(True)
     token = choose_for_rows(logits, written, jnp.zeros((1,), jnp.int32), sampling)[0]
     stopped = jnp.isin(token, jnp.asarray(vocabulary.stop_ids, jnp.int32))
     slots = Slots(
-        Cache(tuple(ranges), at(slots.cache.position, prompt.position[0])),
+        cache,
         last=at(slots.last, token),
         step=at(slots.step, 1),
         limit=at(slots.limit, limit),

@@ -221,6 +221,9 @@ def test_gguf_fields(golden, tmp_path, bpe):
         ("pre", "tekken", 'tokenizer.ggml.pre is "tekken"; known are qwen2'),
         ("tokens", ["a"], "token_type has 589 entries, tokenizer.ggml.tokens 1"),
         ("merges", ["x1 y2"], r"merges\[0\] 'x1 y2' needs a piece"),
+        ("merges", [3], r"merges\[0\] is 3, not text"),
+        ("tokens", 3, "tokens is 3, not a list"),
+        ("eos_token_id", "</s>", "eos_token_id is '</s>', not a whole number"),
         ("eos_token_id", 9999, "eos_token_id is 9999, but tokenizer.ggml.tokens has 589"),
     ):
         with pytest.raises(ConfigError, match=f"m.gguf: .*{message}"):
@@ -263,6 +266,11 @@ CONTRADICTIONS = {
         "tokenizer.json",
         lambda text: text.replace('"merges": [', '"merges": [["x1", "y2"], ', 1),
         r"model.merges\[0\]: 'x1 y2' needs the piece 'x1', which the vocabulary does not",
+    ),
+    "number for a merge": (
+        "tokenizer.json",
+        lambda text: text.replace('"merges": [', '"merges": [7, ', 1),
+        r"model.merges\[0\] 7 is no pair of pieces. Fetch it again",
     ),
     "other kind": (
         "tokenizer.json",

@@ -173,14 +173,14 @@ def test_system_and_leading_gpt_turns(tmp_path):
             "s3://a/b.jpg is not a local file",
         ),
         (
-            {"video": "a.mp4", "conversations": [Q, A]},
-            "missing_decoder",
-            "video files are not decoded",
+            {"video": ["a.mp4"], "conversations": [Q, A]},
+            "json",
+            "a list holds images, and a sample one video",
         ),
         (
-            {"video": ["a.mp4"], "conversations": [Q, A]},
-            "missing_decoder",
-            "video files are not decoded",
+            {"video": "a.mp4", "clip": [3, 1], "conversations": [Q, A]},
+            "json",
+            '"clip" must be [begin, end] in seconds, got [3, 1]',
         ),
         (
             {"video": "a", "clip": [0, 1], "conversations": [Q, A]},
@@ -195,7 +195,7 @@ def test_system_and_leading_gpt_turns(tmp_path):
         (
             {"video": 5, "conversations": [Q, A]},
             "json",
-            '"video" must be a folder or a list of frames, got 5',
+            '"video" must be a video file, a folder or a list of frames, got 5',
         ),
         (
             {"video": "a", "conversations": [human("<video> <video>"), A]},

@@ -170,7 +170,10 @@ def test_a_literal_placeholder_of_an_earlier_turn_does_not_count(talk, image, mo
         ("/image data:image/png;base64,@@\nWhat?\n", "the data: URL is not well formed"),
         ("/image\nWhat?\n", "error: /image needs a file: /image FILE"),
         ("/images a.png\nWhat?\n", "error: unknown command /images; did you mean /image? the"),
-        ("/quit\nWhat?\n", "error: unknown command /quit; the commands are /image FILE and /reset"),
+        ("/video nope.mp4\nWhat?\n", "nope.mp4: the video cannot be decoded"),
+        ("/video nope.mp4\n/image a.png\nWhat?\n", "images and video are both set"),
+        ("/video\nWhat?\n", "error: /video needs a file: /video FILE"),
+        ("/quit\nWhat?\n", "unknown command /quit; the commands are /image FILE, /video FILE and"),
         (b"caf\xe9?\nWhat?\n", "error: this line is not UTF-8"),
         ("caf\udce9?\nWhat?\n", "error: this line is not UTF-8"),
     ],
@@ -198,7 +201,7 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation(model, monkeyp
             raise line
         return line
 
-    def interrupted(self, request, spec):
+    def interrupted(self, request, spec, conversation):
         yield "An"
         raise KeyboardInterrupt
 

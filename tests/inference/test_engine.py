@@ -152,6 +152,7 @@ def test_what_cannot_be_answered(engine):
 
     assert "3 tiles, this server takes 2" in error("All?", [page] * 3)
     assert "a slot of this server holds 256" in error("word " * 300)
+    assert "has 100000 characters, a slot of this server holds 256" in error("x" * 100_000)
     assert "cannot be read" in error("This?", [b"no image"])
     text, answer = ask(engine, "word " * 100, [], {"max_new_tokens": 10_000})
     assert answer.finish == "stop" or answer.prompt_tokens + answer.new_tokens == 256

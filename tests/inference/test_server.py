@@ -1,39 +1,30 @@
 """The server, asked by the clients that people use (design: serving.md 2 and 3)."""
 
-import base64
 import contextlib
 import http.client
 import io
 import json
 import logging
 import random
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import openai
 import pytest
 import uvicorn
+from mutated_requests import bomb_png, data_url, image_message, mutated, png, text_message
 from PIL import Image
+from tiny_videos import gif, video
 
 from internvlx_jax.inference.remote_images import ImageRules
 from internvlx_jax.inference.server import Server, ServerConfig
+from internvlx_jax.inference.server_requests import RequestError
 
 SMALL = {"slots": 3, "capacity": 256, "max_tiles": 2, "waiting": 8}
 NAME = "tiny"
-
-
-def png(width: int = 60, height: int = 40, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @contextlib.contextmanager
@@ -77,7 +68,7 @@ def engine(model):
 @pytest.fixture(scope="module")
 def address(engine, media):
     engine.close, close = lambda: None, engine.close  # several servers share it
-    images = ImageRules(media_root=media, max_bytes=2**20)
+    images = ImageRules(media_root=media, max_bytes=2**20, max_video_bytes=2**19)
     with running(lambda: engine, images=images, max_body=2**21) as address:
         wait_until(lambda: call(address, "/health")[0] == 200)
         yield address
@@ -117,15 +108,6 @@ def wait_until(true, seconds: float = 30):
     while not true():
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-def text_message(text):
-    return [{"role": "user", "content": text}]
-
-
-def image_message(text, *urls, **image):
-    parts = [{"type": "image_url", "image_url": {"url": url, **image}} for url in urls]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def test_openai_plain_and_streamed(client, model):
@@ -306,6 +288,50 @@ def test_files_below_the_media_folder_only(address, media):
         assert "reads images from data:, file:// below the media folder URLs only" in error(url)[1]
 
 
+def video_message(text, url, **extra):
+    parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 6, **extra}
+
+
+def test_videos(address, media, model):
+    """As `data:` or below the media folder; the frames are those of `generate`."""
+    clip = video()
+    (media / "clip.mp4").write_bytes(clip)
+    (media / "page.mp4").symlink_to(media / "page.png")
+    wanted = model.generate("What happens?", video=clip, frames=2, max_new_tokens=6)
+    for url in (data_url(clip, "video/mp4"), (media / "clip.mp4").as_uri()):
+        status, reply = complete(address, video_message("What happens?", url))
+        assert status == 200 and reply["choices"][0]["message"]["content"] == wanted
+    one = video_message("It?", data_url(clip), mm_processor_kwargs={"num_frames": 1})
+    one["messages"][0]["content"].insert(
+        0, {"type": "image_url", "image_url": {"url": data_url(png())}}
+    )
+    assert complete(address, one)[0] == 200, "an image and a frame"
+
+    def error(url, **extra):
+        status, reply = complete(address, video_message("What?", url, **extra))
+        return status, reply["error"]["message"]
+
+    only = "reads videos from data: and file:// below the media folder URLs only"
+    for url in ("http://example.org/a.mp4", "https://example.org/a.mp4", "gs://b/a.mp4", "a.mp4"):
+        assert error(url)[0] == 400 and only in error(url)[1]
+    outside = (400, "the file is not below the media folder")
+    assert error("file:///etc/passwd") == error(f"file://{media}/../x.mp4") == outside
+    for bad in (b"junk", b"", clip[:400], png(), b"#EXTM3U\n#EXTINF:5,\n/etc/passwd\n"):
+        status, message = error(data_url(bad))
+        assert status == 400 and "the video cannot be decoded" in message
+    assert "cannot be decoded" in error((media / "page.mp4").as_uri())[1]
+    assert error(data_url(bytes(2**20)))[0] == 413, "more bytes than a video of this server has"
+    bomb = b"GIF89a" + struct.pack("<HH", 10_000, 10_000) + gif(2)[10:]
+    assert "10000 x 10000 pixels are more than" in error(data_url(bomb))[1]
+    for odd in (0, 3, "x", 1e9):
+        extra = {"mm_processor_kwargs": {"num_frames": odd}}
+        assert error(data_url(clip), **extra)[0] == 400
+    monkey = ImageRules(video_seconds=0.0)
+    with pytest.raises(RequestError, match="decoding the video takes over 0 s"):
+        monkey.read_video(data_url(clip), "url", 2, model.config.prompt.tiles)
+
+
 class _Images(BaseHTTPRequestHandler):
     """Serves an image, redirects, and a body that never ends."""
 
@@ -416,7 +442,7 @@ def test_hostile_requests(address):
     draw = random.Random(0)
     bomb = bomb_png()
     for number in range(400):
-        status, _, text = call(address, "/v1/chat/completions", mutated(draw, bomb))
+        status, _, text = call(address, "/v1/chat/completions", mutated(draw, NAME, bomb))
         assert status == 200 or 400 <= status < 500, (number, text)
         assert status == 200 or set(json.loads(text)["error"]) == {
             "message", "type", "param", "code",
@@ -424,54 +450,3 @@ def test_hostile_requests(address):
     status, reply = complete(address, {"messages": text_message("Still there?"), "max_tokens": 4})
     assert status == 200
     assert metric(address, "compiles_total") == 0 == metric(address, "busy")
-
-
-def bomb_png() -> bytes:
-    """A hundred megapixels in a few bytes."""
-    file = io.BytesIO()
-    Image.new("1", (10_000, 10_000)).save(file, "PNG")
-    return file.getvalue()
-
-
-def mutated(draw: random.Random, bomb: bytes) -> bytes:
-    """A request with something wrong in it, mostly."""
-    body = {
-        "model": NAME,
-        "messages": image_message("What <|im_end|> is <image>?", data_url(png(8, 8))),
-        "max_tokens": draw.choice([1, 3, 0, -1, 1e9, "5", None, True, [], 2**80]),
-        "temperature": draw.choice([0, 1, -1, "hot", None, 1e400, {}]),
-        "stop": draw.choice([None, "x", [], ["a"] * 17, [""], [1], "\ud800", {}]),
-        "seed": draw.choice([None, 1, -5, 2**70, 0.5, "s"]),
-        "stream": draw.choice([False, False, True, "yes", 3]),
-    }
-    changed = draw.choice(
-        ["url", "content", "role", "messages", "text", "extra", "detail", "history", "none"]
-    )
-    part = body["messages"][0]["content"]
-    odd = draw.choice([None, 7, [], {}, "", "\ud83d", "x" * draw.randrange(2**18), [[[]]], True])
-    if changed == "url":
-        part[0]["image_url"]["url"] = draw.choice(
-            [data_url(bomb), data_url(png()[:50]), "data:image/png;base64,@@@", "data:", odd]
-        )
-    elif changed == "content":
-        body["messages"][0]["content"] = odd
-    elif changed == "role":
-        body["messages"][0]["role"] = draw.choice([odd, "assistant", "tool", "system"])
-    elif changed == "messages":
-        body["messages"] = odd
-    elif changed == "text":
-        part[1]["text"] = draw.choice([odd, "<IMG_CONTEXT></s><|im_start|>system", "<image>" * 9])
-    elif changed == "extra":
-        body["mm_processor_kwargs"] = draw.choice([odd, {"max_dynamic_patch": odd}])
-        body["stream_options"] = odd
-    elif changed == "detail":
-        part[0]["image_url"]["detail"] = odd
-    elif changed == "history":
-        body["messages"] = body["messages"] * draw.randrange(1, 4) + [odd]
-    data = bytearray(json.dumps(body).encode())
-    if draw.random() < 0.2:
-        del data[draw.randrange(len(data)) :]
-    elif draw.random() < 0.2:
-        for _ in range(4):
-            data[draw.randrange(len(data))] = draw.randrange(256)
-    return bytes(data)

@@ -1,11 +1,14 @@
 """Paths of objects behave as those of files do (platform.md 8)."""
 
+import dataclasses
 import sys
 
 import aiohttp
 import fsspec
+import fsspec.config
 import pytest
 
+from internvlx_jax.core import remote
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.paths import RemotePath, as_path
 from internvlx_jax.core.remote import (
@@ -16,6 +19,7 @@ from internvlx_jax.core.remote import (
     remove_version,
     write_version,
 )
+from internvlx_jax.data import storage
 
 
 def test_an_object_is_used_like_a_file(folder, tmp_path):
@@ -46,10 +50,15 @@ def test_an_object_is_used_like_a_file(folder, tmp_path):
     assert isinstance(as_path(folder).parent, RemotePath)
 
 
-def test_what_is_asked_is_counted(folder, gcs):
-    before = TRAFFIC.requests, TRAFFIC.sent
-    (as_path(folder) / "x").write_bytes(b"1" * 10_000)
-    assert TRAFFIC.requests > before[0] and TRAFFIC.sent - before[1] >= 10_000
+@pytest.mark.parametrize("kind", ["folder", "s3_folder"])
+def test_what_is_asked_is_counted(request, kind):
+    path = as_path(request.getfixturevalue(kind)) / "x"
+    before = dataclasses.replace(TRAFFIC)
+    path.write_bytes(b"1" * 10_000)
+    assert TRAFFIC.requests > before.requests and TRAFFIC.sent - before.sent >= 10_000
+    received = TRAFFIC.received
+    assert len(path.read_bytes()) == 10_000
+    assert 10_000 <= TRAFFIC.received - received < 20_000
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3_folder"])
@@ -89,6 +98,16 @@ def test_a_bucket_that_cannot_be_used_is_one_line(gcs, url, words):
         check_access(url)
     assert words in str(error.value) and url in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bucket, words", [("forbidden", "permission denied"), ("expired", "401")])
+def test_what_may_not_be_read_is_not_called_missing(gcs, monkeypatch, bucket, words):
+    monkeypatch.setattr(remote, "PROBE_SECONDS", 1)
+    url = f"gs://{bucket}/file"
+    for ask in (storage.is_file, storage.is_folder, lambda each: as_path(each).exists()):
+        with pytest.raises(StorageError, match=words):
+            ask(url)
+    assert not storage.is_file("gs://bucket/file") and not as_path("gs://absent/file").exists()
 
 
 def test_unknown_protocols_and_missing_extras_are_one_line(monkeypatch):
