@@ -1,8 +1,7 @@
 """Table A of docs/evidence.md: what each compressor is worth on generated forms, from scratch.
 
 `variant` names a row of the table, `preset` a size: `tiny` for tests, `cpu` for two cores, `gpu`
-for one accelerator. Everything but the variant is equal in all rows, the optimizer included; its
-settings were chosen on the row `mlp1-16`.
+for one accelerator. Everything but the variant is equal in all rows, the optimizer included.
 
 A tile of 112 px has 8 x 8 patches, so that 64 tokens per tile are one per patch, and 16 are the
 share of the released models (a quarter). The gate of LVTC starts open, because training starts from
