@@ -1,6 +1,7 @@
 """Measures this package against PyTorch and transformers: same shapes, same machine, one run.
 
     python benchmarks/peers.py [--parts tower prefill ...] [--write docs/performance.md]
+    python benchmarks/peers.py --parts train --keep     # the table in several runs
     python benchmarks/peers.py --quick       # a rehearsal at toy size, in a minute
 
 Needs torch and transformers beside JAX. The peer is transformers' InternVL with the two-layer
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import platform
 import sys
 import time
@@ -155,6 +157,22 @@ def results_of(
                 gc.collect()
 
 
+def earlier(path: Path) -> list[Result]:
+    """Returns the rows of a peers.json, none where there is no such file."""
+    if not path.exists():
+        return []
+    fields = [field.name for field in dataclasses.fields(Result)]
+    rows = json.loads(path.read_text())["rows"]
+    return [Result(**{name: row[name] for name in fields}) for row in rows]
+
+
+def merged(old: list[Result], new: list[Result]) -> list[Result]:
+    """Returns new rows, and old ones that are not measured again, by dtype and part."""
+    rows = {(row.dtype, row.part, row.name): row for row in [*old, *new]}
+    order = ("bfloat16", "uint8", "float32")
+    return sorted(rows.values(), key=lambda row: (order.index(row.dtype), PARTS.index(row.part)))
+
+
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     made = argparse.ArgumentParser(
@@ -165,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--quick", action="store_true", help="toy shapes and one round, for a rehearsal")
     add("--out", type=Path, default=Path("runs/peers"), help="folder of peers.json")
+    add("--keep", action="store_true", help="rows in that file that this run does not measure stay")
     add("--write", type=Path, metavar="PAGE", help="page that gets the table, between its marks")
     add("--budget_seconds", type=float, default=1200, help="no row is begun after so long")
     return made
@@ -174,6 +193,7 @@ def main() -> int:
     """Runs the command and returns its exit status, 1 if rows were skipped."""
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    old = earlier(args.out / "peers.json") if args.keep else []
     results: list[Result] = []
     skipped: list[str] = []
     deadline = time.time() + args.budget_seconds
@@ -184,11 +204,12 @@ def main() -> int:
             continue
         results.append(result)
         print(table([result]).splitlines()[-1], flush=True)
-        kept = [{**dataclasses.asdict(each), "ratio": each.ratio} for each in results]
+        rows = merged(old, results)
+        kept = [{**dataclasses.asdict(each), "ratio": each.ratio} for each in rows]
         write_json(args.out / "peers.json", {"facts": facts(), "skipped": skipped, "rows": kept})
-    print(table(results))
+    print(table(merged(old, results)))
     if args.write is not None:
-        write_table(args.write, table(results))
+        write_table(args.write, table(merged(old, results)))
     return int(bool(skipped))
 
 

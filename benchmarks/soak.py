@@ -53,7 +53,7 @@ LAYOUTS = (*((1, 8),) * 3, *((2, 4),) * 2, (4, 2))
 KINDS = (*("kill",) * 4, *("terminate",) * 2, *("interrupt",) * 2, *("full",) * 2, "images",
          "held_out", "second", "stall")  # fmt: skip
 SAME_SHARE = 0.5  # of the starts, which have as many processes as the one before
-SAVE_EVERY, STEPS = 20, 1_000_000
+STEPS = 1_000_000
 PATIENCE = 400.0  # seconds until something that has to happen must have happened
 GRACE = 240.0  # until the others have noticed that one has ended: jax waits 100 s for a heartbeat
 LONG_SHARE = 0.25  # of the time, in which nothing happens
@@ -64,8 +64,8 @@ UNFINISHED = "*orbax-checkpoint-tmp*"
 class Soak:
     """Starts the run, disturbs it, and remembers what happened."""
 
-    def __init__(self, folder: Path, generator: random.Random):
-        self.folder, self.generator = folder, generator
+    def __init__(self, folder: Path, generator: random.Random, save_every: int):
+        self.folder, self.generator, self.save_every = folder, generator, save_every
         self.logs, self.scratch = folder / "logs", folder / "tmp"
         for each in (self.logs, self.scratch):
             each.mkdir()
@@ -76,7 +76,7 @@ class Soak:
         self.run, self.straight = self.disk.folder / "run", folder / "straight"
         self.configs = {
             run: world.write_config(
-                world.tiny_run(run, self.pages, STEPS, SAVE_EVERY), folder / f"{run.name}.py"
+                world.tiny_run(run, self.pages, STEPS, save_every), folder / f"{run.name}.py"
             )
             for run in (self.run, self.straight)
         }
@@ -174,7 +174,7 @@ class Soak:
         """Waits for a moment of a start; returns what came instead."""
         if moment == "start":
             return self._unless_ended(processes, self.generator.uniform(0.5, 15))
-        target = first + self.generator.randrange(1, 3 * SAVE_EVERY)
+        target = first + self.generator.randrange(1, 3 * self.save_every)
         folder = self.run / "checkpoints"
 
         def reached() -> bool:
@@ -250,7 +250,7 @@ class Soak:
 
     def _held_out(self, processes: Sequence[subprocess.Popen], moment: str) -> str:
         self.pages.replace("val")
-        every = 2 * SAVE_EVERY  # steps between two validations
+        every = 2 * self.save_every  # steps between two validations
         target = (self.logged() // every + 1) * every + 1
         waited = self._wait(processes, lambda: self.logged() >= target, 0.05)
         return waited or self._terminate(processes, moment)
@@ -332,6 +332,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="is emptied before")
     parser.add_argument("--minutes", type=float, default=30.0, help="of trouble (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    text = "steps between two saves (%(default)s)"
+    parser.add_argument("--save_every", type=int, default=20, help=text)
     parser.add_argument("--only", metavar="KIND,...", help="of what may happen; all by default")
     parser.add_argument("--own_namespace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -346,7 +348,7 @@ def main() -> int:
     folder = args.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    soak = Soak(folder, random.Random(args.seed))
+    soak = Soak(folder, random.Random(args.seed), args.save_every)
     begun = time.monotonic()
     soak.disturb(args.minutes, args.only)
     disturbed = time.monotonic() - begun

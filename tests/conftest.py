@@ -56,6 +56,12 @@ def shared_data() -> Path:
     pytest.skip(message)
 
 
+def pytest_collection_modifyitems(items):
+    """Puts files with slow tests first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def log_of_the_package():
     """Undoes what a command that ran inside a test has done to the package's logger."""

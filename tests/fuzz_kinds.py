@@ -20,9 +20,8 @@ from internvlx_jax.core.files import read_run_settings
 from internvlx_jax.data.faults import read_quarantine
 from internvlx_jax.data.form_dataset import FormConfig, generate_forms
 from internvlx_jax.data.synthetic import TOKENIZER_FOLDER
-from internvlx_jax.evaluation.records import read_rows
+from internvlx_jax.evaluation.records import Parts, read_rows
 from internvlx_jax.evaluation.selection import select
-from internvlx_jax.evaluation.task_run import Parts
 from internvlx_jax.evaluation.tsv import read_tsv
 from internvlx_jax.training.bad_steps import read_bad_steps
 from internvlx_jax.training.metrics_logger import read_starts

@@ -1,10 +1,12 @@
 """Rehearses both tables of the ablation at toy size, and checks the page against its cells."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +25,32 @@ BLOCKS = ("state", "main", "kinds", "pairs", "picture")
 TOKENIZER = ROOT / "internvlx_jax/data/assets/synthetic_tokenizer"
 
 
-# Compiles in a fraction of the time; nothing is timed here.
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+BENCHMARKS = ROOT / "benchmarks"
+# As the suite compiles (conftest.py), on two devices as the grid.
+FLAGS = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
 
 
-def ablation(*words, cwd=ROOT, status=0):
+def ablation(*words, status=0):
     """Runs the program and returns what it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "ablation.py"), *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "NPROC": "16"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """Runs `ablation.py report` in this process; it computes nothing on a device."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    main = importlib.import_module("ablation").main
+
+    def run(*words, cwd=ROOT, status=0):
+        monkeypatch.chdir(cwd)
+        assert main(["report", *map(str, words)]) == status
+        return capsys.readouterr().out
+
+    return run
 
 
 def write_decoder(folder):
@@ -77,13 +94,14 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     write_decoder(folder / "llm")
     write_images(folder / "easy")
-    common = ("--preset", "tiny", "--in_process", "--seeds", "0")
-    common += ("--runs", folder / "runs", "--results", folder / "results")
-    pages = ablation("pages", *common, "--variants", "internvl,x")
     sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
-    ablation("measure", *sized, "--variants", "x", "--rounds", 1)
+    common = (*sized, "--in_process", "--seeds", "0")
     places = ("--images", folder / "easy", "--llm", folder / "llm")
-    easy = ablation("easyvqa", *common, "--variants", "mlp1,x-fast", *places)
+    with ThreadPoolExecutor(1) as other:  # the tables side by side
+        easyvqa = other.submit(ablation, "easyvqa", *common, "--variants", "mlp1,x-fast", *places)
+        pages = ablation("pages", *common, "--variants", "internvl,x")
+        ablation("measure", *sized, "--variants", "x", "--rounds", 1)
+        easy = easyvqa.result()
     return folder, pages, easy
 
 
@@ -128,7 +146,7 @@ def test_finished_cells_are_left_alone_and_others_refused(finished):
 
 
 @pytest.mark.slow
-def test_page_and_picture_come_out_of_cells(finished, tmp_path):
+def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     """The tables of toy cells, put where the report looks for those of the CPU."""
     folder = finished[0]
     for table in ("pages", "easyvqa"):
@@ -138,9 +156,9 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path):
     names = [f"{t}-cpu-{n}" for t in ("pages", "easyvqa") for n in BLOCKS]
     empty = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in names)
     (tmp_path / "docs" / "evidence.md").write_text(empty)
-    assert "differs" in ablation("report", "--check", "--results", "r", cwd=tmp_path, status=1)
-    ablation("report", "--results", "r", cwd=tmp_path)
-    ablation("report", "--check", "--results", "r", cwd=tmp_path)
+    assert "differs" in report("--check", "--results", "r", cwd=tmp_path, status=1)
+    report("--results", "r", cwd=tmp_path)
+    report("--check", "--results", "r", cwd=tmp_path)
     page = (tmp_path / "docs" / "evidence.md").read_text()
     assert "2 of 51 cells are finished" in page and "`mlp1-4` s0, s1, s2" in page
     path = tmp_path / "r" / "pages-cpu" / "x-s0.json"
@@ -154,11 +172,11 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path):
     assert not (tmp_path / "docs" / "evidence.png").exists()  # rows of the core are missing
     for row in ("mlp1-16", "pvtc-16", "pvtc-4"):
         shutil.copy(path, path.with_name(f"{row}-s0.json"))
-    ablation("report", "--results", "r", cwd=tmp_path)
+    report("--results", "r", cwd=tmp_path)
     assert "(evidence.png)" in (tmp_path / "docs" / "evidence.md").read_text()
     with Image.open(tmp_path / "docs" / "evidence.png") as picture:
         assert picture.size[0] > 500
 
 
-def test_numbers_of_the_page_are_those_of_the_cells():
-    assert "the pages are what the cells make" in ablation("report", "--check")
+def test_numbers_of_the_page_are_those_of_the_cells(report):
+    assert "the pages are what the cells make" in report("--check")

@@ -45,6 +45,12 @@ def test_every_part_in_both_types(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + len(rows)
+    again = run(tmp_path, "--parts", "images", "--keep")
+    assert again.returncode == 0, again.stdout + again.stderr
+    kept = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert [row for row in kept if row["part"] != "images"] == [
+        row for row in rows if row["part"] != "images"
+    ]
 
 
 def test_rows_for_which_no_time_is_left_are_named(tmp_path):

@@ -16,6 +16,7 @@ CHECKS = {"bits", "tracebacks", "messages", "left over", "orphans", "surprises",
 def test_a_killed_run_passes_every_check(tmp_path):
     folder = tmp_path / "soak"
     command = [sys.executable, SOAK, "--folder", folder, "--minutes", "0.3", "--only", "kill"]
+    command += ["--save_every", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((folder / "report.json").read_text())

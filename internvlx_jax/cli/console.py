@@ -50,7 +50,7 @@ def run_command(
         failed: exit status after an error of the user.
     """
     try:
-        with _keeping_interrupts():
+        with _heeding_unraisable():
             return command() or 0
     except (*USER_ERRORS, *also) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,10 +61,11 @@ def run_command(
 
 
 @contextlib.contextmanager
-def _keeping_interrupts() -> Iterator[None]:
-    """Sends Ctrl-C again if it came where Python prints what is raised and goes on.
+def _heeding_unraisable() -> Iterator[None]:
+    """Looks at what is raised where Python prints it and goes on; Ctrl-C is sent again.
 
-    Destructors are such places, and callbacks of the garbage collector, of which jax has one.
+    Destructors are such places, callbacks of the garbage collector, of which jax has one, and
+    those of tensorstore.
     """
     before = sys.unraisablehook
 
@@ -75,7 +76,8 @@ def _keeping_interrupts() -> Iterator[None]:
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             _thread.start_new_thread(send_again, ())  # threading would take a lock
-        else:
+        # What is left of a save that failed, as on a full disk, and has its own message.
+        elif str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook

@@ -20,13 +20,13 @@ from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import TILE_RULES
-from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
+from internvlx_jax.evaluation.job_config import Decoding, EvalConfig, JudgeConfig
 from internvlx_jax.evaluation.judge import KEY_VARIABLE, JudgeError
 from internvlx_jax.evaluation.metrics import METRICS
 from internvlx_jax.evaluation.records import Summary
 from internvlx_jax.evaluation.score_table import markdown
 from internvlx_jax.evaluation.scoring import COMPAT, ScoringError
-from internvlx_jax.evaluation.selection import ACCEPTANCE, GENERIC, RELEASE, Decoding
+from internvlx_jax.evaluation.selection import ACCEPTANCE, GENERIC, RELEASE
 from internvlx_jax.evaluation.sources import Roots
 from internvlx_jax.evaluation.tasks import SUITES, TASKS
 from internvlx_jax.training import distributed
@@ -146,13 +146,14 @@ def main(argv: list[str] | None = None) -> int:
 def _score(args: Mapping[str, Any]) -> list[Summary]:
     """Runs the job of the flags; this is where jax is loaded."""
     from internvlx_jax.evaluation import job
+    from internvlx_jax.evaluation.rescore import rescore
     from internvlx_jax.training.peers import ending_together
 
     flags = {field.name: f"judge_{field.name}" for field in dataclasses.fields(JudgeConfig)}
     judge = JudgeConfig(**_take(args, JudgeConfig, **flags))
     if "rescore" in args:
         chosen = {name: args[name] for name in ("data_root", "tsv_root", "compat") if name in args}
-        return [job.rescore(args["rescore"], **chosen, judge=judge)]
+        return [rescore(args["rescore"], **chosen, judge=judge)]
     if not ({"shard", "merge"} & args.keys()):  # these work without the other processes
         configure_logging(distributed.start_from(argparse.Namespace(**args)))
     axes = {axis.name: args[f"mesh_{axis.name}"] for axis in dataclasses.fields(MeshConfig)}

@@ -27,11 +27,12 @@ class LineLog:
     """Appends lines to a file of one writer; a reader sees whole lines.
 
     On a disk a line is written at once. In an object store lines may wait up to SECONDS for the
-    next one; `flush` and `close` write them.
+    next one; `flush` and `close` write them. With `durable`, `append` returns when the lines are
+    on the disk or in the store.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, *, durable: bool = False):
+        self._path, self._durable = path, durable
         self._number: int | None = None  # of the newest segment
         self._lines: list[bytes] = []  # of the newest segment
         self._waiting, self._written = False, 0.0
@@ -43,12 +44,15 @@ class LineLog:
                 self._replace(read_whole(self._path))
             with named_on_error(self._path), self._path.open("ab") as file:
                 file.write(b"".join(lines))
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             return
         if self._number is None:
             self._number = 1 + max(map(_number, segments(self._path)), default=0)
         self._lines += lines
         self._waiting = True
-        if time.monotonic() - self._written >= SECONDS:
+        if self._durable or time.monotonic() - self._written >= SECONDS:
             self.flush()
 
     def flush(self) -> None:

@@ -27,11 +27,11 @@ from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.ranges import COUNT, SEED, check_ranges
 from internvlx_jax.data.synthetic import chance
-from internvlx_jax.data.synthetic_forms import Form, make_form, questions
+from internvlx_jax.data.synthetic_forms import PAPER, Form, make_form, questions
 
 __all__ = ["CONTROLS", "FILES", "FormConfig", "generate_forms"]
 
-VERSION = 4  # raise it with every change that alters a form or a question
+VERSION = 5  # raise it with every change that alters a form or a question
 FOLDER = "forms"
 SUMMARY = "forms.json"
 SPLITS = ("train", "val", "test")
@@ -166,8 +166,8 @@ def _chat(id: str, image: str, form: Form, asked: list[tuple[str, str, str]]) ->
 
 
 def _write_controls(root: Path, name: str, image: Image.Image) -> None:
-    """Writes a blank page of the same size, and a copy of a quarter of the sides."""
-    blank = Image.new("RGB", image.size, "white")
+    """Writes an empty page of the same size on gray paper, and a copy of a quarter of the sides."""
+    blank = Image.new("RGB", image.size, (sum(PAPER) // 2,) * 3)
     blank.save(root / name.replace("/test/", "/blank/"), compress_level=1)
     small = image.resize((image.width // 4, image.height // 4), Image.Resampling.BICUBIC)
     small.save(root / name.replace("/test/", "/downsized/"), compress_level=1)

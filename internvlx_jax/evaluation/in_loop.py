@@ -17,7 +17,8 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.evaluation.job import TrainingStep, generation_spec
-from internvlx_jax.evaluation.selection import Decoding, TaskSpec, select
+from internvlx_jax.evaluation.job_config import Decoding
+from internvlx_jax.evaluation.selection import TaskSpec, select
 from internvlx_jax.evaluation.task_run import TaskRun
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.models.params import AbstractModel, unflatten
@@ -73,11 +74,9 @@ class InLoop:
             stepped = dataclasses.replace(settings, parameters=TrainingStep(step=step))
             folder = self.folder / f"step-{step}" / name
             task_run = TaskRun(spec, folder, f"step-{step}", stepped.to_json())
-            task_run.answer(self.generator, generation)
-            if jax.process_index() == 0:
-                score = task_run.finish().score
-                if score is not None:
-                    scores[f"eval/{name}"] = score
+            summary = task_run.run(self.generator, generation, score=jax.process_index() == 0)
+            if summary is not None and summary.score is not None:
+                scores[f"eval/{name}"] = summary.score
         return scores
 
 

@@ -21,27 +21,25 @@ from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.files import write_json
 from internvlx_jax.core.generation_config import Sampling
-from internvlx_jax.core.json_text import read_json_file
 from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.data.processor import Processor
-from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
-from internvlx_jax.evaluation.judge import EndpointJudge, Judge, NoJudge, RequestBudget
-from internvlx_jax.evaluation.records import RunInfo, Summary, read_rows
+from internvlx_jax.evaluation.job_config import Decoding, EvalConfig, JudgeConfig
+from internvlx_jax.evaluation.judge import RequestBudget
+from internvlx_jax.evaluation.prediction_tables import write_joined
+from internvlx_jax.evaluation.records import RunInfo, Summary
 from internvlx_jax.evaluation.score_table import write_report
 from internvlx_jax.evaluation.scoring import ScoringError
-from internvlx_jax.evaluation.selection import GENERIC, Decoding, TaskSpec, select
-from internvlx_jax.evaluation.tables import write_table
+from internvlx_jax.evaluation.selection import TaskSpec, select
 from internvlx_jax.evaluation.task_run import TaskRun
-from internvlx_jax.evaluation.tasks import TASKS
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.loading import load_opened
 from internvlx_jax.inference.requests import GenerationSpec, Tiler
 from internvlx_jax.models.sharding import make_mesh
 
-__all__ = ["EvalConfig", "JudgeConfig", "ScoringError", "generation_spec", "rescore", "run"]
+__all__ = ["EvalConfig", "JudgeConfig", "ScoringError", "generation_spec", "run"]
 
 WHOLE = 1 << 20  # largest checkpoint file, in bytes, that is read whole
 
@@ -68,25 +66,24 @@ def run(config: EvalConfig) -> list[Summary]:
     generator = None
     if not config.merge and not all(task_run.complete for task_run, _ in task_runs):
         generator = _generator(config, checkpoint, tiles)
+    score = config.shard is None and jax.process_index() == 0
     summaries, failures = [], []
     budget = RequestBudget(config.judge.budget)
     for task_run, generation in task_runs:
-        if generator is not None:
-            task_run.answer(generator, generation, config.shard_of)
-        if config.shard is None and jax.process_index() == 0:
-            try:
-                judge = make_judge(config.judge, task_run.folder, budget)
-                summaries.append(task_run.finish(judge))
-            except ScoringError as error:  # the other tasks are answered first
-                failures.append(error)
-            if generator is not None:
-                write_json(
-                    task_run.folder / "run.json",
-                    _run_info(config, generator, task_run.seconds).to_json(),
-                )
+        judge = config.judge.open(task_run.folder, budget)
+        try:
+            summary = task_run.run(
+                generator, generation, shard=config.shard_of, score=score, judge=judge
+            )
+            summaries += [] if summary is None else [summary]
+        except ScoringError as error:  # the other tasks are answered first
+            failures.append(error)
+        if score and generator is not None:
+            info = _run_info(config, generator, task_run.seconds)
+            write_json(task_run.folder / "run.json", info.to_json())
     if summaries and not all(spec.generic for spec in specs):
         folder = as_path(config.out_dir) / config.model_name
-        _write_joined(folder, [task_run for task_run, _ in task_runs])
+        write_joined(folder, [task_run for task_run, _ in task_runs])
         write_report(folder, summaries)
     if failures:
         raise ScoringError("\n".join(map(str, failures))) from failures[0]
@@ -340,134 +337,4 @@ def _run_info(config: EvalConfig, generator: BatchGenerator, seconds: float) -> 
         rows=generator.rows,
         executables=generator.executables,
         speed=generator.speed.report(),
-    )
-
-
-def make_judge(config: JudgeConfig, folder: Path, budget: RequestBudget | None = None) -> Judge:
-    """Returns the judge of a task.
-
-    Args:
-        config: the endpoint.
-        folder: folder of the task.
-        budget: what is left of the requests of the job; None starts with all of them.
-    """
-    if config.url is None or config.model is None:
-        return NoJudge()
-    return EndpointJudge(
-        config.url,
-        config.model,
-        as_path(config.cache) if config.cache else folder / "judge_cache",
-        workers=config.concurrency,
-        retries=config.retries,
-        budget=budget or RequestBudget(config.budget),
-    )
-
-
-def _write_joined(folder: Path, task_runs: Sequence[TaskRun]) -> list[Path]:
-    """Writes the table of each dataset that several tasks share, if all of them are answered.
-
-    Args:
-        folder: folder of the tables.
-        task_runs: tasks of a job.
-
-    Returns:
-        The files written.
-    """
-    written = []
-    for task_run in task_runs:
-        spec = task_run.spec
-        dataset = spec.protocol_spec.dataset
-        if spec.generic or not spec.protocol_spec.joined or not dataset:
-            continue
-        runs = [
-            run
-            for run in task_runs
-            if run.complete
-            and run.spec.protocol == spec.protocol
-            and run.spec.protocol_spec.dataset == dataset
-        ]
-        parts = [
-            task
-            for task in TASKS.values()
-            if spec.protocol in task.protocols and task.protocols[spec.protocol].dataset == dataset
-        ]
-        if runs[:1] == [task_run] and len(runs) == len(parts):
-            rows = [row for run in runs for row in run.table()]
-            if len({row["index"] for row in rows}) < len(rows):  # row numbers of separate files
-                rows = [row | {"index": i} for i, row in enumerate(rows)]
-            rows.sort(key=lambda row: row["index"] if isinstance(row["index"], int) else 0)
-            written.append(write_table(folder / f"{task_run.model_name}_{dataset}", rows))
-    return written
-
-
-def rescore(
-    predictions: str,
-    *,
-    data_root: str = "data",
-    tsv_root: str | None = None,
-    compat: str | None = None,
-    judge: JudgeConfig = JudgeConfig(),
-) -> Summary:
-    """Scores a predictions.jsonl again, without the model; the data of its task are needed.
-
-    Args:
-        predictions: the file; the summary.json beside it says what was asked.
-        data_root, tsv_root: where the data lie.
-        compat: deviations of the scorers; None takes those of the summary.
-        judge: who grades what rules cannot decide.
-
-    Raises:
-        FileNotFoundError: predictions.jsonl, its summary.json or the data are missing.
-        ConfigError: the predictions do not belong to the data.
-        ScoringError: the scorer fails.
-        JudgeError: the judge fails; the files say that the task is pending.
-    """
-    path = as_path(predictions)
-    rows = read_rows(path)
-    old = _read_summary(path)
-    (spec,) = select(_selection(old, data_root, tsv_root, compat))
-    if len(rows) != len(spec.questions):
-        raise ConfigError(
-            f"{path}: {len(rows)} rows, but the data hold {len(spec.questions)} questions"
-        )
-    for row, question in zip(rows, spec.questions, strict=True):
-        if row.question_id != question.id or row.prompt != question.prompt:
-            raise ConfigError(
-                f"{path}: row {row.index} is not the question at {question.where}; the data have "
-                "changed"
-            )
-    by_index = {row.index: row for row in rows}
-    task_run = TaskRun(spec, path.parent, old.model, old.settings, by_index)
-    summary = task_run.finish(make_judge(judge, path.parent))
-    if task_run.gone is not None:
-        raise task_run.gone
-    return summary
-
-
-def _read_summary(predictions: Path) -> Summary:
-    path = predictions.parent / "summary.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; --rescore needs it beside predictions.jsonl"
-        )
-    return Summary.from_json(read_json_file(path, remedy="run eval.py again"), str(path))
-
-
-def _selection(
-    old: Summary, data_root: str, tsv_root: str | None, compat: str | None
-) -> EvaluationConfig:
-    """Returns the selection of the task that a summary is about."""
-    settings = old.settings
-    if settings["protocol"] == GENERIC:
-        asked = {name: settings[name] for name in ("data", "metric", "image_root", "prompt")}
-    else:
-        asked = {"tasks": settings["task"], "protocol": settings["protocol"]}
-    return EvaluationConfig(
-        **asked,
-        data_root=data_root,
-        tsv_root=tsv_root,
-        limit=settings["limit"],
-        compat=compat or ",".join(old.compat) or "none",
-        cot=settings.get("cot", False),
-        frames=settings.get("frames"),
     )

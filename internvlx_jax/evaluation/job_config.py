@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
+from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.ranges import COUNT, NUMBER, Range, check_ranges
+from internvlx_jax.core.ranges import COUNT, NUMBER, SEED, Range, check_ranges
 from internvlx_jax.core.run_config import MeshConfig
 from internvlx_jax.core.tile_config import MOST_TILES
-from internvlx_jax.evaluation.selection import Decoding, check_names
+from internvlx_jax.evaluation.judge import EndpointJudge, Judge, NoJudge, RequestBudget
+from internvlx_jax.evaluation.selection import check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,46 @@ class JudgeConfig:
                 "judge_url and judge_model belong together: the endpoint and the model to ask there"
             )
         check_ranges(self, "judge_", concurrency=COUNT, retries=COUNT, budget=NUMBER)
+
+    def open(self, folder: Path, budget: RequestBudget | None = None) -> Judge:
+        """Returns the judge of a task.
+
+        Args:
+            folder: folder of the task.
+            budget: what is left of the requests of the job; None starts with all of them.
+        """
+        if self.url is None or self.model is None:
+            return NoJudge()
+        return EndpointJudge(
+            self.url,
+            self.model,
+            as_path(self.cache) if self.cache else folder / "judge_cache",
+            workers=self.concurrency,
+            retries=self.retries,
+            budget=budget or RequestBudget(self.budget),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are chosen, whatever the task.
+
+    Attributes:
+        sampling: how a token is chosen.
+        seed: randomness together with the number of a question.
+        stop_strings: texts that end an answer.
+    """
+
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_ranges(self, seed=SEED)
+        if "" in self.stop_strings:
+            raise ConfigError(
+                "stop_string is an empty text, which would end every answer at once; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import written_aside
 from internvlx_jax.core.json_text import decode_json, encode_line, read_lines, shown
+from internvlx_jax.core.line_log import LineLog, read_whole, segments
 
 
 class Record:
@@ -201,3 +202,70 @@ def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"{where}: not a JSON object; run eval.py again")
         objects.append((where, stored))
     return objects
+
+
+class Parts:
+    """The part files of one task; all of their rows belong to one settings hash.
+
+    Attributes:
+        folder: folder of the part files.
+        settings: the settings hash.
+    """
+
+    def __init__(self, folder: Path, settings: str):
+        self.folder, self.settings = folder, settings
+
+    def exist(self) -> bool:
+        """Whether there is any part file."""
+        return any(self.folder.glob("*.jsonl"))
+
+    def read(self) -> dict[int, Row]:
+        """Returns all finished rows by index; a line that an interruption cut off does not count.
+
+        Raises:
+            ConfigError: rows come from other settings, or two rows of one index differ.
+        """
+        rows: dict[int, Row] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for number, line in enumerate(read_whole(path).split(b"\n"), start=1):
+                try:
+                    stored = decode_json(line)
+                except ValueError:
+                    continue
+                where = f"{path} line {number}"
+                if not isinstance(stored, dict):
+                    raise ConfigError(f"{where}: not a JSON object; remove the line")
+                if stored.pop("settings", None) != self.settings:
+                    raise ConfigError(
+                        f"{where}: answered with other settings (checkpoint, data, prompts, tiles "
+                        "or decoding); use them again, another --out_dir, or remove this folder"
+                    )
+                row = Row.from_json(stored, where)
+                if not isinstance(row.index, int):
+                    raise ConfigError(f"{where}: index is {shown(row.index)}; remove the line")
+                if rows.setdefault(row.index, row) != row:
+                    raise ConfigError(
+                        f"{where}: index {row.index} has two different answers; remove "
+                        f"{self.folder}"
+                    )
+        return rows
+
+    def log(self, name: str) -> LineLog:
+        """Opens NAME.jsonl; rows are appended behind those of an earlier run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = LineLog(self.folder / f"{name}.jsonl", durable=True)
+        log.keep(lambda line: True)  # but for a line that an interruption cut off
+        return log
+
+    def line(self, row: Row) -> bytes:
+        """Returns the line of a row."""
+        return encode_line({"settings": self.settings} | vars(row))
+
+    def remove(self) -> None:
+        """Removes the part files and their folder."""
+        for path in self.folder.glob("*.jsonl"):
+            for segment in segments(path):
+                segment.unlink()
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir():
+            self.folder.rmdir()

@@ -9,9 +9,7 @@ from pathlib import Path
 
 from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.paths import as_path
-from internvlx_jax.core.ranges import SEED, check_ranges
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics import METRICS
@@ -19,7 +17,7 @@ from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import COMPAT, Answered, Context, mean_of
 from internvlx_jax.evaluation.sources import Roots, Source, read_questions
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
-from internvlx_jax.evaluation.tasks import ProtocolSpec, Task, find_tasks
+from internvlx_jax.evaluation.tasks import SUITES, TASKS, ProtocolSpec, Task
 
 GENERIC = "generic"  # protocol of a question file
 GENERIC_NEW_TOKENS = 100
@@ -101,28 +99,6 @@ def compat_of(selection: EvaluationConfig, spec: ProtocolSpec) -> frozenset[str]
     return frozenset(names - {ACCEPTANCE, RELEASE})
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How tokens are chosen, whatever the task.
-
-    Attributes:
-        sampling: how a token is chosen.
-        seed: randomness together with the number of a question.
-        stop_strings: texts that end an answer.
-    """
-
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    stop_strings: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_ranges(self, seed=SEED)
-        if "" in self.stop_strings:
-            raise ConfigError(
-                "stop_string is an empty text, which would end every answer at once; leave it out"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
     """One task of a job with its questions, whatever the model.
@@ -162,7 +138,7 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
     data = as_path(selection.data_root)
     tsv_root = as_path(selection.tsv_root) if selection.tsv_root else data / "tsv"
     roots = Roots(data, tsv_root, selection.frames)
-    chosen = find_tasks(selection.tasks, selection.suite, selection.protocol)
+    chosen = _chosen(selection.tasks, selection.suite, selection.protocol)
     if selection.data is not None and selection.metric is not None:
         path = as_path(selection.data)
         task = question_file_task(selection, path, selection.metric)
@@ -185,6 +161,45 @@ def select(selection: EvaluationConfig) -> list[TaskSpec]:
             + "\n".join(missing)
         )
     return [_read(task, protocol, spec, roots, selection) for task, protocol, spec in chosen]
+
+
+def _chosen(
+    names: str | None, suite: str | None, protocol: str | None
+) -> list[tuple[Task, str, ProtocolSpec]]:
+    """Finds tasks by name, each once, as (task, protocol, the task under it).
+
+    Args:
+        names: names with commas between them.
+        suite: name of a suite, whose tasks come after `names`.
+        protocol: name of the protocol; None takes the default of each task.
+
+    Raises:
+        ConfigError: a name is unknown, and the message has the nearest one; or a task is not
+            defined under the protocol.
+    """
+    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if suite is not None:
+        if suite not in SUITES:
+            raise ConfigError(
+                f'suite "{suite}" is unknown.{did_you_mean(suite, SUITES)} '
+                f"Use one of {', '.join(SUITES)}."
+            )
+        wanted += SUITES[suite]
+    for name in wanted:
+        if name not in TASKS:
+            raise ConfigError(
+                f'task "{name}" is unknown.{did_you_mean(name, TASKS)} --list shows all tasks.'
+            )
+    found = []
+    for task in (TASKS[name] for name in dict.fromkeys(wanted)):
+        chosen = protocol or task.default_protocol
+        if chosen not in task.protocols:
+            raise ConfigError(
+                f"task {task.name} is not defined under protocol {chosen}; "
+                f"it has {', '.join(task.protocols)}"
+            )
+        found.append((task, chosen, task.protocols[chosen]))
+    return found
 
 
 def _asked(

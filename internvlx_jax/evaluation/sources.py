@@ -67,7 +67,8 @@ def jsonl(
     path: str,
     *,
     text: str = "question",
-    annotations: tuple[str, Callable[[Path], Answers]] | None = None,
+    coco: str | None = None,
+    docvqa: str | None = None,
     finish: Finish = lambda question: question,
 ) -> Source:
     """Returns a source with one JSON object per line.
@@ -76,28 +77,28 @@ def jsonl(
         path: the file below the data root. A line has `image`, the question, `question_id`,
             `answer`, and fields of the task.
         text: name of the field of the question.
-        annotations: a file with the answers by question id, and its reader; without it the line
-            has the answers.
+        coco, docvqa: a file below the data root with the answers by question id, in the layout of
+            COCO VQA or of DocVQA; without either the line has the answers.
         finish: completes each question.
     """
-    names = [path] + ([annotations[0]] if annotations else [])
+    annotations = coco or docvqa
+    read_answers = _coco_answers if coco else _docvqa_answers
 
     def files(roots: Roots) -> list[Path]:
-        return [roots.data / name for name in names]
+        return [roots.data / name for name in (path, annotations) if name]
 
     def read(roots: Roots) -> list[Question]:
-        keys = None if annotations is None else annotations[1](roots.data / annotations[0])
+        file, *answers = files(roots)
+        keys = read_answers(*answers) if answers else None
         questions = []
-        for where, row in read_jsonl(roots.data / path):
+        for where, row in read_jsonl(file):
             try:
-                question = _question(where, row, text, len(questions), roots.data / path, roots)
+                question = _question(where, row, text, len(questions), file, roots)
             except (KeyError, TypeError):
                 raise ConfigError(f'{where}: needs the fields "image" and "{text}"') from None
             if keys is not None:
                 if str(question.id) not in keys:
-                    raise ConfigError(
-                        f"{where}: question_id {question.id} is not in {roots.data / names[1]}"
-                    )
+                    raise ConfigError(f"{where}: question_id {question.id} is not in {answers[0]}")
                 question = dataclasses.replace(question, answers=tuple(keys[str(question.id)]))
             questions.append(finish(question))
         return questions
@@ -175,7 +176,7 @@ def listed_cell(cell: str, where: str) -> tuple[str, ...]:
     return list_cell(cell.strip(), where)
 
 
-def coco_answers(path: Path) -> Answers:
+def _coco_answers(path: Path) -> Answers:
     """Reads answers in the COCO VQA layout: annotations[].question_id, answers[].answer."""
     return {
         str(required(row, "question_id", path)): [
@@ -185,7 +186,7 @@ def coco_answers(path: Path) -> Answers:
     }
 
 
-def docvqa_answers(path: Path) -> Answers:
+def _docvqa_answers(path: Path) -> Answers:
     """Reads answers in the DocVQA layout: data[].questionId, answers."""
     return {
         str(required(row, "questionId", path)): required(row, "answers", path)

@@ -15,13 +15,13 @@ Files in the folder of a task:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,24 +32,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from internvlx_jax.core.disk import named_on_error
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
-from internvlx_jax.core.json_text import decode_json, encode_line, shown
-from internvlx_jax.core.line_log import LineLog, read_whole, segments
-from internvlx_jax.core.paths import is_remote
 from internvlx_jax.evaluation.cells import read_texts
 from internvlx_jax.evaluation.judge import (
     Judge,
     JudgeError,
     NoJudge,
 )
+from internvlx_jax.evaluation.prediction_tables import write_tables
 from internvlx_jax.evaluation.questions import Question
-from internvlx_jax.evaluation.records import Row, Summary, read_rows, write_rows
+from internvlx_jax.evaluation.records import Parts, Row, Summary, read_rows, write_rows
 from internvlx_jax.evaluation.scoring import Answered, Context, Result, ScoringError
 from internvlx_jax.evaluation.selection import TaskSpec
-from internvlx_jax.evaluation.submissions import vlmevalkit_rows
-from internvlx_jax.evaluation.tables import write_table
 from internvlx_jax.inference.batch_generator import BatchGenerator
 from internvlx_jax.inference.requests import Answer, GenerationSpec
 
@@ -119,19 +114,41 @@ class TaskRun:
             if stored["settings_hash"] == self.hash:
                 self.rows = {row.index: row for row in read_rows(predictions)}
 
-    def answer(
+    def run(
+        self,
+        generator: BatchGenerator | None,
+        generation: GenerationSpec,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        score: bool = True,
+        judge: Judge | None = None,
+    ) -> Summary | None:
+        """Answers what is not finished, and scores it; all processes call this alike.
+
+        Args:
+            generator: the model; None where everything is answered.
+            generation: how it is asked.
+            shard: (i, n) answers every n-th question from i on.
+            score: whether this process scores the answers and writes all files.
+            judge: see `finish`.
+
+        Returns:
+            The summary; None without `score`.
+
+        Raises:
+            ConfigError, ScoringError: see `finish`.
+        """
+        if generator is not None:
+            self._answer(generator, generation, shard)
+        return self.finish(judge) if score else None
+
+    def _answer(
         self,
         generator: BatchGenerator,
         generation: GenerationSpec,
-        shard: tuple[int, int] = (0, 1),
+        shard: tuple[int, int],
     ) -> None:
-        """Answers what is not finished, into part files; all processes call this alike.
-
-        Args:
-            generator: the model.
-            generation: how it is asked.
-            shard: (i, n) answers every n-th question from i on.
-        """
+        """Answers what is not finished, into part files."""
         questions, (i, n) = self.spec.questions, shard
         numbers = [number for number in self._unfinished() if number % n == i]
         if not numbers:
@@ -139,18 +156,16 @@ class TaskRun:
         begun = time.perf_counter()
         process = jax.process_index()
         with (
-            self.parts.writer(f"{i}of{n}-process{process}") as part,
+            contextlib.closing(self.parts.log(f"{i}of{n}-process{process}")) as log,
             tqdm(
                 total=len(numbers), desc=self.spec.task.name, unit="answer", disable=process > 0
             ) as bar,
         ):
             requests = {number: questions[number].request for number in numbers}
             for answers in generator.answer(requests, generation):
-                part.write(
-                    [
-                        unscored_row(number, questions[number], answers[number])
-                        for number in sorted(answers)
-                    ]
+                log.append(
+                    self.parts.line(unscored_row(number, questions[number], answers[number]))
+                    for number in sorted(answers)
                 )
                 bar.update(min(len(answers) * jax.process_count(), len(numbers) - bar.n))
         self.seconds = time.perf_counter() - begun
@@ -196,7 +211,7 @@ class TaskRun:
 
     def _write_unscored(self) -> None:
         """Writes the answers, and a summary without a score."""
-        rows = self._ordered_rows()
+        rows = self.ordered_rows()
         unscored = [dataclasses.replace(row, prediction=None, score=None) for row in rows]
         self.folder.mkdir(parents=True, exist_ok=True)
         write_rows(self.folder / "predictions.jsonl", unscored)
@@ -205,16 +220,17 @@ class TaskRun:
         summary = self._summary(result, rows, notes, [], NoJudge())
         write_json(self.folder / "summary.json", summary.to_json())
 
-    def _ordered_rows(self) -> list[Row]:
+    def ordered_rows(self) -> list[Row]:
+        """Returns the rows of all questions."""
         return [self.rows[number] for number in range(len(self.spec.questions))]
 
-    def _texts(self, rows: Sequence[Row]) -> list[str]:
+    def texts(self, rows: Sequence[Row]) -> list[str]:
         """Returns what is scored: what the model wrote, or the final answer in it."""
         return [self.spec.protocol_spec.read(row.raw) for row in rows]
 
     def _score(self, rows: Sequence[Row], judge: Judge) -> Result:
         """Scores the rows; `pandas_predictions` makes of their texts what pandas reads back."""
-        spec, texts = self.spec, self._texts(rows)
+        spec, texts = self.spec, self.texts(rows)
         if "pandas_predictions" in spec.compat:
             texts = read_texts(texts)
         answered = [
@@ -233,13 +249,13 @@ class TaskRun:
 
     def _write(self, judge: Judge, gone: str | None = None) -> Summary:
         """Scores and writes all files; `gone` says why the judge gives no more replies."""
-        spec, rows = self.spec, self._ordered_rows()
+        spec, rows = self.spec, self.ordered_rows()
         result = self._score(rows, judge)
         notes = [*spec.notes, *result.notes]
         if gone is not None:
             result = dataclasses.replace(result, score=None, pending=True)
             notes.append(f"the judge gave no more replies: {gone}")
-        files = self._write_tables(rows, result)
+        files = write_tables(self, result)
         requests = self.folder / "judge_requests.jsonl"
         requests.unlink(missing_ok=True)
         if isinstance(judge, NoJudge) and judge.requests:
@@ -261,22 +277,6 @@ class TaskRun:
         write_json(self.folder / "summary.json", summary.to_json())
         self.parts.remove()
         return summary
-
-    def table(self) -> list[dict[str, Any]]:
-        """Returns the rows of the table that VLMEvalKit scores."""
-        texts = self._texts(self._ordered_rows())
-        return vlmevalkit_rows(self.spec.questions, texts, self.spec.protocol_spec.table)
-
-    def _write_tables(self, rows: Sequence[Row], result: Result) -> list[str]:
-        """Writes the files for VLMEvalKit and for a server; returns their names."""
-        spec, files = self.spec.protocol_spec, []
-        if not self.spec.generic and spec.dataset and not spec.joined:
-            path = self.folder / f"{self.model_name}_{spec.dataset}"
-            files.append(write_table(path, self.table()).name)
-        if spec.submission is not None:
-            written = spec.submission(self.folder, self.spec.questions, result.predictions)
-            files.append(written.name)
-        return files
 
     def _summary(
         self, result: Result, rows: Sequence[Row], notes: list[str], files: list[str], judge: Judge
@@ -319,97 +319,3 @@ def unscored_row(index: int, question: Question, answer: Answer) -> Row:
         score=None,
         error=None if answer.error is None else str(answer.error),
     )
-
-
-class Parts:
-    """The part files of one task; all of their rows belong to one settings hash.
-
-    Attributes:
-        folder: folder of the part files.
-        settings: the settings hash.
-    """
-
-    def __init__(self, folder: Path, settings: str):
-        self.folder, self.settings = folder, settings
-
-    def exist(self) -> bool:
-        """Whether there is any part file."""
-        return any(self.folder.glob("*.jsonl"))
-
-    def read(self) -> dict[int, Row]:
-        """Returns all finished rows by index; a line that an interruption cut off does not count.
-
-        Raises:
-            ConfigError: rows come from other settings, or two rows of one index differ.
-        """
-        rows: dict[int, Row] = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(read_whole(path).split(b"\n"), start=1):
-                try:
-                    stored = decode_json(line)
-                except ValueError:
-                    continue
-                where = f"{path} line {number}"
-                if not isinstance(stored, dict):
-                    raise ConfigError(f"{where}: not a JSON object; remove the line")
-                if stored.pop("settings", None) != self.settings:
-                    raise ConfigError(
-                        f"{where}: answered with other settings (checkpoint, data, prompts, tiles "
-                        "or decoding); use them again, another --out_dir, or remove this folder"
-                    )
-                row = Row.from_json(stored, where)
-                if not isinstance(row.index, int):
-                    raise ConfigError(f"{where}: index is {shown(row.index)}; remove the line")
-                if rows.setdefault(row.index, row) != row:
-                    raise ConfigError(
-                        f"{where}: index {row.index} has two different answers; remove "
-                        f"{self.folder}"
-                    )
-        return rows
-
-    def writer(self, name: str) -> PartWriter:
-        """Opens NAME.jsonl; rows are appended behind those of an earlier run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return PartWriter(self.folder / f"{name}.jsonl", self.settings)
-
-    def remove(self) -> None:
-        """Removes the part files and their folder."""
-        for path in self.folder.glob("*.jsonl"):
-            for segment in segments(path):
-                segment.unlink()
-            path.unlink(missing_ok=True)
-        if self.folder.is_dir():
-            self.folder.rmdir()
-
-
-class PartWriter:
-    """A context manager whose `write` returns when the rows are on the disk."""
-
-    def __init__(self, path: Path, settings: str):
-        self.path, self.settings = path, settings
-
-    def __enter__(self) -> PartWriter:
-        self._log = LineLog(self.path) if is_remote(self.path) else None
-        if self._log is None:
-            self._file = self.path.open("ab")
-            # Ends a line that an interruption cut off.
-            self._file.write(b"\n" if self._file.tell() else b"")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._log is None:
-            self._file.close()
-        else:
-            self._log.close()
-
-    def write(self, rows: Sequence[Row]) -> None:
-        """Appends rows and waits until they are on the disk."""
-        lines = [encode_line({"settings": self.settings} | vars(row)) for row in rows]
-        if self._log is not None:
-            self._log.append(lines)
-            self._log.flush()
-            return
-        with named_on_error(self.path):
-            self._file.writelines(lines)
-            self._file.flush()
-            os.fsync(self._file.fileno())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -35,6 +36,9 @@ from internvlx_jax.models.splash import PADDING, splash_attention
 Backend = Literal["auto", "xla", "splash", "splash_interpret", "cudnn"]
 NVIDIA = ("gpu", "cuda")  # what JAX calls the platform of such devices
 CHUNK = 512  # queries whose scores exist at a time in the xla backend, at most
+# Parts of a causal sequence in the xla backend. Each leaves out the keys behind its own, which
+# saves 3/8 of the work; each is also compiled by itself.
+CAUSAL_PARTS = 4
 
 
 def attend(
@@ -184,7 +188,8 @@ def xla_attention(
     """Attends a sequence to itself by `attend`; arguments are those of `SelfAttention`.
 
     The scores of a long sequence exist for one chunk of queries at a time, in the backward pass
-    too, which computes them again.
+    too, which computes them again. A causal sequence is divided into parts besides, whose queries
+    are not compared with the keys behind them.
     """
     length = q.shape[1]
     chunks = -(-length // CHUNK)
@@ -198,6 +203,8 @@ def xla_attention(
             q_start=0 if causal else None,
             window=window,
         )
+    if causal:
+        chunks *= 2  # shorter ones leave the cache of a CPU less often, and leave out more keys
     size = -(-length // chunks)
     padding = (0, chunks * size - length)  # queries behind the end are dropped later
     heads = k.shape[2]
@@ -209,12 +216,31 @@ def xla_attention(
         q_segments = jnp.pad(segments, ((0, 0), padding))
         q_segments = rearrange(q_segments, "b (c s) -> c b s", c=chunks)
 
-    @jax.checkpoint
-    def body(_, chunk):
-        q, q_segments, start = chunk
-        return None, _attend(q, k, v, q_segments, segments, start if causal else None, window)
+    def part(first: int, last: int) -> jax.Array:
+        """Computes the chunks first..last-1, with the keys that they see."""
+        end = min(size * last, length) if causal else length
+        of_part = None if segments is None else segments[:, :end]
 
-    out = jax.lax.scan(body, None, (q, q_segments, size * jnp.arange(chunks)))[1]
+        @jax.checkpoint
+        def body(_, chunk):
+            q, q_segments, start = chunk
+            return None, _attend(
+                q,
+                k[:, :, :end],
+                v[:, :, :end],
+                q_segments,
+                of_part,
+                start if causal else None,
+                window,
+            )
+
+        numbers = jnp.arange(first, last)
+        of_chunks = jax.tree.map(lambda x: x[first:last], (q, q_segments))
+        return jax.lax.scan(body, None, (*of_chunks, size * numbers))[1]
+
+    parts = min(chunks, CAUSAL_PARTS) if causal else 1
+    bounds = [chunks * i // parts for i in range(parts + 1)]
+    out = jnp.concatenate([part(*pair) for pair in itertools.pairwise(bounds)])
     return rearrange(out, "c b k j s h -> b (c s) (k j) h")[:, :length]
 
 

@@ -182,7 +182,7 @@ def _run_steps(
             profiler.after(done, step_metrics.loss)
             session.checkpoints.check()
             session.copies.check()
-            preempted = preemption.reached(done)
+            preempted = preemption.reached()
             saves = done % config.save_every == 0 or done == last or preempted
             ending = None
             if saves or done % config.log_every == 0:  # no step is saved before it is looked at

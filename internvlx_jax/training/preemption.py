@@ -33,6 +33,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._told, self.signal = False, "SIGTERM"
+        self._asked = 0
         self._several = jax.distributed.is_initialized()
         # Python lets only the main thread take signals.
         main = threading.current_thread() is threading.main_thread()
@@ -60,6 +61,9 @@ class Preemption:
                 return
         self._told = True
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """Returns whether to save this step and stop; all processes ask after every step."""
-        return self._told or multihost_utils.reached_preemption_sync_point(step)
+        # jax stops at the number behind the largest one that a process has asked with, and takes 0
+        # where none has: counted from the start, so that a signal before the first step counts.
+        self._asked += 1
+        return self._told or multihost_utils.reached_preemption_sync_point(self._asked)

@@ -1,6 +1,7 @@
 """import and export through the command: bit-equal tensors and equal configs, for every layout."""
 
 import functools
+import gc
 import json
 
 import numpy as np
@@ -190,8 +191,17 @@ def test_shards(tmp_path, make_checkpoint, same_tensors, monkeypatch):
     assert run("verify", "--checkpoint", tmp_path / "jax", "--against", back) == 0
 
 
+@pytest.fixture
+def few_objects():
+    """Leaves all objects so far out of garbage collections, which long sessions make slow."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.slow
-def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch):
+def test_large_parameters(tmp_path, make_checkpoint, same_tensors, monkeypatch, few_objects):
     """Those beyond GROUP_BYTES are written and read alone, in parts, in bounded memory."""
     monkeypatch.setattr(run_format, "GROUP_BYTES", 2**15)
     make_checkpoint(tmp_path / "source", "qwen2", "mlp1")

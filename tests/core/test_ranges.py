@@ -24,8 +24,7 @@ from internvlx_jax.core.model_config import (
 )
 from internvlx_jax.core.run_config import GroupConfig, TrainConfig
 from internvlx_jax.data.synthetic import SyntheticConfig
-from internvlx_jax.evaluation.job_config import EvalConfig
-from internvlx_jax.evaluation.selection import Decoding
+from internvlx_jax.evaluation.job_config import Decoding, EvalConfig
 
 MODEL = ModelConfig(
     vision=VisionConfig(width=8, layers=1, heads=2, mlp_width=8),

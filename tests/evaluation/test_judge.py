@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from internvlx_jax.evaluation.job import rescore
 from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import (
     EndpointJudge,
@@ -19,6 +18,7 @@ from internvlx_jax.evaluation.judge import (
     ask_until,
     fill,
 )
+from internvlx_jax.evaluation.rescore import rescore
 
 
 @pytest.fixture

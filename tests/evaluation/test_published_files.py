@@ -18,10 +18,10 @@ from published_columns import NEEDED, TABLE
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.evaluation.job import make_judge, rescore
 from internvlx_jax.evaluation.job_config import JudgeConfig
 from internvlx_jax.evaluation.judge import EndpointJudge, RequestBudget
 from internvlx_jax.evaluation.records import read_rows as stored_rows
+from internvlx_jax.evaluation.rescore import rescore
 from internvlx_jax.evaluation.scoring import ScoringError
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.sources import Roots
@@ -269,13 +269,11 @@ def test_data_that_a_scorer_cannot_take_are_refused_before_generation(data_root,
 def test_a_judge_that_goes_away_leaves_the_task_pending(answered, endpoint, tmp_path):
     task_run = answered("mmvet")
     config = JudgeConfig(url=f"http://localhost:{endpoint.server_port}", model="n", budget=1)
-    summary = task_run.finish(make_judge(config, task_run.folder))
+    summary = task_run.finish(config.open(task_run.folder))
     assert (summary.score, summary.judge) == (None, "pending")
     assert "all 1 requests of --judge_budget are sent" in summary.notes[-2]
     assert len(list((task_run.folder / "judge_cache").iterdir())) == 1, "the reply is kept"
-    again = answered("mmvet").finish(
-        make_judge(dataclasses.replace(config, budget=1), task_run.folder)
-    )
+    again = answered("mmvet").finish(dataclasses.replace(config, budget=1).open(task_run.folder))
     assert again.score == 50, "one reply from the cache, one asked now"
 
 
@@ -305,7 +303,7 @@ def test_a_budget_is_shared_by_the_tasks_of_a_job(answered, endpoint):
     config = JudgeConfig(url=f"http://localhost:{endpoint.server_port}", model="o")
     for task, score in (("mmvet", 50), ("llavabench", None)):
         task_run = answered(task)
-        assert task_run.finish(make_judge(config, task_run.folder, budget)).score == score
+        assert task_run.finish(config.open(task_run.folder, budget)).score == score
     assert budget.sent == 3
 
 

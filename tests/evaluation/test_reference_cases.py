@@ -22,11 +22,12 @@ from internvlx_jax.core.model_config import (
 from internvlx_jax.core.tile_config import TileConfig
 from internvlx_jax.evaluation.cells import read_column, read_texts
 from internvlx_jax.evaluation.job import generation_spec
+from internvlx_jax.evaluation.job_config import Decoding
 from internvlx_jax.evaluation.judge import NoJudge
 from internvlx_jax.evaluation.metrics.options import infer_option
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.scoring import Answered, Context
-from internvlx_jax.evaluation.selection import Decoding, compat_of, select
+from internvlx_jax.evaluation.selection import compat_of, select
 from internvlx_jax.evaluation.tables import fits_xlsx, write_tsv
 from internvlx_jax.evaluation.task_run import TaskRun, unscored_row
 from internvlx_jax.evaluation.tasks import TASKS, llavabench, mathvista, mmbench, mme, mmmu

@@ -22,13 +22,13 @@ from mini_data import ROOT, read_rows
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.generation_config import Sampling
+from internvlx_jax.core.line_log import LineLog
 from internvlx_jax.core.run_config import MeshConfig
-from internvlx_jax.evaluation import job, records, task_run
+from internvlx_jax.evaluation import job, records
 from internvlx_jax.evaluation.compare import compare
 from internvlx_jax.evaluation.compare_page import page
-from internvlx_jax.evaluation.job import rescore
-from internvlx_jax.evaluation.job_config import EvalConfig, JudgeConfig
-from internvlx_jax.evaluation.selection import Decoding
+from internvlx_jax.evaluation.job_config import Decoding, EvalConfig, JudgeConfig
+from internvlx_jax.evaluation.rescore import rescore
 from internvlx_jax.evaluation.tasks import GROUPS, SUITES, TASKS
 
 NEW_TOKENS = 6
@@ -154,17 +154,21 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
 ):
     """A job stops inside a task with half a line on the disk: finished answers are kept."""
     three = settings | dict(tasks="textvqa_val,mme,pope", batch_size=4)
-    write, written = task_run.PartWriter.write, []
+    append, written = LineLog.append, []
 
-    def stops(self, rows):
+    def recorded(self, lines):
+        lines = [*lines]
+        written.append([json.loads(line)["index"] for line in lines])
+        append(self, lines)
+
+    def stops(self, lines):
         if len(written) == 3:
-            self._file.write(b'{"settings": "')
+            append(self, [b'{"settings": "'])
             raise KeyboardInterrupt
-        written.append([row.index for row in rows])
-        write(self, rows)
+        recorded(self, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(task_run.PartWriter, "write", stops)
+        patch.setattr(LineLog, "append", stops)
         with pytest.raises(KeyboardInterrupt):
             run_on(configure(tmp_path / "out", **three))
     folder = tmp_path / "out" / MODEL
@@ -176,12 +180,8 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
     with pytest.raises(ConfigError, match="answered with other settings"):
         run_on(configure(tmp_path / "out", **three | dict(max_new_tokens=5, resume=True)))
 
-    def records(self, rows):
-        written.append([row.index for row in rows])
-        write(self, rows)
-
     written.clear()
-    monkeypatch.setattr(task_run.PartWriter, "write", records)
+    monkeypatch.setattr(LineLog, "append", recorded)
     run_on(configure(tmp_path / "out", **three, resume=True))
     assert sum(map(len, written)) == 28 - 2 * 4 + 6, (
         "two batches of MME and all of TextVQA are kept"

@@ -11,10 +11,9 @@ from PIL import Image
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.data.images import ImageBytes
-from internvlx_jax.evaluation.records import Row, Summary, read_objects, write_rows
+from internvlx_jax.evaluation.records import Parts, Row, Summary, read_objects, write_rows
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.sources import read_questions
-from internvlx_jax.evaluation.task_run import Parts
 from internvlx_jax.evaluation.tsv import read_cells, read_tsv
 from internvlx_jax.inference.batch_generator import BatchGenerator
 
@@ -134,8 +133,7 @@ def test_answers_survive_every_text(tmp_path):
         for n, text in enumerate(ODD)
     ]  # fmt: skip
     parts = Parts(tmp_path / "parts", "hash")
-    with parts.writer("0") as part:
-        part.write(rows)
+    parts.log("0").append(map(parts.line, rows))
     assert [row.raw for row in parts.read().values()] == ODD
     write_rows(tmp_path / "predictions.jsonl", rows)
     assert [row["raw"] for _, row in read_objects(tmp_path / "predictions.jsonl")] == ODD

@@ -197,6 +197,30 @@ def test_sliding_window(backend, monkeypatch):
             np.testing.assert_allclose(step[:, 0], alone[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_chunks_are_the_whole(causal, monkeypatch):
+    """Values and gradients in chunks, and in parts where it is causal, are those of one formula."""
+    monkeypatch.setattr(attention, "CHUNK", 4)
+    rng = np.random.default_rng(0)
+    length = 37  # no multiple of a chunk, nor of a part
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(1, length, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4)
+    )
+    segments = jnp.asarray([[1] * 15 + [2] * 19 + [0] * 3], jnp.int32)
+
+    def chunked(q, k, v):
+        return jnp.sum(weight * SelfAttention("xla")(q, k, v, segments, causal=causal))
+
+    def plain(q, k, v):
+        start = 0 if causal else None
+        y = attend(q, k, v, q_segments=segments, kv_segments=segments, q_start=start)
+        return jnp.sum(weight * y)
+
+    got, expected = (jax.value_and_grad(f, (0, 1, 2))(q, k, v) for f in (chunked, plain))
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "scaling, scale", [("su", (1 + np.log(4) / np.log(16)) ** 0.5), ("yarn", 0.1 * np.log(4) + 1)]
 )

@@ -98,6 +98,18 @@ def test_sigterm_to_one_ends_both_and_one_process_goes_on(straight):
     saved = RunFolder(run).step
     assert 0 < saved < STEPS and f"saved at step {saved}" in outputs[0]
 
+    # Told while it starts: the run stops after its first step, whose number is no longer 1.
+    processes = start(write_config(told, run.parent), 4)
+    try:
+        kill_after = time.monotonic() + 300
+        while not (run / "lock.json").exists() and time.monotonic() < kill_after:
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        codes, outputs = finish(processes)
+    assert codes == [EXIT_STATUS] * 2, "\n".join(outputs)
+    assert RunFolder(run).step == saved + 1
+
     train(dataclasses.replace(told, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     for ours, theirs in zip(logged(run), logged(Path(config.output_dir)), strict=True):
         assert ours["supervised_tokens_per_s"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from internvlx_jax.core.errors import ConfigError, did_you_mean
 from internvlx_jax.core.evaluation_config import PROTOCOLS
 from internvlx_jax.evaluation.tasks import (
     ai2d,
@@ -47,7 +46,6 @@ __all__ = [
     "TASKS",
     "ProtocolSpec",
     "Task",
-    "find_tasks",
 ]
 
 _MODULES = (
@@ -151,42 +149,3 @@ GROUPS = {
     "mmmu_pro": ("mmmu_pro_standard", "mmmu_pro_vision"),
     "refcoco": tuple(name for name, *_ in refcoco.SPLITS),
 }
-
-
-def find_tasks(
-    names: str | None, suite: str | None, protocol: str | None
-) -> list[tuple[Task, str, ProtocolSpec]]:
-    """Finds tasks by name, each once, as (task, protocol, the task under it).
-
-    Args:
-        names: names with commas between them.
-        suite: name of a suite, whose tasks come after `names`.
-        protocol: name of the protocol; None takes the default of each task.
-
-    Raises:
-        ConfigError: a name is unknown, and the message has the nearest one; or a task is not
-            defined under the protocol.
-    """
-    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    if suite is not None:
-        if suite not in SUITES:
-            raise ConfigError(
-                f'suite "{suite}" is unknown.{did_you_mean(suite, SUITES)} '
-                f"Use one of {', '.join(SUITES)}."
-            )
-        wanted += SUITES[suite]
-    for name in wanted:
-        if name not in TASKS:
-            raise ConfigError(
-                f'task "{name}" is unknown.{did_you_mean(name, TASKS)} --list shows all tasks.'
-            )
-    found = []
-    for task in (TASKS[name] for name in dict.fromkeys(wanted)):
-        chosen = protocol or task.default_protocol
-        if chosen not in task.protocols:
-            raise ConfigError(
-                f"task {task.name} is not defined under protocol {chosen}; "
-                f"it has {', '.join(task.protocols)}"
-            )
-        found.append((task, chosen, task.protocols[chosen]))
-    return found

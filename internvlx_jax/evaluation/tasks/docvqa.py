@@ -6,11 +6,11 @@ annotations. The references of the test split are not public, so it writes a sub
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import docvqa_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.sources import jsonl, listed_answers, tsv
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-VAL = jsonl("docvqa/val.jsonl", annotations=("docvqa/val/val_v1.0.json", docvqa_answers))
+VAL = jsonl("docvqa/val.jsonl", docvqa="docvqa/val/val_v1.0.json")
 SUBMISSION = answers_by("questionId")
 
 TASKS = (

@@ -6,13 +6,13 @@ annotations. The references of the test split are not public, so it writes a sub
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import docvqa_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.sources import jsonl, listed_answers, tsv
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 VAL = jsonl(
     "infographicsvqa/val.jsonl",
-    annotations=("infographicsvqa/infographicsVQA_val_v1.0_withQT.json", docvqa_answers),
+    docvqa="infographicsvqa/infographicsVQA_val_v1.0_withQT.json",
 )
 SUBMISSION = answers_by("questionId")
 

@@ -6,12 +6,10 @@ file of this benchmark, so both protocols ask the questions of InternVL's data f
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import coco_answers, jsonl
+from internvlx_jax.evaluation.sources import jsonl
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-SOURCE = jsonl(
-    "okvqa/okvqa_val.jsonl", annotations=("okvqa/mscoco_val2014_annotations.json", coco_answers)
-)
+SOURCE = jsonl("okvqa/okvqa_val.jsonl", coco="okvqa/mscoco_val2014_annotations.json")
 
 TASKS = (
     Task(

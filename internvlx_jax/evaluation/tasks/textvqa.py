@@ -6,15 +6,13 @@ LLaVA does.
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed_answers, tsv
+from internvlx_jax.evaluation.sources import jsonl, listed_answers, tsv
 from internvlx_jax.evaluation.tasks.task import ProtocolSpec, Task, internvl, vlmevalkit
-
-ANSWERS = ("textvqa/textvqa_val_annotations.json", coco_answers)
 
 
 def _internvl(file: str) -> ProtocolSpec:
     return internvl(
-        jsonl(file, annotations=ANSWERS),
+        jsonl(file, coco="textvqa/textvqa_val_annotations.json"),
         ending(f" {BASE}"),
         scoring.vqa_soft,
         max_new_tokens=10,

@@ -7,16 +7,14 @@ submission.
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import coco_answers, jsonl, listed, tsv
+from internvlx_jax.evaluation.sources import jsonl, listed, tsv
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
 PROMPT = ending(
     f" When the provided information is insufficient, respond with 'Unanswerable'. {BASE}"
 )
-VAL = jsonl(
-    "vizwiz/vizwiz_val.jsonl", annotations=("vizwiz/vizwiz_val_annotations.json", coco_answers)
-)
+VAL = jsonl("vizwiz/vizwiz_val.jsonl", coco="vizwiz/vizwiz_val_annotations.json")
 
 TASKS = (
     Task(

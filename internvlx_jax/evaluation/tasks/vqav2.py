@@ -7,13 +7,11 @@ submission.
 
 from internvlx_jax.evaluation import scoring
 from internvlx_jax.evaluation.prompts import BASE, ending
-from internvlx_jax.evaluation.sources import coco_answers, jsonl
+from internvlx_jax.evaluation.sources import jsonl
 from internvlx_jax.evaluation.submissions import answers_by
 from internvlx_jax.evaluation.tasks.task import Task, internvl, vlmevalkit
 
-VAL = jsonl(
-    "vqav2/vqav2_val.jsonl", annotations=("vqav2/v2_mscoco_val2014_annotations.json", coco_answers)
-)
+VAL = jsonl("vqav2/vqav2_val.jsonl", coco="vqav2/v2_mscoco_val2014_annotations.json")
 TESTDEV = jsonl("vqav2/vqav2_testdev.jsonl")
 SUBMISSION = answers_by("question_id")
 
