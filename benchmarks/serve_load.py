@@ -48,14 +48,14 @@ from mutated_requests import (  # noqa: E402
 )
 
 HANG_SECONDS = 60
-MIB = 2**20
+TILE = 112  # pixels of a side of the demo's tiles
 
 
 def main() -> None:
     flags = parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(flags.cache or Path(folder) / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         flags.checkpoint = flags.checkpoint or demo_like(Path(folder) / "run")
@@ -78,10 +78,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--max_length", type=int, default=512)
         command.add_argument("--max_tiles", type=int, default=7)
         command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--cache", type=Path, help="folder that keeps compiled programs")
         command.add_argument("--log", type=Path, help="receives what the server writes")
         command.add_argument("--out", type=Path, help="receives the numbers as JSON")
     made["mutate"].add_argument("--requests", type=int, default=10_000)
     made["mutate"].add_argument("--warm", type=int, default=1000, help="requests before measuring")
+    made["mutate"].add_argument("--most_seconds", type=float, default=3600, help="ends earlier")
     made["mutate"].add_argument("--senders", type=int, default=4)
     made["mutate"].set_defaults(max_body_mib=4)
     made["clients"].add_argument("--clients", type=int, default=64)
@@ -142,7 +144,7 @@ def mutate(flags: argparse.Namespace, environment: dict[str, str], folder: Path)
     """Sends requests with a fault; returns what became of them and of the server."""
     process, _, address = serve.start(flags, environment)
     found: dict[str, Any] = {
-        "requests": flags.requests, "statuses": collections.Counter(), "wrong": [], "hangs": 0,
+        "requests": 0, "statuses": collections.Counter(), "wrong": [], "hangs": 0,
         "slowest_seconds": 0.0, "memory_mib": [],
     }  # fmt: skip
     lock, bomb = threading.Lock(), bomb_png()
@@ -169,10 +171,14 @@ def mutate(flags: argparse.Namespace, environment: dict[str, str], folder: Path)
         with ThreadPoolExecutor(flags.senders) as pool:
             list(pool.map(send, range(flags.warm)))
             found["statuses"].clear()
-            for first in range(0, flags.requests, 1000):
+            until = time.monotonic() + flags.most_seconds
+            for first in range(0, flags.requests, 500):
+                if time.monotonic() > until:
+                    break
                 found["memory_mib"].append(round(resident(process.pid), 1))
-                last = min(first + 1000, flags.requests)
+                last = min(first + 500, flags.requests)
                 list(pool.map(send, range(flags.warm + first, flags.warm + last)))
+                found["requests"] = last
         found["memory_mib"].append(round(resident(process.pid), 1))
         good = {"messages": text_message("Still there?"), "max_tokens": 8}
         found["good_after"] = ask(address, json.dumps(good).encode())[0] == 200
@@ -202,13 +208,16 @@ def well_answered(status: int, text: str) -> bool:
 # --- many clients ---------------------------------------------------------------------------------
 
 
-def questions(count: int, seed: int) -> list[dict[str, Any]]:
-    """Returns bodies of mixed lengths, images and options."""
+def questions(count: int, seed: int, max_tiles: int) -> list[dict[str, Any]]:
+    """Returns bodies of mixed lengths, images and options that a server has room for."""
     draw, made = random.Random(seed), []
     for i in range(count):
+        number = draw.choice([0, 0, 1, 1, 1, 2])
+        # One image of up to 6 tiles and a thumbnail, or images of one tile.
+        most = 260 if number == 1 and max_tiles >= 7 else TILE
         pages = [
-            data_url(png(draw.randrange(60, 260), draw.randrange(60, 260), 10 * i + page))
-            for page in range(draw.choice([0, 0, 1, 1, 1, 2]))
+            data_url(png(draw.randrange(60, most), draw.randrange(60, most), 10 * i + page))
+            for page in range(number)
         ]
         text = f"Question {i}? " + "word " * draw.choice([0, 5, 40, 90])
         messages = image_message(text, *pages) if pages else text_message(text)
@@ -247,7 +256,7 @@ def stream(address: tuple[str, int], body: dict[str, Any], leave_after: int | No
 
 def clients(flags: argparse.Namespace, environment: dict[str, str], folder: Path) -> dict[str, Any]:
     """Compares answers of many clients with those of one, then measures speed."""
-    asked = questions(flags.questions, flags.seed)
+    asked = questions(flags.questions, flags.seed, flags.max_tiles)
     counts: collections.Counter[str] = collections.Counter()
     lock = threading.Lock()
     with serve.serving(flags, environment) as (_, address):
@@ -292,7 +301,8 @@ def speed(flags: argparse.Namespace, environment: dict[str, str], folder: Path) 
     asked = []
     for i in range(flags.questions):
         path = folder / f"page-{i}.png"
-        path.write_bytes(png(200, 200, seed=i))
+        side = 200 if flags.max_tiles >= 7 else TILE
+        path.write_bytes(png(side, side, seed=i))
         asked.append((f"What is stamped on page {i}?", str(path)))
     before = serve.alone(flags, asked, environment)
     with serve.serving(flags, environment) as (_, address):
@@ -315,7 +325,7 @@ def speed(flags: argparse.Namespace, environment: dict[str, str], folder: Path) 
 
 def restart(flags: argparse.Namespace, environment: dict[str, str], folder: Path) -> dict[str, Any]:
     """Kills the server while it answers, and starts it again."""
-    asked = questions(16, flags.seed)
+    asked = questions(16, flags.seed, flags.max_tiles)
     process, cold, address = serve.start(flags, environment)
     alone = [stream(address, body, None) for body in asked]
     with ThreadPoolExecutor(len(asked)) as pool:

@@ -176,7 +176,7 @@ def _decode(
         if isinstance(image, PngImagePlugin.PngImageFile):
             # The pixels are all that counts: text behind them may be large or damaged.
             image.load_end = lambda: None
-        with _pillow_globals() if tolerant else contextlib.nullcontext():
+        with pillow_globals() if tolerant else contextlib.nullcontext():
             image.load()
         if turn is not None:
             image = image.transpose(turn)
@@ -227,7 +227,7 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """Opens an image file; whatever Pillow raises, also in the block, becomes "unreadable"."""
     try:
         with open_image(source) as file:
-            with _pillow_globals():
+            with pillow_globals():
                 image = Image.open(file)
             yield image
     # A store that does not answer says nothing about an image: the run stops, and goes on later.
@@ -248,7 +248,7 @@ class _TrueInThisThread:
 
 
 @contextlib.contextmanager
-def _pillow_globals() -> Iterator[None]:
+def pillow_globals() -> Iterator[None]:
     """Lifts Pillow's pixel limit, for check_pixels has its own, and tolerates damaged files."""
     with _LOCK:
         saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES

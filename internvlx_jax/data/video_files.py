@@ -21,7 +21,13 @@ from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.extras import require
 from internvlx_jax.core.json_text import shorten
 from internvlx_jax.core.remote import StorageError
-from internvlx_jax.data.images import ImageBytes, ImageSource, check_pixels, open_image
+from internvlx_jax.data.images import (
+    ImageBytes,
+    ImageSource,
+    check_pixels,
+    open_image,
+    pillow_globals,
+)
 
 _ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv")
 VIDEO_ENDINGS = (*_ENDINGS, ".ts", ".3gp", ".ogv", ".gif")
@@ -79,7 +85,7 @@ def check_video(source: ImageSource, limits: VideoLimits = VideoLimits()) -> Non
     """
     with _explained(source), open_image(source) as file:
         if _is_gif(file):
-            with Image.open(file) as image:
+            with _open_gif(file) as image:
                 check_pixels(image.size, limits.max_pixels, source)
             return
         with _opened(file, limits, source):
@@ -229,10 +235,15 @@ def _is_gif(file: BinaryIO) -> bool:
     return head == b"GIF8"
 
 
+def _open_gif(file: BinaryIO) -> Image.Image:
+    with pillow_globals():  # Pillow's own limit of pixels warns, or is below ours
+        return Image.open(file)
+
+
 def _gif_frames(file: BinaryIO, choose: Choose, clock: _Clock) -> Frames:
     found: dict[int, Image.Image] = {}
     damaged = False
-    with Image.open(file) as image:
+    with _open_gif(file) as image:
         clock.look(*image.size)
         total = getattr(image, "n_frames", 1)
         duration = image.info.get("duration") or 0
