@@ -278,9 +278,9 @@ def test_lvtc_answers_in_the_same_ways(run_folder, pixels):
 
 IMPORT = """
 import sys, time
-begun = time.perf_counter()
+begun = time.process_time()
 import internvlx_jax
-seconds = time.perf_counter() - begun
+seconds = time.process_time() - begun
 assert {"load", "VLM", "load_pretrained"} <= set(dir(internvlx_jax))
 assert not {"jax", "numpy", "PIL"} & set(sys.modules), "a light import"
 print(seconds)
