@@ -187,21 +187,25 @@ class Soak:
         return self._wait(processes, reached, 0.0005 if moment == "save" else 0.02)
 
     def _wait(
-        self, processes: Sequence[subprocess.Popen], reached: Callable[[], bool], every: float
+        self,
+        processes: Sequence[subprocess.Popen],
+        reached: Callable[[], bool],
+        every: float,
+        patience: float = PATIENCE,
     ) -> str:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while not reached():
             codes = [process.poll() for process in processes]
             if any(code is not None for code in codes):
                 return f"ended by itself: {codes}"
             if time.monotonic() > until:
-                return f"nothing came within {PATIENCE:.0f} s"
+                return f"nothing came within {patience:.0f} s"
             time.sleep(every)
         return ""
 
     def _unless_ended(self, processes: Sequence[subprocess.Popen], seconds: float) -> str:
         until = time.monotonic() + seconds
-        return self._wait(processes, lambda: time.monotonic() >= until, 0.05)
+        return self._wait(processes, lambda: time.monotonic() >= until, 0.05, seconds + 1)
 
     def _ended(self, processes: Sequence[subprocess.Popen]) -> tuple[list[int], str]:
         """Waits until all have ended; returns their exit statuses and what did not end."""
