@@ -29,7 +29,7 @@ REMEDIES = (
 def compile_train_steps(
     setup: Setup, buckets: Sequence[Bucket], rows: Sequence[int]
 ) -> dict[Bucket, jax.stages.Compiled]:
-    """Compiles the train step of each bucket for the attached devices, side by side.
+    """Compiles the train step of each bucket, on accelerators side by side.
 
     Args:
         setup: The run.
@@ -41,7 +41,10 @@ def compile_train_steps(
     """
     memory = device_memory(setup.mesh.local_devices[0])
     compile_bucket = functools.partial(compile_train_step, setup)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+    # On a CPU one after the other: XLA divides each of them among the cores, and has crashed when
+    # it wrote one into the cache of compiled programs while it compiled another.
+    on_cpu = setup.mesh.local_devices[0].platform == "cpu"
+    with ThreadPoolExecutor(max_workers=1 if on_cpu else os.cpu_count()) as threads:
         executables = dict(zip(buckets, threads.map(compile_bucket, buckets, rows), strict=True))
     for bucket, count in zip(buckets, rows, strict=True):
         needed = peak_bytes(executables[bucket])
