@@ -142,6 +142,8 @@ def environment(folder: Path, store: Store | None, devices: int) -> dict[str, st
     flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     if version("jaxlib").startswith("0.10."):  # later ones do not know it
         flags += " --xla_cpu_use_fusion_emitters=false"
+    else:  # where the flag for the order of collectives has no effect any more
+        flags += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         **os.environ,

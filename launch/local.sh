@@ -9,6 +9,7 @@ export JAX_PLATFORMS=cpu NPROC="${NPROC:-16}"  # a bigger XLA thread pool: sever
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 # Else the collectives of one program may come in another order on each device: a deadlock.
 export XLA_FLAGS="$XLA_FLAGS --xla_cpu_enable_concurrency_optimized_scheduler=false"
+export XLA_FLAGS="$XLA_FLAGS --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"  # of jax 0.12
 pids=()
 for ((process = 0; process < processes; process++)); do
   command=("${PYTHON:-python}" "$@" --coordinator "localhost:${PORT:-12421}" --num_processes "$processes"

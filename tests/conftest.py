@@ -28,6 +28,8 @@ os.environ["XLA_FLAGS"] = (
 )
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+else:  # where the flag above has no effect any more
+    os.environ["XLA_FLAGS"] += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 import logging
 from pathlib import Path
