@@ -12,7 +12,7 @@ from tiny_videos import gray, video
 import internvlx_jax as ivx
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.data.images import ImageBytes
+from internvlx_jax.data.images import ImageBytes, load_image
 from internvlx_jax.evaluation.records import Parts, Row, Summary, read_objects, write_rows
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.sources import read_questions
@@ -68,6 +68,7 @@ def test_the_images_of_a_list_are_put_in_front_each(ask, command, checkpoint):
     assert answers[2]["tiles"] < answers[0]["tiles"]
 
 
+@pytest.mark.slow
 def test_videos(ask, command, checkpoint, tmp_path):
     """Answers are those of `generate`; a damaged file is an error of its question, and counted."""
     (tmp_path / "clip.mp4").write_bytes(video())
@@ -119,6 +120,15 @@ def test_a_question_is_never_asked_without_its_video(row, words, ask, tmp_path):
     with pytest.raises(ConfigError) as error:
         chosen(ask(ROW, ROW | row))
     assert words in str(error.value) and "line 2" in str(error.value)
+
+
+def test_a_video_that_breaks_off_is_told(ask, tmp_path):
+    whole = video(kind="avi")
+    (tmp_path / "half.avi").write_bytes(whole[: whole.index(b"idx1") - 300])
+    (question,) = chosen(ask(ROW | {"video": "half.avi"}))
+    assert question.prompt.count("Frame8: <image>") == 1 and len(question.images) == 8
+    with pytest.warns(UserWarning, match="half.avi: the video is damaged; its last frame"):
+        load_image(question.images[-1])
 
 
 def test_frames_without_videos(ask):
