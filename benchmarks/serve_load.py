@@ -3,15 +3,17 @@
     python benchmarks/serve_load.py mutate --requests 10000 --out mutate.json
     python benchmarks/serve_load.py clients --clients 64 --seconds 120 --out clients.json
     python benchmarks/serve_load.py restart --out restart.json
+    python benchmarks/serve_load.py offline --out offline.json
 
-Each starts `internvlx serve` in a process of its own on a model of the demo's size with random
-weights, or on `--checkpoint`, prints a summary and writes the numbers as JSON.
+The first three start `internvlx serve` in a process of its own. All take a model of the demo's
+size with random weights, or `--checkpoint`, print a summary and write the numbers as JSON.
 
 `mutate` sends requests with a fault (tests/mutated_requests.py) and counts statuses, hangs and the
 growth of the server's memory. `clients` asks the same questions one at a time and with many clients
 that leave at random, compares every completed answer, and measures questions per second with 1 and
 8 clients beside `load(...).generate`. `restart` kills the server while it answers and starts it
-again, with the compiled programs of the first start. Times count on a quiet machine only.
+again, with the compiled programs of the first start. `offline` compares the engine with batches
+of `generate` in one process (serve_offline.py). Times count on a quiet machine only.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ from mutated_requests import (  # noqa: E402
     png,
     text_message,
 )
+from serve_offline import offline  # noqa: E402
 
+COMMANDS = ("mutate", "clients", "restart", "offline")
 HANG_SECONDS = 60
 TILE = 112  # pixels of a side of the demo's tiles
 
@@ -59,9 +63,8 @@ def main() -> None:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         flags.checkpoint = flags.checkpoint or demo_like(Path(folder) / "run")
-        report = {"mutate": mutate, "clients": clients, "restart": restart}[flags.command](
-            flags, environment, Path(folder)
-        )
+        commands = {"mutate": mutate, "clients": clients, "restart": restart, "offline": offline}
+        report = commands[flags.command](flags, environment, Path(folder))
     print("\n".join(f"{name}: {value}" for name, value in report.items()))
     if flags.out:
         flags.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -70,7 +73,7 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name) for name in ("mutate", "clients", "restart")}
+    made = {name: commands.add_parser(name) for name in COMMANDS}
     for command in made.values():
         command.add_argument("--checkpoint", help="random weights of the demo's size if unset")
         command.add_argument("--dtype", default="float32")
@@ -90,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
     made["clients"].add_argument("--seconds", type=float, default=120)
     made["clients"].add_argument("--questions", type=int, default=64)
     made["clients"].add_argument("--max_tokens", type=int, default=32, help="where speed is timed")
+    made["offline"].add_argument("--questions", type=int, default=96)
+    made["offline"].add_argument("--max_tokens", type=int, default=48)
+    made["offline"].add_argument("--batch_size", type=int, default=16, help="rows of a batch")
+    made["offline"].add_argument("--rounds", type=int, default=5)
+    made["offline"].add_argument("--stop", default="e", help="ends answers; empty for none")
     return parser
 
 

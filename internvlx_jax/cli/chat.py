@@ -138,7 +138,8 @@ def answer(chat: Chat, prompt: str, images: list[str], video: str | None) -> Non
         print()
     except SampleError as error:
         told = str(error).partition("\n")[0]
-        hint = "; give another /image" if images else "; give another /video" if video else ""
+        given = ["/image"] * bool(images) + ["/video"] * (video is not None)
+        hint = f"; give another {' and '.join(given)}" if given else ""
         complain(f"{told.removeprefix('prompt: ').rstrip('.')}{hint}")
     except ConfigError as error:
         complain(str(error))

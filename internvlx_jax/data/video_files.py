@@ -55,8 +55,12 @@ class VideoLimits:
     seconds: float | None = None
 
 
-class VideoFrame(ImageBytes):
-    """An encoded frame of a video in memory; it is one tile, whatever its size."""
+class OneTile:
+    """Marks sources of images that are one tile, whatever their size: frames of videos."""
+
+
+class VideoFrame(ImageBytes, OneTile):
+    """An encoded frame of a video in memory."""
 
 
 class Frames(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 from internvlx_jax.data.images import ImageSource
 from internvlx_jax.inference.requests import Request
+from internvlx_jax.inference.videos import place_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Question:
         fields: everything else that metrics and output files need; for a TSV file all columns but
             the image.
         prompt: what the model is asked, set by the protocol.
+        frames: those of its video, in a question file; `asked` puts them among the images.
     """
 
     where: str
@@ -36,6 +38,19 @@ class Question:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt: str = ""
+    frames: tuple[ImageSource, ...] = ()
+
+    def asked(self, prompt: str) -> Question:
+        """Returns the question with its prompt, and the frames of its video in their place.
+
+        Raises:
+            SampleError: placeholders of the prompt do not fit images and video.
+        """
+        images = self.images
+        if self.frames:
+            prompt, before = place_video(prompt, len(images), len(self.frames), self.where)
+            images = (*images[:before], *self.frames, *images[before:])
+        return dataclasses.replace(self, prompt=prompt, images=images, frames=())
 
     @property
     def request(self) -> Request:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from internvlx_jax.core.errors import ConfigError, did_you_mean
+from internvlx_jax.core.errors import ConfigError, SampleError, did_you_mean
 from internvlx_jax.core.evaluation_config import EvaluationConfig
 from internvlx_jax.core.paths import as_path
 from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
@@ -18,6 +18,7 @@ from internvlx_jax.evaluation.scoring import COMPAT, Answered, Context, mean_of
 from internvlx_jax.evaluation.sources import Roots, Source, read_questions
 from internvlx_jax.evaluation.submissions import vlmevalkit_rows
 from internvlx_jax.evaluation.tasks import SUITES, TASKS, ProtocolSpec, Task
+from internvlx_jax.inference.videos import FRAMES
 
 GENERIC = "generic"  # protocol of a question file
 GENERIC_NEW_TOKENS = 100
@@ -233,10 +234,18 @@ def _asked(
 def question_file_task(selection: EvaluationConfig, path: Path, metric: str) -> Task:
     """Returns a question file as a task: its score is the mean of the metric, as a fraction."""
     root = None if selection.image_root is None else as_path(selection.image_root)
+    frames = FRAMES if selection.frames is None else selection.frames
+
+    def read(roots: Roots) -> list[Question]:
+        questions = read_questions(path, root, selection.limit, frames)
+        alone = selection.tasks is None and selection.suite is None
+        if selection.frames is not None and alone and not any(each.frames for each in questions):
+            raise ConfigError(f"{path}: no question has a video; leave out --frames")
+        return questions
+
     spec = ProtocolSpec(
-        source=Source(
-            lambda roots: [path], lambda roots: read_questions(path, root, selection.limit)
-        ),
+        source=Source(lambda roots: [path], read),
+        frames=FRAMES,
         prompt=lambda question: selection.prompt.replace("{question}", question.text),
         score=mean_of(METRICS[metric], scale=1),
         dataset=path.stem,
@@ -267,10 +276,10 @@ def _read(
     published = task.samples if spec.samples is None else spec.samples
     if selection.limit is None and published and published != len(questions):
         notes.append(f"{len(questions)} questions, the published set has {published}")
-    asked = [
-        dataclasses.replace(question, prompt=spec.prompt(question))
-        for question in questions[: selection.limit]
-    ]
+    try:
+        asked = [each.asked(spec.prompt(each)) for each in questions[: selection.limit]]
+    except SampleError as error:
+        raise ConfigError(str(error)) from None
     if selection.cot and spec.cot is None:
         notes.append("this benchmark has no prompt for a chain of thought; asked directly")
     if protocol == GENERIC:

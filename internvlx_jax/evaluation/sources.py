@@ -22,11 +22,13 @@ from internvlx_jax.data.conversations import lost_picture
 from internvlx_jax.data.images import ImageBytes, ImageSource, embedded_image
 from internvlx_jax.evaluation.questions import Question
 from internvlx_jax.evaluation.tsv import list_cell, read_tsv
+from internvlx_jax.evaluation.video_frames import question_frames
+from internvlx_jax.inference.videos import FRAMES
 
 Answers = Mapping[str, Sequence[str]]
 Finish = Callable[[Question], Question]
 # Fields of a line of a question file.
-_FIELDS = frozenset({"question", "answer", "image", "images", "question_id"})
+_FIELDS = frozenset({"question", "answer", "image", "images", "video", "question_id"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,18 +270,22 @@ def _question(
 
 
 def read_questions(
-    path: Path, image_root: Path | None = None, limit: int | None = None
+    path: Path,
+    image_root: Path | None = None,
+    limit: int | None = None,
+    frames: int = FRAMES,
 ) -> list[Question]:
     """Reads a question file.
 
     Each line has `question`, `answer` (a text or a list of texts), and optionally `image` (a path,
-    an image in base64 or as a data: URL, or a list of them; `images` is the same) and
-    `question_id`. Other fields are a warning, once.
+    an image in base64 or as a data: URL, or a list of them; `images` is the same), `video` (a path
+    of a file or of a folder of frames) and `question_id`. Other fields are a warning, once.
 
     Args:
         path: the file.
         image_root: folder of the image paths; the folder of the file by default.
         limit: read only the first lines.
+        frames: number of frames of a video.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -291,7 +297,7 @@ def read_questions(
     for where, fields in itertools.islice(read_jsonl(path), limit):
         if isinstance(fields, dict):
             unknown.update(fields.keys() - _FIELDS)
-        question = _file_question(fields, where, root, len(questions))
+        question = _file_question(fields, where, root, len(questions), frames)
         if question.id in questions:
             raise ConfigError(
                 f"{question.where}: question_id {question.id!r} is also in "
@@ -309,7 +315,7 @@ def read_questions(
     return list(questions.values())
 
 
-def _file_question(fields: Any, where: str, root: Path, index: int) -> Question:
+def _file_question(fields: Any, where: str, root: Path, index: int, frames: int) -> Question:
     try:
         text, answer = fields["question"], fields["answer"]
     except (KeyError, TypeError):
@@ -338,7 +344,9 @@ def _file_question(fields: Any, where: str, root: Path, index: int) -> Question:
     sources = tuple(
         _file_image(item, f"{where} image {i}", root) for i, item in enumerate(images, 1)
     )
-    return Question(where, id, sources, text, tuple(answers))
+    video = fields.get("video") or None
+    clip = () if video is None else question_frames(video, root, frames, where)
+    return Question(where, id, sources, text, tuple(answers), frames=clip)
 
 
 def _file_image(text: str, where: str, root: Path) -> ImageSource:

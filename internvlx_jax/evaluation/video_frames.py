@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from internvlx_jax.core.errors import ConfigError, SampleError
 from internvlx_jax.core.extras import require
-from internvlx_jax.data.images import ImageSource
-from internvlx_jax.data.video import frames_in
-from internvlx_jax.data.video_files import decode_frames
+from internvlx_jax.core.json_text import invalid_text, shown
+from internvlx_jax.data.images import ImageSource, open_image
+from internvlx_jax.data.video import FileFrames, choose_frames, frames_in
+from internvlx_jax.data.video_files import OneTile, decode_frames
 
 FOLDER_RATE = 3.0  # frames per second in a folder, as in TVQA's
 JPEG = 75  # quality of the files through which VLMEvalKit passes frames
@@ -58,6 +61,15 @@ class Steps:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parts:
+    """Takes the middles of equal parts, as `generate(video=...)` does."""
+
+    def __call__(self, count: int, total: int, rate: float, first: int) -> list[int]:
+        """Returns the numbers of `count` frames; the last one of a short video is repeated."""
+        return [first + i for i in FileFrames(count)(total, rate)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
     """The frames that are taken from a video file.
 
@@ -75,7 +87,7 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoFrame:
+class VideoFrame(OneTile):
     """One of the frames of a clip.
 
     Attributes:
@@ -96,6 +108,54 @@ class VideoFrame:
 
     def __str__(self) -> str:
         return f"{self.clip.path} frame {self.number + 1} of {self.clip.count}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderFrame(OneTile):
+    """A frame that is a file in a folder."""
+
+    path: str
+
+    def open(self) -> BinaryIO:
+        """Returns the encoded frame."""
+        return open_image(self.path)
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def question_frames(video: object, root: Path, count: int, where: str) -> tuple[ImageSource, ...]:
+    """Returns the frames of the video of a question file, those that `generate` takes.
+
+    Args:
+        video: the field "video" of a line.
+        root: folder of its path.
+        count: how many; those of a folder are at most as many as there are.
+        where: names the line in messages.
+
+    Raises:
+        ConfigError: it is no path, there is no such file, its folder has no frames, or the package
+            that decodes videos is not installed.
+    """
+    if not isinstance(video, str) or invalid_text(video) is not None:
+        raise ConfigError(
+            f'{where}: "video" must be the path of a video file or of a folder of frames, got '
+            f"{shown(video)}"
+        )
+    path = root / video
+    if not path.exists():
+        raise ConfigError(
+            f'{where}: "video" names {path}, which does not exist; correct the path, or name the '
+            "folder of the files with --image_root"
+        )
+    if not path.is_dir():
+        return video_frames(path, Parts(), count, jpeg=False, where=where)
+    try:
+        frames = frames_in(str(path), where)
+    except SampleError as error:
+        raise ConfigError(f'{where}: "video": {error.problem} {error.remedy}') from None
+    chosen = choose_frames(len(frames), min(count, len(frames)), None)
+    return tuple(FolderFrame(frames[i]) for i in chosen)
 
 
 def find_video(path: Path) -> Path | None:
@@ -133,6 +193,12 @@ def video_frames(
 def _encoded(clip: Clip) -> list[bytes]:
     """Returns the frames of a clip as files; those of the last few clips are kept."""
     frames = decode_frames(clip.path, lambda total, rate: clip.choice(clip.count, total, rate, 0))
+    if frames.damaged:
+        warnings.warn(
+            f"{clip.path}: the video is damaged; its last frame that can be decoded stands for the "
+            "later ones. Replace the file.",
+            stacklevel=2,
+        )
     files = []
     for image in frames.images:
         file = io.BytesIO()

@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from internvlx_jax.core.errors import ConfigError, SampleError
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.generation_config import Sampling
 from internvlx_jax.core.json_text import invalid_text
 from internvlx_jax.core.ranges import SEED
 from internvlx_jax.core.tile_config import TileConfig
-from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.images import Images, image_sources
 from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler, Turn
-from internvlx_jax.inference.videos import place_frames
+from internvlx_jax.inference.videos import place_images, place_video
 
 MAX_NEW_TOKENS = 1024
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -118,9 +117,9 @@ def make_request(
         system: replaces the system message of the model.
         where: names the request in messages.
         read_files: whether image files of the newest turn are read here.
-        literal: whether "<image>" in a prompt without images is ordinary text, as it is in earlier
-            turns, and no error.
-        frames: those of the newest turn's video, in place of images.
+        literal: whether "<image>" in a prompt without images and frames is ordinary text, as it is
+            in earlier turns, and no error.
+        frames: those of the newest turn's video, beside its images.
 
     Raises:
         TypeError: the prompt or an image has a type that is not accepted.
@@ -142,10 +141,11 @@ def make_request(
         Turn(request.prompt, turn.answer, request.images)
         for request, turn in zip(asked, history, strict=True)
     ]
+    sources = image_sources(images, read_files=read_files)
     if frames:
-        sources, placed = tuple(frames), place_frames(prompt, len(frames), where)
+        placed, before = place_video(prompt, len(sources), len(frames), where)
+        sources = (*sources[:before], *frames, *sources[before:])
     else:
-        sources = image_sources(images, read_files=read_files)
         placed = prompt if literal and not sources else place_images(prompt, len(sources), where)
     return Request(
         prompt=placed,
@@ -154,20 +154,3 @@ def make_request(
         system=system,
         where=where,
     )
-
-
-def place_images(prompt: str, images: int, where: str) -> str:
-    """Puts a line with "<image>" for each image in front of a prompt without any.
-
-    Raises:
-        SampleError: the prompt has placeholders, but not as many as there are images.
-    """
-    found = prompt.count(IMAGE_PLACEHOLDER)
-    if found not in (0, images):
-        raise SampleError(
-            "placeholder_mismatch",
-            f'{images} image{"s" * (images != 1)} but {found} "<image>" in the prompt.',
-            "Write one placeholder for each image, or none to have them put in front.",
-            where,
-        )
-    return prompt if found else f"{IMAGE_PLACEHOLDER}\n" * images + prompt

@@ -31,7 +31,7 @@ from internvlx_jax.data.encode import Encoded, encode_prompt
 from internvlx_jax.data.images import ImageSource, image_size, load_image, open_image
 from internvlx_jax.data.processor import Processor
 from internvlx_jax.data.tiles import choose_grid, cut_tiles, tile_count
-from internvlx_jax.data.video_files import VideoFrame
+from internvlx_jax.data.video_files import OneTile
 from internvlx_jax.inference.requests import GenerationSpec, Request, Tiler
 
 # Requests are planned this many at a time: their image headers are read and their prompts encoded
@@ -336,12 +336,12 @@ def _blocks(tiler: Tiler, counts: Sequence[int]) -> tuple[int, ...]:
 
 def _limited(tiler: Tiler, images: Sequence[ImageSource]) -> list[tuple[ImageSource, int, int]]:
     """Returns (image, tile maximum, enlargement) of each image that is used."""
-    still = sum(not isinstance(image, VideoFrame) for image in images)
+    still = sum(not isinstance(image, OneTile) for image in images)
     limits = iter(tiler.policy.limits(tiler.tiles.max_num, still) if still else ())
     factors = [tiler.policy.enlarge_first] + [1] * len(images)
     found = []
     for image, factor in zip(images, factors, strict=False):
-        limit = 1 if isinstance(image, VideoFrame) else next(limits, None)
+        limit = 1 if isinstance(image, OneTile) else next(limits, None)
         if limit is None:
             break
         found.append((image, limit, factor))

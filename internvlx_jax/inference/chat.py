@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from internvlx_jax.inference.arguments import make_request
 from internvlx_jax.inference.images import Images
 from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
-from internvlx_jax.inference.videos import FRAMES, Video, check_pair
+from internvlx_jax.inference.videos import FRAMES, Video
 
 if TYPE_CHECKING:
     from internvlx_jax.inference.vlm import VLM
@@ -47,8 +47,8 @@ class Chat:
             prompt: text of the turn. "<image>" says where an image stands; images stand in front
                 of a prompt without it.
             images: an image or a list of images of this turn, of the kinds that `VLM.generate`
-                accepts. In a turn without images, "<image>" is ordinary text.
-            video: a video in place of images, of the kinds that `VLM.generate` accepts.
+                accepts. In a turn without images and video, "<image>" is ordinary text.
+            video: a video beside the images, of the kinds that `VLM.generate` accepts.
             frames: frames that are taken from it.
 
         Raises:
@@ -64,7 +64,6 @@ class Chat:
         The turn joins the history after the last piece, so a stream that is left early changes
         nothing.
         """
-        check_pair(images, video)
         request = make_request(
             prompt,
             images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from internvlx_jax.data.templates import IMAGE_PLACEHOLDER
 from internvlx_jax.data.video_files import VideoFrame
 from internvlx_jax.inference.arguments import make_spec
 from internvlx_jax.inference.requests import GenerationSpec, Request, Turn
-from internvlx_jax.inference.videos import FRAMES, place_frames
+from internvlx_jax.inference.videos import FRAMES, place_video
 
 MOST_STOPS = 16
 HIGH_DETAIL_TILES = 12
@@ -294,8 +295,7 @@ class _Messages:
         if not isinstance(content, list):
             raise RequestError(f"{where} must be a text or a list of parts", where)
         parts = [self._part(part, f"{where}[{i}]", role) for i, part in enumerate(content)]
-        images = tuple(image for part in parts for image in part.images)
-        return ROLES[role], _placed(parts, where), images
+        return ROLES[role], *_placed(parts, where)
 
     def _part(self, part: Any, where: str, role: str) -> _Part:
         """Returns a text, an image, or the frames of a video."""
@@ -316,7 +316,7 @@ class _Messages:
             raise RequestError(f"{where}.url must be a text", f"{where}.url")
         if kind == "video_url":
             frames = tuple(self.read_video(image["url"], f"{where}.url"))
-            return _Part(place_frames("", len(frames), where).rstrip("\n"), frames)
+            return _Part(place_video("", 0, len(frames), where)[0].rstrip("\n"), frames)
         detail = image.get("detail") or "auto"
         if detail not in ("low", "auto", "high"):
             raise RequestError(f"{where}.detail must be low, auto or high", f"{where}.detail")
@@ -333,20 +333,31 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _placed(parts: list[_Part], where: str) -> str:
+def _placed(parts: list[_Part], where: str) -> tuple[str, tuple[ImageBytes, ...]]:
     """Joins the parts of a message; images stand where their parts do.
 
-    A text that has as many "<image>" as there are images says itself where they stand, if there is
-    no video.
+    A text that has as many "<image>" as there are images says itself where they stand. Videos stand
+    where their parts do in any case.
+
+    Returns:
+        The text, and images and frames in the order of their placeholders.
     """
     found = sum(part.text.count(IMAGE_PLACEHOLDER) for part in parts if not part.images)
-    pictures = sum(part.is_image for part in parts)
-    if found and found == pictures == sum(len(part.images) for part in parts):
-        return "\n".join(part.text for part in parts if not part.is_image)
-    if found and any(part.images for part in parts):
+    pictures = [image for part in parts if part.is_image for image in part.images]
+    if found and found == len(pictures):
+        parts = [part for part in parts if not part.is_image]
+        left = iter(pictures)
+        images = [
+            image
+            for part in parts
+            for image in part.images or itertools.islice(left, part.text.count(IMAGE_PLACEHOLDER))
+        ]
+    elif found and any(part.images for part in parts):
         raise RequestError(
-            f'{pictures} images but {found} "<image>" in the text; write one for each image, or '
-            "none",
+            f'{len(pictures)} images but {found} "<image>" in the text; write one for each image, '
+            "or none",
             where,
         )
-    return "\n".join(part.text for part in parts)
+    else:
+        images = [image for part in parts for image in part.images]
+    return "\n".join(part.text for part in parts), tuple(images)

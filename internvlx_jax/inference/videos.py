@@ -26,7 +26,7 @@ from internvlx_jax.data.video_files import (
     encoded_frame,
     is_video_file,
 )
-from internvlx_jax.inference.images import ImageLike, Images, image_sources
+from internvlx_jax.inference.images import ImageLike, image_sources
 
 # A path or URL of a file or a folder of frames, an encoded file, or frames: a list of images or
 # pixels uint8[F, H, W, 3].
@@ -105,28 +105,49 @@ def _chosen(frames: Sequence[ImageLike], count: int, name: str) -> list[Image.Im
     return [load_image(source) for source in image_sources([frames[i] for i in chosen])]
 
 
-def place_frames(prompt: str, frames: int, where: str) -> str:
-    """Announces the frames in place of "<video>", or in front of a prompt without it.
+def place_video(prompt: str, images: int, frames: int, where: str) -> tuple[str, int]:
+    """Announces the frames of a video in place of "<video>", which may stand among images.
+
+    A prompt without "<video>" gets it in front, behind images that are in front too.
+
+    Args:
+        prompt: a text; with "<image>" for each image, or with none to have them put in front.
+        images: number of images besides the frames.
+        frames: number of frames.
+        where: names the prompt in messages.
+
+    Returns:
+        The text with "<image>" for each image and frame, and the number of images that stand before
+        the first frame.
 
     Raises:
-        SampleError: the prompt has "<image>", or more than one "<video>".
+        SampleError: the prompt has more than one "<video>", or another number of "<image>".
     """
     found = prompt.count(VIDEO_PLACEHOLDER)
-    if found > 1 or IMAGE_PLACEHOLDER in prompt:
+    if found > 1:
         raise SampleError(
             "placeholder_mismatch",
-            'a prompt about a video has at most one "<video>" and no "<image>".',
-            'Correct the prompt; without "<video>" the frames are put in front.',
+            'a prompt about a video has at most one "<video>".',
+            "Correct the prompt; without it the frames are put in front.",
             where,
         )
-    text = prompt if found else f"{VIDEO_PLACEHOLDER}\n{prompt}"
-    return announced(text, frames, FRAME_TEXT)
+    placed = place_images(prompt if found else f"{VIDEO_PLACEHOLDER}\n{prompt}", images, where)
+    before = placed.partition(VIDEO_PLACEHOLDER)[0].count(IMAGE_PLACEHOLDER)
+    return announced(placed, frames, FRAME_TEXT), before
 
 
-def check_pair(images: Images, video: Video) -> None:
-    """Refuses a prompt with images and a video. Raises ValueError."""
-    given = not isinstance(images, (list, tuple)) or len(images) > 0
-    if video is not None and images is not None and given:
-        raise ConfigError(
-            "images and video are both set; a prompt is about images or about one video"
+def place_images(prompt: str, images: int, where: str) -> str:
+    """Puts a line with "<image>" for each image in front of a prompt without any.
+
+    Raises:
+        SampleError: the prompt has placeholders, but not as many as there are images.
+    """
+    found = prompt.count(IMAGE_PLACEHOLDER)
+    if found not in (0, images):
+        raise SampleError(
+            "placeholder_mismatch",
+            f'{images} image{"s" * (images != 1)} but {found} "<image>" in the prompt.',
+            "Write one placeholder for each image, or none to have them put in front.",
+            where,
         )
+    return prompt if found else f"{IMAGE_PLACEHOLDER}\n" * images + prompt

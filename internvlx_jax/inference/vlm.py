@@ -27,7 +27,7 @@ from internvlx_jax.inference.engine import Engine
 from internvlx_jax.inference.images import Images
 from internvlx_jax.inference.loading import Pretrained, load_pretrained, one_device
 from internvlx_jax.inference.requests import Answer, GenerationSpec, Request, Turn
-from internvlx_jax.inference.videos import FRAMES, Video, check_pair, video_frames
+from internvlx_jax.inference.videos import FRAMES, Video, video_frames
 from internvlx_jax.models.internvlx import InternVLX
 
 BATCH_SIZE = 16
@@ -174,9 +174,10 @@ class VLM:
                 in front of a prompt without it.
             images: an image or a list of images; for a list of prompts, one such entry (or None)
                 per prompt. An image is a path, a URL, bytes, a PIL image or uint8[H, W, 3].
-            video: a video, in place of images; for a list of prompts, a video (or None) per
+            video: a video, beside the images; for a list of prompts, a video (or None) per
                 prompt. A video is a path or URL of a file or a folder of frames, bytes, a list of
-                images or uint8[F, H, W, 3]. "<video>" says where it stands in the prompt.
+                images or uint8[F, H, W, 3]. "<video>" says where it stands in the prompt;
+                without it, behind the images and in front of the text.
             frames: frames that are taken from a video, each of them one tile.
             history: earlier turns, for a single prompt.
             system: replaces the system message of the model.
@@ -193,7 +194,6 @@ class VLM:
         """
         spec = self.spec(**options)
         if isinstance(prompt, str):
-            check_pair(images, video)
             taken = self.video_frames(video, frames)
             request = make_request(prompt, images, history=history, system=system, frames=taken)
             (answer,) = self._answer({len(request.history): request}, spec)
@@ -218,7 +218,6 @@ class VLM:
 
         Arguments and errors are those of `generate`.
         """
-        check_pair(images, video)
         taken = self.video_frames(video, frames)
         request = make_request(prompt, images, history=history, system=system, frames=taken)
         return self.stream_request(request, self.spec(**options))
@@ -296,7 +295,6 @@ class VLM:
         def request(item: tuple[int, tuple[str, Images, Video]]) -> Request:
             number, (text, pictures, clip) = item
             where = f"prompt[{number}]"
-            check_pair(pictures, clip)
             taken = self.video_frames(clip, frames, f"video[{number}]")
             return make_request(text, pictures, system=system, where=where, frames=taken)
 

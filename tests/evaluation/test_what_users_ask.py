@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_videos import gray, video
 
+import internvlx_jax as ivx
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.data.images import ImageBytes
+from internvlx_jax.data.images import ImageBytes, load_image
 from internvlx_jax.evaluation.records import Parts, Row, Summary, read_objects, write_rows
 from internvlx_jax.evaluation.selection import select
 from internvlx_jax.evaluation.sources import read_questions
@@ -64,6 +66,74 @@ def test_the_images_of_a_list_are_put_in_front_each(ask, command, checkpoint):
     assert answers[0]["prompt_tokens"] == answers[1]["prompt_tokens"]
     assert answers[0]["raw"] == answers[1]["raw"], "the same prompt"
     assert answers[2]["tiles"] < answers[0]["tiles"]
+
+
+@pytest.mark.slow
+def test_videos(ask, command, checkpoint, tmp_path):
+    """Answers are those of `generate`; a damaged file is an error of its question, and counted."""
+    (tmp_path / "clip.mp4").write_bytes(video())
+    (tmp_path / "bad.mp4").write_bytes(video()[:400])
+    (tmp_path / "folder").mkdir()
+    for i in range(12):
+        Image.fromarray(gray(i)).save(tmp_path / "folder" / f"{i}.png")
+    texts = ["What?", "What?", "Is <image> there?", "What?"]
+    given = [
+        {"video": "clip.mp4"}, {"video": "folder"}, {"video": "clip.mp4", "image": "a.png"},
+        {"video": "bad.mp4"},
+    ]  # fmt: skip
+    rows = [
+        ROW | {"question_id": n, "question": text} | fields
+        for n, (text, fields) in enumerate(zip(texts, given, strict=True))
+    ]
+    status, out, error = command(
+        data=ask(*rows), metric="exact", checkpoint=checkpoint, dtype="float32", max_new_tokens=4,
+        frames=3,
+    )  # fmt: skip
+    assert status == 3, error
+    assert "4 samples, 1 errors" in out
+    path = next(word for word in out.split() if word.endswith("out"))
+    answers = [row for _, row in read_objects(type(checkpoint)(path) / "predictions.jsonl")]
+    assert "the video cannot be decoded" in answers[3]["error"]
+    model = ivx.load(checkpoint, dtype="float32")
+    wanted = model.generate(
+        texts[:3], [None, None, str(tmp_path / "a.png")], frames=3, max_new_tokens=4,
+        video=[str(tmp_path / fields["video"]) for fields in given[:3]],
+    )  # fmt: skip
+    assert [row["raw"] for row in answers[:3]] == wanted
+    assert answers[0]["tiles"] == 3 < answers[2]["tiles"]
+    assert answers[0]["images"][2].endswith("clip.mp4 frame 3 of 3")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"video": "no.mp4"}, "no.mp4, which does not exist; correct the path, or name the folder"),
+        ({"video": ["a.png"]}, 'line 2: "video" must be the path of a video file'),
+        ({"video": "empty"}, "holds no frames"),
+        ({"video": "a.mp4", "question": "<video><video>"}, "line 2: a prompt about a video has at"),
+        ({"video": "a.mp4", "question": "<image>?"}, '0 images but 1 "<image>" in the prompt'),
+    ],
+)
+def test_a_question_is_never_asked_without_its_video(row, words, ask, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as error:
+        chosen(ask(ROW, ROW | row))
+    assert words in str(error.value) and "line 2" in str(error.value)
+
+
+def test_a_video_that_breaks_off_is_told(ask, tmp_path):
+    whole = video(kind="avi")
+    (tmp_path / "half.avi").write_bytes(whole[: whole.index(b"idx1") - 300])
+    (question,) = chosen(ask(ROW | {"video": "half.avi"}))
+    assert question.prompt.count("Frame8: <image>") == 1 and len(question.images) == 8
+    with pytest.warns(UserWarning, match="half.avi: the video is damaged; its last frame"):
+        load_image(question.images[-1])
+
+
+def test_frames_without_videos(ask):
+    with pytest.raises(ConfigError, match="no question has a video; leave out --frames"):
+        select(EvaluationConfig(data=str(ask(ROW)), metric="exact", frames=4))
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_literal_placeholder_of_an_earlier_turn_does_not_count(talk, image, mo
         ("/image\nWhat?\n", "error: /image needs a file: /image FILE"),
         ("/images a.png\nWhat?\n", "error: unknown command /images; did you mean /image? the"),
         ("/video nope.mp4\nWhat?\n", "nope.mp4: the video cannot be decoded"),
-        ("/video nope.mp4\n/image a.png\nWhat?\n", "images and video are both set"),
+        ("/video nope.mp4\n/image a.png\nWhat?\n", "another /image and /video"),
         ("/video\nWhat?\n", "error: /video needs a file: /video FILE"),
         ("/quit\nWhat?\n", "unknown command /quit; the commands are /image FILE, /video FILE and"),
         (b"caf\xe9?\nWhat?\n", "error: this line is not UTF-8"),

@@ -1,50 +1,26 @@
 """The server, asked by the clients that people use (design: serving.md 2 and 3)."""
 
 import contextlib
-import http.client
 import io
 import json
 import logging
 import random
 import struct
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 import pytest
-import uvicorn
 from mutated_requests import bomb_png, data_url, image_message, mutated, png, text_message
 from PIL import Image
+from running_server import NAME, call, complete, metric, running, wait_until
 from tiny_videos import gif, video
 
 from internvlx_jax.inference.remote_images import ImageRules
-from internvlx_jax.inference.server import Server, ServerConfig
 from internvlx_jax.inference.server_requests import RequestError
 
 SMALL = {"slots": 3, "capacity": 256, "max_tiles": 2, "waiting": 8}
-NAME = "tiny"
-
-
-@contextlib.contextmanager
-def running(make_engine, **settings):
-    """Serves on a free port in threads of this process; yields its address when it is ready."""
-    server = Server(make_engine, ServerConfig(NAME, **settings))
-    config = uvicorn.Config(
-        server.app(), port=0, log_config=None, access_log=False, lifespan="on", ws="none"
-    )
-    web = uvicorn.Server(config)
-    thread = threading.Thread(target=web.run, daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: web.started)
-        host, port = web.servers[0].sockets[0].getsockname()[:2]
-        yield f"http://{host}:{port}"
-    finally:
-        web.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +54,6 @@ def address(engine, media):
 @pytest.fixture(scope="module")
 def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def call(address, path, body=None, headers=None):
-    """Returns status, headers and text of one exchange, by plain HTTP."""
-    host, port = address.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=30)
-    try:
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("GET" if data is None else "POST", path, data, headers or {})
-        reply = connection.getresponse()
-        return reply.status, dict(reply.getheaders()), reply.read().decode()
-    finally:
-        connection.close()
-
-
-def complete(address, body, **headers):
-    status, _, text = call(address, "/v1/chat/completions", body, headers)
-    return status, json.loads(text)
-
-
-def metric(address, name: str) -> float:
-    lines = call(address, "/metrics")[2].splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"internvlx_{name} "))
-
-
-def wait_until(true, seconds: float = 30):
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_openai_plain_and_streamed(client, model):
@@ -302,11 +248,13 @@ def test_videos(address, media, model):
     for url in (data_url(clip, "video/mp4"), (media / "clip.mp4").as_uri()):
         status, reply = complete(address, video_message("What happens?", url))
         assert status == 200 and reply["choices"][0]["message"]["content"] == wanted
-    one = video_message("It?", data_url(clip), mm_processor_kwargs={"num_frames": 1})
-    one["messages"][0]["content"].insert(
-        0, {"type": "image_url", "image_url": {"url": data_url(png())}}
-    )
-    assert complete(address, one)[0] == 200, "an image and a frame"
+    for text, prompt in (("It?", "It?"), ("Is <image> it?", "<video>\nIs <image> it?")):
+        one = video_message(text, data_url(clip), mm_processor_kwargs={"num_frames": 1})
+        picture = {"type": "image_url", "image_url": {"url": data_url(png())}}
+        one["messages"][0]["content"].insert(0, picture)
+        wanted = model.generate(prompt, png(), video=clip, frames=1, max_new_tokens=6)
+        status, reply = complete(address, one)
+        assert status == 200 and reply["choices"][0]["message"]["content"] == wanted
 
     def error(url, **extra):
         status, reply = complete(address, video_message("What?", url, **extra))

@@ -83,12 +83,37 @@ def test_a_frame_is_one_tile_whatever_the_rule(model, mp4):
         assert count_tiles(Tiler(tiles), [page.getvalue(), *frames]) == (*alone, 1, 1, 1)
 
 
+def test_images_beside_a_video(model, mp4, pixels):
+    """They stand where the prompt says, else in front: images, then the video, then the text."""
+    frames = list(model.video_frames(mp4, 2))
+    shown = "Frame1: <image>\nFrame2: <image>\n"
+    both = {"images": [pixels], "video": mp4, "frames": 2}
+
+    def as_images(text, images):
+        return model.generate(text, images, **OPTIONS)
+
+    first = as_images(f"<image>\n{shown}Same?", [pixels, *frames])
+    assert model.generate("Same?", **both, **OPTIONS) == first
+    assert model.generate("<image>\n<video>\nSame?", **both, **OPTIONS) == first
+    last = as_images(f"{shown}Same as <image>?", [*frames, pixels])
+    assert model.generate("Same as <image>?", **both, **OPTIONS) == last != first
+    two = [pixels, pixels[::-1]]
+    between = as_images(f"<image> {shown}<image>?", [two[0], *frames, two[1]])
+    both["images"] = two
+    assert model.generate("<image> <video>\n<image>?", **both, **OPTIONS) == between
+    assert model.chat(**OPTIONS).send("<image> <video>\n<image>?", **both) == between
+    assert model.generate(
+        ["<image> <video>\n<image>?"], [two], video=[mp4], frames=2, **OPTIONS
+    ) == [between]
+
+
 def test_what_is_refused(model, mp4, tmp_path):
+    page = np.zeros((9, 9, 3), np.uint8)
+
     def refused(error, match, prompt="What?", **given):
         with pytest.raises(error, match=match):
             model.generate(prompt, **given, **OPTIONS)
 
-    refused(ValueError, "images and video are both set", images=b"x", video=mp4)
     refused(ValueError, "frames is 0, it must be at least 1", video=mp4, frames=0)
     refused(TypeError, "video is a int; give a path", video=5)
     refused(ValueError, r"uint8\[F, H, W, 3\]", video=np.zeros((3, 9, 9), np.uint8))
@@ -96,6 +121,7 @@ def test_what_is_refused(model, mp4, tmp_path):
     refused(SampleError, "the video cannot be decoded", video=b"junk")
     refused(SampleError, "absent.mp4: the video cannot", video=str(tmp_path / "absent.mp4"))
     refused(SampleError, 'at most one "<video>"', "<video><video>", video=mp4)
-    refused(SampleError, 'no "<image>"', "<image>?", video=mp4)
+    refused(SampleError, '0 images but 1 "<image>"', "<image>?", video=mp4)
+    refused(SampleError, '1 image but 2 "<image>"', "<image><image>", video=mp4, images=page)
     refused(TypeError, "video is a bytes, but prompt is a list", ["a"], video=mp4)
     refused(ValueError, "video has 1 entries for 2 prompts", ["a", "b"], video=[mp4])
