@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import internvlx_jax
+from internvlx_jax.checkpoints.run_writer import write_params
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
-from internvlx_jax.core.files import read_json_lines, write_json, write_text
+from internvlx_jax.core.files import new_folder, read_json_lines, write_json, write_text
 from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.model_config import ModelConfig
+from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.job import EvalConfig, run
 from internvlx_jax.models.flops import forward_flops
-from internvlx_jax.models.params import abstract_model
+from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.training.loop import train
 
 # Fields that name places; two runs that differ in nothing else are the same.
@@ -101,11 +104,15 @@ class Stage:
 
     Attributes:
         config: The run.
+        before: Makes what the run begins with.
         after: What makes the next run's start of it.
+        begins_with: Settings of what `before` makes.
     """
 
     config: TrainConfig
+    before: Callable[[], None] | None = None
     after: Callable[[], None] | None = None
+    begins_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -118,7 +125,8 @@ def settings_hash(stages: Sequence[Stage]) -> str:
 
     Settings at their defaults are left out, so that cells outlive settings that come later.
     """
-    text = json.dumps([_chosen(stage.config) for stage in stages], sort_keys=True)
+    made = [[_chosen(stage.config), dict(stage.begins_with)] for stage in stages]
+    text = json.dumps(made, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -180,12 +188,12 @@ def run_cell(
     curves = [_trained(stage) for stage in stages[:-1]]
     resumed, begun = Path(config.output_dir).exists(), _cpu_seconds()
     curves.append(_trained(stages[-1]))
-    model = _model(config)
+    model = model_of(config)
     answers = _answers(config, asked.file, max_new_tokens, batch_size)
     kept = {
         **dataclasses.asdict(cell),
         "settings": settings_hash(stages),
-        "recipe": [_recipe(stage.config) for stage in stages],
+        "recipe": [_recipe(stage.config) | {"begins_with": stage.begins_with} for stage in stages],
         "software": _software(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": _parameters(model),
@@ -204,10 +212,33 @@ def run_cell(
 def _trained(stage: Stage) -> dict[str, list[list[float]]]:
     """Runs a stage, unless it is finished, and returns its curves."""
     if not stage.finished:
+        if stage.before is not None:
+            stage.before()
         train(stage.config)
     if stage.after is not None:
         stage.after()
     return _curve(read_json_lines(Path(stage.config.output_dir) / "metrics.jsonl", "step"))
+
+
+def write_start(row: TrainConfig, tower: Path) -> None:
+    """Writes the checkpoint that a row begins with, unless that is done.
+
+    Args:
+        row: The run that begins with it; all but the tower is drawn by its seed.
+        tower: The file of the tower, see `ablation_tower.train_tower`.
+    """
+    start = Path(str(row.init_from))
+    if start.exists():
+        return
+    params = {
+        name: np.asarray(value) for name, value in init_params(model_of(row), row.seed).items()
+    }
+    with np.load(tower) as found:
+        params |= {f"vision.{name}": found[name] for name in found.files}
+    metadata = {"model": to_dict(model_of(row))}
+    with new_folder(start) as folder:
+        write_params(folder.absolute() / "checkpoints" / "0", metadata, params.items())
+        write_json(folder / "config.json", metadata)
 
 
 def _answers(
@@ -285,7 +316,8 @@ def _scores(
     }
 
 
-def _model(config: TrainConfig) -> ModelConfig:
+def model_of(config: TrainConfig) -> ModelConfig:
+    """Returns the model of a run that names one."""
     if config.model is None:
         raise ConfigError(f"the config of {config.output_dir} names no model")
     return config.model

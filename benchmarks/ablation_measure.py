@@ -74,8 +74,8 @@ def measure(
     measured = [row for row in table.variants if row in chosen]
     jobs = []
     for row in measured:
-        (stage,) = table.stages(table.cell(row, 0))
-        jobs += _jobs(row, stage.config)
+        config = table.stages(table.cell(row, 0))[-1].config
+        jobs += _jobs(row, dataclasses.replace(config, init_from=None))
         print(f"{row}: compiled", flush=True)
     for number in range(rounds):
         for job in jobs:

@@ -215,8 +215,8 @@ def state(group: Group) -> str:
         cell = group.all[0]
         counts = ", ".join(f"{n['all']:,} {split}" for split, n in cell["counts"].items())
         recipe = "; ".join(
-            f"{r['steps']} steps of {r['samples_per_step']} conversations, learning rate "
-            f"{r['learning_rate']:g} ({r['schedule']}), {r['dtype']}"
+            f"{_beginning(r)}{r['steps']} steps of {r['samples_per_step']} conversations, "
+            f"learning rate {r['learning_rate']:g} ({r['schedule']}), {r['dtype']}"
             for r in cell["recipe"]
         )
         software = ", ".join(f"{name} {version}" for name, version in cell["software"].items())
@@ -224,6 +224,14 @@ def state(group: Group) -> str:
     if not group.measured:
         lines.append(f"Times and memory are not measured ({MISSING}).")
     return "\n".join(lines)
+
+
+def _beginning(recipe: Mapping[str, Any]) -> str:
+    """Returns what comes before a run, if anything does."""
+    made = recipe.get("begins_with")
+    if not made:
+        return ""
+    return f"tower {made['steps']:,} steps of {made['tiles']} tiles; "
 
 
 def _cost(group: Group) -> str:

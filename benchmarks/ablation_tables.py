@@ -15,8 +15,10 @@ from ablation_cells import (
     Stage,
     finished,
     merged_questions,
+    model_of,
     run_cell,
     settings_hash,
+    write_start,
 )
 from ablation_easyvqa import (
     SPLITS,
@@ -26,6 +28,7 @@ from ablation_easyvqa import (
     package_folder,
     write_easyvqa,
 )
+from ablation_tower import TowerRecipe, train_tower
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import load_config_file, override
@@ -106,17 +109,26 @@ def _known_preset(source: str, preset: str) -> dict[str, Any]:
 def pages(preset: str, runs: Path) -> Table:
     """Returns table A."""
     defined = _known_preset(PAGES, preset)
-    data = runs / "data" / f"pages-{preset}"
+    data, group = runs / "data" / f"pages-{preset}", runs / f"pages-{preset}"
+    tower = TowerRecipe(*defined["PRESETS"][preset].tower)
 
     def stages(cell: Cell) -> list[Stage]:
+        name = f"{cell.variant}-s{cell.seed}"
         source = f"{PAGES}:variant={cell.variant},seed={cell.seed},preset={preset}"
         places = {
-            "output_dir": runs / cell.group / f"{cell.variant}-s{cell.seed}",
+            "output_dir": group / name,
+            "init_from": group / f"start-{name}",
             "data.meta": data / FILES["meta_train"],
             "data.val_meta": data / FILES["meta_val"],
             "data.index_dir": runs / "index",
         }
-        return [Stage(_placed(source, places))]
+        config = _placed(source, places)
+
+        def start() -> None:
+            train_tower(model_of(config).vision, tower, group / "tower.npz")
+            write_start(config, group / "tower.npz")
+
+        return [Stage(config, before=start, begins_with=dataclasses.asdict(tower))]
 
     return Table(
         "pages",
@@ -171,7 +183,7 @@ def easyvqa(
         source = f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}"
         adapt = {"output_dir": group / f"{cell.variant}-s{seed}", "init_from": start}
         return [
-            Stage(_placed(f"{source},stage=tower", common | {"output_dir": tower_run}), join),
+            Stage(_placed(f"{source},stage=tower", common | {"output_dir": tower_run}), after=join),
             Stage(_placed(f"{source},stage=adapt", common | adapt)),
         ]
 

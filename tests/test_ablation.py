@@ -18,6 +18,7 @@ from internvlx_jax.checkpoints.hf_config_write import chat_config
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
 from internvlx_jax.core.overrides import load_config_file
+from internvlx_jax.data.synthetic_forms import FORM_KINDS, make_form
 from internvlx_jax.models.params import abstract_model
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +177,34 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     assert "(evidence.png)" in (tmp_path / "docs" / "evidence.md").read_text()
     with Image.open(tmp_path / "docs" / "evidence.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_the_tower_is_asked_for_what_each_cell_shows(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tower = importlib.import_module("ablation_tower")
+    kinds = list(FORM_KINDS)
+    for seed in range(30):
+        form = make_form(np.random.default_rng(seed), (2, 2))
+        known = tower.labels(form)
+        shown = {kinds[kind] for kind in known[:, 0] if kind != tower.EMPTY}
+        assert shown == {field.kind for field in form.fields}
+        for field in form.fields:
+            (cell,) = np.flatnonzero(known[:, 0] == kinds.index(field.kind))
+            left, top, right, bottom = field.box
+            middle = form.image.width / 2
+            assert (cell % 2, cell // 2) == (left + right > 2 * middle, top + bottom > 2 * middle)
+            told = [
+                known[cell, slot]
+                for slot, (kind, *_) in enumerate(tower.SLOTS)
+                if kind == field.kind
+            ]
+            values = FORM_KINDS[field.kind].values
+            if field.value.isdigit():
+                assert "".join(map(str, told)) == field.value
+            else:
+                assert values[told[0]] == field.value
+            asked = 1 + len(told)
+            assert np.sum(known[cell] != tower.UNKNOWN) == asked
 
 
 def test_numbers_of_the_page_are_those_of_the_cells(report):

@@ -31,7 +31,7 @@ from internvlx_jax.data.synthetic_forms import PAPER, Form, make_form, questions
 
 __all__ = ["CONTROLS", "FILES", "FormConfig", "generate_forms"]
 
-VERSION = 5  # raise it with every change that alters a form or a question
+VERSION = 6  # raise it with every change that alters a form or a question
 FOLDER = "forms"
 SUMMARY = "forms.json"
 SPLITS = ("train", "val", "test")

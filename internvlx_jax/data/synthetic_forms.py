@@ -81,18 +81,27 @@ class Form:
 
 
 def _print_text(
-    canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, size: tuple[int, int]
+    canvas: ImageDraw.ImageDraw,
+    area: Box,
+    value: str,
+    ink: Color,
+    size: tuple[int, int],
+    stroke: int = 0,
 ) -> None:
-    """Prints a text in the middle of an area, as large as fits into `size` pixels."""
+    """Prints a text in the middle of an area, as large as fits into `size` pixels.
+
+    `stroke` pixels are added around its lines.
+    """
     center = ((area[0] + area[2]) / 2, (area[1] + area[3]) / 2)
-    canvas.text(center, value, fill=ink, font=fitting_font(value, *size), anchor="mm")
+    font = fitting_font(value, *size)
+    canvas.text(center, value, fill=ink, font=font, anchor="mm", stroke_width=stroke)
 
 
 def _draw_large(
     canvas: ImageDraw.ImageDraw, area: Box, value: str, ink: Color, paper: Color
 ) -> None:
     size = (area[2] - area[0] - 8, area[3] - area[1] - 8)
-    _print_text(canvas, area, value, ink, size)
+    _print_text(canvas, area, value, ink, size, stroke=1)
 
 
 def _draw_small(
