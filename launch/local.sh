@@ -10,6 +10,8 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices
 # Else the collectives of one program may come in another order on each device: a deadlock.
 export XLA_FLAGS="$XLA_FLAGS --xla_cpu_enable_concurrency_optimized_scheduler=false"
 export XLA_FLAGS="$XLA_FLAGS --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"  # of jax 0.12
+# XLA forgets the order of collectives in a program that it reads back: the same deadlock.
+export JAX_ENABLE_COMPILATION_CACHE="${JAX_ENABLE_COMPILATION_CACHE:-false}"
 pids=()
 for ((process = 0; process < processes; process++)); do
   command=("${PYTHON:-python}" "$@" --coordinator "localhost:${PORT:-12421}" --num_processes "$processes"

@@ -4,6 +4,9 @@ JAX writes each program that takes a while to compile to a folder and finds it t
 the program, the compiler and the device. The folder is that of the user's caches; the environment
 variable INTERNVLX_COMPILE_CACHE names another one, or a gs:// or s3:// URL, and `off` keeps
 nothing. Whoever has set a folder for JAX itself (JAX_COMPILATION_CACHE_DIR) keeps that.
+
+Several devices of a CPU keep nothing by default: XLA forgets the order of collectives in a program
+that it reads back, and the devices wait for each other for ever (design: platform.md 6).
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def keep_compiled() -> Path | None:
     Called before the first compilation of a command, and as often as one likes.
 
     Returns:
-        The folder; None if nothing is kept, or where JAX's own settings decide.
+        The folder; None if nothing is kept, as with several devices of a CPU, or where JAX's own
+        settings decide.
 
     Raises:
         ConfigError: INTERNVLX_COMPILE_CACHE is a URL that cannot be used.
@@ -46,6 +50,9 @@ def keep_compiled() -> Path | None:
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     if stated == OFF:
+        return None
+    if may_hang_when_read_back():
+        logger.info("compiled programs are not kept: several CPU devices can hang in them")
         return None
     folder = as_path(stated) if stated else cache_folder() / "compiled"
     if not is_remote(folder):
@@ -64,6 +71,12 @@ def keep_compiled() -> Path | None:
         config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def may_hang_when_read_back() -> bool:
+    """Returns whether programs of this process may have collectives of XLA:CPU."""
+    devices = jax.devices()
+    return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def _drop_halves(folder: Path) -> None:

@@ -11,13 +11,19 @@ import pytest
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.uploads import cache_folder
+from internvlx_jax.models import compile_cache
 from internvlx_jax.models.compile_cache import MOST_BYTES, VARIABLE, keep_compiled
 
 SETTINGS = (
+    "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",
     "jax_persistent_cache_min_compile_time_secs",
 )
+ONE_DEVICE = {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+}
 # Compiles some programs, with every warning of the cache an error, and counts what was found.
 PROGRAM = """
 import json, warnings
@@ -37,18 +43,20 @@ print(json.dumps({"hits": found.count("cache_hits"), "misses": found.count("cach
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """JAX as a user has it: no cache of its own, and a cache folder that is not theirs."""
+    """JAX as a user has it: one device, no cache, and a cache folder that is not theirs."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setenv("INTERNVLX_CACHE", str(tmp_path / "caches"))
     monkeypatch.delenv(VARIABLE, raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(compile_cache, "may_hang_when_read_back", lambda: False)
     yield tmp_path
     for name, value in before.items():
         jax.config.update(name, value)
 
 
 def start(environment, **changes):
-    environment = {**os.environ, **environment, **changes}
+    environment = {**os.environ, **ONE_DEVICE, **environment, **changes}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True
@@ -82,6 +90,14 @@ def test_the_folder(fresh):
     assert jax.config.jax_compilation_cache_dir == str(fresh / "caches" / "compiled")
     assert jax.config.jax_compilation_cache_max_size == MOST_BYTES
     assert keep_compiled() is None  # set already
+
+
+def test_several_devices_of_a_cpu_keep_nothing(fresh, monkeypatch):
+    """XLA forgets the order of collectives in what it reads back, and devices deadlock."""
+    monkeypatch.undo()
+    monkeypatch.setenv(VARIABLE, str(fresh / "mine"))
+    assert len(jax.devices()) == 8 and compile_cache.may_hang_when_read_back()
+    assert keep_compiled() is None and jax.config.jax_compilation_cache_dir is None
 
 
 def test_the_switch_and_settings_of_jax(fresh, monkeypatch):
