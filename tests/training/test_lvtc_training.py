@@ -54,9 +54,11 @@ def make_batch(config, rows=8, tiles=2, text=40):
     return collate(made, bucket, tile_size=56, tokens_per_tile=per_tile, pad_id=2, lvtc=lvtc)
 
 
-def program(config, mesh):
+def program(config, mesh, remat="none"):
     """(loss and gradients on a mesh, jitted; abstract parameters with their places)."""
-    abstract = abstract_model(config, dtype="float32", shardings=activation_shardings(mesh))
+    abstract = abstract_model(
+        config, dtype="float32", shardings=activation_shardings(mesh), remat=remat
+    )
     shardings = param_shardings(abstract.shapes, abstract.axes, mesh)
 
     def gradients(params, batch):
@@ -114,6 +116,26 @@ def test_one_device_equals_eight(deeper):
     assert {kind for kind, _ in ours} <= {kind for kind, _ in off}
 
 
+def needed(config, batch, remat="none"):
+    """Bytes of XLA's temporaries for a gradient step on one device."""
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    step, shapes = program(config, mesh, remat)
+    return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_lvtc_needs_no_more_memory_than_all_tokens_everywhere(tiny, remat):
+    """The whole model, with weights as large as activations: copies of them would show."""
+    decoder = dataclasses.replace(tiny.decoder, layers=6, mlp_width=2048)
+    all_tokens = dataclasses.replace(tiny.projector, downsample_ratio=1.0)
+    off = dataclasses.replace(tiny, decoder=decoder, projector=all_tokens)
+    lvtc = dataclasses.replace(LVTC, expand_layer=4, inject_layers=())
+    both = [off, dataclasses.replace(tiny, decoder=decoder, lvtc=lvtc)]
+    assert off.tokens_per_tile == both[1].tokens_per_tile == 16
+    whole, ranges = (needed(config, make_batch(config, rows=2), remat) for config in both)
+    assert ranges <= 1.1 * whole
+
+
 def temporaries(config, layers, expand_layer):
     """Bytes of XLA's temporaries for a gradient step on one device, nothing recomputed."""
     lvtc = LvtcConfig(
@@ -125,13 +147,7 @@ def temporaries(config, layers, expand_layer):
     )
     decoder = dataclasses.replace(config.decoder, layers=layers, mlp_width=128)
     config = dataclasses.replace(config, lvtc=lvtc, decoder=decoder)
-    step, shapes = program(config, make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    return (
-        step.lower(shapes, make_batch(config, tiles=8, text=16))
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
+    return needed(config, make_batch(config, tiles=8, text=16))
 
 
 @pytest.mark.slow
