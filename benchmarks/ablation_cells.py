@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import internvlx_jax
+from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.run_writer import write_params
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.evaluation_config import EvaluationConfig
@@ -31,6 +32,7 @@ from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.job import EvalConfig, run
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import abstract_model, init_params
+from internvlx_jax.models.sharding import make_mesh, param_shardings
 from internvlx_jax.training.loop import train
 
 # Fields that name places; two runs that differ in nothing else are the same.
@@ -220,24 +222,29 @@ def _trained(stage: Stage) -> dict[str, list[list[float]]]:
     return _curve(read_json_lines(Path(stage.config.output_dir) / "metrics.jsonl", "step"))
 
 
-def write_start(row: TrainConfig, tower: Path) -> None:
+def write_start(row: TrainConfig, tower: Path, decoder: Path) -> None:
     """Writes the checkpoint that a row begins with, unless that is done.
 
     Args:
-        row: The run that begins with it; all but the tower is drawn by its seed.
+        row: The run that begins with it; what it trains besides is drawn by its seed.
         tower: The file of the tower, see `ablation_tower.train_tower`.
+        decoder: The run whose decoder is taken.
     """
     start = Path(str(row.init_from))
     if start.exists():
         return
-    params = {
-        name: np.asarray(value) for name, value in init_params(model_of(row), row.seed).items()
-    }
+    model, trained = model_of(row), RunFolder(decoder)
+    params = init_params(model, row.seed)
+    stored = abstract_model(trained.config, dtype="float32")
+    mesh = make_mesh(row.mesh, rows=1)
+    loaded = trained.load(stored, param_shardings(stored.shapes, stored.axes, mesh))
+    params |= {path: value for path, value in loaded.items() if path.startswith("decoder.")}
     with np.load(tower) as found:
         params |= {f"vision.{name}": found[name] for name in found.files}
-    metadata = {"model": to_dict(model_of(row))}
+    metadata = {"model": to_dict(model)}
+    arrays = ((path, np.asarray(value)) for path, value in params.items())
     with new_folder(start) as folder:
-        write_params(folder.absolute() / "checkpoints" / "0", metadata, params.items())
+        write_params(folder.absolute() / "checkpoints" / "0", metadata, arrays)
         write_json(folder / "config.json", metadata)
 
 

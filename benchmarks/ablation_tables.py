@@ -110,11 +110,17 @@ def pages(preset: str, runs: Path) -> Table:
     """Returns table A."""
     defined = _known_preset(PAGES, preset)
     data, group = runs / "data" / f"pages-{preset}", runs / f"pages-{preset}"
-    tower = TowerRecipe(*defined["PRESETS"][preset].tower)
+    size = defined["PRESETS"][preset]
+    tower = TowerRecipe(*size.tower)
 
     def stages(cell: Cell) -> list[Stage]:
         name = f"{cell.variant}-s{cell.seed}"
         source = f"{PAGES}:variant={cell.variant},seed={cell.seed},preset={preset}"
+        words = {
+            "output_dir": group / "decoder",
+            "data.meta": data / FILES["meta_text"],
+            "data.index_dir": runs / "index",
+        }
         places = {
             "output_dir": group / name,
             "init_from": group / f"start-{name}",
@@ -122,13 +128,16 @@ def pages(preset: str, runs: Path) -> Table:
             "data.val_meta": data / FILES["meta_val"],
             "data.index_dir": runs / "index",
         }
-        config = _placed(source, places)
+        row = _placed(source, places)
 
         def start() -> None:
-            train_tower(model_of(config).vision, tower, group / "tower.npz")
-            write_start(config, group / "tower.npz")
+            train_tower(model_of(row).vision, tower, group / "tower.npz")
+            write_start(row, group / "tower.npz", group / "decoder")
 
-        return [Stage(config, before=start, begins_with=dataclasses.asdict(tower))]
+        return [
+            Stage(_placed(f"{source},stage=decoder", words)),
+            Stage(row, before=start, begins_with=dataclasses.asdict(tower)),
+        ]
 
     return Table(
         "pages",
@@ -137,14 +146,14 @@ def pages(preset: str, runs: Path) -> Table:
         defined["CORE"],
         defined["SEEDS"],
         stages,
-        functools.partial(_forms, data, defined["PRESETS"][preset].forms),
+        functools.partial(_forms, data, size.forms, size.texts),
         max_new_tokens=5,
     )
 
 
-def _forms(folder: Path, counts: tuple[int, int, int, int]) -> Prepared:
+def _forms(folder: Path, counts: tuple[int, int, int, int], texts: int) -> Prepared:
     """Generates the forms, or finds them."""
-    summary = generate_forms(folder, FormConfig(0, *counts))
+    summary = generate_forms(folder, FormConfig(0, *counts, text=texts))
     splits = {"test": FILES["test"], **{name: FILES[name] for name in CONTROLS}}
     out = folder / "forms" / "asked.jsonl"
     paths = {split: folder / path for split, path in splits.items()}

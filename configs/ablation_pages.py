@@ -1,17 +1,23 @@
 """Table A of docs/evidence.md: what each compressor is worth on generated forms.
 
 `variant` names a row of the table, `preset` a size: `tiny` for tests, `cpu` for two cores, `gpu`
-for one accelerator. Everything but the variant is equal in all rows, the optimizer included. A row
-begins with a tower that has learned to read as a classifier (`benchmarks/ablation_tower.py`), the
-same for all rows, and with a fresh projector and decoder; all of it is trained.
+for one accelerator, and `stage` a run:
+
+* `decoder` teaches the decoder to answer questions about forms that are told in words.
+* `row` puts a fresh projector between that decoder and a tower that has learned to read as a
+  classifier (`benchmarks/ablation_tower.py`), and trains all of it.
+
+So all rows begin with one tower and one decoder, as models do in practice, and no projector has had
+a part in either. Everything but the variant is equal in all rows, the optimizer included.
 
 A tile of 112 px has 8 x 8 patches, so that 64 tokens per tile are one per patch, and 16 are the
-share of the released models (a quarter). The gate of LVTC starts open, because no projector and
-decoder is there yet that it could leave undisturbed; rows with other starts say so.
+share of the released models (a quarter). The gate of LVTC starts open, because no projector is
+there yet that it could leave undisturbed; rows with other starts say so.
 
 The forms lie in `runs/ablation/data/pages-PRESET`; `data/form_dataset.py` writes them.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from internvlx_jax.core.data_config import DataConfig
@@ -25,7 +31,12 @@ from internvlx_jax.core.model_config import (
     RopeConfig,
     VisionConfig,
 )
-from internvlx_jax.core.run_config import ComputeConfig, OptimizerConfig, TrainConfig
+from internvlx_jax.core.run_config import (
+    ComputeConfig,
+    FreezeConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from internvlx_jax.core.tile_config import TileConfig
 
 TILE, PATCH = 112, 14
@@ -83,8 +94,10 @@ class Preset(NamedTuple):
         width, layers, mlp: Of the decoder, with heads of 32.
         vision_width, vision_layers, vision_mlp: Of the tower, with heads of 32.
         tower: Steps, tiles per step and different tiles of the tower's training.
-        steps, samples: Updates, and conversations in each of them.
-        learning_rate: The highest.
+        decoder_steps, decoder_samples: Updates of the stage `decoder`, and conversations in each.
+        steps, samples: The same of the stage `row`.
+        learning_rate: The highest, of both stages.
+        texts: Forms of the stage `decoder`.
         forms: Forms for training, validation, test and controls.
         dtype: Of the activations.
         buckets: Shapes of a batch, at most; each is compiled.
@@ -97,9 +110,12 @@ class Preset(NamedTuple):
     vision_layers: int
     vision_mlp: int
     tower: tuple[int, int, int]
+    decoder_steps: int
+    decoder_samples: int
     steps: int
     samples: int
     learning_rate: float
+    texts: int
     forms: tuple[int, int, int, int]
     dtype: Literal["bfloat16", "float32"] = "float32"
     buckets: int = 2
@@ -111,8 +127,39 @@ class Preset(NamedTuple):
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(32, 3, 32, 32, 1, 32, (4, 4, 8), 3, 4, 1e-3, (8, 2, 2, 1), buckets=1),
-    "cpu": Preset(96, 6, 256, 96, 4, 256, (4000, 32, 32000), 800, 8, 1.5e-3, (6400, 60, 900, 150)),
+    "tiny": Preset(
+        width=32,
+        layers=3,
+        mlp=32,
+        vision_width=32,
+        vision_layers=1,
+        vision_mlp=32,
+        tower=(4, 4, 8),
+        decoder_steps=2,
+        decoder_samples=4,
+        steps=3,
+        samples=4,
+        learning_rate=1e-3,
+        texts=8,
+        forms=(8, 2, 2, 1),
+        buckets=1,
+    ),
+    "cpu": Preset(
+        width=96,
+        layers=6,
+        mlp=256,
+        vision_width=96,
+        vision_layers=4,
+        vision_mlp=256,
+        tower=(4000, 32, 32000),
+        decoder_steps=3000,
+        decoder_samples=32,
+        steps=800,
+        samples=8,
+        learning_rate=1.5e-3,
+        texts=30000,
+        forms=(6400, 60, 900, 150),
+    ),
     "gpu": Preset(
         width=256,
         layers=12,
@@ -121,46 +168,52 @@ PRESETS: dict[str, Preset] = {
         vision_layers=6,
         vision_mlp=768,
         tower=(12000, 64, 96000),
+        decoder_steps=6000,
+        decoder_samples=128,
         steps=6000,
         samples=64,
         learning_rate=6e-4,
+        texts=96000,
         forms=(96000, 500, 2000, 400),
         dtype="bfloat16",
     ),
 }
 
 
-def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainConfig:
-    if variant not in VARIANTS:
-        raise ConfigError(f"variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    size = PRESETS[preset]
+def get_config(
+    variant: str = "x", stage: str = "row", seed: int = 0, preset: str = "cpu"
+) -> TrainConfig:
+    for name, value, known in (
+        ("variant", variant, VARIANTS),
+        ("preset", preset, PRESETS),
+        ("stage", stage, ("decoder", "row")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+    size, folder = PRESETS[preset], f"runs/ablation/pages-{preset}"
     data = f"runs/ablation/data/pages-{preset}"
+    if stage == "decoder":
+        return TrainConfig(
+            output_dir=f"{folder}/decoder",
+            model=_model(VARIANTS[BASELINE], size),
+            data=_data(f"{data}/meta_text.json", size.decoder_samples, buckets=1),
+            freeze=FreezeConfig(vit=True, projector=True),
+            optimizer=_optimizer(size.learning_rate, size.decoder_steps),
+            compute=ComputeConfig(dtype=size.dtype, remat="none"),
+            steps=size.decoder_steps,
+            log_every=max(1, size.decoder_steps // 20),
+            save_every=size.decoder_steps,
+            keep_last=1,
+        )
     return TrainConfig(
-        output_dir=f"runs/ablation/pages-{preset}/{variant}-s{seed}",
-        init_from=f"runs/ablation/pages-{preset}/start-{variant}-s{seed}",
+        output_dir=f"{folder}/{variant}-s{seed}",
+        init_from=f"{folder}/start-{variant}-s{seed}",
         model=_model(VARIANTS[variant], size),
-        data=DataConfig(
-            meta=f"{data}/meta_train.json",
+        data=dataclasses.replace(
+            _data(f"{data}/meta_train.json", size.samples, size.buckets),
             val_meta=f"{data}/meta_val.json",
-            tokenizer="internvlx_jax/data/assets/synthetic_tokenizer",
-            max_length=1024,
-            length_step=16,
-            batch_mode="samples",
-            samples_per_step=size.samples,
-            max_executables=size.buckets,
         ),
-        # A fresh decoder first learns what answers look like, and finds fields in the image only
-        # after hundreds of steps. The rate stays high until then, whenever that is.
-        optimizer=OptimizerConfig(
-            learning_rate=size.learning_rate,
-            schedule="wsd",
-            cooldown_ratio=0.3,
-            b2=0.95,
-            weight_decay=0.05,
-            warmup_steps=min(50, size.steps // 4),
-        ),
+        optimizer=_optimizer(size.learning_rate, size.steps),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),
         steps=size.steps,
         seed=seed,
@@ -168,6 +221,29 @@ def get_config(variant: str = "x", seed: int = 0, preset: str = "cpu") -> TrainC
         eval_every=size.steps // 5 or size.steps,
         save_every=max(1, size.steps // 3),
         keep_last=1,
+    )
+
+
+def _data(meta: str, samples: int, buckets: int) -> DataConfig:
+    return DataConfig(
+        meta=meta,
+        tokenizer="internvlx_jax/data/assets/synthetic_tokenizer",
+        max_length=1024,
+        length_step=16,
+        batch_mode="samples",
+        samples_per_step=samples,
+        max_executables=buckets,
+    )
+
+
+def _optimizer(learning_rate: float, steps: int) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=learning_rate,
+        schedule="wsd",
+        cooldown_ratio=0.3,
+        b2=0.95,
+        weight_decay=0.05,
+        warmup_steps=min(50, steps // 4),
     )
 
 

@@ -3,6 +3,7 @@
     OUT/forms.json                               the configuration and what was written
     OUT/meta_train.json, meta_val.json           InternVL meta files, relative paths
     OUT/forms/train.jsonl, val.jsonl             chats about one form each, all of its fields asked
+    OUT/forms/text.jsonl, OUT/meta_text.json     chats about further forms, told in words
     OUT/forms/test.jsonl                         one question per line, of further forms
     OUT/forms/test_blank.jsonl                   the first questions again, on blank pages
     OUT/forms/test_downsized.jsonl               the first questions again, on small copies
@@ -25,9 +26,9 @@ from PIL import Image
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import new_folder, write_json
 from internvlx_jax.core.json_text import read_json_object
-from internvlx_jax.core.ranges import COUNT, SEED, check_ranges
+from internvlx_jax.core.ranges import COUNT, NUMBER, SEED, check_ranges
 from internvlx_jax.data.synthetic import chance
-from internvlx_jax.data.synthetic_forms import PAPER, Form, make_form, questions
+from internvlx_jax.data.synthetic_forms import PAPER, Form, described, make_form, questions
 
 __all__ = ["CONTROLS", "FILES", "FormConfig", "generate_forms"]
 
@@ -35,10 +36,12 @@ VERSION = 6  # raise it with every change that alters a form or a question
 FOLDER = "forms"
 SUMMARY = "forms.json"
 SPLITS = ("train", "val", "test")
+TEXT = "text"
 CONTROLS = ("blank", "downsized")
 FILES = {
     "meta_train": "meta_train.json",
     "meta_val": "meta_val.json",
+    "meta_text": "meta_text.json",
     "test": f"{FOLDER}/test.jsonl",
     **{name: f"{FOLDER}/test_{name}.jsonl" for name in CONTROLS},
 }
@@ -53,6 +56,7 @@ class FormConfig:
         train, val: Forms of the chats for training and validation.
         test: Forms of the test questions.
         controls: Test forms that are asked about again without their details.
+        text: Forms that are told in words, with no image.
     """
 
     seed: int = 0
@@ -60,9 +64,11 @@ class FormConfig:
     val: int = 100
     test: int = 600
     controls: int = 150
+    text: int = 0
 
     def __post_init__(self):
         check_ranges(self, seed=SEED, train=COUNT, val=COUNT, test=COUNT, controls=COUNT)
+        check_ranges(self, text=NUMBER)
         if self.controls > self.test:
             raise ConfigError(f"controls is {self.controls}, it must be at most test, {self.test}")
 
@@ -99,7 +105,8 @@ def generate_forms(folder: str | os.PathLike[str], config: FormConfig) -> dict[s
         for split in (*SPLITS, *CONTROLS):
             (root / "images" / split).mkdir(parents=True)
         rows = {split: _write_split(root, config, split) for split in SPLITS}
-        for split in ("train", "val"):
+        _write_text(root, config)
+        for split in ("train", "val", *([TEXT] if config.text else [])):
             entry = {"root": f"{FOLDER}/", "annotation": f"{FOLDER}/{split}.jsonl"}
             meta = entry | {"data_augment": False, "repeat_time": 1}
             write_json(
@@ -124,7 +131,7 @@ def _write_split(root: Path, config: FormConfig, split: str) -> list[dict[str, A
     chats, rows = [], []
     number = SPLITS.index(split)
     for index in range(getattr(config, split)):
-        rng = np.random.default_rng(np.random.SeedSequence((config.seed, 7, number, index)))
+        rng = _rng(config, number, index)
         form = make_form(rng)
         asked = questions(form, rng)
         name = f"images/{split}/{index:06d}.png"
@@ -154,12 +161,33 @@ def _write_split(root: Path, config: FormConfig, split: str) -> list[dict[str, A
     return rows
 
 
-def _chat(id: str, image: str, form: Form, asked: list[tuple[str, str, str]]) -> dict[str, Any]:
-    """Returns a sample in InternVL's format that asks everything in one conversation."""
+def _write_text(root: Path, config: FormConfig) -> None:
+    """Writes the chats that have the form's fields in their first turn, in reading order."""
+    chats = []
+    for index in range(config.text):
+        rng = _rng(config, len(SPLITS), index)
+        form = make_form(rng)
+        turns = _turns(questions(form, rng), described(form) + "\n")
+        chats.append({"id": f"{TEXT}-{index:06d}", "conversations": turns})
+    if chats:
+        _write_jsonl(root / f"{TEXT}.jsonl", chats)
+
+
+def _rng(config: FormConfig, split: int, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence((config.seed, 7, split, index)))
+
+
+def _turns(asked: list[tuple[str, str, str]], before: str) -> list[dict[str, str]]:
     turns = []
     for _, question, answer in asked:
-        head = "" if turns else "<image>\n"
+        head = "" if turns else before
         turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
+    return turns
+
+
+def _chat(id: str, image: str, form: Form, asked: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """Returns a sample in InternVL's format that asks everything in one conversation."""
+    turns = _turns(asked, "<image>\n")
     width, height = form.image.size
     sample = {"id": id, "image": image, "width": width, "height": height}
     return sample | {"conversations": turns}

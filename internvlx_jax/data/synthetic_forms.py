@@ -182,6 +182,23 @@ def questions(form: Form, rng: np.random.Generator) -> list[tuple[str, str, str]
     return [found[i] for i in rng.permutation(len(found)).tolist()]
 
 
+def described(form: Form) -> str:
+    """Returns the fields of a form in words, one a line, from left to right and top to bottom."""
+    lines = []
+    side = form.image.width / form.grid[0]
+    for field in sorted(form.fields, key=lambda field: (field.box[1] // side, field.box[0])):
+        if field.kind != TABLE:
+            lines.append(f"{field.kind} {field.value}")
+            continue
+        places = [(row, column) for row in range(len(ROWS)) for column in range(len(COLUMNS))]
+        cells = [
+            f"{COLUMNS[column]} {ROWS[row]} {value}"
+            for (row, column), value in zip(places, field.value, strict=True)
+        ]
+        lines.append(" ".join([TABLE, *cells]))
+    return "\n".join(lines)
+
+
 def make_form(rng: np.random.Generator, grid: tuple[int, int] | None = None) -> Form:
     """Draws a form.
 
