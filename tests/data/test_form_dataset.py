@@ -122,3 +122,35 @@ def test_every_row_of_the_ablation_is_a_model():
     assert off.optimizer == config.optimizer and off.steps == config.steps and off.seed == 2
     with pytest.raises(ConfigError, match="variant 'y' is unknown"):
         load_config_file("configs/ablation_pages.py:variant=y")
+    with pytest.raises(ConfigError, match="stage 'rows' is unknown"):
+        load_config_file("configs/ablation_pages.py:stage=rows")
+
+
+def test_rows_begin_with_one_decoder_that_has_seen_no_image():
+    first, other = (
+        load_config_file(f"configs/ablation_pages.py:stage=decoder,variant={variant},seed={seed}")
+        for variant, seed in (("x", 0), ("mlp1-4", 2))
+    )
+    assert first == other and first.freeze.vit and first.freeze.projector
+    row = load_config_file("configs/ablation_pages.py:variant=mlp1-4")
+    assert row.model.decoder == first.model.decoder and row.data.meta != first.data.meta
+
+
+def test_forms_told_in_words_hold_their_answers(tmp_path):
+    generate_forms(tmp_path / "f", FormConfig(train=1, val=1, test=1, controls=1, text=40))
+    tables = 0
+    for chat in rows(tmp_path / "f" / "forms" / "text.jsonl"):
+        assert "image" not in chat
+        turns = [turn["value"] for turn in chat["conversations"]]
+        *told, turns[0] = turns[0].split("\n")
+        words = {line.split()[0]: line.split()[1:] for line in told}
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            name = question.rstrip("?").split()[-1]
+            if name in words:
+                assert words[name] == [answer]
+                continue
+            cells = " ".join(words[TABLE])
+            assert f"{question.rstrip('?')} {answer}" in cells
+            tables += 1
+    assert tables
+    assert rows(tmp_path / "f" / "forms" / "train.jsonl")[0]["image"]
