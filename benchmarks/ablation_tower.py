@@ -1,8 +1,12 @@
 """The tower that all rows of table A begin with, for benchmarks/ablation.py.
 
 It is a classifier: a linear head tells the kind and the value of the field in each cell of a form
-from the patches of that cell, and is then thrown away. Rows begin with a tower that reads, as
-models do in practice, and no projector or decoder has had a part in it.
+from every single patch of that cell, and is then thrown away. Rows begin with a tower that reads,
+as models do in practice, and no projector or decoder has had a part in it.
+
+A head over all patches of a cell together reads as well, but leaves pieces of a word in different
+patches, and no projector put them together again: rows then told colors and shapes, which every
+patch shows by itself, and no print.
 
 Tiles show cells at three sizes, so that none of the tile rules meets a tower that has not seen what
 it makes of a form: as drawn (two cells along the side), enlarged (one) and in a thumbnail (four).
@@ -20,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
@@ -33,7 +37,6 @@ from internvlx_jax.models.params import flatten
 from internvlx_jax.models.vit import VisionTower
 
 ZOOMS = {2: 0.6, 1: 0.25, 4: 0.15}  # cells along the side of a tile, and how often
-CELL_PATCHES = 4  # along the side of a cell, once its patches are brought to one size
 EMPTY = len(FORM_KINDS)  # kind of a cell without a field
 UNKNOWN = -1  # label of what a cell does not have
 
@@ -115,24 +118,26 @@ class Classifier(nnx.Module):
         for embedding in (self.vision.position_embedding, self.vision.class_embedding):
             embedding[...] = 0.05 * embedding[...]
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
-        self.head = nnx.Linear(CELL_PATCHES**2 * config.width, int(STARTS[-1]), rngs=rngs)
+        self.head = nnx.Linear(config.width, int(STARTS[-1]), rngs=rngs)
 
     def __call__(self, tiles: jax.Array, zoom: int) -> jax.Array:
-        """Returns logits [N, cells, classes of all slots] of uint8[N, Y, X, 3]."""
+        """Returns logits [N, cells, patches of each, classes of all slots] of uint8[N, Y, X, 3]."""
         x = self.norm(self.vision(normalize_tiles(tiles))[:, 1:])
         side = round(x.shape[1] ** 0.5)
-        x = rearrange(x, "n (y x) v -> n y x v", y=side)
-        size = zoom * CELL_PATCHES
-        if size < side:
-            x = reduce(x, "n (y a) (x b) v -> n y x v", "mean", y=size, x=size)
-        elif size > side:
-            x = repeat(x, "n y x v -> n (y a) (x b) v", a=size // side, b=size // side)
-        x = rearrange(x, "n (y a) (x b) v -> n (y x) (a b v)", y=zoom, x=zoom)
+        x = rearrange(
+            x,
+            "n (y a x b) v -> n (y x) (a b) v",
+            y=zoom,
+            x=zoom,
+            a=side // zoom,
+            b=side // zoom,
+        )
         return self.head(x)
 
 
 def _loss(logits: jax.Array, known: jax.Array) -> jax.Array:
-    """Returns the mean over cells of the cross entropy, summed over what a cell has."""
+    """Returns the mean over patches of the cross entropy, summed over what their cell has."""
+    known = jnp.broadcast_to(known[:, :, None], (*logits.shape[:3], len(SLOTS)))
     total = jnp.float32(0)
     for slot, (start, stop) in enumerate(pairwise(STARTS.tolist())):
         target = known[..., slot]
@@ -140,7 +145,7 @@ def _loss(logits: jax.Array, known: jax.Array) -> jax.Array:
             logits[..., start:stop], jnp.maximum(target, 0)
         )
         total += jnp.sum(jnp.where(target == UNKNOWN, 0, loss))
-    return total / (known.shape[0] * known.shape[1])
+    return total / known[..., 0].size
 
 
 def _batches(recipe: TowerRecipe) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
