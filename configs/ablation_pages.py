@@ -34,6 +34,7 @@ from internvlx_jax.core.model_config import (
 from internvlx_jax.core.run_config import (
     ComputeConfig,
     FreezeConfig,
+    GroupConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -96,7 +97,7 @@ class Preset(NamedTuple):
         tower: Steps, tiles per step and different tiles of the tower's training.
         decoder_steps, decoder_samples: Updates of the stage `decoder`, and conversations in each.
         steps, samples: The same of the stage `row`.
-        learning_rate: The highest, of both stages.
+        learning_rate: The highest of the stage `decoder`; of `row` half of the highest.
         texts: Forms of the stage `decoder`.
         forms: Forms for training, validation, test and controls.
         dtype: Of the activations.
@@ -151,10 +152,10 @@ PRESETS: dict[str, Preset] = {
         vision_width=96,
         vision_layers=4,
         vision_mlp=256,
-        tower=(4000, 32, 32000),
+        tower=(8000, 32, 32000),
         decoder_steps=3000,
         decoder_samples=32,
-        steps=800,
+        steps=1200,
         samples=8,
         learning_rate=1.5e-3,
         texts=30000,
@@ -198,7 +199,7 @@ def get_config(
             model=_model(VARIANTS[BASELINE], size),
             data=_data(f"{data}/meta_text.json", size.decoder_samples, buckets=1),
             freeze=FreezeConfig(vit=True, projector=True),
-            optimizer=_optimizer(size.learning_rate, size.decoder_steps),
+            optimizer=_optimizer(size.decoder_steps, learning_rate=size.learning_rate),
             compute=ComputeConfig(dtype=size.dtype, remat="none"),
             steps=size.decoder_steps,
             log_every=max(1, size.decoder_steps // 20),
@@ -213,7 +214,12 @@ def get_config(
             _data(f"{data}/meta_train.json", size.samples, size.buckets),
             val_meta=f"{data}/meta_val.json",
         ),
-        optimizer=_optimizer(size.learning_rate, size.steps),
+        # What is fresh learns fast, and what has learned already slowly, or it would forget.
+        optimizer=_optimizer(
+            size.steps,
+            learning_rate=2 * size.learning_rate,
+            groups=(GroupConfig(params=r"(vision|decoder)\.", multiplier=0.1),),
+        ),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),
         steps=size.steps,
         seed=seed,
@@ -236,14 +242,14 @@ def _data(meta: str, samples: int, buckets: int) -> DataConfig:
     )
 
 
-def _optimizer(learning_rate: float, steps: int) -> OptimizerConfig:
+def _optimizer(steps: int, **settings: Any) -> OptimizerConfig:
     return OptimizerConfig(
-        learning_rate=learning_rate,
         schedule="wsd",
         cooldown_ratio=0.3,
         b2=0.95,
         weight_decay=0.05,
         warmup_steps=min(50, steps // 4),
+        **settings,
     )
 
 
