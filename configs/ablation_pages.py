@@ -97,7 +97,7 @@ class Preset(NamedTuple):
         tower: Steps, tiles per step and different tiles of the tower's training.
         decoder_steps, decoder_samples: Updates of the stage `decoder`, and conversations in each.
         steps, samples: The same of the stage `row`.
-        learning_rate: The highest of the stage `decoder`; of `row` half of the highest.
+        learning_rate: The highest of the stage `decoder`; that of `row` is twice as high.
         texts: Forms of the stage `decoder`.
         forms: Forms for training, validation, test and controls.
         dtype: Of the activations.
