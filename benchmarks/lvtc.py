@@ -5,7 +5,8 @@
 Prints a table with the FLOPs that predict the times; writes lvtc.json and lvtc.png.
 
 * `2b` is InternVL-X 2B. `quarter` has its widths and a quarter of its layers (tower 6, decoder 6,
-  expanded before layer 5), and fits a small machine. It is float32 on a CPU, bfloat16 elsewhere.
+  expanded before layer 5), and fits a small machine; `toy` is narrow, for tests. It is float32 on a
+  CPU, bfloat16 elsewhere.
 * The variants are timed in turn, round after round, so that a change in the machine's speed meets
   all of them; the best round counts.
 * A train step is loss and gradients with full rematerialization, without the optimizer, whose cost
@@ -52,19 +53,26 @@ from internvlx_jax.training.step import loss_and_grads
 VARIANTS = ("all-1024", "all-256", "paper", "fast")  # the others are compared with the first
 PRESETS: dict[str, LvtcPreset] = {"all-256": "off", "paper": "paper", "fast": "fast"}
 TILES, TEXT = 1, 64
-ROUNDS = {"prefill": 3, "train step": 1}
+ROUNDS = {"prefill": 5, "train step": 2}
 
 
 def model(size: str, variant: str) -> ModelConfig:
     """Returns the model of a size, with the visual tokens of a variant."""
     base, expand_layer = internvlx_2b(), 19
-    if size == "quarter":
+    if size != "2b":
         base = dataclasses.replace(
             base,
             vision=dataclasses.replace(base.vision, layers=6),
             decoder=dataclasses.replace(base.decoder, layers=6, vocab_size=8192),
         )
         expand_layer = 5
+    if size == "toy":
+        narrow = {"width": 32, "heads": 2, "mlp_width": 32}
+        base = dataclasses.replace(
+            base,
+            vision=dataclasses.replace(base.vision, **narrow),
+            decoder=dataclasses.replace(base.decoder, **narrow, kv_heads=1, head_dim=16),
+        )
     if variant == "all-1024":
         return dataclasses.replace(base, projector=ProjectorConfig(downsample_ratio=1.0))
     lvtc = lvtc_preset(PRESETS[variant], token_grid=16, expand_layer=expand_layer, inject_layers=())
@@ -134,11 +142,12 @@ def attention_seconds(config: ModelConfig, inputs: Inputs, dtype: str) -> float:
 
 @functools.cache
 def _attention_layer(decoder: DecoderConfig, length: int, dtype: str) -> float:
-    keys, segments = (1, length, decoder.kv_heads), jax.numpy.ones((1, length), "int32")
-    k = v = jax.numpy.ones((*keys, decoder.head_dim), dtype)
-    q = jax.numpy.ones((*keys, decoder.group, decoder.head_dim), dtype)
+    segments = jax.numpy.ones((1, length), "int32")
+    k = v = jax.numpy.ones((1, length, decoder.kv_heads, decoder.head_dim), dtype)
+    q = jax.numpy.ones((1, length, decoder.heads, decoder.head_dim), dtype)
+    one = {"q_segments": segments, "kv_segments": segments, "q_start": 0}
     program = (
-        jax.jit(functools.partial(attend, q_segments=segments, kv_segments=segments))
+        jax.jit(functools.partial(attend, **one))
         .lower(q, k, v)
         .compile()
     )
@@ -335,7 +344,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes",
         nargs="+",
-        choices=["quarter", "2b"],
+        choices=["toy", "quarter", "2b"],
         default=["quarter"] if on_cpu else ["quarter", "2b"],
     )
     parser.add_argument("--out", type=Path, default=Path("runs/lvtc_benchmark"))

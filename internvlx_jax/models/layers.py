@@ -75,6 +75,16 @@ def constant(value: float) -> Init:
     return Init(f"{value:g}", lambda key, shape, dtype: jnp.full(shape, value, dtype))
 
 
+class ShapesOnly(nnx.Rngs):
+    """Takes the place of randomness in a model that is described and never filled.
+
+    Tracing the draws of all parameters would take longer than the rest of the description.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 def param(
     init: Init, shape: tuple[int, ...], axes: Axes, *, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> nnx.Param:
@@ -84,12 +94,16 @@ def param(
         init: Distribution of the fresh values; its name is kept as metadata.
         shape: Of the parameter.
         axes: A name per dim, which models/sharding.py maps to mesh axes.
-        rngs: Stream `params`.
+        rngs: Stream `params`, or ShapesOnly.
         dtype: Of the parameter.
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axis names {axes} for shape {shape}")
-    return nnx.Param(init.draw(rngs.params(), shape, dtype), axes=axes, init=init.name)
+    if isinstance(rngs, ShapesOnly):
+        value = jnp.zeros(shape, dtype)
+    else:
+        value = init.draw(rngs.params(), shape, dtype)
+    return nnx.Param(value, axes=axes, init=init.name)
 
 
 def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -321,8 +335,13 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.
     A scan over such a stack compiles one layer however many there are. Adapters draw from a stream
     of their own, so that the base has the same fresh values with and without them.
     """
-    keys = jax.random.split(rngs.params(), length)
-    layers = jax.vmap(lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))))(keys)
+    if isinstance(rngs, ShapesOnly):
+        layers = jax.vmap(lambda _: make(rngs))(jnp.arange(length))
+    else:
+        keys = jax.random.split(rngs.params(), length)
+        layers = jax.vmap(
+            lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1)))
+        )(keys)
     for variable in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
     return layers
@@ -346,7 +365,13 @@ def separate_layers(layers: nnx.Module, length: int) -> nnx.List:
     XLA copies a layer's weights out of the stack in every step of a scan, which costs more than
     the decoding step.
     """
-    return nnx.List([jax.tree.map(lambda p, i=i: p[i], layers) for i in range(length)])
+    # In one program: compiling a slice for each layer and parameter takes longer than the slices.
+    return nnx.List(_separate(layers, length))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _separate(layers: nnx.Module, length: int) -> list[nnx.Module]:
+    return [jax.tree.map(lambda p, i=i: p[i], layers) for i in range(length)]
 
 
 def scan_layers(

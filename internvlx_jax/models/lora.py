@@ -26,7 +26,14 @@ from jax.typing import DTypeLike
 
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import LoraConfig
-from internvlx_jax.models.layers import Axes, Linear, constant, param, uniform_fan_in
+from internvlx_jax.models.layers import (
+    Axes,
+    Linear,
+    ShapesOnly,
+    constant,
+    param,
+    uniform_fan_in,
+)
 
 # Suffix of the parameter names, and how much of the output's axis j that pair covers (None: all).
 Pieces = tuple[tuple[str, int | None], ...]
@@ -60,7 +67,8 @@ class LoraLinear(Linear):
         in_shape = tuple(size[letter] for letter in inside)
         in_axes = tuple(axis[letter] for letter in inside)
         out_axes = tuple(axis[letter] for letter in outside)
-        fresh: dict[str, Any] = dict(rngs=nnx.Rngs(params=rngs.lora()), dtype=jnp.float32)
+        draws = rngs if isinstance(rngs, ShapesOnly) else nnx.Rngs(params=rngs.lora())
+        fresh: dict[str, Any] = dict(rngs=draws, dtype=jnp.float32)
         for end, count in pieces:
             out = tuple(count if count and letter == "j" else size[letter] for letter in outside)
             init = uniform_fan_in(math.prod(in_shape))

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.models.attention import Backend
 from internvlx_jax.models.internvlx import ActivationShardings, InternVLX
-from internvlx_jax.models.layers import uniform_fan_in
+from internvlx_jax.models.layers import ShapesOnly, uniform_fan_in
 from internvlx_jax.models.lora import is_adapter
 
 Params = dict[str, Any]
@@ -76,7 +76,7 @@ def abstract_model(
         jax.eval_shape(
             lambda: InternVLX(
                 config,
-                rngs=nnx.Rngs(0),
+                rngs=ShapesOnly(),
                 dtype=dtype,
                 param_dtype=param_dtype,
                 remat=remat,

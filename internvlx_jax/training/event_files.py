@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from internvlx_jax.core.uploads import copy_file
 
 # Made at the import by protobuf, so that no checker knows them.
 Event, SessionLog = (getattr(event_pb2, name) for name in ("Event", "SessionLog"))
+
+# What tensorboardX replaces in a name as well, but with a line of log each time.
+ILLEGAL = re.compile(r"[^-/\w.]")
 
 
 class EventFiles:
@@ -42,7 +46,7 @@ class EventFiles:
             if self._writer is None:
                 self._writer = self._begun()
             for name, value in values.items():
-                self._add(self._writer, step, summary=scalar(name, value))
+                self._add(self._writer, step, summary=scalar(ILLEGAL.sub("_", name), value))
             self._writer.flush()
 
     def _begun(self) -> EventsWriter:

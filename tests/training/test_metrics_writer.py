@@ -108,6 +108,16 @@ def test_without_tensorboard_the_numbers_are_written_all_the_same(tmp_path, monk
     assert "pip install 'internvlx-jax[tensorboard]'" in caplog.text
 
 
+def test_names_of_parameter_groups_are_no_matter_for_the_log(tmp_path, caplog):
+    files = EventFiles(tmp_path / "tensorboard", 0)
+    with caplog.at_level("INFO"):
+        files.write(1, {r"learning_rate/(vision|decoder)\.": 1.0})
+    files.close()
+    assert not caplog.messages
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"learning_rate/_vision_decoder__." in file.read_bytes()
+
+
 def test_a_full_disk_is_named_where_tensorboard_meets_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
