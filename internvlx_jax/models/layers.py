@@ -392,6 +392,7 @@ def scan_layers(
     if not isinstance(layers, nnx.List):
         return jax.lax.scan(body, x, (layers, inputs))
     outputs = []
+    body = jax.jit(body)  # layers of equal shapes are traced once; XLA puts the calls in line
     for i, layer in enumerate(layers):
         own = inputs[i] if isinstance(inputs, list) else jax.tree.map(lambda leaf: leaf[i], inputs)
         x, output = body(x, (layer, own))
