@@ -26,7 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # As in the demo: two host devices use two cores, and XLA sizes its thread pool by NPROC.
-ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "NPROC": "16",
+}
 TABLES = ("pages", "easyvqa")
 PLACES = ("images", "llm")  # flags of easyvqa
 PRESETS = {"cpu": "cpu", "gpu": "gpu"}  # --device -> preset
@@ -102,10 +106,7 @@ def _run_in_process(args: argparse.Namespace, variant: str, seed: int) -> None:
 
 def _set_environment(args: argparse.Namespace) -> None:
     """Sets what jax reads when it is imported; the user's environment comes first."""
-    on_cpu = args.preset != "gpu"
-    wanted = ENVIRONMENT | {"JAX_PLATFORMS": "cpu"} if on_cpu else {}
-    # Seeds of a variant share their programs.
-    wanted |= {"JAX_COMPILATION_CACHE_DIR": str((args.runs / "compiled").absolute())}
+    wanted = {} if args.preset == "gpu" else ENVIRONMENT
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
