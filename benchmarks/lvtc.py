@@ -146,11 +146,7 @@ def _attention_layer(decoder: DecoderConfig, length: int, dtype: str) -> float:
     k = v = jax.numpy.ones((1, length, decoder.kv_heads, decoder.head_dim), dtype)
     q = jax.numpy.ones((1, length, decoder.heads, decoder.head_dim), dtype)
     one = {"q_segments": segments, "kv_segments": segments, "q_start": 0}
-    program = (
-        jax.jit(functools.partial(attend, **one))
-        .lower(q, k, v)
-        .compile()
-    )
+    program = jax.jit(functools.partial(attend, **one)).lower(q, k, v).compile()
     return min(_timed(program, q, k, v) for _ in range(5))
 
 

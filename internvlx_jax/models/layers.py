@@ -339,9 +339,9 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.
         layers = jax.vmap(lambda _: make(rngs))(jnp.arange(length))
     else:
         keys = jax.random.split(rngs.params(), length)
-        layers = jax.vmap(
-            lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1)))
-        )(keys)
+        layers = jax.vmap(lambda key: make(nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))))(
+            keys
+        )
     for variable in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
     return layers
