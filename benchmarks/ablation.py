@@ -5,9 +5,11 @@
     python benchmarks/ablation.py measure                            # table A's times and memory
     python benchmarks/ablation.py report [--check]                   # docs/evidence.md, the picture
 
-A grid runs cell by cell (a variant and a seed), seed by seed, each in a process of its own, and
-keeps what is finished as JSON in benchmarks/results; the same command goes on after an interruption
-and leaves out what is there. Run folders and data lie in runs/ablation. `--quick` is the five rows
+A grid first makes what its cells share, data and what they begin with. Then it runs the cells (a
+variant and a seed), seed by seed, each in a process of its own, and keeps what is finished as JSON
+in benchmarks/results; the same command goes on after an interruption and leaves out what is there.
+On a CPU as many cells run side by side as it has cores, one core each, which these small models use
+far better than several. Run folders, logs and data lie in runs/ablation. `--quick` is the five rows
 of the core with one seed.
 
 `measure` is for a machine that does nothing else: it times train step and prefill of all variants
@@ -19,13 +21,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import queue
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-# As in the demo: two host devices use two cores, and XLA sizes its thread pool by NPROC.
+# As in the demo: two host devices use two cores, and XLA sizes its thread pool by NPROC. Cells have
+# one device.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -44,71 +50,143 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 if everything asked for is finished.
     """
     args = _parser().parse_args(argv)
-    if args.command != "report":
-        args.preset = args.preset or PRESETS[args.device]
-        _set_environment(args)
     if args.command == "report":
         from ablation_report import report
 
         return report(args.results, check=args.check)
+    args.preset = args.preset or PRESETS[args.device]
     if args.command == "measure":
         from ablation_measure import measure
 
+        _set_environment(args.preset)
         measure(args.preset, args.runs, args.results, variants=args.variants, rounds=args.rounds)
         return 0
+    if args.only:
+        return run_one(args)
     return grid(args)
 
 
 def grid(args: argparse.Namespace) -> int:
     """Runs the cells of a table that are not finished yet."""
-    from ablation_tables import open_table
-
     from internvlx_jax.core.errors import ConfigError
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    places = {name: vars(args)[name] for name in PLACES if args.command == "easyvqa"}
-    table = open_table(args.command, args.preset, args.runs, **places)
+    table = _table(args)
     seeds = args.seeds or ([0] if args.quick else list(table.seeds))
     variants = args.variants or (table.core if args.quick else table.variants)
     if unknown := set(variants) - set(table.variants):
         raise SystemExit(f"error: unknown variants {sorted(unknown)}; known: {table.variants}")
     cells = [table.cell(variant, seed) for seed in seeds for variant in variants]
-    failed = 0
-    for number, cell in enumerate(cells, start=1):
-        name = f"{cell.group}: {cell.variant}, seed {cell.seed} ({number} of {len(cells)})"
+    left, failed = [], 0
+    for cell in cells:
         try:
             if table.finished(cell, args.results):
-                print(f"{name}: finished already", flush=True)
-                continue
-            print(f"{name}: begins", flush=True)
-            started = time.perf_counter()
-            if args.in_process:
-                table.run(cell, args.results)
+                print(f"{cell}: finished already", flush=True)
             else:
-                _run_in_process(args, cell.variant, cell.seed)
-            print(f"{name}: done after {time.perf_counter() - started:.0f} s", flush=True)
-        except (ConfigError, subprocess.CalledProcessError) as error:
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+                left.append(cell)
+        except ConfigError as error:
+            print(f"{cell}: error: {error}", file=sys.stderr, flush=True)
             failed += 1
+    if left:
+        failed += _run_cells(args, left)
     print(f"{len(cells)} cells, {failed} failed", flush=True)
     return 1 if failed else 0
 
 
-def _run_in_process(args: argparse.Namespace, variant: str, seed: int) -> None:
-    """Runs one cell in a process of its own, so that memory and compiled steps go with it."""
-    command = [sys.executable, __file__, args.command, "--in_process", "--preset", args.preset]
-    command += ["--variants", variant, "--seeds", str(seed)]
+def _run_cells(args: argparse.Namespace, cells: Sequence[Any]) -> int:
+    """Runs cells side by side, each in a process of its own, and returns how many failed."""
+    for seed in dict.fromkeys(cell.seed for cell in cells):
+        first = next(cell for cell in cells if cell.seed == seed)
+        if not _run_in_process(args, "shared", first):
+            return len(cells)
+    jobs = args.jobs or (1 if args.preset == "gpu" else len(_cores()))
+    free: queue.Queue[list[int]] = queue.Queue()
+    for number in range(jobs):
+        free.put(_cores()[number::jobs])
+
+    def run(cell: Any) -> bool:
+        cores = free.get()
+        try:
+            return _run_in_process(args, "cell", cell, cores)
+        finally:
+            free.put(cores)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(not done for done in pool.map(run, cells))
+
+
+def _run_in_process(
+    args: argparse.Namespace, part: str, cell: Any, cores: Sequence[int] = ()
+) -> bool:
+    """Runs a part of a grid; memory and compiled steps go with its process.
+
+    Args:
+        args: Of the grid.
+        part: `shared` or `cell`.
+        cell: The cell, or one that shares the part.
+        cores: Those that the process may use; none is all.
+
+    Returns:
+        Whether it succeeded.
+    """
+    command = [sys.executable, __file__, args.command, "--only", part, "--preset", args.preset]
+    command += ["--variants", cell.variant, "--seeds", str(cell.seed)]
     command += ["--runs", str(args.runs), "--results", str(args.results)]
     for name in PLACES if args.command == "easyvqa" else ():
         command += [f"--{name}", str(vars(args)[name])] if vars(args)[name] else []
-    subprocess.run(command, check=True)
+    if cores:
+        command += ["--cores", ",".join(map(str, cores))]
+    name = f"{cell}" if part == "cell" else f"{cell.group}: what cells of seed {cell.seed} share"
+    log = args.runs / cell.group / f"{cell.variant}-s{cell.seed}-{part}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: begins, see {log}", flush=True)
+    started = time.perf_counter()
+    with log.open("ab") as file:
+        status = subprocess.run(command, stdout=file, stderr=file).returncode
+    how = "done" if status == 0 else f"error: exit status {status}, see {log},"
+    print(f"{name}: {how} after {time.perf_counter() - started:.0f} s", flush=True)
+    return status == 0
 
 
-def _set_environment(args: argparse.Namespace) -> None:
+def run_one(args: argparse.Namespace) -> int:
+    """Runs a cell, or what it shares with others, in this process."""
+    if args.preset != "gpu" and args.cores:
+        os.environ.setdefault("XLA_FLAGS", "")  # one device
+        os.environ.setdefault("NPROC", str(len(args.cores)))
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, args.cores)
+    _set_environment(args.preset)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    table = _table(args)
+    cell = table.cell(args.variants[0], args.seeds[0])
+    if args.only == "shared":
+        table.begin(cell)
+    else:
+        table.run(cell, args.results)
+    return 0
+
+
+def _table(args: argparse.Namespace) -> Any:
+    from ablation_tables import open_table
+
+    places = {name: vars(args)[name] for name in PLACES if args.command == "easyvqa"}
+    return open_table(args.command, args.preset, args.runs, **places)
+
+
+def _set_environment(preset: str) -> None:
     """Sets what jax reads when it is imported; the user's environment comes first."""
-    wanted = {} if args.preset == "gpu" else ENVIRONMENT
-    for name, value in wanted.items():
+    for name, value in ENVIRONMENT.items() if preset != "gpu" else ():
         os.environ.setdefault(name, value)
+
+
+def _cores() -> list[int]:
+    """Returns the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,8 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, parents=[sized], help=f"runs the table {name}")
         one.add_argument("--quick", action="store_true", help="the core rows with one seed")
         one.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
-        one.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")])
-        one.add_argument("--in_process", action="store_true", help="all cells in this process")
+        one.add_argument("--seeds", type=_numbers, help="some seeds, 0,1")
+        one.add_argument("--jobs", type=int, help="cells side by side; one for each CPU core")
+        one.add_argument("--only", choices=("shared", "cell"), help=argparse.SUPPRESS)
+        one.add_argument("--cores", type=_numbers, help=argparse.SUPPRESS)
         if name == "easyvqa":
             one.add_argument("--images", type=Path, help="easy-VQA's folder `data`")
             one.add_argument("--llm", type=Path, help="folder or GGUF file of the decoder")

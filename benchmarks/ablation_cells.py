@@ -55,6 +55,9 @@ class Cell:
     variant: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.group}: {self.variant}, seed {self.seed}"
+
     @property
     def group(self) -> str:
         """Folder of the table's cells."""
@@ -187,9 +190,9 @@ def run_cell(
         What was kept.
     """
     config = stages[-1].config
-    curves = [_trained(stage) for stage in stages[:-1]]
+    curves = [trained(stage) for stage in stages[:-1]]
     resumed, begun = Path(config.output_dir).exists(), _cpu_seconds()
-    curves.append(_trained(stages[-1]))
+    curves.append(trained(stages[-1]))
     model = model_of(config)
     answers = _answers(config, asked.file, max_new_tokens, batch_size)
     kept = {
@@ -211,7 +214,7 @@ def run_cell(
     return kept
 
 
-def _trained(stage: Stage) -> dict[str, list[list[float]]]:
+def trained(stage: Stage) -> dict[str, list[list[float]]]:
     """Runs a stage, unless it is finished, and returns its curves."""
     if not stage.finished:
         if stage.before is not None:

@@ -18,6 +18,7 @@ from ablation_cells import (
     model_of,
     run_cell,
     settings_hash,
+    trained,
     write_start,
 )
 from ablation_easyvqa import (
@@ -84,6 +85,12 @@ class Table:
         """Returns whether a cell is kept already; see ablation_cells.finished."""
         return finished(cell, results, settings_hash(self.stages(cell)))
 
+    def begin(self, cell: Cell) -> None:
+        """Makes what a cell shares with others of its seed: the data and all runs but its last."""
+        self.prepare()
+        for stage in self.stages(cell)[:-1]:
+            trained(stage)
+
     def run(self, cell: Cell, results: Path) -> dict[str, Any]:
         """Runs a cell, keeps and returns it."""
         data = self.prepare()
@@ -128,15 +135,17 @@ def pages(preset: str, runs: Path) -> Table:
             "data.val_meta": data / FILES["meta_val"],
             "data.index_dir": runs / "index",
         }
-        row = _placed(source, places)
-
-        def start() -> None:
-            train_tower(model_of(row).vision, tower, group / "tower.npz")
-            write_start(row, group / "tower.npz", group / "decoder")
-
+        row, file = _placed(source, places), group / "tower.npz"
         return [
-            Stage(_placed(f"{source},stage=decoder", words)),
-            Stage(row, before=start, begins_with=dataclasses.asdict(tower)),
+            Stage(
+                _placed(f"{source},stage=decoder", words),
+                after=lambda: train_tower(model_of(row).vision, tower, file),
+            ),
+            Stage(
+                row,
+                before=lambda: write_start(row, file, group / "decoder"),
+                begins_with=dataclasses.asdict(tower),
+            ),
         ]
 
     return Table(

@@ -96,7 +96,7 @@ def finished(tmp_path_factory):
     write_decoder(folder / "llm")
     write_images(folder / "easy")
     sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
-    common = (*sized, "--in_process", "--seeds", "0")
+    common = (*sized, "--seeds", "0")
     places = ("--images", folder / "easy", "--llm", folder / "llm")
     with ThreadPoolExecutor(1) as other:  # the tables side by side
         easyvqa = other.submit(ablation, "easyvqa", *common, "--variants", "mlp1,x-fast", *places)
@@ -134,7 +134,7 @@ def test_cells_hold_scores_controls_and_costs(finished):
 @pytest.mark.slow
 def test_finished_cells_are_left_alone_and_others_refused(finished):
     folder = finished[0]
-    common = ("pages", "--preset", "tiny", "--in_process", "--seeds", "0", "--variants", "x")
+    common = ("pages", "--preset", "tiny", "--seeds", "0", "--variants", "x")
     common += ("--runs", folder / "runs", "--results", folder / "results")
     path = folder / "results" / "pages-tiny" / "x-s0.json"
     before = path.stat().st_mtime_ns
