@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(args.preset, args.runs, args.results, variants=args.variants, rounds=args.rounds)
         return 0
     if args.only:
-        return run_one(args)
+        return run_part(args)
     return grid(args)
 
 
@@ -94,10 +94,8 @@ def grid(args: argparse.Namespace) -> int:
 
 def _run_cells(args: argparse.Namespace, cells: Sequence[Any]) -> int:
     """Runs cells side by side, each in a process of its own, and returns how many failed."""
-    for seed in dict.fromkeys(cell.seed for cell in cells):
-        first = next(cell for cell in cells if cell.seed == seed)
-        if not _run_in_process(args, "shared", first):
-            return len(cells)
+    if not _run_in_process(args, "shared", cells):
+        return len(cells)
     jobs = args.jobs or (1 if args.preset == "gpu" else len(_cores()))
     free: queue.Queue[list[int]] = queue.Queue()
     for number in range(jobs):
@@ -106,7 +104,7 @@ def _run_cells(args: argparse.Namespace, cells: Sequence[Any]) -> int:
     def run(cell: Any) -> bool:
         cores = free.get()
         try:
-            return _run_in_process(args, "cell", cell, cores)
+            return _run_in_process(args, "cells", [cell], cores)
         finally:
             free.put(cores)
 
@@ -115,40 +113,44 @@ def _run_cells(args: argparse.Namespace, cells: Sequence[Any]) -> int:
 
 
 def _run_in_process(
-    args: argparse.Namespace, part: str, cell: Any, cores: Sequence[int] = ()
+    args: argparse.Namespace, part: str, cells: Sequence[Any], cores: Sequence[int] = ()
 ) -> bool:
     """Runs a part of a grid; memory and compiled steps go with its process.
 
     Args:
         args: Of the grid.
-        part: `shared` or `cell`.
-        cell: The cell, or one that shares the part.
+        part: `cells`, or what they have `shared`.
+        cells: All variants of some seeds.
         cores: Those that the process may use; none is all.
 
     Returns:
         Whether it succeeded.
     """
+    variants = dict.fromkeys(cell.variant for cell in cells)
+    seeds = dict.fromkeys(str(cell.seed) for cell in cells)
     command = [sys.executable, __file__, args.command, "--only", part, "--preset", args.preset]
-    command += ["--variants", cell.variant, "--seeds", str(cell.seed)]
+    command += ["--variants", ",".join(variants), "--seeds", ",".join(seeds)]
     command += ["--runs", str(args.runs), "--results", str(args.results)]
     for name in PLACES if args.command == "easyvqa" else ():
         command += [f"--{name}", str(vars(args)[name])] if vars(args)[name] else []
     if cores:
         command += ["--cores", ",".join(map(str, cores))]
-    name = f"{cell}" if part == "cell" else f"{cell.group}: what cells of seed {cell.seed} share"
-    log = args.runs / cell.group / f"{cell.variant}-s{cell.seed}-{part}.log"
+    group = cells[0].group
+    name = str(cells[0]) if part == "cells" else f"{group}: what cells begin with"
+    file = f"{cells[0].variant}-s{cells[0].seed}.log" if part == "cells" else "shared.log"
+    log = args.runs / group / file
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{name}: begins, see {log}", flush=True)
     started = time.perf_counter()
-    with log.open("ab") as file:
-        status = subprocess.run(command, stdout=file, stderr=file).returncode
-    how = "done" if status == 0 else f"error: exit status {status}, see {log},"
+    with log.open("ab") as output:
+        status = subprocess.run(command, stdout=output, stderr=output).returncode
+    how = f"failed (exit status {status})" if status else "done"
     print(f"{name}: {how} after {time.perf_counter() - started:.0f} s", flush=True)
     return status == 0
 
 
-def run_one(args: argparse.Namespace) -> int:
-    """Runs a cell, or what it shares with others, in this process."""
+def run_part(args: argparse.Namespace) -> int:
+    """Runs cells, or makes what they share, in this process."""
     if args.preset != "gpu" and args.cores:
         os.environ.setdefault("XLA_FLAGS", "")  # one device
         os.environ.setdefault("NPROC", str(len(args.cores)))
@@ -157,11 +159,11 @@ def run_one(args: argparse.Namespace) -> int:
     _set_environment(args.preset)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     table = _table(args)
-    cell = table.cell(args.variants[0], args.seeds[0])
-    if args.only == "shared":
-        table.begin(cell)
-    else:
-        table.run(cell, args.results)
+    for cell in [table.cell(variant, seed) for seed in args.seeds for variant in args.variants]:
+        if args.only == "shared":
+            table.begin(cell)
+        else:
+            table.run(cell, args.results)
     return 0
 
 
@@ -206,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
         one.add_argument("--seeds", type=_numbers, help="some seeds, 0,1")
         one.add_argument("--jobs", type=int, help="cells side by side; one for each CPU core")
-        one.add_argument("--only", choices=("shared", "cell"), help=argparse.SUPPRESS)
+        one.add_argument("--only", choices=("shared", "cells"), help=argparse.SUPPRESS)
         one.add_argument("--cores", type=_numbers, help=argparse.SUPPRESS)
         if name == "easyvqa":
             one.add_argument("--images", type=Path, help="easy-VQA's folder `data`")

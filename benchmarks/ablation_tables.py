@@ -86,7 +86,7 @@ class Table:
         return finished(cell, results, settings_hash(self.stages(cell)))
 
     def begin(self, cell: Cell) -> None:
-        """Makes what a cell shares with others of its seed: the data and all runs but its last."""
+        """Makes what a cell shares with others: the data and all runs but its last."""
         self.prepare()
         for stage in self.stages(cell)[:-1]:
             trained(stage)
