@@ -27,7 +27,7 @@ TOKENIZER = ROOT / "internvlx_jax/data/assets/synthetic_tokenizer"
 
 
 BENCHMARKS = ROOT / "benchmarks"
-# As the suite compiles (conftest.py), on two devices as the grid.
+# As the suite compiles (conftest.py), on two devices as the runs that cells share.
 FLAGS = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
 
 
