@@ -219,7 +219,12 @@ def state(group: Group) -> str:
             f"learning rate {r['learning_rate']:g} ({r['schedule']}), {r['dtype']}"
             for r in cell["recipe"]
         )
-        software = ", ".join(f"{name} {version}" for name, version in cell["software"].items())
+        software = "; ".join(
+            dict.fromkeys(
+                ", ".join(f"{name} {version}" for name, version in cell["software"].items())
+                for cell in group.all
+            )
+        )
         lines.append(f"Training: {recipe}. Questions: {counts}. {software}. {_cost(group)}")
     if not group.measured:
         lines.append(f"Times and memory are not measured ({MISSING}).")

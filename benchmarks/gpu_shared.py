@@ -43,7 +43,8 @@ class Size:
         train_cases: (LVTC preset, remat policy) of the 2B's train steps, in rising order of their
             memory: a device tells the peak since its process began, so only a row that needs more
             than all before it can be read.
-        lora_cases: The same of the 8B's train steps with adapters.
+        lora_cases: The same of the 8B's train steps with adapters, and the parts of a step
+            (compute.accumulation), which divide the memory of activations.
         steps: Timed repetitions, of which the median counts.
         prompt: Tiles and text tokens of a prompt.
         new_tokens: Tokens decoded per row.
@@ -59,7 +60,7 @@ class Size:
     segments: tuple[tuple[int, int], ...]
     rows: int
     train_cases: tuple[tuple[LvtcPreset, Remat], ...]
-    lora_cases: tuple[tuple[LvtcPreset, Remat], ...]
+    lora_cases: tuple[tuple[LvtcPreset, Remat, int], ...]
     steps: int
     prompt: tuple[int, int]
     new_tokens: int
@@ -88,7 +89,7 @@ SIZES = {
         segments=((3, 1024), (1, 256), (3, 1024)),
         rows=4,
         train_cases=(("off", "full"), ("fast", "full"), ("paper", "full"), ("off", "dots")),
-        lora_cases=(("off", "full"), ("off", "dots")),
+        lora_cases=(("off", "full", 1), ("off", "dots", 2), ("off", "dots", 1)),
         steps=6,
         prompt=(7, 256),
         new_tokens=64,
@@ -110,7 +111,7 @@ SIZES = {
         segments=((1, 20), (1, 12)),
         rows=2,
         train_cases=(("off", "full"), ("fast", "full")),
-        lora_cases=(("off", "full"),),
+        lora_cases=(("off", "full", 1), ("off", "full", 2)),
         steps=1,
         prompt=(1, 12),
         new_tokens=3,

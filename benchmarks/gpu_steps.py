@@ -22,13 +22,14 @@ from gpu_shared import (
     share,
 )
 
+from internvlx_jax.core.chips import GIB
 from internvlx_jax.core.data_config import DataConfig
 from internvlx_jax.core.model_config import LoraConfig, ModelConfig
 from internvlx_jax.core.run_config import ComputeConfig, FreezeConfig, MeshConfig, TrainConfig
 from internvlx_jax.data.plan import Bucket
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.models.sharding import batch_sharding, make_mesh
-from internvlx_jax.training.executables import compile_train_step, peak_bytes
+from internvlx_jax.training.executables import compile_train_step, device_memory, peak_bytes
 from internvlx_jax.training.setup import Setup, prepare
 from internvlx_jax.training.step import TrainState
 
@@ -43,7 +44,7 @@ class Case:
     Attributes:
         name: Of its row in the report.
         model: The model.
-        compute: Its remat policy.
+        compute: Its remat policy, and the parts that it is computed in.
         freeze: What is trained.
         lora: Adapters.
     """
@@ -68,13 +69,13 @@ def lora(report: Report, size: Size) -> None:
     """Times the 8B step that trains adapters on the decoder alone."""
     cases = [
         Case(
-            f"8B LoRA, LVTC {preset}, remat {remat}",
+            f"8B LoRA, LVTC {preset}, remat {remat}" + (f", {parts} parts" if parts > 1 else ""),
             size.large(preset),
-            ComputeConfig(remat=remat),
+            ComputeConfig(remat=remat, accumulation=parts),
             ADAPTERS_ONLY,
             (LORA,),
         )
-        for preset, remat in size.lora_cases
+        for preset, remat, parts in size.lora_cases
     ]
     train_steps(report, size, "lora", cases)
 
@@ -135,6 +136,9 @@ def _measure(
 ) -> dict[str, Any]:
     program, compile_seconds = compiling.result()
     predicted, peak_before = peak_bytes(program), _peak_in_use()
+    memory = device_memory(jax.devices()[0])
+    if memory is not None and predicted > memory:
+        return {"skipped": f"it needs {predicted / GIB:.1f} GiB of {memory / GIB:.1f}"}
     state = _random_state(setup)
     batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(setup.mesh)), rows.batch)
     losses = []
@@ -162,7 +166,7 @@ def _measure(
         "mfu": share(flops / seconds, datasheet()[0]),
         "loss": float(losses[-1]),
         "compile_s": compile_seconds,
-        "predicted_gib": predicted / 2**30,
-        "measured_gib": measured and measured / 2**30,
+        "predicted_gib": predicted / GIB,
+        "measured_gib": measured and measured / GIB,
         "measured_over_predicted": measured and measured / predicted,
     }

@@ -46,6 +46,13 @@ def test_every_part_is_measured(report):
         assert row.get("ms", 1) > 0 and row.get("within_tolerance", True)
 
 
+def test_a_step_may_be_computed_in_parts(report):
+    """They divide the activations of the 8B's step, which a card with 80 GB cannot keep whole."""
+    whole, parts = (row for row in report["rows"] if row["part"] == "lora")
+    assert parts["name"] == f"{whole['name']}, 2 parts"
+    assert (parts["tflop"], parts["slots"]) == (whole["tflop"], whole["slots"])
+
+
 def test_a_layout_of_lvtc_has_its_slots(report):
     slots = {
         row["name"]: (row["slots"], row["short_slots"])
