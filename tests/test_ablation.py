@@ -57,7 +57,7 @@ def report(monkeypatch, capsys):
 def write_decoder(folder):
     """Writes a decoder as table B imports one, with random weights."""
     model = load_config_file(
-        f"{ROOT}/configs/ablation_easyvqa.py:preset=tiny,stage=tower",
+        f"{ROOT}/configs/ablation_easyvqa.py:preset=tiny,variant=mlp1",
     ).model
     shapes = expected_tensors(name_table(model, "internvl"), abstract_model(model, dtype="float32"))
     rng = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_cells_hold_scores_controls_and_costs(finished):
     assert x["tiles"] < internvl["tiles"] and x["deep"] == pytest.approx(16 * x["tiles"])
     assert x["shallow"] == x["deep"] / 4 < x["tokens"] < x["deep"]
     assert x["gflop"]["total"] < internvl["gflop"]["total"]
-    assert len(cells["x-fast-s0.json"]["recipe"]) == 2  # the tower, then the whole
+    assert cells["x-fast-s0.json"]["recipe"][0]["begins_with"]["steps"] == 2  # of the tower
     assert set(cells["mlp1-s0.json"]["scores"]["test"]) == {"all", "open", "yes or no"}
 
 
@@ -209,3 +209,17 @@ def test_the_tower_is_asked_for_what_each_cell_shows(monkeypatch):
 
 def test_numbers_of_the_page_are_those_of_the_cells(report):
     assert "the pages are what the cells make" in report("--check")
+
+
+def test_questions_give_away_what_the_tower_of_table_b_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    labels = importlib.import_module("ablation_easyvqa").image_labels
+    shapes, colors = importlib.import_module("ablation_easyvqa").CLASSES
+    circle, gray = shapes.index("circle"), colors.index("gray")
+    assert labels([("what is the gray shape?", "circle")])[0] == circle
+    assert labels([("what color is the shape?", "gray")]) == [-1, gray]
+    assert labels([("does the image contain a circle?", "yes")]) == [circle, -1]
+    assert labels([("is there not a circle in the image?", "no")]) == [circle, -1]
+    # That something is not there leaves open what is.
+    assert labels([("is no gray shape present?", "yes")]) == [-1, -1]
+    assert labels([("is a gray shape present?", "no")]) == [-1, -1]
