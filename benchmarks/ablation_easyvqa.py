@@ -176,7 +176,7 @@ def image_labels(pairs: Sequence[tuple[str, str]]) -> list[int]:
 
 def _batches(
     source: Path, images: dict[int, list[tuple[str, str]]], recipe: ImageRecipe
-) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yields the images of each step, turned and mirrored together, and their labels."""
     known = np.array([image_labels(pairs) for pairs in images.values()], np.int32)
     pixels = []
@@ -191,7 +191,7 @@ def _batches(
         tiles = np.rot90(np.stack([pixels[number] for number in chosen]), rng.integers(4), (1, 2))
         if rng.integers(2):
             tiles = tiles[:, ::-1]
-        yield None, np.ascontiguousarray(tiles), known[chosen]
+        yield "images", np.ascontiguousarray(tiles), known[chosen]
 
 
 def import_start(tower: Path, llm: Path, kind: str, start: Path, seed: int, tiny: bool) -> None:

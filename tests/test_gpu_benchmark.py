@@ -1,12 +1,16 @@
 """Rehearses the measurement for a GPU at toy size, so that the first GPU finds a working script."""
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -69,6 +73,15 @@ def test_memory_rises_from_row_to_row(report):
     """Only then can the peak of each row be read: a device tells the peak of its whole process."""
     predicted = [row["predicted_gib"] for row in report["rows"] if row["part"] == "train"]
     assert predicted == sorted(predicted)
+
+
+def test_a_step_that_is_larger_than_the_card_is_skipped(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    steps = importlib.import_module("gpu_steps")
+    monkeypatch.setattr(steps, "device_memory", lambda device: 2**10)
+    compiled = Future()
+    compiled.set_result((jax.jit(lambda x: x + 1).lower(jnp.ones(2**20)).compile(), 0.0))
+    assert steps._measure(None, None, None, compiled) == {"skipped": "it needs 0.0 GiB of 0.0"}
 
 
 def test_rows_that_are_late_or_broken_are_counted(tmp_path):
