@@ -100,7 +100,7 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(32, 1, None, 2, (2, 8), 2, 4, 2, (8, 4, 2)),
-    "cpu": Preset(192, 4, SMOLLM2, 24, (1200, 32), 150, 8, 4, (None, 200, 60)),
+    "cpu": Preset(192, 4, SMOLLM2, 24, (1200, 32), 800, 2, 4, (None, 100, 40)),
     "gpu": Preset(256, 6, SMOLLM2, 24, (6000, 64), 2000, 64, 4, (None, None, None), "bfloat16"),
 }
 
