@@ -171,6 +171,7 @@ def trained_modules(name, lvtc):
         "internvl15_pretrain": {V, P},
         "internvl25_stage1_5": {V, P},
         "ablation_pages": {P, L},
+        "ablation_easyvqa": {P, L},
         "finetune": {P, L},
         "hd_finetune": {P, L},
         "internvl2_finetune": {P, L},
