@@ -193,13 +193,15 @@ def easyvqa(
     defined = _known_preset(EASYVQA, preset)
     data, group = runs / "data" / f"easyvqa-{preset}", runs / f"easyvqa-{preset}"
     size = defined["PRESETS"][preset]
-    source = images or package_folder("easy_vqa") / "data"
+
+    def source() -> Path:
+        return images or package_folder("easy_vqa") / "data"
 
     def share(cell: Cell) -> None:
         (stage,) = stages(cell)
         kind, tower = defined["VARIANTS"][cell.variant].projector, group / f"vit-s{cell.seed}"
         recipe = ImageRecipe(**stage.begins_with)
-        train_image_tower(model_of(stage.config), source, recipe, tower)
+        train_image_tower(model_of(stage.config), source(), recipe, tower)
         file = llm or decoder_file()
         start = Path(str(stage.config.init_from))
         import_start(tower, file, kind, start, cell.seed, tiny=preset == "tiny")
@@ -218,7 +220,7 @@ def easyvqa(
         return [Stage(row, begins_with=dataclasses.asdict(recipe))]
 
     def prepare() -> Prepared:
-        found = write_easyvqa(source, data, images=size.images, questions=size.questions)
+        found = write_easyvqa(source(), data, images=size.images, questions=size.questions)
         paths = {split: data / path for split, path in SPLITS.items()}
         return Prepared(merged_questions(paths, "kind", data / "asked.jsonl"), found["chance"])
 
