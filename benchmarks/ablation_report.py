@@ -6,6 +6,7 @@ Every number of docs/evidence.md stands in a block that this file writes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -226,6 +227,7 @@ def state(group: Group) -> str:
             )
         )
         lines.append(f"Training: {recipe}. Questions: {counts}. {software}. {_cost(group)}")
+        lines += _other_beginnings(group)
     if not group.measured:
         lines.append(f"Times and memory are not measured ({MISSING}).")
     return "\n".join(lines)
@@ -237,6 +239,23 @@ def _beginning(recipe: Mapping[str, Any]) -> str:
     if not made:
         return ""
     return f"tower {made['steps']:,} steps of {made['tiles']} tiles; "
+
+
+def _other_beginnings(group: Group) -> list[str]:
+    """Names the cells whose first runs, which all rows share, were trained another time.
+
+    With equal settings these differ from machine to machine, because sums are rounded in another
+    order. Their curves tell them apart.
+    """
+    shared: dict[str, list[str]] = {}
+    for row, by_seed in group.cells.items():
+        for seed, cell in by_seed.items():
+            shared.setdefault(json.dumps(cell["curves"][:-1]), []).append(f"`{row}` s{seed}")
+    _, *others = sorted(shared.values(), key=len, reverse=True)
+    return [
+        f"Began with another training of what rows share, at equal settings: {', '.join(cells)}."
+        for cells in others
+    ]
 
 
 def _cost(group: Group) -> str:

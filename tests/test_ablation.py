@@ -173,8 +173,14 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     assert not (tmp_path / "docs" / "evidence.png").exists()  # rows of the core are missing
     for row in ("mlp1-16", "pvtc-16", "pvtc-4"):
         shutil.copy(path, path.with_name(f"{row}-s0.json"))
+    # One cell began with a decoder that was trained elsewhere.
+    cell["curves"][0]["loss"][0][1] += 0.001
+    path.with_name("pvtc-4-s0.json").write_text(json.dumps(cell))
     report("--results", "r", cwd=tmp_path)
-    assert "(evidence.png)" in (tmp_path / "docs" / "evidence.md").read_text()
+    page = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "(evidence.png)" in page
+    began = [line for line in page.splitlines() if line.startswith("Began with another training")]
+    assert len(began) == 1 and began[0].endswith("at equal settings: `pvtc-4` s0.")
     with Image.open(tmp_path / "docs" / "evidence.png") as picture:
         assert picture.size[0] > 500
 
