@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from internvlx_jax.aot.compile_report import bounding_buckets, check_fits, compile_report, table
@@ -25,6 +26,7 @@ from internvlx_jax.data.tokenizer import Tokenizer
 from internvlx_jax.models.flops import train_flops
 from internvlx_jax.models.sharding import make_mesh
 from internvlx_jax.training.data import open_loaders
+from internvlx_jax.training.executables import peak_bytes
 from internvlx_jax.training.loop import train
 from internvlx_jax.training.setup import prepare
 
@@ -113,6 +115,12 @@ def test_figures_of_a_report(described):
     assert report.compute_ms / 1e3 > report.flops["total"] / 197e12, (
         "what remat computes again takes time, and is no use"
     )
+
+
+def test_the_peak_counts_results_and_temporaries():
+    matrix = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    compiled = jax.jit(lambda x: jnp.tanh(x @ x) @ x).lower(matrix).compile()
+    assert peak_bytes(compiled) >= 3 * 256 * 256 * 4  # argument, one temporary, result
 
 
 def test_what_does_not_fit_says_what_to_change(described):
