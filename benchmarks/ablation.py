@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--llm", type=Path, help="folder or GGUF file of the decoder")
     one = commands.add_parser("measure", parents=[sized], help="times and memory of table A")
     one.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
-    one.add_argument("--rounds", type=int, default=5, help="0 measures memory only")
+    one.add_argument("--rounds", type=int, default=5, help="0 is memory only; times stay")
     one = commands.add_parser("report", parents=[common], help="writes tables and picture")
     one.add_argument("--check", action="store_true", help="writes nothing; 1 if anything differs")
     return parser

@@ -30,6 +30,7 @@ from internvlx_jax.core.model_config import ModelConfig
 from internvlx_jax.core.overrides import to_dict
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.evaluation.job import EvalConfig, run
+from internvlx_jax.evaluation.metrics import exact
 from internvlx_jax.models.flops import forward_flops
 from internvlx_jax.models.params import abstract_model, init_params
 from internvlx_jax.models.sharding import make_mesh, param_shardings
@@ -75,10 +76,13 @@ class Asked:
     Attributes:
         file: Questions with the ids SPLIT/NUMBER.
         kinds: Kind of each question, by id.
+        repeats: By id the (id, answer) of those that ask the same of the same image. Each of them
+            has a score, the model is asked once.
     """
 
     file: Path
     kinds: Mapping[str, str]
+    repeats: Mapping[str, Sequence[tuple[str, str]]]
 
 
 def merged_questions(splits: Mapping[str, Path], kind: str, out: Path) -> Asked:
@@ -93,14 +97,20 @@ def merged_questions(splits: Mapping[str, Path], kind: str, out: Path) -> Asked:
         The questions; their ids are SPLIT/NUMBER.
     """
     rows, kinds = [], {}
+    first: dict[tuple[str, str], str] = {}
+    repeats = defaultdict(list)
     for split, path in splits.items():
         for row in read_json_lines(path, "question", "answer", "image", kind):
             name = f"{split}/{row['question_id']}"
+            kinds[name] = row[kind]
+            before = first.setdefault((row["image"], row["question"]), name)
+            if before != name:
+                repeats[before].append((name, row["answer"]))
+                continue
             rows.append({key: row[key] for key in ("image", "question", "answer")})
             rows[-1]["question_id"] = name
-            kinds[name] = row[kind]
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
-    return Asked(out, kinds)
+    return Asked(out, kinds, repeats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +203,11 @@ def run_cell(
     curves.append(trained(stages[-1]))
     model = model_of(config)
     answers = _answers(config, asked.file, max_new_tokens, batch_size)
+    repeated = [
+        {"question_id": name, "score": exact(row["prediction"], [answer])}
+        for row in answers
+        for name, answer in asked.repeats.get(row["question_id"], ())
+    ]
     kept = {
         **dataclasses.asdict(cell),
         "settings": settings_hash(stages),
@@ -204,7 +219,7 @@ def run_cell(
         "cpu_seconds": None if resumed else round(_cpu_seconds() - begun),
         "curves": curves,
         "blind": dict(blind),
-        **_scores(answers, asked.kinds),
+        **_scores(answers + repeated, asked.kinds),
         "cost": cost(model, [row for row in answers if row["question_id"].startswith("test/")]),
     }
     cell.file(results).parent.mkdir(parents=True, exist_ok=True)

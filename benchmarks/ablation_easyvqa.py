@@ -35,7 +35,7 @@ CLASSES = (
     ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
 )
 STARTS = np.cumsum([0, *map(len, CLASSES)])
-SUMMARY = "easyvqa.json"
+SUMMARY, BLANK = "easyvqa.json", "blank.png"
 SPLITS = {"test": "test.jsonl", "blank": "test_blank.jsonl"}
 
 
@@ -63,35 +63,41 @@ def write_easyvqa(
     source: Path,
     folder: Path,
     *,
-    images: tuple[int | None, int | None, int | None],
+    images: tuple[int | None, int | None],
     questions: int,
+    blank_every: int,
 ) -> dict[str, Any]:
     """Writes easy-VQA as chats and question files, or finds them.
 
     Args:
         source: Folder with `train/questions.json`, `train/images` and the same of `test`.
         folder: Where to write.
-        images: How many images of training, test and the blank control are used; None is all.
+        images: How many images of training and test are used; None is all. The blank control asks
+            the questions of all test images.
         questions: Most questions of one conversation.
+        blank_every: Of so many training conversations one shows the blank page, so that a model
+            can learn what to answer where there is nothing to see.
 
     Returns:
         `chance`: exact match of the best answerer that sees no image and knows the most frequent
-        answer to each question text, by kind of question.
+        answer to each question text, by kind of question and for the control `blank`.
 
     Raises:
         ConfigError: The folder holds something else, or the source is not easy-VQA.
     """
-    wanted = {"images": list(images), "questions": questions}
+    wanted = {"images": list(images), "questions": questions, "blank_every": blank_every}
     if found := read_json_object(folder / SUMMARY):
         if {name: found.get(name) for name in wanted} != wanted:
             raise ConfigError(f"{folder} holds other data than {wanted}; delete it")
         return found
     train, test = (_read(source, split) for split in ("train", "test"))
-    train, test = _first(train, images[0]), _first(test, images[1])
-    blank = _first(test, images[2])
+    train, blank = _first(train, images[0]), test
+    test = _first(test, images[1])
     with new_folder(folder) as partial:
-        Image.new("RGB", (SIDE, SIDE), "white").save(partial / "blank.png")
+        Image.new("RGB", (SIDE, SIDE), "white").save(partial / BLANK)
         chats = _chats(source, train, questions)
+        for chat in chats[::blank_every]:
+            chat["image"] = str(folder.absolute() / BLANK)
         held_out = max(1, len(chats) // 100)
         for split, rows in (("train", chats[held_out:]), ("val", chats[:held_out])):
             _write_jsonl(partial / f"{split}.jsonl", rows)
@@ -100,7 +106,8 @@ def write_easyvqa(
             write_json(partial / f"meta_{split}.json", {"easyvqa": entry})
         _write_jsonl(partial / SPLITS["test"], _questions(test, source))
         _write_jsonl(partial / SPLITS["blank"], _questions(blank, None))
-        write_json(partial / SUMMARY, wanted | {"chance": _chance(train, test)})
+        chance = _chance(train, test) | {"blank": _chance(train, blank)["all"]}
+        write_json(partial / SUMMARY, wanted | {"chance": chance})
     return read_json_object(folder / SUMMARY)
 
 
@@ -257,7 +264,7 @@ def _questions(
     """Returns question rows, on the blank image without a source."""
     rows = []
     for image, pairs in images.items():
-        path = "blank.png"
+        path = BLANK
         if source is not None:
             path = str((source / "test" / "images" / f"{image}.png").absolute())
         for question, answer in pairs:

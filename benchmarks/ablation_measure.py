@@ -20,7 +20,9 @@ import numpy as np
 from ablation_tables import open_table, pages_baseline
 from flax import nnx
 
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.files import write_json
+from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.models.generation import prefill
@@ -63,11 +65,21 @@ def measure(
         runs: Folder of data and run folders.
         results: Folder of finished cells.
         variants: Rows besides the baseline; None is all.
-        rounds: Rounds of timing; none measures memory only.
+        rounds: Rounds of timing; none measures memory only and keeps the times.
 
     Returns:
         What was kept.
+
+    Raises:
+        ConfigError: The times that stay are those of other devices.
     """
+    file = results / f"pages-{preset}" / "measured.json"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    kept = {} if rounds else read_json_object(file)
+    if kept and kept["device"] != device:
+        raise ConfigError(
+            f"{file} has times of {kept['device']}, here is {device}; delete it or give --rounds"
+        )
     table = open_table("pages", preset, runs)
     table.prepare()
     chosen = {pages_baseline(), *(variants or table.variants)}
@@ -75,7 +87,7 @@ def measure(
     jobs = []
     for row in measured:
         config = table.stages(table.cell(row, 0))[-1].config
-        jobs += _jobs(row, dataclasses.replace(config, init_from=None))
+        jobs += _jobs(row, dataclasses.replace(config, init_from=None), timed=rounds > 0)
         print(f"{row}: compiled", flush=True)
     for number in range(rounds):
         for job in jobs:
@@ -83,17 +95,17 @@ def measure(
             jax.block_until_ready(job.run())
             job.best = min(job.best, time.perf_counter() - started)
         print(f"round {number + 1} of {rounds}", flush=True)
-    rows = {row: _row(row, jobs, timed=rounds > 0) for row in measured}
-    kept = {
+    kept = kept or {
         "baseline": pages_baseline(),
         "rounds": rounds,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": device,
         "software": {"jax": jax.__version__, "python": platform.python_version()},
-        "rows": rows,
+        "rows": {},
     }
-    folder = results / f"pages-{preset}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "measured.json", kept)
+    for row in measured:
+        kept["rows"][row] = kept["rows"].get(row, {}) | _row(row, jobs, timed=rounds > 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, kept)
     return kept
 
 
@@ -111,8 +123,8 @@ def _row(row: str, jobs: list[Job], *, timed: bool) -> dict[str, float]:
     return found
 
 
-def _jobs(row: str, config: TrainConfig) -> list[Job]:
-    """Compiles train step and prefill of each bucket of a run."""
+def _jobs(row: str, config: TrainConfig, *, timed: bool) -> list[Job]:
+    """Compiles the train step of each bucket of a run, and prefill if that is timed."""
     run = open_run(config)
     planned = [run.loader.plan.step(number) for number in range(STEPS)]
     counts = Counter(step.bucket for step in planned)
@@ -121,10 +133,9 @@ def _jobs(row: str, config: TrainConfig) -> list[Job]:
     jobs = []
     for bucket, count in counts.items():
         batch = to_devices(run.loader.load(first[bucket]), run.mesh)
-        jobs += [
-            _train_job(row, run, bucket, count / STEPS, batch),
-            _prefill_job(row, run, count / STEPS, params, batch),
-        ]
+        jobs.append(_train_job(row, run, bucket, count / STEPS, batch))
+        if timed:
+            jobs.append(_prefill_job(row, run, count / STEPS, params, batch))
     return jobs
 
 

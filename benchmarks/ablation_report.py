@@ -24,6 +24,7 @@ PAGES, PICTURE = (Path("docs/evidence.md"), Path("README.md")), Path("docs/evide
 GROUPS = (("pages", "cpu"), ("pages", "gpu"), ("easyvqa", "cpu"), ("easyvqa", "gpu"))
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 MISSING = "–"
+REPEATED = "repeated"  # folder with cells that are there already and were made once more
 
 COLORS = {"mlp1": "#8a94a6", "pvtc": "#1f5fbf", "lvtc": "#b3541e"}
 
@@ -177,7 +178,7 @@ def kinds_table(group: Group) -> str:
     ]
     blind = group.all[0]["blind"]
     by_kind = [f"{100 * blind[kind]:.1f}" for kind in group.kinds]
-    rows.append(["without the image", *by_kind, f"{100 * blind['all']:.1f}"])
+    rows.append(["without the image", *by_kind, f"{100 * blind.get('blank', blind['all']):.1f}"])
     rows[-1] += [""] * (len(controls) - 1)
     return markdown(["row", *group.kinds, *controls], rows)
 
@@ -199,6 +200,26 @@ def pairs_table(group: Group) -> str:
             [pair.question, spread(gains, "+"), f"{flops[0] / flops[1] - 1:+.0%}", str(len(seeds))]
         )
     return markdown(["factor", "exact match, points", "forward FLOPs", "seeds"], rows)
+
+
+def repeated_table(group: Group, again: Group) -> str:
+    """Returns the rows that were made another time, beside what they had."""
+    rows, deviations = [], []
+    for row in group.rows:
+        first, second = group.scores(row), again.scores(row)
+        if len(first) > 1:
+            deviations.append(statistics.variance(first))
+        if first and second:
+            gain = statistics.fmean(second) - statistics.fmean(first)
+            seeds = ", ".join(map(str, again.cells[row]))
+            rows.append([f"`{row}`", spread(first), spread(second), seeds, f"{gain:+.1f}"])
+    if not rows:
+        return "No row is repeated."
+    text = markdown(["row", "exact match, %", "repeated", "with seeds", "difference"], rows)
+    if deviations:
+        of_all = statistics.fmean(deviations) ** 0.5
+        text += f"\n\nStandard deviation of the seeds, over all rows: {of_all:.1f} points."
+    return text
 
 
 def state(group: Group) -> str:
@@ -273,13 +294,14 @@ def picture(group: Group, link: str) -> str:
     return f"![Exact match against forward FLOPs of the variants]({link})"
 
 
-def blocks(groups: Sequence[Group]) -> dict[str, str]:
+def blocks(groups: Sequence[Group], repeated: Sequence[Group]) -> dict[str, str]:
     """Returns the text of each block by its name."""
     made = {}
-    for group in groups:
+    for group, again in zip(groups, repeated, strict=True):
         makers = {"main": main_table, "kinds": kinds_table, "pairs": pairs_table}
         for name, make in makers.items():
             made[f"{group.name}-{name}"] = make(group) if group.all else "No cell is finished."
+        made[f"{group.name}-repeated"] = repeated_table(group, again)
         made[f"{group.name}-state"] = state(group)
         made[f"{group.name}-picture"] = picture(group, PICTURE.name)
         made[f"{group.name}-readme"] = picture(group, PICTURE.as_posix())
@@ -334,7 +356,8 @@ def report(results: Path, *, check: bool) -> int:
         Exit status, 1 if `check` finds another page than the cells make.
     """
     groups = [Group.read(results, *each) for each in GROUPS]
-    made = blocks(groups)
+    repeated = [Group.read(results / REPEATED, *each) for each in GROUPS]
+    made = blocks(groups, repeated)
     pages = {path: path.read_text(encoding="utf-8") for path in PAGES if path.is_file()}
     new = {path: filled(page, made) for path, page in pages.items()}
     differing = [str(path) for path in pages if new[path] != pages[path]]

@@ -46,7 +46,8 @@ class Prepared:
 
     Attributes:
         asked: Test questions and controls.
-        blind: Exact match of the best answerer that sees no image, by kind.
+        blind: Exact match of the best answerer that sees no image, by kind; on the control
+            `blank` as overall, unless it has other questions.
     """
 
     asked: Asked
@@ -193,6 +194,7 @@ def easyvqa(
     defined = _known_preset(EASYVQA, preset)
     data, group = runs / "data" / f"easyvqa-{preset}", runs / f"easyvqa-{preset}"
     size = defined["PRESETS"][preset]
+    chats = {"questions": size.questions, "blank_every": size.blank_every}
 
     def source() -> Path:
         return images or package_folder("easy_vqa") / "data"
@@ -200,8 +202,7 @@ def easyvqa(
     def share(cell: Cell) -> None:
         (stage,) = stages(cell)
         kind, tower = defined["VARIANTS"][cell.variant].projector, group / f"vit-s{cell.seed}"
-        recipe = ImageRecipe(**stage.begins_with)
-        train_image_tower(model_of(stage.config), source(), recipe, tower)
+        train_image_tower(model_of(stage.config), source(), recipe(cell), tower)
         file = llm or decoder_file()
         start = Path(str(stage.config.init_from))
         import_start(tower, file, kind, start, cell.seed, tiny=preset == "tiny")
@@ -215,12 +216,14 @@ def easyvqa(
             "data.val_meta": data / "meta_val.json",
             "data.index_dir": runs / "index",
         }
-        recipe = ImageRecipe(*size.tower, images=size.images[0], seed=seed)
         row = _placed(f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}", places)
-        return [Stage(row, begins_with=dataclasses.asdict(recipe))]
+        return [Stage(row, begins_with=dataclasses.asdict(recipe(cell)) | chats)]
+
+    def recipe(cell: Cell) -> ImageRecipe:
+        return ImageRecipe(*size.tower, images=size.images[0], seed=cell.seed)
 
     def prepare() -> Prepared:
-        found = write_easyvqa(source(), data, images=size.images, questions=size.questions)
+        found = write_easyvqa(source(), data, images=size.images, **chats)
         paths = {split: data / path for split, path in SPLITS.items()}
         return Prepared(merged_questions(paths, "kind", data / "asked.jsonl"), found["chance"])
 

@@ -28,6 +28,7 @@ from internvlx_jax.core.presets import lvtc_preset
 from internvlx_jax.core.run_config import (
     ComputeConfig,
     FreezeConfig,
+    GroupConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -82,7 +83,8 @@ class Preset(NamedTuple):
         tower: Steps of the tower's training, and images in each.
         steps, samples: Updates, and conversations in each.
         questions: Per conversation, at most.
-        images: Images of training, test and the blank control; None takes all.
+        blank_every: Of so many training conversations one shows a blank page.
+        images: Images of training and test; None takes all.
         dtype: Of the activations.
     """
 
@@ -94,14 +96,15 @@ class Preset(NamedTuple):
     steps: int
     samples: int
     questions: int
-    images: tuple[int | None, int | None, int | None]
+    blank_every: int
+    images: tuple[int | None, int | None]
     dtype: Literal["bfloat16", "float32"] = "float32"
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(32, 1, None, 2, (2, 8), 2, 4, 2, (8, 4, 2)),
-    "cpu": Preset(192, 4, SMOLLM2, 24, (1200, 32), 800, 2, 4, (None, 100, 40)),
-    "gpu": Preset(256, 6, SMOLLM2, 24, (6000, 64), 2000, 64, 4, (None, None, None), "bfloat16"),
+    "tiny": Preset(32, 1, None, 2, (2, 8), 2, 4, 2, 2, (8, 4)),
+    "cpu": Preset(192, 4, SMOLLM2, 24, (1200, 32), 600, 4, 4, 8, (None, 100)),
+    "gpu": Preset(256, 6, SMOLLM2, 24, (6000, 64), 2000, 64, 4, 8, (None, None), "bfloat16"),
 }
 
 
@@ -141,7 +144,14 @@ def get_config(variant: str = "x-fast", seed: int = 0, preset: str = "cpu") -> T
             samples_per_step=size.samples,
             max_executables=1,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.95, weight_decay=0.01, warmup_ratio=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            b2=0.95,
+            weight_decay=0.01,
+            warmup_ratio=0.1,
+            # What is fresh and large learns slower than the adapters.
+            groups=(GroupConfig(params=r"projector\.|lvtc\.", multiplier=0.3),),
+        ),
         freeze=FreezeConfig(vit=True, llm=True),
         lora=(LoraConfig(part="decoder", rank=8, alpha=16, dropout=0.0),),
         compute=ComputeConfig(dtype=size.dtype, remat="none"),

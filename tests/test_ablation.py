@@ -17,12 +17,13 @@ from safetensors.numpy import save_file
 from internvlx_jax.checkpoints.hf_config_write import chat_config
 from internvlx_jax.checkpoints.name_table import name_table
 from internvlx_jax.checkpoints.torch_checkpoint import expected_tensors
+from internvlx_jax.core.errors import ConfigError
 from internvlx_jax.core.overrides import load_config_file
 from internvlx_jax.data.synthetic_forms import FORM_KINDS, make_form
 from internvlx_jax.models.params import abstract_model
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = ("state", "main", "kinds", "pairs", "picture")
+BLOCKS = ("state", "main", "kinds", "pairs", "picture", "repeated")
 TOKENIZER = ROOT / "internvlx_jax/data/assets/synthetic_tokenizer"
 
 
@@ -129,6 +130,10 @@ def test_cells_hold_scores_controls_and_costs(finished):
     assert x["gflop"]["total"] < internvl["gflop"]["total"]
     assert cells["x-fast-s0.json"]["recipe"][0]["begins_with"]["steps"] == 2  # of the tower
     assert set(cells["mlp1-s0.json"]["scores"]["test"]) == {"all", "open", "yes or no"}
+    # Four of the five test images; the blank page is asked each question once and scored for all.
+    assert [cells["mlp1-s0.json"]["counts"][name]["all"] for name in ("test", "blank")] == [8, 10]
+    asked = (folder / "runs" / "data" / "easyvqa-tiny" / "asked.jsonl").read_text()
+    assert asked.count('"test/') == 8 and asked.count('"blank/') == 2
 
 
 @pytest.mark.slow
@@ -144,6 +149,15 @@ def test_finished_cells_are_left_alone_and_others_refused(finished):
     path.write_text(json.dumps(cell | {"settings": "0" * 16}))
     assert "was made with other settings" in ablation(*common, status=1)
     path.write_text(json.dumps(cell))
+
+
+@pytest.mark.slow
+def test_memory_is_not_measured_into_the_times_of_other_devices(finished, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("ablation_measure").measure
+    results = finished[0] / "results"
+    with pytest.raises(ConfigError, match=r"has times of 2 x cpu, here is 8 x cpu; delete it"):
+        measure("tiny", finished[0] / "runs", results, variants=["x"], rounds=0)
 
 
 @pytest.mark.slow
@@ -176,10 +190,17 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     # One cell began with a decoder that was trained elsewhere.
     cell["curves"][0]["loss"][0][1] += 0.001
     path.with_name("pvtc-4-s0.json").write_text(json.dumps(cell))
+    # Another one was made a second time.
+    again = tmp_path / "r" / "repeated" / "pages-cpu" / "x-s0.json"
+    again.parent.mkdir(parents=True)
+    cell["scores"]["test"]["all"] += 0.1
+    again.write_text(json.dumps(cell))
     report("--results", "r", cwd=tmp_path)
     page = (tmp_path / "docs" / "evidence.md").read_text()
     assert "(evidence.png)" in page
     began = [line for line in page.splitlines() if line.startswith("Began with another training")]
+    repeated = next(line for line in page.splitlines() if line.endswith("| 0 | +10.0 |"))
+    assert repeated.startswith("| `x` |")
     assert len(began) == 1 and began[0].endswith("at equal settings: `pvtc-4` s0.")
     with Image.open(tmp_path / "docs" / "evidence.png") as picture:
         assert picture.size[0] > 500
