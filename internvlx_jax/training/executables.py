@@ -76,15 +76,20 @@ def compile_train_step(setup: Setup, bucket: Bucket, rows: int) -> jax.stages.Co
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Returns the bytes of device memory that a step needs.
 
-    Where the compiler does not state the peak, or leaves the temporaries out of it as it does on
-    CPUs, this counts arguments, results that do not alias them, and temporaries as if all of them
+    Where the compiler does not state the peak, or leaves the temporaries out of it as that of CPUs
+    does, this counts arguments, results that do not alias them, and temporaries as if all of them
     lived at once.
     """
     memory: Any = compiled.memory_analysis()
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    kept -= memory.alias_size_in_bytes
-    peak = memory.peak_memory_in_bytes
-    return peak if peak > kept else kept + memory.temp_size_in_bytes
+    (device, *_) = jax.tree.leaves(compiled.input_shardings)[0].device_set
+    if memory.peak_memory_in_bytes and device.platform != "cpu":
+        return memory.peak_memory_in_bytes
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def device_memory(device: Any) -> int | None:
