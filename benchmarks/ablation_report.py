@@ -263,16 +263,19 @@ def _beginning(recipe: Mapping[str, Any]) -> str:
 
 
 def _other_beginnings(group: Group) -> list[str]:
-    """Names the cells whose first runs, which all rows share, were trained another time.
+    """Names the cells whose first runs, which all rows of a seed share, were trained another time.
 
     With equal settings these differ from machine to machine, because sums are rounded in another
     order. Their curves tell them apart.
     """
-    shared: dict[str, list[str]] = {}
-    for row, by_seed in group.cells.items():
-        for seed, cell in by_seed.items():
-            shared.setdefault(json.dumps(cell["curves"][:-1]), []).append(f"`{row}` s{seed}")
-    _, *others = sorted(shared.values(), key=len, reverse=True)
+    others = []
+    for seed in group.seeds:
+        shared: dict[str, list[str]] = {}
+        for row, by_seed in group.cells.items():
+            if seed in by_seed:
+                curves = json.dumps(by_seed[seed]["curves"][:-1])
+                shared.setdefault(curves, []).append(f"`{row}` s{seed}")
+        others += sorted(shared.values(), key=len, reverse=True)[1:]
     return [
         f"Began with another training of what rows share, at equal settings: {', '.join(cells)}."
         for cells in others

@@ -128,16 +128,22 @@ def pages(preset: str, runs: Path) -> Table:
     defined = _known_preset(PAGES, preset)
     data, group = runs / "data" / f"pages-{preset}", runs / f"pages-{preset}"
     size = defined["PRESETS"][preset]
-    tower, file = TowerRecipe(*size.tower), group / "tower.npz"
+
+    def recipe(cell: Cell) -> TowerRecipe:
+        return TowerRecipe(*size.tower, seed=1 + cell.seed)
+
+    def tower(cell: Cell) -> Path:
+        return group / f"tower-s{cell.seed}.npz"
 
     def share(cell: Cell) -> None:
-        train_tower(model_of(stages(cell)[-1].config).vision, tower, file)
+        train_tower(model_of(stages(cell)[-1].config).vision, recipe(cell), tower(cell))
 
     def stages(cell: Cell) -> list[Stage]:
         name = f"{cell.variant}-s{cell.seed}"
         source = f"{PAGES}:variant={cell.variant},seed={cell.seed},preset={preset}"
+        decoder = group / f"decoder-s{cell.seed}"
         words = {
-            "output_dir": group / "decoder",
+            "output_dir": decoder,
             "data.meta": data / FILES["meta_text"],
             "data.index_dir": runs / "index",
         }
@@ -153,8 +159,8 @@ def pages(preset: str, runs: Path) -> Table:
             Stage(_placed(f"{source},stage=decoder", words)),
             Stage(
                 row,
-                before=lambda: write_start(row, file, group / "decoder"),
-                begins_with=dataclasses.asdict(tower),
+                before=lambda: write_start(row, tower(cell), decoder),
+                begins_with=dataclasses.asdict(recipe(cell)),
             ),
         ]
 

@@ -1,4 +1,4 @@
-"""The tower that all rows of table A begin with, for benchmarks/ablation.py.
+"""The towers that the rows of table A begin with, for benchmarks/ablation.py.
 
 A classifier (`ablation_classifier.py`): every patch tells the kind and the value of the field in
 its cell of a form.

@@ -7,8 +7,9 @@ for one accelerator, and `stage` a run:
 * `row` puts a fresh projector between that decoder and a tower that has learned to read as a
   classifier (`benchmarks/ablation_tower.py`), and trains projector and decoder.
 
-So all rows begin with one tower and one decoder, as models do in practice, and no projector has had
-a part in either. Everything but the variant is equal in all rows, the optimizer included.
+So all rows of a seed begin with one tower and one decoder, as models do in practice, and no
+projector has had a part in either; every seed trains its own two. Everything but the variant is
+equal in all rows, the optimizer included.
 
 A tile of 112 px has 8 x 8 patches, so that 64 tokens per tile are one per patch, and 16 are the
 share of the released models (a quarter). The gate of LVTC starts open, because no projector is
@@ -195,13 +196,14 @@ def get_config(
     data = f"runs/ablation/data/pages-{preset}"
     if stage == "decoder":
         return TrainConfig(
-            output_dir=f"{folder}/decoder",
+            output_dir=f"{folder}/decoder-s{seed}",
             model=_model(VARIANTS[BASELINE], size),
             data=_data(f"{data}/meta_text.json", size.decoder_samples, buckets=1),
             freeze=FreezeConfig(vit=True, projector=True),
             optimizer=_optimizer(size.decoder_steps, learning_rate=size.learning_rate),
             compute=ComputeConfig(dtype=size.dtype, remat="none"),
             steps=size.decoder_steps,
+            seed=seed,
             log_every=max(1, size.decoder_steps // 20),
             save_every=size.decoder_steps,
             keep_last=1,
