@@ -190,7 +190,9 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     # One cell began with a decoder that was trained elsewhere.
     cell["curves"][0]["loss"][0][1] += 0.001
     path.with_name("pvtc-4-s0.json").write_text(json.dumps(cell))
-    # Another one was made a second time.
+    # Another seed has a beginning of its own.
+    path.with_name("x-s1.json").write_text(json.dumps(cell | {"seed": 1}))
+    # One was made a second time.
     again = tmp_path / "r" / "repeated" / "pages-cpu" / "x-s0.json"
     again.parent.mkdir(parents=True)
     cell["scores"]["test"]["all"] += 0.1
