@@ -1,5 +1,6 @@
 """Generated forms: deterministic, disjoint, cheaper with RVTC, with controls that lack the form."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -126,12 +127,14 @@ def test_every_row_of_the_ablation_is_a_model():
         load_config_file("configs/ablation_pages.py:stage=rows")
 
 
-def test_rows_begin_with_one_decoder_that_has_seen_no_image():
-    first, other = (
+def test_rows_of_a_seed_begin_with_one_decoder_that_has_seen_no_image():
+    first, other, next_seed = (
         load_config_file(f"configs/ablation_pages.py:stage=decoder,variant={variant},seed={seed}")
-        for variant, seed in (("x", 0), ("mlp1-4", 2))
+        for variant, seed in (("x", 1), ("mlp1-4", 1), ("x", 2))
     )
     assert first == other and first.freeze.vit and first.freeze.projector
+    assert first.output_dir != next_seed.output_dir
+    assert dataclasses.replace(next_seed, seed=1, output_dir=first.output_dir) == first
     row = load_config_file("configs/ablation_pages.py:variant=mlp1-4")
     assert row.model.decoder == first.model.decoder and row.data.meta != first.data.meta
 
