@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py pages [--quick] [--device gpu]     # table A, generated forms
     python benchmarks/ablation.py easyvqa                            # table B, a pretrained decoder
-    python benchmarks/ablation.py measure                            # table A's times and memory
+    python benchmarks/ablation.py measure pages|easyvqa              # times and memory of a table
     python benchmarks/ablation.py report [--check]                   # docs/evidence.md, the picture
 
 A grid first makes what its cells share, data and what they begin with. Then it runs the cells (a
@@ -46,7 +46,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 TABLES = ("pages", "easyvqa")
-PLACES = ("images", "llm")  # flags of easyvqa
+PLACES = ("images", "llm")  # flags for easyvqa
 PRESETS = {"cpu": "cpu", "gpu": "gpu"}  # --device -> preset
 RESULTS, RUNS = Path("benchmarks/results"), Path("runs/ablation")
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ablation_measure import measure
 
         _set_environment(args.preset)
-        measure(args.preset, args.runs, args.results, variants=args.variants, rounds=args.rounds)
+        measure(_table(args), args.results, variants=args.variants, rounds=args.rounds)
         return 0
     if args.only:
         return run_part(args)
@@ -139,7 +139,7 @@ def _run_in_process(
     command = [sys.executable, __file__, args.command, "--only", part, "--preset", args.preset]
     command += ["--variants", ",".join(variants), "--seeds", ",".join(seeds)]
     command += ["--runs", str(args.runs), "--results", str(args.results)]
-    for name in PLACES if args.command == "easyvqa" else ():
+    for name in PLACES if args.table == "easyvqa" else ():
         command += [f"--{name}", str(vars(args)[name])] if vars(args)[name] else []
     if cores:
         command += ["--cores", ",".join(map(str, cores))]
@@ -179,8 +179,8 @@ def run_part(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> Any:
     from ablation_tables import open_table
 
-    places = {name: vars(args)[name] for name in PLACES if args.command == "easyvqa"}
-    return open_table(args.command, args.preset, args.runs, **places)
+    places = {name: vars(args)[name] for name in PLACES if args.table == "easyvqa"}
+    return open_table(args.table, args.preset, args.runs, **places)
 
 
 def _set_environment(preset: str) -> None:
@@ -211,19 +211,21 @@ def _parser() -> argparse.ArgumentParser:
     sized.add_argument("--runs", type=Path, default=RUNS, help="folder of data and run folders")
     sized.add_argument("--device", choices=PRESETS, default="cpu", help="chooses the preset")
     sized.add_argument("--preset", help="a size of the config, in place of the device's")
+    sized.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
+    placed = argparse.ArgumentParser(add_help=False)
+    placed.add_argument("--images", type=Path, help="easy-VQA's folder `data`, for easyvqa")
+    placed.add_argument("--llm", type=Path, help="folder or GGUF file of easyvqa's decoder")
     for name in TABLES:
-        one = commands.add_parser(name, parents=[sized], help=f"runs the table {name}")
+        parents = [sized, placed] if name == "easyvqa" else [sized]
+        one = commands.add_parser(name, parents=parents, help=f"runs the table {name}")
+        one.set_defaults(table=name)
         one.add_argument("--quick", action="store_true", help="the core rows with one seed")
-        one.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
         one.add_argument("--seeds", type=_numbers, help="some seeds, 0,1")
         one.add_argument("--jobs", type=int, help="cells side by side; one for each CPU core")
         one.add_argument("--only", choices=("shared", "cells"), help=argparse.SUPPRESS)
         one.add_argument("--cores", type=_numbers, help=argparse.SUPPRESS)
-        if name == "easyvqa":
-            one.add_argument("--images", type=Path, help="easy-VQA's folder `data`")
-            one.add_argument("--llm", type=Path, help="folder or GGUF file of the decoder")
-    one = commands.add_parser("measure", parents=[sized], help="times and memory of table A")
-    one.add_argument("--variants", type=lambda text: text.split(","), help="some rows, a,b,c")
+    one = commands.add_parser("measure", parents=[sized, placed], help="times and memory of rows")
+    one.add_argument("table", choices=TABLES)
     one.add_argument("--rounds", type=int, default=5, help="0 is memory only; times stay")
     one = commands.add_parser("report", parents=[common], help="writes tables and picture")
     one.add_argument("--check", action="store_true", help="writes nothing; 1 if anything differs")

@@ -1,4 +1,4 @@
-"""Times and memory of table A's rows, for benchmarks/ablation.py.
+"""Times and memory of a table's rows, for benchmarks/ablation.py.
 
 Each row runs the steps that its training runs: every bucket of its plan, weighted by how often it
 occurs. All rows are timed in one process, in turn, round after round, so that a change in the
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from ablation_tables import open_table, pages_baseline
+from ablation_tables import Table
 from flax import nnx
 
 from internvlx_jax.core.errors import ConfigError
@@ -26,10 +25,10 @@ from internvlx_jax.core.json_text import read_json_object
 from internvlx_jax.core.run_config import TrainConfig
 from internvlx_jax.data.buckets import Bucket
 from internvlx_jax.models.generation import prefill
-from internvlx_jax.models.params import init_params, unflatten
+from internvlx_jax.models.params import unflatten
 from internvlx_jax.training.data import to_devices
 from internvlx_jax.training.executables import compile_train_step, peak_bytes
-from internvlx_jax.training.run import Run, open_run
+from internvlx_jax.training.run import Run, first_params, new_state, open_run
 from internvlx_jax.training.step import TrainState
 
 STEPS = 200  # of the plan, to count how often each bucket occurs
@@ -56,13 +55,12 @@ class Job:
 
 
 def measure(
-    preset: str, runs: Path, results: Path, *, variants: Sequence[str] | None, rounds: int
+    table: Table, results: Path, *, variants: Sequence[str] | None, rounds: int
 ) -> dict[str, Any]:
     """Measures rows and keeps the result.
 
     Args:
-        preset: Size of table A.
-        runs: Folder of data and run folders.
+        table: Whose rows; what they need besides weights is made, or found.
         results: Folder of finished cells.
         variants: Rows besides the baseline; None is all.
         rounds: Rounds of timing; none measures memory only and keeps the times.
@@ -73,21 +71,19 @@ def measure(
     Raises:
         ConfigError: The times that stay are those of other devices.
     """
-    file = results / f"pages-{preset}" / "measured.json"
+    file = results / f"{table.name}-{table.preset}" / "measured.json"
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     kept = {} if rounds else read_json_object(file)
     if kept and kept["device"] != device:
         raise ConfigError(
             f"{file} has times of {kept['device']}, here is {device}; delete it or give --rounds"
         )
-    table = open_table("pages", preset, runs)
     table.prepare()
-    chosen = {pages_baseline(), *(variants or table.variants)}
+    chosen = {table.baseline, *(variants or table.variants)}
     measured = [row for row in table.variants if row in chosen]
     jobs = []
     for row in measured:
-        config = table.stages(table.cell(row, 0))[-1].config
-        jobs += _jobs(row, dataclasses.replace(config, init_from=None), timed=rounds > 0)
+        jobs += _jobs(row, table.timed(table.cell(row, table.seeds[0])), timed=rounds > 0)
         print(f"{row}: compiled", flush=True)
     for number in range(rounds):
         for job in jobs:
@@ -96,30 +92,30 @@ def measure(
             job.best = min(job.best, time.perf_counter() - started)
         print(f"round {number + 1} of {rounds}", flush=True)
     kept = kept or {
-        "baseline": pages_baseline(),
+        "baseline": table.baseline,
         "rounds": rounds,
         "device": device,
         "software": {"jax": jax.__version__, "python": platform.python_version()},
         "rows": {},
     }
     for row in measured:
-        kept["rows"][row] = kept["rows"].get(row, {}) | _row(row, jobs, timed=rounds > 0)
+        kept["rows"][row] = kept["rows"].get(row, {}) | _row(row, jobs, table.baseline, rounds)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, kept)
     return kept
 
 
-def _row(row: str, jobs: list[Job], *, timed: bool) -> dict[str, float]:
+def _row(row: str, jobs: list[Job], baseline: str, rounds: int) -> dict[str, float]:
     peak = max(job.peak for job in jobs if job.row == row and job.peak is not None)
     found = {"peak_mib": round(peak / 2**20, 1)}
-    if not timed:
+    if not rounds:
         return found
 
     def seconds(row: str, step: str) -> float:
         return sum(job.share * job.best for job in jobs if (job.row, job.step) == (row, step))
 
     for step in ("train", "prefill"):
-        found[step] = round(seconds(row, step) / seconds(pages_baseline(), step), 4)
+        found[step] = round(seconds(row, step) / seconds(baseline, step), 4)
     return found
 
 
@@ -129,8 +125,7 @@ def _jobs(row: str, config: TrainConfig, *, timed: bool) -> list[Job]:
     planned = [run.loader.plan.step(number) for number in range(STEPS)]
     counts = Counter(step.bucket for step in planned)
     first = {step.bucket: step for step in reversed(planned)}
-    params = init_params(run.model, 0, shardings={**run.setup.shardings})
-    jobs = []
+    params, jobs = first_params(run), []
     for bucket, count in counts.items():
         batch = to_devices(run.loader.load(first[bucket]), run.mesh)
         jobs.append(_train_job(row, run, bucket, count / STEPS, batch))
@@ -142,7 +137,7 @@ def _jobs(row: str, config: TrainConfig, *, timed: bool) -> list[Job]:
 def _train_job(row: str, run: Run, bucket: Bucket, share: float, batch: Any) -> Job:
     rows = run.loader.plan.rows[run.loader.plan.buckets.index(bucket)]
     program = compile_train_step(run.setup, bucket, rows)
-    state = _first_state(run)
+    state = new_state(run, first_params(run))  # the program gives its memory away
 
     def once() -> TrainState:
         nonlocal state
@@ -161,15 +156,3 @@ def _prefill_job(row: str, run: Run, share: float, params: Any, batch: Any) -> J
 
     jax.block_until_ready(program(params, batch.inputs))  # compiles
     return Job(row, "prefill", share, lambda: program(params, batch.inputs), None)
-
-
-def _first_state(run: Run) -> TrainState:
-    """Makes the state before the first step, with fresh parameters."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.setup.state)
-    params = init_params(run.model, 0, shardings={**run.setup.shardings})
-    trainable, frozen = jax.device_put(
-        run.setup.partition.split(params), (places.trainable, places.frozen)
-    )
-    init = jax.jit(run.setup.optimizer.init, out_shardings=places.opt_state)
-    step = jax.device_put(np.int32(0), places.step)
-    return TrainState(trainable, frozen, init(trainable), step)

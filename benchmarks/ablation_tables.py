@@ -64,6 +64,8 @@ class Table:
         core: Those of --quick.
         seeds: Of each row.
         stages: The runs of a cell, one after the other.
+        baseline: The row that times are compared with.
+        timed: Returns the run of a cell whose steps are timed, with any weights.
         prepare: Makes the data, or finds them.
         share: Makes the towers that cells begin with, or finds them.
         max_new_tokens: Longest answer.
@@ -76,6 +78,8 @@ class Table:
     core: tuple[str, ...]
     seeds: tuple[int, ...]
     stages: Callable[[Cell], list[Stage]]
+    baseline: str
+    timed: Callable[[Cell], TrainConfig]
     prepare: Callable[[], Prepared]
     share: Callable[[Cell], None]
     max_new_tokens: int
@@ -171,6 +175,8 @@ def pages(preset: str, runs: Path) -> Table:
         defined["CORE"],
         defined["SEEDS"],
         stages,
+        defined["BASELINE"],
+        lambda cell: dataclasses.replace(stages(cell)[-1].config, init_from=None),
         functools.partial(_forms, data, size.forms, size.texts),
         share,
         max_new_tokens=5,
@@ -225,6 +231,10 @@ def easyvqa(
         row = _placed(f"{EASYVQA}:variant={cell.variant},seed={seed},preset={preset}", places)
         return [Stage(row, begins_with=dataclasses.asdict(recipe(cell)) | chats)]
 
+    def timed(cell: Cell) -> TrainConfig:
+        share(cell)  # the tokenizer comes with the decoder
+        return stages(cell)[-1].config
+
     def recipe(cell: Cell) -> ImageRecipe:
         return ImageRecipe(*size.tower, images=size.images[0], seed=cell.seed)
 
@@ -240,6 +250,8 @@ def easyvqa(
         defined["CORE"],
         defined["SEEDS"],
         stages,
+        defined["BASELINE"],
+        timed,
         prepare,
         share,
         max_new_tokens=5,
@@ -274,8 +286,3 @@ def rows_of(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...
     """Returns the rows of a table, those of its core, and the seeds of each."""
     defined = runpy.run_path({"pages": PAGES, "easyvqa": EASYVQA}[name])
     return tuple(defined["VARIANTS"]), defined["CORE"], defined["SEEDS"]
-
-
-def pages_baseline() -> str:
-    """Returns the row that table A compares times with."""
-    return runpy.run_path(PAGES)["BASELINE"]

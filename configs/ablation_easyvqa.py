@@ -55,6 +55,7 @@ VARIANTS: dict[str, Variant] = {
     "x-fast": Variant("pvtc", "fast"),
     "x-paper": Variant("pvtc", "paper"),
 }
+BASELINE = "mlp1"  # what times are compared with
 CORE = ("mlp1", "pvtc", "x-fast")
 SEEDS = (0,)
 

@@ -102,7 +102,7 @@ def finished(tmp_path_factory):
     with ThreadPoolExecutor(1) as other:  # the tables side by side
         easyvqa = other.submit(ablation, "easyvqa", *common, "--variants", "mlp1,x-fast", *places)
         pages = ablation("pages", *common, "--variants", "internvl,x")
-        ablation("measure", *sized, "--variants", "x", "--rounds", 1)
+        ablation("measure", "pages", *sized, "--variants", "x", "--rounds", 1)
         easy = easyvqa.result()
     return folder, pages, easy
 
@@ -154,10 +154,31 @@ def test_finished_cells_are_left_alone_and_others_refused(finished):
 @pytest.mark.slow
 def test_memory_is_not_measured_into_the_times_of_other_devices(finished, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(ROOT)
     measure = importlib.import_module("ablation_measure").measure
+    table = importlib.import_module("ablation_tables").open_table(
+        "pages", "tiny", finished[0] / "runs"
+    )
     results = finished[0] / "results"
     with pytest.raises(ConfigError, match=r"has times of 2 x cpu, here is 8 x cpu; delete it"):
-        measure("tiny", finished[0] / "runs", results, variants=["x"], rounds=0)
+        measure(table, results, variants=["x"], rounds=0)
+
+
+@pytest.mark.slow
+def test_rows_with_a_pretrained_decoder_and_adapters_are_measured(finished, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("ablation_measure").measure
+    folder = finished[0]
+    places = {"images": folder / "easy", "llm": folder / "llm"}
+    monkeypatch.chdir(ROOT)  # table B's config
+    table = importlib.import_module("ablation_tables").open_table(
+        "easyvqa", "tiny", folder / "runs", **places
+    )
+    kept = measure(table, tmp_path, variants=["x-fast"], rounds=1)
+    assert kept == json.loads((tmp_path / "easyvqa-tiny" / "measured.json").read_text())
+    assert kept["baseline"] == "mlp1" and kept["rows"].keys() == {"mlp1", "x-fast"}
+    assert kept["rows"]["mlp1"]["train"] == kept["rows"]["mlp1"]["prefill"] == 1
+    assert all(value > 0 for value in kept["rows"]["x-fast"].values())
 
 
 @pytest.mark.slow

@@ -155,34 +155,50 @@ def first_state(
 ) -> tuple[int, TrainState]:
     """Loads the state of the newest checkpoint, or makes the one that a run begins with.
 
-    A new run takes its parameters from `init_from`, and fresh ones for what that lacks.
-
     Returns:
         How many steps are done, and the state on the devices.
     """
+    if not resuming:
+        return 0, new_state(run, first_params(run))
+    first = checkpoints.latest_step or 0
+    params, opt_state = checkpoints.load(
+        first,
+        placed(run.setup.abstract.shapes, run.setup.shardings),
+        run.setup.state.opt_state,
+        run.loader.state(first),
+    )
+    logger.info("resuming %s at step %d", run.folder, first)
+    return first, new_state(run, params, step=first, opt_state=opt_state)
+
+
+def first_params(run: Run) -> dict[str, jax.Array]:
+    """Returns the parameters that a new run begins with, by dotted path, on the devices.
+
+    They are those of `init_from`, and fresh ones for what that lacks.
+    """
     abstract, shardings, seed = run.setup.abstract, run.setup.shardings, run.config.seed
-    first, opt_state = 0, None
-    if resuming:
-        first = checkpoints.latest_step or 0
-        params, opt_state = checkpoints.load(
-            first,
-            placed(abstract.shapes, shardings),
-            run.setup.state.opt_state,
-            run.loader.state(first),
-        )
-        logger.info("resuming %s at step %d", run.folder, first)
-    elif run.source is not None:
-        base = without_adapters(abstract)
+    base = without_adapters(abstract)
+    if run.source is None:
+        params = init_params(run.model, seed, shardings={**shardings}, paths=base.shapes)
+    else:
         transferred = transfer(run.source, run.model, base, run.mesh, seed=seed)
         params = transferred.params
         for line in transferred.report:
             logger.info(line)
-    else:
-        base = without_adapters(abstract)
-        params = init_params(run.model, seed, shardings={**shardings}, paths=base.shapes)
-    if not resuming:
-        params |= init_adapters(abstract, seed, shardings)
+    return params | init_adapters(abstract, seed, shardings)
 
+
+def new_state(
+    run: Run, params: Mapping[str, jax.Array], *, step: int = 0, opt_state: Any = None
+) -> TrainState:
+    """Puts a state together on the devices; it may hold the very arrays of `params`.
+
+    Args:
+        run: Whose state.
+        params: All parameters by dotted path.
+        step: How many steps are done.
+        opt_state: The optimizer's; None is what it begins with.
+    """
     places = jax.tree.map(lambda leaf: leaf.sharding, run.setup.state)
     trainable, frozen = jax.device_put(
         run.setup.partition.split(params), (places.trainable, places.frozen)
@@ -190,8 +206,8 @@ def first_state(
     if opt_state is None:
         init = jax.jit(run.setup.optimizer.init, out_shardings=places.opt_state)
         opt_state = init(trainable)
-    step = jax.device_put(np.int32(first), places.step)
-    return first, TrainState(trainable, frozen, opt_state, step)
+    step_array = jax.device_put(np.int32(step), places.step)
+    return TrainState(trainable, frozen, opt_state, step_array)
 
 
 def _describe_data(loader: Loader, steps: int, model: ModelConfig) -> None:
