@@ -120,9 +120,12 @@ class Group:
         """The finished cells."""
         return [cell for by_seed in self.cells.values() for cell in by_seed.values()]
 
-    def scores(self, row: str, split: str = "test", kind: str = "all") -> list[float]:
-        """Returns a score of a row by seed, in percent."""
-        return [100 * cell["scores"][split][kind] for cell in self.cells[row].values()]
+    def scores(
+        self, row: str, split: str = "test", kind: str = "all", seeds: Sequence[int] = ()
+    ) -> list[float]:
+        """Returns a score of a row by seed, or with some seeds, in percent."""
+        cells = self.cells[row]
+        return [100 * cells[seed]["scores"][split][kind] for seed in seeds or cells]
 
     def cost(self, row: str) -> Mapping[str, Any]:
         """Returns the cost of a row, which does not depend on the seed."""
@@ -203,19 +206,21 @@ def pairs_table(group: Group) -> str:
 
 
 def repeated_table(group: Group, again: Group) -> str:
-    """Returns the rows that were made another time, beside what they had."""
+    """Returns the rows that were made another time, beside what they had with the same seeds."""
     rows, deviations = [], []
     for row in group.rows:
-        first, second = group.scores(row), again.scores(row)
+        first = group.scores(row)
         if len(first) > 1:
             deviations.append(statistics.variance(first))
-        if first and second:
-            gain = statistics.fmean(second) - statistics.fmean(first)
-            seeds = ", ".join(map(str, again.cells[row]))
-            rows.append([f"`{row}`", spread(first), spread(second), seeds, f"{gain:+.1f}"])
+        if seeds := sorted(group.cells[row].keys() & again.cells[row].keys()):
+            same, second = group.scores(row, seeds=seeds), again.scores(row, seeds=seeds)
+            gain = statistics.fmean(second) - statistics.fmean(same)
+            numbers = [spread(first), ", ".join(map(str, seeds)), spread(same), spread(second)]
+            rows.append([f"`{row}`", *numbers, f"{gain:+.1f}"])
     if not rows:
         return "No row is repeated."
-    text = markdown(["row", "exact match, %", "repeated", "with seeds", "difference"], rows)
+    header = ["row", "exact match, %", "seeds", "with these seeds", "repeated", "difference"]
+    text = markdown(header, rows)
     if deviations:
         of_all = statistics.fmean(deviations) ** 0.5
         text += f"\n\nStandard deviation of the seeds, over all rows: {of_all:.1f} points."
