@@ -27,6 +27,7 @@ MISSING = "–"
 REPEATED = "repeated"  # folder with cells that are there already and were made once more
 
 COLORS = {"mlp1": "#8a94a6", "pvtc": "#1f5fbf", "lvtc": "#b3541e"}
+LABELS = {"mlp1": "mlp1", "pvtc": "PVTC", "lvtc": "PVTC and LVTC"}
 
 
 class Pair(NamedTuple):
@@ -338,9 +339,15 @@ def draw(group: Group, out: Path) -> None:
         kind = "lvtc" if row.startswith(("x", "paper")) else kind
         error = statistics.stdev(values) if len(values) > 1 else 0
         mean = statistics.fmean(values)
-        axes.errorbar(flops, mean, error, fmt="o", color=COLORS[kind], capsize=2, markersize=5)
-        place = dict(xytext=(5, 4), textcoords="offset points", fontsize=8)
+        style = dict(fmt="o", capsize=2, markersize=5, elinewidth=1)
+        axes.errorbar(flops, mean, error, color=COLORS[kind], **style)
+        # On two sides, as the rows of `mlp1` lie left below those of PVTC.
+        place = dict(xytext=(-5, -11), ha="right") if kind == "mlp1" else dict(xytext=(5, 4))
+        place |= dict(textcoords="offset points", fontsize=8)
         axes.annotate(row, (flops, mean), color=COLORS[kind], **place)
+    for kind, label in LABELS.items():
+        axes.plot([], [], "o", color=COLORS[kind], markersize=5, label=label)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
     if group.all:
         blind = 100 * group.all[0]["blind"]["all"]
         note = f"without the image {blind:.1f}"
