@@ -114,7 +114,16 @@ def test_commands_make_no_noise_without_a_tpu():
         assert done.stderr == ""
 
 
-def test_ctrl_c_is_not_lost_in_a_destructor(capfd):
+@pytest.mark.parametrize("delay", [0, 0.2])
+def test_ctrl_c_is_not_lost_in_a_destructor(delay, capfd, monkeypatch):
+    start = console._thread.start_new_thread
+
+    def start_on_a_busy_machine(*args):
+        start(*args)
+        time.sleep(delay)
+
+    monkeypatch.setattr(console._thread, "start_new_thread", start_on_a_busy_machine)
+
     class Interrupted:
         def __del__(self):
             signal.raise_signal(signal.SIGINT)

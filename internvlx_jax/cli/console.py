@@ -68,17 +68,25 @@ def _heeding_unraisable() -> Iterator[None]:
     those of tensorstore.
     """
     before = sys.unraisablehook
+    running = False  # the hook, which loses a signal as the places do that it is called from
 
     def send_again() -> None:
         time.sleep(0.05)  # until that place is left
+        while running:  # on a busy machine
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     def hook(unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.start_new_thread(send_again, ())  # threading would take a lock
-        # What is left of a save that failed, as on a full disk, and has its own message.
-        elif str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
+        nonlocal running
+        running = True
+        try:
+            if issubclass(unraisable.exc_type, KeyboardInterrupt):
+                _thread.start_new_thread(send_again, ())  # threading would take a lock
+            # What is left of a save that failed, as on a full disk, and has its own message.
+            elif str(unraisable.exc_value) != "Event loop is closed":
+                before(unraisable)
+        finally:
+            running = False
 
     sys.unraisablehook = hook
     try:
