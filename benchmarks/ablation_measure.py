@@ -83,7 +83,10 @@ def measure(
     measured = [row for row in table.variants if row in chosen]
     jobs = []
     for row in measured:
-        jobs += _jobs(row, table.timed(table.cell(row, table.seeds[0])), timed=rounds > 0)
+        config = table.timed(table.cell(row, table.seeds[0]))
+        # Apart from the cell's run, which may have rows for another number of devices.
+        config = dataclasses.replace(config, output_dir=f"{config.output_dir}-measured")
+        jobs += _jobs(row, config, timed=rounds > 0)
         print(f"{row}: compiled", flush=True)
     for number in range(rounds):
         for job in jobs:
