@@ -132,5 +132,10 @@ def test_ctrl_c_is_not_lost_in_a_destructor(delay, capfd, monkeypatch):
         Interrupted()
         time.sleep(60)
 
-    assert run_command(command, interrupted="stopped") == INTERRUPTED
+    # A shell lets what it starts in the background ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_command(command, interrupted="stopped") == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().err == "\nstopped\n"
