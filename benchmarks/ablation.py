@@ -66,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "measure":
         from ablation_measure import measure
 
+        table = _table(args)
+        _check_variants(table, args.variants or ())
         _set_environment(args.preset)
-        measure(_table(args), args.results, variants=args.variants, rounds=args.rounds)
+        measure(table, args.results, variants=args.variants, rounds=args.rounds)
         return 0
     if args.only:
         return run_part(args)
@@ -81,8 +83,7 @@ def grid(args: argparse.Namespace) -> int:
     table = _table(args)
     seeds = args.seeds or ([0] if args.quick else list(table.seeds))
     variants = args.variants or (table.core if args.quick else table.variants)
-    if unknown := set(variants) - set(table.variants):
-        raise SystemExit(f"error: unknown variants {sorted(unknown)}; known: {table.variants}")
+    _check_variants(table, variants)
     cells = [table.cell(variant, seed) for seed in seeds for variant in variants]
     left, failed = [], 0
     for cell in cells:
@@ -181,6 +182,11 @@ def _table(args: argparse.Namespace) -> Any:
 
     places = {name: vars(args)[name] for name in PLACES if args.table == "easyvqa"}
     return open_table(args.table, args.preset, args.runs, **places)
+
+
+def _check_variants(table: Any, variants: Sequence[str]) -> None:
+    if unknown := set(variants) - set(table.variants):
+        raise SystemExit(f"error: unknown variants {sorted(unknown)}; known: {table.variants}")
 
 
 def _set_environment(preset: str) -> None:

@@ -256,6 +256,15 @@ def test_the_tower_is_asked_for_what_each_cell_shows(monkeypatch):
             assert np.sum(known[cell] != tower.UNKNOWN) == asked
 
 
+@pytest.mark.parametrize("command", [["pages"], ["measure", "pages"], ["easyvqa"]])
+def test_unknown_rows_are_refused(command, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(ROOT)
+    main = importlib.import_module("ablation").main
+    with pytest.raises(SystemExit, match=r"unknown variants \['y'\]; known: .*'mlp1"):
+        main([*command, "--variants", "y"])
+
+
 def test_numbers_of_the_page_are_those_of_the_cells(report):
     assert "the pages are what the cells make" in report("--check")
 
