@@ -169,16 +169,16 @@ def pages(preset: str, runs: Path) -> Table:
         ]
 
     return Table(
-        "pages",
-        preset,
-        tuple(defined["VARIANTS"]),
-        defined["CORE"],
-        defined["SEEDS"],
-        stages,
-        defined["BASELINE"],
-        lambda cell: dataclasses.replace(stages(cell)[-1].config, init_from=None),
-        functools.partial(_forms, data, size.forms, size.texts),
-        share,
+        name="pages",
+        preset=preset,
+        variants=tuple(defined["VARIANTS"]),
+        core=defined["CORE"],
+        seeds=defined["SEEDS"],
+        stages=stages,
+        baseline=defined["BASELINE"],
+        timed=lambda cell: dataclasses.replace(stages(cell)[-1].config, init_from=None),
+        prepare=functools.partial(_forms, data, size.forms, size.texts),
+        share=share,
         max_new_tokens=5,
     )
 
@@ -244,16 +244,16 @@ def easyvqa(
         return Prepared(merged_questions(paths, "kind", data / "asked.jsonl"), found["chance"])
 
     return Table(
-        "easyvqa",
-        preset,
-        tuple(defined["VARIANTS"]),
-        defined["CORE"],
-        defined["SEEDS"],
-        stages,
-        defined["BASELINE"],
-        timed,
-        prepare,
-        share,
+        name="easyvqa",
+        preset=preset,
+        variants=tuple(defined["VARIANTS"]),
+        core=defined["CORE"],
+        seeds=defined["SEEDS"],
+        stages=stages,
+        baseline=defined["BASELINE"],
+        timed=timed,
+        prepare=prepare,
+        share=share,
         max_new_tokens=5,
         batch_size=64,
     )
