@@ -127,6 +127,16 @@ def _known_preset(source: str, preset: str) -> dict[str, Any]:
     return defined
 
 
+def _rows(defined: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a table that its config file defines."""
+    return {
+        "variants": tuple(defined["VARIANTS"]),
+        "core": defined["CORE"],
+        "seeds": defined["SEEDS"],
+        "baseline": defined["BASELINE"],
+    }
+
+
 def pages(preset: str, runs: Path) -> Table:
     """Returns table A."""
     defined = _known_preset(PAGES, preset)
@@ -171,11 +181,8 @@ def pages(preset: str, runs: Path) -> Table:
     return Table(
         name="pages",
         preset=preset,
-        variants=tuple(defined["VARIANTS"]),
-        core=defined["CORE"],
-        seeds=defined["SEEDS"],
+        **_rows(defined),
         stages=stages,
-        baseline=defined["BASELINE"],
         timed=lambda cell: dataclasses.replace(stages(cell)[-1].config, init_from=None),
         prepare=functools.partial(_forms, data, size.forms, size.texts),
         share=share,
@@ -246,11 +253,8 @@ def easyvqa(
     return Table(
         name="easyvqa",
         preset=preset,
-        variants=tuple(defined["VARIANTS"]),
-        core=defined["CORE"],
-        seeds=defined["SEEDS"],
+        **_rows(defined),
         stages=stages,
-        baseline=defined["BASELINE"],
         timed=timed,
         prepare=prepare,
         share=share,
