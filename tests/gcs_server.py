@@ -5,7 +5,9 @@
 It prints its port. The emulator ignores `ifGenerationMatch`, on which locks and checkpoints rely;
 here it is checked. It forgets complete uploads, whose answers are kept here. Buckets named
 `forbidden` and `expired` answer 403 and 401. What PUT /_faults sets is injected: shares of 503s, of
-bodies that are cut, of stalls. GET /_faults counts the requests, and those with a fault.
+bodies that are cut, of stalls; with `lost_removals`, the first answer to the removal of each object
+gets lost; a removal waits `slow_removals` seconds. GET /_faults counts the requests, and those with
+a fault.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ ALONE = threading.RLock()
 FAULTS: dict[str, float] = {}
 COUNTS: Counter[str] = Counter()
 UPLOADS: dict[str, bytes] = {}  # complete resumable ones, and what was answered
+REMOVED: set[str] = set()  # those whose answers got lost
 RANDOM = random.Random(0)
 
 
@@ -49,6 +52,8 @@ class Handler(RequestHandler):
         COUNTS["requests"] += 1
         socket, self.wfile = self.wfile, io.BytesIO()
         self._generation = None
+        if method == "DELETE":
+            time.sleep(FAULTS.get("slow_removals", 0))
         with ALONE:
             refusal = 503 if fault == "unavailable" else self._refusal(method, url)
             if refusal:
@@ -59,6 +64,10 @@ class Handler(RequestHandler):
         answer, self.wfile = self.wfile.getvalue(), socket
         if method == "GET" and (wanted := self.headers.get("Range")):
             answer = ranged(answer, wanted)
+        if method == "DELETE" and FAULTS.get("lost_removals") and url.path not in REMOVED:
+            REMOVED.add(url.path)
+            COUNTS["lost_removals"] += 1
+            answer = b""
         if fault == "cut":
             head, gap, body = answer.partition(b"\r\n\r\n")
             # Of an answer without a body nothing comes at all.

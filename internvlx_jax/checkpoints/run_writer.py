@@ -26,7 +26,7 @@ from internvlx_jax.checkpoints.run_format import (
     split_average,
 )
 from internvlx_jax.checkpoints.run_lock import LOCK
-from internvlx_jax.checkpoints.staging import IDENTITY
+from internvlx_jax.checkpoints.staging import IDENTITY, remove_unfinished
 from internvlx_jax.core.disk import full_disk_named, is_full
 from internvlx_jax.core.errors import CheckpointError, ConfigError
 from internvlx_jax.core.files import write_json
@@ -88,10 +88,13 @@ class CheckpointWriter:
         # orbax declares its own policies for another type of metadata than the checkpointer's.
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the loop decides
         newest: Any = ocp.training.preservation_policies.LatestN(keep_last)
+        if is_remote(run):  # orbax would do it while it lists them, and a listing may fail
+            on_first_process(lambda: remove_unfinished(run))
         with explained(run, "written"):
             self._checkpointer = ocp.training.Checkpointer(
                 str(run / "checkpoints"),
-                cleanup_tmp_directories=True,  # those of earlier starts: the run has the lock
+                # Those of earlier starts: the run has the lock.
+                cleanup_tmp_directories=not is_remote(run),
                 context=WRITING_TO_STORES if is_remote(run) else SHARED_WRITING,
                 save_decision_policy=every,
                 preservation_policy=newest,

@@ -141,13 +141,7 @@ class CheckpointCopies(AbstractContextManager):
     def _begin(self) -> None:
         assert self._stage is not None
         (self._run / IDENTITY).write_bytes((self._stage / IDENTITY).read_bytes())
-        folder = self._run / "checkpoints"
-        self._copied = finished_steps(self._run)
-        complete = set(map(str, self._copied))
-        for step in folder.iterdir() if folder.is_dir() else ():
-            if step.name not in complete and isinstance(step, RemotePath):
-                logger.info(f"removing {step}, which was not copied completely")
-                step.rmtree()
+        self._copied = remove_unfinished(self._run)
         self._thread = threading.Thread(target=self._work, name="checkpoint copies", daemon=True)
         self._thread.start()
 
@@ -188,6 +182,24 @@ class CheckpointCopies(AbstractContextManager):
         (target / MARKER).write_text("")
         self._copied.append(step)
         logger.info(f"copied checkpoint {step} to {self._run}")
+
+
+def remove_unfinished(run: Path) -> list[int]:
+    """Removes what earlier starts have left of steps in an object store; the run has the lock.
+
+    Args:
+        run: Run folder; nothing is removed from one on a disk.
+
+    Returns:
+        Its complete steps, in order.
+    """
+    folder, complete = run / "checkpoints", finished_steps(run)
+    kept = set(map(str, complete))
+    for step in folder.iterdir() if folder.is_dir() else ():
+        if step.name not in kept and isinstance(step, RemotePath):
+            logger.info(f"removing {step}, which is not complete")
+            step.rmtree()
+    return complete
 
 
 def remove_step(step: Path) -> None:

@@ -190,7 +190,5 @@ class RemotePath(gpath.PosixGPath):
 
     def rmtree(self, missing_ok: bool = True) -> None:
         """Removes all objects below this name."""
-        with explained(self, "removed"):
-            for name in self._client.find(str(self)):
-                with contextlib.suppress(FileNotFoundError):  # a removal whose answer got lost
-                    self._client.rm_file(f"{protocol_of(str(self))}://{name}")
+        with contextlib.suppress(FileNotFoundError), explained(self, "removed"):
+            self._client.rm(str(self), recursive=True)

@@ -82,6 +82,7 @@ def filesystem(path: str | os.PathLike) -> Any:
     if protocol == "gs":
         require("gcsfs", extra="gcs", purpose=f"reading {path}")
         _configure("gcs", "gs", session_kwargs={"trace_configs": [_trace()]})
+        _register_gcs()
     elif protocol == "s3":
         require("s3fs", extra="s3", purpose=f"reading {path}")
         _configure("s3", session=_counting_session())
@@ -105,6 +106,31 @@ def _configure(*protocols: str, **options: Any) -> None:
             settings |= {"use_listings_cache": False, **options}
             if protocol in ("gcs", "gs"):
                 settings.setdefault("requests_timeout", _patience())
+
+
+@functools.cache
+def _register_gcs() -> None:
+    """Gives orbax, too, a client for which a folder was removed though the answer got lost.
+
+    A removal whose answer gets lost is sent again, and finds nothing. gcsfs raises
+    FileNotFoundError if that holds for all objects, which up to 100 share one request for.
+    """
+    from gcsfs import GCSFileSystem
+
+    class Client(GCSFileSystem):
+        async def _rm(self, path: Any, recursive: bool = False, **options: Any) -> Any:
+            found = recursive and isinstance(path, str) and await self._exists(path)
+            try:
+                return await super()._rm(path, recursive=recursive, **options)
+            except FileNotFoundError:
+                if not found:
+                    raise
+                return []
+
+        rm = fsspec.asyn.sync_wrapper(_rm)
+
+    for protocol in ("gcs", "gs"):
+        fsspec.register_implementation(protocol, Client, clobber=True)
 
 
 def _patience() -> Any:

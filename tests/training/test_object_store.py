@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 from kill_run import (
     Kill,
     differences,
@@ -26,6 +27,7 @@ from object_stores import FAULTS
 
 from internvlx_jax.checkpoints.run_folder import RunFolder
 from internvlx_jax.checkpoints.run_format import finished_steps
+from internvlx_jax.checkpoints.run_writer import CheckpointWriter
 from internvlx_jax.cli import convert, evaluate, report
 from internvlx_jax.core.files import read_json_lines
 from internvlx_jax.core.line_log import read_whole
@@ -135,6 +137,26 @@ def test_a_step_without_its_marker_is_no_step(folder, tmp_path, nowhere):
     assert finished_steps(run) == [6, 8]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["6", "8"]
     assert differences(Path(straight.output_dir), run, 8) == []
+
+
+def test_what_is_left_of_a_step_is_gone_before_steps_are_listed(gcs, folder):
+    """orbax removes it in a thread, and fails if the folder vanishes while it lists it."""
+    run = as_path(folder)
+    (run / "checkpoints" / "4" / "params" / "_sharding").write_text("{}")
+    gcs.faults(slow_removals=2)
+    with CheckpointWriter(run, keep_last=2) as writer:
+        assert not (run / "checkpoints").exists()
+        assert writer.latest_step is None
+
+
+@pytest.mark.parametrize("of", [as_path, epath.Path])  # the latter is orbax's
+def test_a_removal_whose_answer_got_lost_has_succeeded(gcs, folder, of):
+    as_path(f"{folder}/4/_sharding").write_text("{}")
+    gcs.faults(lost_removals=1)
+    of(f"{folder}/4").rmtree()
+    assert gcs.faults()["lost_removals"] > 0 and not as_path(folder).exists()
+    with pytest.raises(FileNotFoundError):
+        epath.Path(f"{folder}/4").rmtree()
 
 
 @pytest.fixture(scope="module")
