@@ -109,11 +109,13 @@ def find_average(items: Mapping[str, Mapping[str, Any]]) -> StoredAverage | None
 def finished_steps(run: Path) -> list[int]:
     """Returns the complete steps of a run folder, in order; none without the folder."""
     folder = run / "checkpoints"
-    if not folder.is_dir():
-        return []
+    try:
+        steps = list(folder.iterdir()) if folder.is_dir() else []
+    except FileNotFoundError:  # a start of the run has just removed the last object in it
+        steps = []
     return sorted(
         int(step.name)
-        for step in folder.iterdir()
+        for step in steps
         if step.name.isdigit() and (not is_remote(step) or (step / MARKER).is_file())
     )
 

@@ -210,8 +210,10 @@ def kill_at(
 
 def _steps(run: Path) -> list[Path]:
     """Returns the folders of steps, unfinished ones included."""
-    folder = run / "checkpoints"
-    return [path for path in folder.iterdir() if path.name[0].isdigit()] if folder.is_dir() else []
+    try:
+        return [path for path in (run / "checkpoints").iterdir() if path.name[0].isdigit()]
+    except FileNotFoundError:
+        return []
 
 
 def content(run: Path, step: int) -> dict[str, dict]:
