@@ -61,9 +61,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Puts files with slow tests first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Puts files with slow tests first, the longest ahead: no worker is left alone with one."""
+    minutes = {
+        item.path: marker.kwargs.get("minutes", 1)
+        for item in items
+        if (marker := item.get_closest_marker("slow"))
+    }
+    items.sort(key=lambda item: -minutes.get(item.path, 0))
 
 
 @pytest.fixture(autouse=True)

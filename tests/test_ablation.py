@@ -96,15 +96,16 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     write_decoder(folder / "llm")
     write_images(folder / "easy")
-    sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
-    common = (*sized, "--seeds", "0")
+    sized = ("--preset", "tiny", "--results", folder / "results", "--runs")
+    common = (*sized, folder / "runs", "--seeds", "0", "--variants")
     places = ("--images", folder / "easy", "--llm", folder / "llm")
-    with ThreadPoolExecutor(1) as other:  # the tables side by side
-        easyvqa = other.submit(ablation, "easyvqa", *common, "--variants", "mlp1,x-fast", *places)
-        pages = ablation("pages", *common, "--variants", "internvl,x")
-        ablation("measure", "pages", *sized, "--variants", "x", "--rounds", 1)
-        easy = easyvqa.result()
-    return folder, pages, easy
+    with ThreadPoolExecutor(2) as others:  # side by side
+        easy = others.submit(ablation, "easyvqa", *common, "mlp1,x-fast", *places)
+        timed = (*sized, folder / "timed", "--variants", "x", "--rounds", 1)
+        measured = others.submit(ablation, "measure", "pages", *timed)
+        pages = ablation("pages", *common, "internvl,x")
+        measured.result()
+    return folder, pages, easy.result()
 
 
 @pytest.mark.slow

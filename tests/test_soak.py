@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=2)
 
 SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 CHECKS = {"bits", "tracebacks", "messages", "left over", "orphans", "surprises", "memory"}

@@ -36,7 +36,7 @@ from internvlx_jax.core.uploads import MARKER, upload_folder
 from internvlx_jax.data.synthetic import FILES, TOKENIZER_FOLDER
 from internvlx_jax.training.loop import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=5)
 
 STEPS, SAVE_EVERY = 8, 4
 
