@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(args.results, check=args.check)
     args.preset = args.preset or PRESETS[args.device]
     if args.command == "measure":
+        _set_environment(args.preset)  # jax reads it when it is imported
         from ablation_measure import measure
 
         table = _table(args)
         _check_variants(table, args.variants or ())
-        _set_environment(args.preset)
         measure(table, args.results, variants=args.variants, rounds=args.rounds)
         return 0
     if args.only:
