@@ -270,7 +270,8 @@ def write_model(
     with np.load(tower) as found:
         known = params | {f"vision.{name}": found[name] for name in found.files}
     metadata = {"model": to_dict(model)}
-    drawn = init_params(model, seed)
+    fresh = abstract_model(model, dtype="float32").shapes.keys() - known.keys()
+    drawn = init_params(model, seed, paths=fresh)
     arrays = ((path, np.asarray(value)) for path, value in (drawn | known).items())
     with new_folder(out) as folder:
         write_params(folder.absolute() / "checkpoints" / "0", metadata, arrays)

@@ -96,16 +96,22 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     write_decoder(folder / "llm")
     write_images(folder / "easy")
-    sized = ("--preset", "tiny", "--results", folder / "results", "--runs")
-    common = (*sized, folder / "runs", "--seeds", "0", "--variants")
+    common = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
+    common += ("--seeds", "0", "--variants")
     places = ("--images", folder / "easy", "--llm", folder / "llm")
-    with ThreadPoolExecutor(2) as others:  # side by side
-        easy = others.submit(ablation, "easyvqa", *common, "mlp1,x-fast", *places)
-        timed = (*sized, folder / "timed", "--variants", "x", "--rounds", 1)
-        measured = others.submit(ablation, "measure", "pages", *timed)
+    with ThreadPoolExecutor(1) as other:  # the tables side by side
+        easy = other.submit(ablation, "easyvqa", *common, "mlp1,x-fast", *places)
         pages = ablation("pages", *common, "internvl,x")
-        measured.result()
     return folder, pages, easy.result()
+
+
+@pytest.fixture(scope="module")
+def measured(finished):
+    """The same folder, with times and memory of the rows of table A."""
+    folder = finished[0]
+    sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
+    ablation("measure", "pages", *sized, "--variants", "x", "--rounds", 1)
+    return folder
 
 
 @pytest.mark.slow
@@ -153,14 +159,14 @@ def test_finished_cells_are_left_alone_and_others_refused(finished):
 
 
 @pytest.mark.slow
-def test_memory_is_not_measured_into_the_times_of_other_devices(finished, monkeypatch):
+def test_memory_is_not_measured_into_the_times_of_other_devices(measured, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.chdir(ROOT)
     measure = importlib.import_module("ablation_measure").measure
     table = importlib.import_module("ablation_tables").open_table(
-        "pages", "tiny", finished[0] / "runs"
+        "pages", "tiny", measured / "runs"
     )
-    results = finished[0] / "results"
+    results = measured / "results"
     with pytest.raises(ConfigError, match=r"has times of 2 x cpu, here is 8 x cpu; delete it"):
         measure(table, results, variants=["x"], rounds=0)
 
@@ -182,11 +188,10 @@ def test_rows_with_a_pretrained_decoder_and_adapters_are_measured(finished, tmp_
 
 
 @pytest.mark.slow
-def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
+def test_page_and_picture_come_out_of_cells(measured, tmp_path, report):
     """The tables of toy cells, put where the report looks for those of the CPU."""
-    folder = finished[0]
     for table in ("pages", "easyvqa"):
-        shutil.copytree(folder / "results" / f"{table}-tiny", tmp_path / "r" / f"{table}-cpu")
+        shutil.copytree(measured / "results" / f"{table}-tiny", tmp_path / "r" / f"{table}-cpu")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "docs").mkdir()
     names = [f"{t}-cpu-{n}" for t in ("pages", "easyvqa") for n in BLOCKS]
@@ -201,9 +206,9 @@ def test_page_and_picture_come_out_of_cells(finished, tmp_path, report):
     cell = json.loads(path.read_text())
     line = next(line for line in page.splitlines() if line.startswith("| `x` "))
     assert f"| {100 * cell['scores']['test']['all']:.1f} | 1 |" in line
-    measured = json.loads((tmp_path / "r" / "pages-cpu" / "measured.json").read_text())["rows"]
-    assert measured["internvl"]["train"] == measured["internvl"]["prefill"] == 1
-    assert f"| {measured['x']['train']:.2f} | {measured['x']['prefill']:.2f} |" in line
+    times = json.loads((tmp_path / "r" / "pages-cpu" / "measured.json").read_text())["rows"]
+    assert times["internvl"]["train"] == times["internvl"]["prefill"] == 1
+    assert f"| {times['x']['train']:.2f} | {times['x']['prefill']:.2f} |" in line
     assert "whole: InternVL-X against InternVL" in page
     assert not (tmp_path / "docs" / "evidence.png").exists()  # rows of the core are missing
     for row in ("mlp1-16", "pvtc-16", "pvtc-4"):
