@@ -145,9 +145,8 @@ def environment(folder: Path, store: Store | None, devices: int) -> dict[str, st
     else:  # where the flag for the order of collectives has no effect any more
         flags += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return {
-        # Read back, programs hang with jax 0.12: the order of their collectives is lost.
-        "JAX_ENABLE_COMPILATION_CACHE": str(version("jaxlib").startswith("0.10.")).lower(),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        # Read back, programs hang: the order of their collectives is lost.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         **os.environ,
         **(store.environment if store else {}),
         "SOAK_OF": str(folder),
@@ -158,7 +157,6 @@ def environment(folder: Path, store: Store | None, devices: int) -> dict[str, st
         "NPROC": "16",
         # Compiles in a fifth of the time; what is computed is as exact.
         "XLA_FLAGS": flags,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 

@@ -5,9 +5,8 @@ the program, the compiler and the device. The folder is that of the user's cache
 variable INTERNVLX_COMPILE_CACHE names another one, or a gs:// or s3:// URL, and `off` keeps
 nothing. Whoever has set a folder for JAX itself (JAX_COMPILATION_CACHE_DIR) keeps that.
 
-With jax 0.12 several devices of a CPU keep nothing by default: XLA forgets the order of collectives
-in a program that it reads back, and the devices may wait for each other for ever (design:
-platform.md 6).
+Several devices of a CPU keep nothing by default: XLA forgets the order of collectives in a program
+that it reads back, and the devices may wait for each other for ever (design: platform.md 6).
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def keep_compiled() -> Path | None:
     Called before the first compilation of a command, and as often as one likes.
 
     Returns:
-        The folder; None if nothing is kept, as with several devices of a CPU and jax 0.12, or where
-        JAX's own settings decide.
+        The folder; None if nothing is kept, as with several devices of a CPU, or where JAX's own
+        settings decide.
 
     Raises:
         ConfigError: INTERNVLX_COMPILE_CACHE is a URL that cannot be used.
@@ -75,12 +74,7 @@ def keep_compiled() -> Path | None:
 
 
 def may_hang_when_read_back() -> bool:
-    """Returns whether programs of this process may have collectives of an XLA:CPU that hangs.
-
-    With jax 0.10 no program that was read back has been seen to hang.
-    """
-    if jax.__version_info__ < (0, 11):
-        return False
+    """Returns whether programs of this process may have collectives of an XLA:CPU that hangs."""
     devices = jax.devices()
     return len(devices) > 1 and devices[0].platform == "cpu"
 

@@ -74,19 +74,16 @@ def plan_kills(kills: int, steps: int, save_every: int, generator: random.Random
 def start(config: Path, devices: int, *flags: str, processes: int = 2) -> list[subprocess.Popen]:
     """Starts `train.py` with this config in several processes."""
     command = ["train.py", "--config", str(config), *flags]
-    return launch(command, devices, processes, cache=config.parent / "cache")
+    return launch(command, devices, processes)
 
 
-def launch(
-    command: Sequence[str], devices: int, processes: int, *, cache: Path
-) -> list[subprocess.Popen]:
+def launch(command: Sequence[str], devices: int, processes: int) -> list[subprocess.Popen]:
     """Starts a program of this checkout in several processes.
 
     Args:
         command: the program and its flags, without those of a job of several processes.
         devices: simulated devices of each process.
         processes: how many.
-        cache: folder of compiled programs.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -98,8 +95,6 @@ def launch(
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
         + f" --xla_force_host_platform_device_count={devices}",
     }
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     program, *flags = command
     job = ["--coordinator", f"localhost:{port}", "--num_processes", str(processes)]
     return [

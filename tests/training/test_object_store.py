@@ -100,7 +100,7 @@ def test_from_training_to_report(uploaded, run_in, tmp_path, nowhere):
     assert not (out / "parts").exists()
     if folder.startswith("gs"):
         command[command.index("--out_dir") + 1] = f"{folder}/eval_by_two"
-        codes, outputs = finish(launch(["eval.py", *command], 4, 2, cache=tmp_path / "compiled"))
+        codes, outputs = finish(launch(["eval.py", *command], 4, 2))
         assert codes == [0, 0], "\n".join(outputs)
         two = as_path(f"{folder}/eval_by_two")
         assert (two / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
