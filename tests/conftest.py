@@ -29,6 +29,7 @@ os.environ["XLA_FLAGS"] = (
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 else:  # where the flag above has no effect any more
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # XLA has crashed while it compiled
     os.environ["XLA_FLAGS"] += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 import logging

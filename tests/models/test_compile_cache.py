@@ -22,7 +22,10 @@ SETTINGS = (
     "jax_compilation_cache_max_size",
     "jax_persistent_cache_min_compile_time_secs",
 )
-ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
+ONE_DEVICE = {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+}
 # Compiles some programs, with every warning of the cache an error, and counts what was found.
 PROGRAM = """
 import json, warnings
@@ -148,5 +151,6 @@ def test_this_suite_reads_no_program_of_several_devices_back():
     jax.jit(of_several)(jax.device_put(jnp.ones(8), everywhere)).block_until_ready()
     jax.jit(of_one)(jnp.ones(8)).block_until_ready()
     kept = [path.name for path in Path(jax.config.jax_compilation_cache_dir).iterdir()]
-    assert any(name.startswith("jit_of_one-") for name in kept)
+    of_one_is_kept = any(name.startswith("jit_of_one-") for name in kept)
+    assert of_one_is_kept == jax.config.jax_enable_compilation_cache
     assert not any(name.startswith("jit_of_several-") for name in kept)

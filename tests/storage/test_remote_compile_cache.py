@@ -27,6 +27,7 @@ def test_a_second_start_compiles_nothing(variable, gcs, folder, tmp_path):
         **gcs.environment,
         variable: f"{folder}/cache",
         "XLA_FLAGS": "",  # one device: several of a CPU keep nothing
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
