@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -110,14 +111,43 @@ def _configure(*protocols: str, **options: Any) -> None:
 
 @functools.cache
 def _register_gcs() -> None:
-    """Gives orbax, too, a client for which a folder was removed though the answer got lost.
+    """Gives orbax, too, a client that does not fail where the store has.
 
     A removal whose answer gets lost is sent again, and finds nothing. gcsfs raises
     FileNotFoundError if that holds for all objects, which up to 100 share one request for.
+
+    An upload that is sent again leaves an error that refers to a view of the file's buffer. Python
+    3.12 can crash when it collects both (CPython's issues 111049 and 111331).
     """
     from gcsfs import GCSFileSystem
+    from gcsfs.core import GCSFile
+
+    class Buffer(io.BytesIO):
+        def getbuffer(self) -> memoryview:
+            return memoryview(self.getvalue())  # of a copy
+
+    class File(GCSFile):
+        @property
+        def buffer(self) -> Buffer:
+            return self._buffer
+
+        @buffer.setter
+        def buffer(self, content: io.BytesIO) -> None:
+            self._buffer = Buffer(content.getvalue())
 
     class Client(GCSFileSystem):
+        def _open(
+            self,
+            path: Any,
+            mode: str = "rb",
+            block_size: int | None = None,
+            consistency: Any = None,
+            **options: Any,
+        ) -> Any:
+            kind = GCSFile if "r" in mode else File
+            size, check = block_size or self.default_block_size, consistency or self.consistency
+            return kind(self, path, mode, size, consistency=check, **options)
+
         async def _rm(self, path: Any, recursive: bool = False, **options: Any) -> Any:
             found = recursive and isinstance(path, str) and await self._exists(path)
             try:
