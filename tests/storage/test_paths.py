@@ -77,9 +77,9 @@ def test_conditional_writes(request, kind):
 
 
 def test_faults_are_tried_again_and_counted(folder, gcs):
-    gcs.faults(unavailable=0.3, cut=0.2)
+    gcs.faults(unavailable=0.15, cut=0.1)  # seldom six times in a row, which is given up
     failed = TRAFFIC.failed
-    for number in range(4):
+    for number in range(20):
         (as_path(folder) / str(number)).write_bytes(b"x" * 1000)
         assert (as_path(folder) / str(number)).read_bytes() == b"x" * 1000
     counted = gcs.faults()
@@ -138,7 +138,8 @@ def test_silence_is_tried_again(folder, gcs, monkeypatch):
     for name in ("gs", "gcs"):
         monkeypatch.setitem(fsspec.config.conf[name], "requests_timeout", patience)
     fsspec.get_filesystem_class("gs").clear_instance_cache()
-    gcs.faults(stall=0.5, seconds=1)
-    failed = TRAFFIC.failed
-    assert [as_path(f"{folder}/x").read_text() for _ in range(4)] == ["here"] * 4
+    gcs.faults(stall=0.25, seconds=1)  # seldom six times in a row, which is given up
+    failed, left = TRAFFIC.failed, 40
+    while TRAFFIC.failed == failed and (left := left - 1):
+        assert as_path(f"{folder}/x").read_text() == "here"
     assert TRAFFIC.failed > failed
