@@ -107,7 +107,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(finished):
-    """The same folder, with times and memory of the rows of table A."""
+    """Measures time and memory of a row of table A; returns the folder of `finished`."""
     folder = finished[0]
     sized = ("--preset", "tiny", "--runs", folder / "runs", "--results", folder / "results")
     ablation("measure", "pages", *sized, "--variants", "x", "--rounds", 1)
