@@ -139,11 +139,8 @@ class Store:
 def environment(folder: Path, store: Store | None, devices: int) -> dict[str, str]:
     """Returns the environment of a process of a soak, with so many simulated devices."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     if version("jaxlib").startswith("0.10."):  # later ones do not know it
         flags += " --xla_cpu_use_fusion_emitters=false"
-    else:  # where the flag for the order of collectives has no effect any more
-        flags += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return {
         # Read back, programs hang: the order of their collectives is lost.
         "JAX_ENABLE_COMPILATION_CACHE": "false",

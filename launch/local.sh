@@ -7,10 +7,7 @@ processes=$1 devices=$2
 shift 2
 export JAX_PLATFORMS=cpu NPROC="${NPROC:-16}"  # a bigger XLA thread pool: several devices on few cores deadlock otherwise
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-# Else the collectives of one program may come in another order on each device: a deadlock.
-export XLA_FLAGS="$XLA_FLAGS --xla_cpu_enable_concurrency_optimized_scheduler=false"
-export XLA_FLAGS="$XLA_FLAGS --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"  # of jax 0.12
-# XLA forgets the order of collectives in a program that it reads back: the same deadlock.
+# XLA forgets the order of collectives in a program that it reads back: a deadlock.
 export JAX_ENABLE_COMPILATION_CACHE="${JAX_ENABLE_COMPILATION_CACHE:-false}"
 pids=()
 for ((process = 0; process < processes; process++)); do

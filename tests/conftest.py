@@ -22,15 +22,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take that of the process 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0"
-    # Else independent collectives of one program come, at times, in another order on each device,
-    # and the devices wait for each other for ever.
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-else:  # where the flag above has no effect any more
+else:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # XLA has crashed while it compiled
-    os.environ["XLA_FLAGS"] += " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 import logging
 from pathlib import Path
