@@ -25,8 +25,8 @@ os.environ["XLA_FLAGS"] = (
 )
 if version("jaxlib").startswith("0.10."):  # later ones do not know it
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-else:
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # XLA has crashed while it compiled
+else:  # with the cache on, XLA has crashed while it compiled
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import logging
 from pathlib import Path

@@ -153,19 +153,19 @@ def _executed(
 ) -> Iterator[tuple[_Instruction, int, bool]]:
     """Yields every instruction that runs, how often per step, and whether that is known."""
     for instruction in computations[name]:
-        known = True
-        if instruction.op == "while":
-            count = _trip_count(instruction, computations)
-            known = count is not None
-            body = instruction.attribute("body") or ""
-            yield from _executed(computations, body, times * (count or 1))
-        elif instruction.op in ("call", "async-start"):
-            callee = instruction.attribute("to_apply") or instruction.attribute("calls") or ""
-            yield from _executed(computations, callee, times)
-        elif instruction.op == "conditional":
-            for branch in _branches(instruction):
-                yield from _executed(computations, branch, times)
-        yield instruction, times, known
+        count = _trip_count(instruction, computations) if instruction.op == "while" else 1
+        for callee in _callees(instruction):
+            yield from _executed(computations, callee, times * (count or 1))
+        yield instruction, times, count is not None
+
+
+def _callees(instruction: _Instruction) -> list[str]:
+    """Returns the computations that an instruction runs: a loop's body, a callee, branches."""
+    if instruction.op == "while":
+        return [instruction.attribute("body") or ""]
+    if instruction.op in ("call", "async-start"):
+        return [instruction.attribute("to_apply") or instruction.attribute("calls") or ""]
+    return _branches(instruction) if instruction.op == "conditional" else []
 
 
 def _branches(instruction: _Instruction) -> list[str]:

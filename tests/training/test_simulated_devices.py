@@ -2,7 +2,7 @@
 
 import pytest
 
-from internvlx_jax.aot.hlo import COLLECTIVES, _branches, _parse
+from internvlx_jax.aot.hlo import COLLECTIVES, _callees, _parse
 from internvlx_jax.training.executables import compile_train_step
 from internvlx_jax.training.run import open_run
 
@@ -29,14 +29,6 @@ def is_collective(instruction):
     return instruction.op.removesuffix("-start") in COLLECTIVES
 
 
-def callees(instruction):
-    """Returns the computations that an instruction runs as parts of their own."""
-    if instruction.op == "conditional":
-        return _branches(instruction)
-    attribute = {"while": "body", "call": "to_apply"}.get(instruction.op)
-    return [instruction.attribute(attribute)] if attribute else []
-
-
 def overtaking(text):
     """Returns (loop, what may run beside it): both of them communicate, and nothing orders them.
 
@@ -47,7 +39,9 @@ def overtaking(text):
 
     def communicates(instruction):
         return is_collective(instruction) or any(
-            communicates(inner) for callee in callees(instruction) for inner in computations[callee]
+            communicates(inner)
+            for callee in _callees(instruction)
+            for inner in computations[callee]
         )
 
     pairs = []
